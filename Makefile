@@ -1,0 +1,88 @@
+# Everything from a clean machine: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MESON_DIR := build/meson
+NATIVE := core/packetstack_core/native
+CODE := core agent engine cli bench tests setup.py
+PACKAGES := core/packetstack_core agent/packetstack_agent engine/packetstack_engine cli/packetstack_cli
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+FUZZ_SECONDS ?= 30
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+DEBIAN := clang gcc libbpf-dev libelf-dev zlib1g-dev libc6-dev linux-libc-dev meson ninja-build pkg-config python3 \
+	python3-venv ethtool iproute2 iputils-ping procps nftables nginx-light iperf3 wrk curl util-linux
+
+.PHONY: setup build test lint format demo bench fuzz sanitize clean
+.DEFAULT_GOAL := build
+
+# ---- set-up: stamp files, so that a second call costs nothing ------------------------------------------
+
+build/.packages: Makefile
+	@mkdir -p build
+	@missing=""; for p in $(DEBIAN); do \
+		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || missing="$$missing $$p"; done; \
+	if [ -n "$$missing" ]; then \
+		if [ "$$(id -u)" != 0 ]; then echo "missing packages:$$missing; run this once as root, or install them" >&2; exit 1; fi; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		apt-get update -q && apt-get install -q -y --no-install-recommends $$missing; fi
+	@touch $@
+
+build/.python: pyproject.toml setup.py build/.packages
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"$(PYTHON) is Python %d.%d; PacketStack needs 3.11 or newer: make PYTHON=/path/to/python3" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+setup: build/.python
+
+# ---- native parts ---------------------------------------------------------------------------------------
+
+$(MESON_DIR)/build.ninja: | build/.packages
+	meson setup $(MESON_DIR)
+
+build: $(MESON_DIR)/build.ninja
+	@ninja --quiet -C $(MESON_DIR)
+	@meson install -C $(MESON_DIR) --no-rebuild --quiet
+
+# ---- checks ---------------------------------------------------------------------------------------------
+
+test: setup build lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/lint-imports
+	git ls-files -co --exclude-standard '*.c' '*.h' | xargs -r $(BIN)/clang-format --dry-run -Werror
+
+format: setup
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+	git ls-files -co --exclude-standard '*.c' '*.h' | xargs -r $(BIN)/clang-format -i
+
+# The unit programs of tests/c under AddressSanitizer + UndefinedBehaviourSanitizer, then ThreadSanitizer.
+sanitize: build/.packages
+	@test -f build/asan/build.ninja || CC=clang meson setup build/asan -Db_sanitize=address,undefined -Db_lundef=false
+	ninja --quiet -C build/asan && meson test -C build/asan --print-errorlogs
+	@test -f build/tsan/build.ninja || CC=clang meson setup build/tsan -Db_sanitize=thread -Db_lundef=false
+	ninja --quiet -C build/tsan && meson test -C build/tsan --print-errorlogs
+
+fuzz: build/.packages
+	@test -f build/fuzz/build.ninja || CC=clang meson setup build/fuzz -Dfuzz=true
+	ninja --quiet -C build/fuzz
+	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/fuzz/run build/fuzz
+
+# ---- to be seen -----------------------------------------------------------------------------------------
+
+demo: setup build
+	$(BIN)/packetstack demo
+
+bench: setup build
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+clean:
+	rm -rf build dist $(NATIVE) $(VENV) *.egg-info
