@@ -56,7 +56,7 @@ lint: setup
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/mypy $(PACKAGES)
-	$(BIN)/lint-imports
+	$(BIN)/lint-imports --no-logo
 	git ls-files -co --exclude-standard '*.c' '*.h' | xargs -r $(BIN)/clang-format --dry-run -Werror
 
 format: setup
