@@ -215,12 +215,13 @@ struct ps_queue {
 	uint32_t spare0;
 	uint64_t fence;		/* fence whose markers are being collected */
 	uint64_t fence_cpus[4];	/* bit per CPU whose marker came */
-	uint64_t fence_acked;	/* last fence that is complete: handled, transmitted, shards fenced */
+	uint64_t fence_complete;	/* last fence whose markers have all come */
+	uint64_t fence_acked;	/* last fence that is done: handled, transmitted, shards fenced */
 	uint64_t received, forwarded, dropped, received_bytes;	/* since start, markers excluded */
 	uint64_t hold_max_ns, hold_ns, holds;	/* time from first parked to released */
 	uint64_t hold_since;	/* CLOCK_MONOTONIC ns of the oldest parked frame's parking, 0 = none */
 	uint64_t cycles;	/* busy cycles spent on this queue */
-	uint64_t spare1[5];
+	uint64_t spare1[4];
 	struct ps_ring park;	/* ps_descriptor slots; the stamp stays before the frame */
 	struct ps_ring free;	/* uint64_t slots: frames to give back to the fill ring */
 	struct ps_journal journal;

@@ -1,0 +1,719 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The packet loop. One thread per core; a queue is served by exactly one core at a time.
+ *
+ * There are no private cursors: all positions are the ring indexes themselves, which the agent's
+ * descriptors keep alive. So a queue is handed to another thread, or adopted after a death, by
+ * changing one word (ps_queue.cur), and the new server simply goes on.
+ */
+#include "datapath.h"
+
+#include <errno.h>
+#include <linux/if_xdp.h>
+#include <poll.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#include <x86intrin.h>
+
+#include "nat.h"
+
+#define LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+#define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
+
+enum { SOURCE_RX = 0, SOURCE_PARK = 1 };
+
+struct worker {
+	struct datapath *d;
+	struct ps_core *core;
+	struct ps_handler handler;
+	uint32_t index;		/* core number */
+	uint32_t me;		/* generation << 8 | core + 1 */
+	uint32_t sweep;		/* next shard to sweep */
+	uint64_t swept_ns;
+	uint64_t now_ns;
+};
+
+static uint64_t clock_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+static uint32_t ring_used(const struct kernel_ring *r) { return LOAD(r->producer) - LOAD(r->consumer); }
+
+/* ---- transmission ---------------------------------------------------------------------------------- */
+
+/* Copy mode sends at most 32 frames a call. -> true when the transmit ring is empty */
+static bool kick(struct queue *q)
+{
+	for (int i = 0; i < 64; i++) {
+		if (!ring_used(&q->tx)) {
+			q->shared->kick = 0;
+			return true;
+		}
+		if (sendto(q->socket, NULL, 0, MSG_DONTWAIT, NULL, 0) < 0 && errno != EAGAIN && errno != EBUSY)
+			break;
+	}
+	if (!ring_used(&q->tx)) {
+		q->shared->kick = 0;
+		return true;
+	}
+	return false;
+}
+
+/* ---- frames back to the fill ring ------------------------------------------------------------------ */
+
+static void recycle_publish(struct datapath *d)
+{
+	struct ps_recycle *r = &d->engine->recycle;
+
+	STORE(d->fill.producer, r->fill);
+	STORE(d->completion.consumer, r->completion);
+	for (uint32_t i = 0; i < d->queues; i++)
+		STORE(&d->queue[i].shared->free.consumer, r->free_consumer[i]);
+}
+
+/* Completed and dropped frames of all queues become fill descriptors. Somebody else at it: go on. */
+static uint32_t recycle(struct worker *w, uint32_t at_least)
+{
+	struct datapath *d = w->d;
+	struct ps_recycle *r = &d->engine->recycle;
+	uint64_t *fill = d->fill.slots, *completion = d->completion.slots;
+	uint32_t available = ring_used(&d->completion), zero = 0, n = 0, room, producer, consumer;
+
+	for (uint32_t i = 0; i < d->queues; i++)
+		available += LOAD(&d->queue[i].shared->free.producer) - LOAD(&d->queue[i].shared->free.consumer);
+	if (available < at_least)
+		return 0;
+	if (!__atomic_compare_exchange_n(&d->engine->lock, &zero, w->me, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+		return 0;
+	producer = LOAD(d->fill.producer);
+	room = d->fill.mask + 1 - (producer - LOAD(d->fill.consumer));
+	if (room > 256)
+		room = 256;
+	consumer = LOAD(d->completion.consumer);
+	while (n < room && consumer != LOAD(d->completion.producer)) {
+		fill[(producer + n) & d->fill.mask] = completion[consumer & d->completion.mask] & ~(uint64_t)(PS_FRAME_BYTES - 1);
+		consumer++;
+		n++;
+	}
+	r->completion = consumer;
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct ps_ring *f = &d->queue[i].shared->free;
+		uint32_t mask = d->engine->free_slots - 1;
+
+		consumer = LOAD(&f->consumer);
+		while (n < room && consumer != LOAD(&f->producer)) {
+			fill[(producer + n) & d->fill.mask] = d->queue[i].free[consumer & mask] & ~(uint64_t)(PS_FRAME_BYTES - 1);
+			consumer++;
+			n++;
+		}
+		r->free_consumer[i] = consumer;
+	}
+	r->fill = producer + n;
+	PS_BARRIER();
+	r->commit = 1;
+	PS_BARRIER();
+	recycle_publish(d);
+	PS_BARRIER();
+	r->commit = 0;
+	STORE(&d->engine->lock, 0);
+	return n;
+}
+
+/* ---- one batch of a queue: a transaction over ring indexes ------------------------------------------ */
+
+static void journal_publish(struct queue *q)
+{
+	struct ps_queue *s = q->shared;
+	struct ps_journal *j = &s->journal;
+
+	STORE(q->tx.producer, j->tx);
+	STORE(&s->park.producer, j->park_prod);
+	STORE(&s->free.producer, j->free_prod);
+	STORE(&s->park.consumer, j->park_cons);
+	STORE(q->rx.consumer, j->rx);
+}
+
+static const struct ps_stamp *stamp_of(const uint8_t *frame)
+{
+	return (const struct ps_stamp *)(frame - sizeof(struct ps_stamp));
+}
+
+static const struct ps_marker *marker_of(const uint8_t *frame, uint32_t length)
+{
+	if (length < 14 + sizeof(struct ps_marker) || frame[12] != PS_MARKER_ETHERTYPE >> 8 ||
+	    frame[13] != (PS_MARKER_ETHERTYPE & 0xff))
+		return NULL;
+	return (const struct ps_marker *)(frame + 14);
+}
+
+static void marker_received(struct worker *w, struct queue *q, const uint8_t *frame)
+{
+	struct ps_queue *s = q->shared;
+	struct ps_marker m;
+	uint32_t seen = 0;
+
+	memcpy(&m, frame + 14, sizeof(m));
+	w->core->counters[PS_C_MARKERS]++;
+	if (m.magic != PS_MARKER_MAGIC || m.kind != PS_MARKER_INGRESS || m.cpu >= PS_MAX_CPUS || m.fence <= s->fence_acked)
+		return;
+	if (m.fence > s->fence) {
+		memset(s->fence_cpus, 0, sizeof(s->fence_cpus));
+		s->fence = m.fence;
+	} else if (m.fence < s->fence) {
+		return;
+	}
+	s->fence_cpus[m.cpu / 64] |= 1ull << (m.cpu % 64);
+	for (int i = 0; i < 4; i++)
+		seen += (uint32_t)__builtin_popcountll(s->fence_cpus[i]);
+	if (seen >= m.cpus)
+		s->fence_complete = m.fence;	/* acknowledged when everything before it has left */
+}
+
+/*
+ * All markers of a fence are here, so every packet with the old stamp has been handled. When the
+ * transmit ring is empty too and nothing is parked for them, the buckets are declared fenced: from
+ * here on this queue touches them no more. The agent then lets the egress side pass and releases.
+ */
+static void fence_acknowledge(struct worker *w, struct queue *q)
+{
+	struct datapath *d = w->d;
+	struct ps_queue *s = q->shared;
+	uint64_t id = s->fence_complete;
+	const struct ps_fence *f = &d->arena->fences[id % PS_MAX_FENCES];
+	uint32_t index = (uint32_t)(q - d->queue);
+
+	if (id <= s->fence_acked || LOAD(&f->id) != id)
+		return;
+	if (!kick(q))
+		return;
+	for (int pass = 0; pass < 2; pass++) {
+		for (uint32_t b = 0; b < d->arena->buckets; b++) {
+			struct ps_shard *shard;
+			uint64_t owner;
+
+			if (!(f->bitmap[b / 8] >> (b % 8) & 1))
+				continue;
+			shard = ps_shard_at(d->arena, b);
+			owner = LOAD(&shard->owner);
+			if (ps_word_slot(owner) != d->engine->slot || ps_word_queue(owner) != index)
+				continue;
+			if (!pass && q->parked[b])
+				return;
+			if (pass)
+				STORE(&shard->owner, ps_owner(owner) | PS_FENCED);
+		}
+	}
+	STORE(&s->fence_acked, id);
+}
+
+static void park_count(struct queue *q, uint32_t bucket, int change)
+{
+	q->parked[bucket & (PS_MAX_BUCKETS - 1)] = (uint16_t)(q->parked[bucket & (PS_MAX_BUCKETS - 1)] + change);
+}
+
+/* What is to be done with a frame, before anything is rewritten: its own bucket, or wait, or too late? */
+static uint8_t admit(struct worker *w, struct queue *q, const struct ps_stamp *stamp, bool from_park)
+{
+	struct datapath *d = w->d;
+	uint64_t mine, owner;
+
+	if (stamp->magic != PS_STAMP_MAGIC || stamp->bucket >= d->arena->buckets) {
+		w->core->counters[PS_C_DROP_NO_STAMP]++;
+		return PS_DROP;
+	}
+	mine = ps_word(stamp->epoch, d->engine->slot, (uint32_t)(q - d->queue), 0, 0);
+	owner = LOAD(&ps_shard_at(d->arena, stamp->bucket)->owner);
+	if (owner == mine)
+		return !from_park && q->parked[stamp->bucket] ? PS_PARK : PS_TRANSMIT;
+	if (ps_epoch_newer(stamp->epoch, ps_word_epoch(owner)) || !owner)
+		return PS_PARK;
+	w->core->counters[PS_C_LATE]++;
+	w->core->counters[PS_C_DROP_NOT_OWNER]++;
+	return PS_DROP;
+}
+
+/* The descriptor that sends a rewritten frame: begins at the Ethernet header, ends with the IP packet. */
+static struct ps_descriptor outgoing(const uint8_t *umem, const struct ps_descriptor *in, uint8_t verdict)
+{
+	struct ps_descriptor out = { in->address + PS_SHIFT(verdict), 0, 0 };
+	const uint8_t *ip = umem + out.address + 14;
+
+	out.length = 14u + ((ip[0] >> 4) == 4 ? (uint32_t)ip[2] << 8 | ip[3] : 40u + ((uint32_t)ip[4] << 8 | ip[5]));
+	return out;
+}
+
+/*
+ * Moves up to PS_BATCH frames from `source` to the transmit, park and free rings. -> frames handled.
+ * The same code runs after an adoption: what the predecessor rewrote is sent on, not rewritten again;
+ * what it was rewriting when it died is undone first.
+ */
+static uint32_t batch(struct worker *w, struct queue *q, int source)
+{
+	struct datapath *d = w->d;
+	struct ps_queue *s = q->shared;
+	struct ps_journal *j = &s->journal;
+	struct ps_progress *p = &j->progress[source];
+	struct ps_descriptor *in = source == SOURCE_RX ? q->rx.slots : q->park, *tx = q->tx.slots;
+	uint32_t in_mask = source == SOURCE_RX ? q->rx.mask : d->engine->park_slots - 1;
+	uint32_t consumer = source == SOURCE_RX ? LOAD(q->rx.consumer) : LOAD(&s->park.consumer);
+	uint32_t producer = source == SOURCE_RX ? LOAD(q->rx.producer) : LOAD(&s->park.producer);
+	uint32_t tx_at = LOAD(q->tx.producer), park_at = LOAD(&s->park.producer), free_at = LOAD(&s->free.producer);
+	uint32_t tx_room = q->tx.mask + 1 - ring_used(&q->tx);
+	uint32_t park_room = d->engine->park_slots - (park_at - LOAD(&s->park.consumer));
+	uint32_t free_room = d->engine->free_slots - (free_at - LOAD(&s->free.consumer));
+	uint32_t n = producer - consumer, i, markers = 0;
+	uint32_t tx_begin = tx_at, forwarded;
+	uint64_t bytes = 0;
+
+	if (n > PS_BATCH)
+		n = PS_BATCH;
+	if (n > free_room)
+		n = free_room;
+	if (n > tx_room)
+		n = tx_room;
+	for (i = 0; i < n; i++) {
+		const struct ps_descriptor *desc = &in[(consumer + i) & in_mask];
+
+		__builtin_prefetch(d->umem + desc->address);
+		__builtin_prefetch(d->umem + desc->address - 16);
+	}
+	for (i = 0; i < n; i++) {
+		const struct ps_stamp *stamp = stamp_of(d->umem + in[(consumer + i) & in_mask].address);
+		uint32_t bucket = stamp->bucket & (d->arena->buckets - 1);
+		struct ps_shard *shard = ps_shard_at(d->arena, bucket);
+
+		__builtin_prefetch(shard);
+		__builtin_prefetch((uint8_t *)(shard + 1) + 2 * ps_home_forward(d->arena, stamp->hash));
+	}
+	for (i = 0; i < n; i++) {
+		uint32_t at = consumer + i;
+		const struct ps_descriptor *desc = &in[at & in_mask];
+		uint8_t *frame = d->umem + desc->address;
+		uint8_t verdict;
+
+		if (p->begin != ~0u && (int32_t)(p->end - at) > 0) {
+			verdict = p->verdict[at & 63];	/* the predecessor finished this one and did not publish */
+		} else {
+			if (p->begin == at)
+				memcpy(frame, p->undo, PS_UNDO_BYTES);	/* it died inside this rewrite */
+			if (source == SOURCE_RX && marker_of(frame, desc->length)) {
+				marker_received(w, q, frame);
+				verdict = PS_CONSUMED;
+			} else {
+				verdict = admit(w, q, stamp_of(frame), source == SOURCE_PARK);
+				if (verdict == PS_PARK && source == SOURCE_PARK)
+					break;		/* not released yet: everything behind it waits, in order */
+				if (verdict == PS_PARK && !park_room) {
+					w->core->counters[PS_C_DROP_PARK_FULL]++;
+					verdict = PS_DROP;
+				}
+				if (verdict == PS_TRANSMIT) {
+					memcpy(p->undo, frame, PS_UNDO_BYTES);
+					PS_BARRIER();
+					p->begin = at;
+					PS_BARRIER();
+					verdict = ps_handle(&w->handler, frame, desc->length, stamp_of(frame));
+					PS_BARRIER();
+				}
+			}
+			p->verdict[at & 63] = verdict;
+			PS_BARRIER();
+			if (p->begin == ~0u)
+				p->begin = at;
+			p->end = at + 1;
+		}
+		switch (PS_VERDICT(verdict)) {
+		case PS_TRANSMIT:
+			tx[tx_at++ & q->tx.mask] = outgoing(d->umem, desc, verdict);
+			break;
+		case PS_PARK:
+			q->park[park_at++ & (d->engine->park_slots - 1)] = *desc;
+			park_count(q, stamp_of(frame)->bucket, 1);
+			w->core->counters[PS_C_PARKED]++;
+			park_room--;
+			break;
+		default:
+			markers += verdict == PS_CONSUMED;
+			q->free[free_at++ & (d->engine->free_slots - 1)] = desc->address;
+		}
+		bytes += desc->length;
+		if (source == SOURCE_PARK)
+			park_count(q, stamp_of(frame)->bucket, -1);
+	}
+	if (!i)
+		return 0;
+	j->tx = tx_at;
+	j->park_prod = park_at;
+	j->free_prod = free_at;
+	j->park_cons = LOAD(&s->park.consumer) + (source == SOURCE_PARK ? i : 0);
+	j->rx = LOAD(q->rx.consumer) + (source == SOURCE_RX ? i : 0);
+	PS_BARRIER();
+	j->commit = 1;
+	PS_BARRIER();
+	journal_publish(q);
+	PS_BARRIER();
+	j->commit = 0;
+
+	forwarded = tx_at - tx_begin;
+	s->forwarded += forwarded;
+	if (source == SOURCE_RX) {
+		s->received += i - markers;
+		s->received_bytes += bytes;
+		w->core->counters[PS_C_RECEIVED] += i - markers;
+		w->core->counters[PS_C_RECEIVED_BYTES] += bytes;
+		if (j->park_prod != j->park_cons && !s->hold_since)
+			s->hold_since = w->now_ns;
+	} else {
+		w->core->counters[PS_C_UNPARKED] += i;
+		if (s->hold_since) {
+			uint64_t hold = clock_ns() - s->hold_since;
+
+			s->hold_ns += hold;
+			s->holds++;
+			if (hold > s->hold_max_ns)
+				s->hold_max_ns = hold;
+			s->hold_since = j->park_prod != j->park_cons ? w->now_ns : 0;
+		}
+	}
+	if (forwarded)
+		s->kick = 1;
+	return i;
+}
+
+static uint32_t serve(struct worker *w, struct queue *q)
+{
+	struct ps_queue *s = q->shared;
+	uint64_t begun = __rdtsc();
+	uint32_t done = 0;
+
+	if (LOAD(&s->park.producer) != LOAD(&s->park.consumer))
+		done += batch(w, q, SOURCE_PARK);
+	if (ring_used(&q->rx))
+		done += batch(w, q, SOURCE_RX);
+	if (s->kick)
+		kick(q);
+	if (s->fence_complete > s->fence_acked)
+		fence_acknowledge(w, q);
+	if (done) {
+		uint64_t spent = __rdtsc() - begun;
+
+		s->cycles += spent;
+		w->core->busy_cycles += spent;
+	}
+	return done;
+}
+
+/* ---- taking over ------------------------------------------------------------------------------------ */
+
+static bool alive(const struct datapath *d, uint32_t server)
+{
+	return server >> 8 == (d->generation & 0xffffff);
+}
+
+/*
+ * The dead server's transactions are finished: a committed one is published (again: storing the same
+ * indexes twice is harmless, the owner is the only writer of each), an uncommitted one never happened.
+ */
+static void adopt(struct datapath *d)
+{
+	uint32_t lock = LOAD(&d->engine->lock);
+
+	if (lock && !alive(d, lock)) {
+		if (d->engine->recycle.commit) {
+			recycle_publish(d);
+			d->engine->recycle.commit = 0;
+		}
+		STORE(&d->engine->lock, 0);
+	}
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct queue *q = &d->queue[i];
+		struct ps_queue *s = q->shared;
+		uint32_t core = s->want ? (s->want & 0xff) - 1 : i % d->cores;
+		uint32_t me;
+
+		if (s->cur && alive(d, s->cur))
+			continue;
+		if (core >= d->cores)
+			core = i % d->cores;
+		me = (d->generation & 0xffffff) << 8 | (core + 1);
+		if (s->journal.commit) {
+			journal_publish(q);
+			s->journal.commit = 0;
+		}
+		for (uint32_t at = LOAD(&s->park.consumer); at != LOAD(&s->park.producer); at++)
+			park_count(q, stamp_of(d->umem + q->park[at & (d->engine->park_slots - 1)].address)->bucket, 1);
+		for (uint32_t b = 0; b < d->arena->buckets; b++) {
+			struct ps_shard *shard = ps_shard_at(d->arena, b);
+			uint64_t owner = LOAD(&shard->owner);
+
+			if (ps_word_slot(owner) == d->engine->slot && ps_word_queue(owner) == i && shard->dirty)
+				ps_shard_rebuild(d->arena, shard);
+		}
+		s->kick = 1;
+		s->want = me;
+		STORE(&s->cur, me);
+	}
+}
+
+/* ---- the loop --------------------------------------------------------------------------------------- */
+
+static void wake(struct datapath *d, uint32_t core)
+{
+	uint64_t one = 1;
+
+	if (core < d->cores && write(d->event[core], &one, sizeof(one)) < 0)
+		return;		/* the counter is full: it is awake anyway */
+}
+
+static void take_configuration(struct worker *w)
+{
+	struct ps_config_file *file = w->d->config;
+	uint64_t generation = LOAD(&file->generation);
+
+	if (generation == w->core->config_seen)
+		return;
+	w->handler.config = &file->buffer[generation & 1];
+	w->handler.half_limit = ps_half_limit(w->d->arena, w->handler.config);
+	STORE(&w->core->config_seen, generation);
+}
+
+/* Visits all shards about once a second, a few at a time; touches only those this core owns. */
+static void sweep(struct worker *w)
+{
+	struct datapath *d = w->d;
+	uint64_t due = (w->now_ns - w->swept_ns) * d->arena->buckets / 1000000000ull;
+
+	if (due < 16 && d->arena->buckets >= 16)
+		return;
+	if (due > 512)
+		due = 512;
+	w->swept_ns = w->now_ns;
+	while (due--) {
+		struct ps_shard *s = ps_shard_at(d->arena, w->sweep);
+		uint64_t owner = LOAD(&s->owner);
+		uint32_t queue = ps_word_queue(owner);
+
+		if (s->live && ps_word_slot(owner) == d->engine->slot && !(owner & 0xffff) && queue < d->queues &&
+		    LOAD(&d->queue[queue].shared->cur) == w->me) {
+			w->core->counters[PS_C_FLOWS_ENDED] +=
+				ps_shard_sweep(d->arena, s, w->handler.config->timeout, w->handler.now);
+			w->core->counters[PS_C_SWEPT_SHARDS]++;
+		}
+		if (++w->sweep >= d->arena->buckets)
+			w->sweep = 0;
+	}
+}
+
+static void sleep_until_work(struct worker *w)
+{
+	struct datapath *d = w->d;
+	struct pollfd fds[PS_MAX_QUEUES + 1] = { { .fd = d->event[w->index], .events = POLLIN } };
+	int n = 1, timeout = 100;
+	uint64_t count;
+
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct queue *q = &d->queue[i];
+
+		if (LOAD(&q->shared->cur) != w->me)
+			continue;
+		if (ring_used(&q->tx) || q->shared->fence_complete > q->shared->fence_acked)
+			timeout = 1;
+		fds[n++] = (struct pollfd){ .fd = q->socket, .events = POLLIN };
+	}
+	STORE(&w->core->asleep, 1);
+	poll(fds, (nfds_t)n, timeout);
+	STORE(&w->core->asleep, 0);
+	w->core->wakeups++;
+	if (fds[0].revents & POLLIN && read(fds[0].fd, &count, sizeof(count)) < 0)
+		return;
+}
+
+static void *run(void *argument)
+{
+	struct worker *w = argument;
+	struct datapath *d = w->d;
+	uint64_t idle_since = 0, before = __rdtsc();
+
+	w->core->thread = (uint32_t)syscall(SYS_gettid);
+	w->core->pinned_cpu = ~0u;
+	if (d->pin[w->index] >= 0) {
+		cpu_set_t set;
+
+		CPU_ZERO(&set);
+		CPU_SET(d->pin[w->index], &set);
+		if (!sched_setaffinity(0, sizeof(set), &set))
+			w->core->pinned_cpu = (uint32_t)d->pin[w->index];
+	}
+	w->swept_ns = clock_ns();
+	while (!d->stop) {
+		uint32_t done = 0;
+		uint64_t cycles;
+
+		w->now_ns = clock_ns();
+		w->handler.now = (uint32_t)(w->now_ns / (1000000000 / PS_TICKS_PER_SECOND));
+		w->core->heartbeat++;
+		w->core->cpu = (uint32_t)sched_getcpu();
+		take_configuration(w);
+		for (uint32_t i = 0; i < d->queues && w->handler.config; i++) {
+			struct ps_queue *s = d->queue[i].shared;
+			uint32_t want;
+
+			if (LOAD(&s->cur) != w->me)
+				continue;
+			want = LOAD(&s->want);
+			if (want != w->me && want && alive(d, want)) {
+				/* Between batches nothing of the queue is ours alone: one store hands it over. */
+				STORE(&s->cur, want);
+				d->core[(want & 0xff) - 1]->counters[PS_C_HANDOFFS]++;
+				wake(d, (want & 0xff) - 1);
+				continue;
+			}
+			done += serve(w, &d->queue[i]);
+		}
+		if (w->handler.config)
+			sweep(w);
+		recycle(w, done ? 64 : 1);
+		cycles = __rdtsc();
+		w->core->total_cycles += cycles - before;
+		before = cycles;
+		if (done) {
+			idle_since = 0;
+			continue;
+		}
+		if (!idle_since)
+			idle_since = w->now_ns;
+		if (w->now_ns - idle_since < d->engine->spin_us * 1000ull)
+			continue;
+		sleep_until_work(w);
+		idle_since = 0;
+	}
+	return NULL;
+}
+
+/* ---- start ------------------------------------------------------------------------------------------ */
+
+static void *map_file(int fd, size_t *size)
+{
+	struct stat st;
+	void *at;
+
+	if (fstat(fd, &st) || st.st_size <= 0)
+		return NULL;
+	at = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (size)
+		*size = (size_t)st.st_size;
+	return at == MAP_FAILED ? NULL : at;
+}
+
+static int map_ring(struct kernel_ring *r, int fd, const struct xdp_ring_offset *o, uint32_t slots, size_t slot_bytes,
+		    off_t page)
+{
+	uint8_t *at = mmap(NULL, o->desc + slots * slot_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, page);
+
+	if (at == MAP_FAILED)
+		return -1;
+	r->producer = (uint32_t *)(at + o->producer);
+	r->consumer = (uint32_t *)(at + o->consumer);
+	r->slots = at + o->desc;
+	r->mask = slots - 1;
+	return 0;
+}
+
+int datapath_map(struct datapath *d, const struct ps_message *attach, const int *fds, int n, char *error, int size)
+{
+	struct xdp_mmap_offsets offsets;
+	socklen_t length = sizeof(offsets);
+	struct ps_engine *e;
+
+	if (attach->queues < 1 || attach->queues > PS_MAX_QUEUES || attach->cores < 1 || attach->cores > PS_MAX_CORES ||
+	    n != 4 + (int)attach->queues + (int)attach->cores) {
+		snprintf(error, (size_t)size, "attach: %d descriptors for %u queues and %u cores; expected %u", n,
+			 attach->queues, attach->cores, 4 + attach->queues + attach->cores);
+		return -1;
+	}
+	d->queues = attach->queues;
+	d->cores = attach->cores;
+	d->generation = attach->generation;
+	d->arena = map_file(fds[0], NULL);
+	d->engine = e = map_file(fds[1], NULL);
+	d->config = map_file(fds[2], NULL);
+	d->umem = map_file(fds[3], NULL);
+	if (!d->arena || !e || !d->config || !d->umem) {
+		snprintf(error, (size_t)size, "attach: cannot map shared memory: %s", strerror(errno));
+		return -1;
+	}
+	if (d->arena->magic != PS_ARENA_MAGIC || e->magic != PS_ENGINE_MAGIC || d->config->magic != PS_CONFIG_MAGIC ||
+	    d->arena->layout != PS_LAYOUT_VERSION || e->layout != PS_LAYOUT_VERSION ||
+	    d->config->layout != PS_LAYOUT_VERSION || e->queues != d->queues || e->cores != d->cores) {
+		snprintf(error, (size_t)size, "LayoutMismatch: shared memory has layout %u, this datapath %d", d->arena->layout,
+			 PS_LAYOUT_VERSION);
+		return -1;
+	}
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct queue *q = &d->queue[i];
+
+		q->socket = fds[4 + i];
+		q->shared = (struct ps_queue *)((uint8_t *)e + e->queues_offset + i * e->queue_stride);
+		q->park = (struct ps_descriptor *)(q->shared + 1);
+		q->free = (uint64_t *)(q->park + e->park_slots);
+		q->parked = calloc(PS_MAX_BUCKETS, sizeof(*q->parked));
+		if (!q->parked || getsockopt(q->socket, SOL_XDP, XDP_MMAP_OFFSETS, &offsets, &length) ||
+		    map_ring(&q->rx, q->socket, &offsets.rx, e->rx_slots, sizeof(struct xdp_desc), XDP_PGOFF_RX_RING) ||
+		    map_ring(&q->tx, q->socket, &offsets.tx, e->tx_slots, sizeof(struct xdp_desc), XDP_PGOFF_TX_RING)) {
+			snprintf(error, (size_t)size, "queue %u: cannot map its rings: %s", i, strerror(errno));
+			return -1;
+		}
+	}
+	if (map_ring(&d->fill, d->queue[0].socket, &offsets.fr, e->fill_slots, 8, XDP_UMEM_PGOFF_FILL_RING) ||
+	    map_ring(&d->completion, d->queue[0].socket, &offsets.cr, e->completion_slots, 8,
+		     XDP_UMEM_PGOFF_COMPLETION_RING)) {
+		snprintf(error, (size_t)size, "cannot map fill and completion rings: %s", strerror(errno));
+		return -1;
+	}
+	for (uint32_t i = 0; i < d->cores; i++) {
+		d->core[i] = (struct ps_core *)((uint8_t *)e + e->cores_offset) + i;
+		d->event[i] = fds[4 + d->queues + i];
+		d->pin[i] = attach->pin[i];
+	}
+	return 0;
+}
+
+int datapath_start(struct datapath *d, char *error, int size)
+{
+	adopt(d);
+	for (uint32_t i = 0; i < d->cores; i++) {
+		struct worker *w = aligned_alloc(64, (sizeof(*w) + 63) & ~63ul);
+
+		if (!w) {
+			snprintf(error, (size_t)size, "core %u: out of memory", i);
+			return -1;
+		}
+		memset(w, 0, sizeof(*w));
+		w->d = d;
+		w->index = i;
+		w->me = (d->generation & 0xffffff) << 8 | (i + 1);
+		w->core = d->core[i];
+		w->core->config_seen = 0;
+		w->handler.arena = d->arena;
+		w->handler.engine = d->engine;
+		w->handler.counters = w->core->counters;
+		w->sweep = d->arena->buckets / d->cores * i;
+		if (pthread_create(&d->thread[i], NULL, run, w)) {
+			snprintf(error, (size_t)size, "core %u: cannot start its thread: %s", i, strerror(errno));
+			return -1;
+		}
+	}
+	return 0;
+}

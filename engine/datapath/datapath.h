@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef PACKETSTACK_DATAPATH_H
+#define PACKETSTACK_DATAPATH_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "packetstack/abi.h"
+
+struct kernel_ring {		/* an AF_XDP ring; both indexes are shared with the kernel */
+	uint32_t *producer, *consumer;
+	void *slots;
+	uint32_t mask;
+};
+
+struct queue {
+	struct ps_queue *shared;
+	struct kernel_ring rx, tx;
+	struct ps_descriptor *park;
+	uint64_t *free;
+	uint16_t *parked;	/* frames in the park ring, per bucket; derived from the ring */
+	int socket;
+};
+
+struct datapath {
+	struct ps_engine *engine;
+	struct ps_arena *arena;
+	struct ps_config_file *config;
+	uint8_t *umem;
+	struct kernel_ring fill, completion;
+	struct queue queue[PS_MAX_QUEUES];
+	struct ps_core *core[PS_MAX_CORES];
+	int event[PS_MAX_CORES];
+	int pin[PS_MAX_CORES];
+	uint32_t generation;
+	uint32_t queues, cores;
+	pthread_t thread[PS_MAX_CORES];
+	volatile bool stop;
+};
+
+/* Maps what the agent handed over. fds: arena, engine, configuration, UMEM, sockets, events. -> 0 or -1 */
+int datapath_map(struct datapath *d, const struct ps_message *attach, const int *fds, int n, char *error, int size);
+/* Takes over every queue whose server is gone (first start: all of them), then runs the cores. */
+int datapath_start(struct datapath *d, char *error, int size);
+
+#endif

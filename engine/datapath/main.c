@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * packetstack-datapath --socket PATH
+ *
+ * Gets everything it needs from the agent as descriptors, gives up all privileges, and moves packets
+ * until it is told to end. The agent may go away and come back; that changes nothing here.
+ */
+#include <errno.h>
+#include <grp.h>
+#include <linux/capability.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "datapath.h"
+
+enum { NOBODY = 65534, MAX_FDS = 4 + PS_MAX_QUEUES + PS_MAX_CORES };
+
+static struct datapath datapath;
+
+static int agent_connect(const char *path)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+
+	if (strlen(path) >= sizeof(address.sun_path)) {
+		fprintf(stderr, "packetstack-datapath: --socket %s: path too long; at most %zu bytes\n", path,
+			sizeof(address.sun_path) - 1);
+		exit(2);
+	}
+	strcpy(address.sun_path, path);
+	if (fd >= 0 && connect(fd, (struct sockaddr *)&address, sizeof(address))) {
+		close(fd);
+		return -1;
+	}
+	return fd;
+}
+
+static int send_message(int fd, uint32_t kind, uint32_t generation)
+{
+	struct ps_message m = {
+		.kind = kind, .layout = PS_LAYOUT_VERSION, .pid = (uint32_t)getpid(), .generation = generation,
+	};
+
+	return send(fd, &m, sizeof(m), MSG_NOSIGNAL) == sizeof(m) ? 0 : -1;
+}
+
+/* -> number of descriptors, or -1 */
+static int receive_message(int fd, struct ps_message *m, int *fds)
+{
+	union {
+		char bytes[CMSG_SPACE(sizeof(int) * MAX_FDS)];
+		struct cmsghdr align;
+	} control;
+	struct iovec io = { m, sizeof(*m) };
+	struct msghdr h = { .msg_iov = &io, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control) };
+	ssize_t got = recvmsg(fd, &h, MSG_CMSG_CLOEXEC);
+	int n = 0;
+
+	if (got != sizeof(*m) || h.msg_flags & (MSG_CTRUNC | MSG_TRUNC))
+		return -1;
+	for (struct cmsghdr *c = CMSG_FIRSTHDR(&h); c; c = CMSG_NXTHDR(&h, c)) {
+		if (c->cmsg_level != SOL_SOCKET || c->cmsg_type != SCM_RIGHTS)
+			continue;
+		n = (int)((c->cmsg_len - CMSG_LEN(0)) / sizeof(int));
+		memcpy(fds, CMSG_DATA(c), (size_t)n * sizeof(int));
+	}
+	return n;
+}
+
+/* All that was privileged has been done by the agent: nothing is kept. */
+static int give_up_privileges(void)
+{
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct data[2] = { { 0, 0, 0 }, { 0, 0, 0 } };
+
+	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		return -1;
+	if (!geteuid()) {
+		for (int cap = 0; cap < 64; cap++)
+			prctl(PR_CAPBSET_DROP, cap, 0, 0, 0);
+		if (setgroups(0, NULL) || setresgid(NOBODY, NOBODY, NOBODY) || setresuid(NOBODY, NOBODY, NOBODY))
+			return -1;
+	}
+	return (int)syscall(SYS_capset, &header, data);
+}
+
+static void end(int signal)
+{
+	_exit(signal == SIGTERM ? 0 : 1);
+}
+
+int main(int argc, char **argv)
+{
+	struct ps_message m;
+	int fds[MAX_FDS], n, agent;
+	char error[256] = "";
+
+	if (argc != 3 || strcmp(argv[1], "--socket")) {
+		fprintf(stderr, "usage: packetstack-datapath --socket PATH\n");
+		return 2;
+	}
+	signal(SIGTERM, end);
+	signal(SIGPIPE, SIG_IGN);
+	for (int i = 0; (agent = agent_connect(argv[2])) < 0; i++) {
+		if (i == 100) {
+			fprintf(stderr, "packetstack-datapath: %s: no agent there: %s\n", argv[2], strerror(errno));
+			return 1;
+		}
+		usleep(100000);
+	}
+	if (send_message(agent, PS_MSG_HELLO, 0)) {
+		fprintf(stderr, "packetstack-datapath: %s: the agent hung up\n", argv[2]);
+		return 1;
+	}
+	n = receive_message(agent, &m, fds);
+	if (n < 0 || m.kind != PS_MSG_ATTACH) {
+		m.text[sizeof(m.text) - 1] = 0;
+		fprintf(stderr, "packetstack-datapath: the agent refused: %s\n",
+			n >= 0 && m.kind == PS_MSG_REFUSED ? m.text : "no valid answer");
+		return 1;
+	}
+	if (datapath_map(&datapath, &m, fds, n, error, sizeof(error)) || give_up_privileges() ||
+	    datapath_start(&datapath, error, sizeof(error))) {
+		fprintf(stderr, "packetstack-datapath: %s\n", *error ? error : strerror(errno));
+		return 1;
+	}
+	__atomic_store_n(&datapath.engine->ready, m.generation, __ATOMIC_RELEASE);
+	send_message(agent, PS_MSG_READY, m.generation);
+	for (;;) {
+		char byte;
+		ssize_t got = recv(agent, &byte, 1, 0);
+
+		if (got > 0 || (got < 0 && errno == EINTR))
+			continue;
+		/* The agent is gone. Packets go on; tell the next one who we are. */
+		close(agent);
+		while ((agent = agent_connect(argv[2])) < 0)
+			usleep(200000);
+		send_message(agent, PS_MSG_HELLO, m.generation);
+	}
+}

@@ -1,0 +1,418 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The shard: the live flows of one bucket, in shared memory. Changed by the bucket's owner alone,
+ * readable by others through the version words.
+ *
+ * The entries are the truth. Indexes, lists and counts are derived from them and can be built again
+ * (ps_shard_rebuild); `dirty` is non-zero while they are being changed, so whoever takes over after a
+ * death knows. An entry with an odd version was being written when its writer died.
+ */
+#ifndef PACKETSTACK_SHARD_H
+#define PACKETSTACK_SHARD_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "packetstack/abi.h"
+
+#define PS_BARRIER() __asm__ volatile("" ::: "memory")
+
+struct ps_key {			/* a flow as its packets name it; wire order */
+	uint8_t source[16], destination[16];
+	uint16_t sport, dport;
+	bool udp;
+	uint32_t hash;		/* forward direction only */
+};
+
+static inline struct ps_shard *ps_shard_at(const struct ps_arena *a, uint32_t bucket)
+{
+	return (struct ps_shard *)((uint8_t *)a + a->shards_offset + bucket * a->shard_stride);
+}
+
+static inline uint16_t *ps_shard_forward(struct ps_shard *s)
+{
+	return (uint16_t *)(s + 1);
+}
+
+static inline uint16_t *ps_shard_reply(const struct ps_arena *a, struct ps_shard *s)
+{
+	return ps_shard_forward(s) + a->index_slots;
+}
+
+static inline struct ps_flow *ps_shard_flows(const struct ps_arena *a, struct ps_shard *s)
+{
+	return (struct ps_flow *)(ps_shard_reply(a, s) + a->index_slots);
+}
+
+/* Bytes of a shard: header, two indexes, entries; a multiple of a cache line. */
+static inline uint64_t ps_shard_bytes(uint32_t entries, uint32_t index_slots)
+{
+	return sizeof(struct ps_shard) + 4ull * index_slots + 64ull * entries;
+}
+
+/* ---- indexes: open addressing, linear probing, deletion by shifting back ---------------------------- */
+
+static inline uint32_t ps_home_forward(const struct ps_arena *a, uint32_t hash)
+{
+	return (hash ^ hash >> 15) & (a->index_slots - 1);
+}
+
+/* Backends are configured, not attackers: a multiplicative hash is enough here. */
+static inline uint32_t ps_home_reply(const struct ps_arena *a, const uint8_t *backend, uint16_t backend_port,
+				     const uint8_t *snat, uint16_t snat_port)
+{
+	uint64_t x, y;
+	uint32_t low;
+
+	memcpy(&x, backend, 8);
+	memcpy(&y, backend + 8, 8);
+	memcpy(&low, snat + 12, 4);
+	x ^= (uint64_t)backend_port | (uint64_t)snat_port << 16 | (uint64_t)low << 32;
+	x = (x ^ x >> 29) * 0x9e3779b97f4a7c15ull + y;
+	x = (x ^ x >> 32) * 0xd6e8feb86659fd93ull;
+	return (uint32_t)(x >> 40) & (a->index_slots - 1);
+}
+
+static inline uint32_t ps_home_of(const struct ps_arena *a, const struct ps_flow *f, bool reply)
+{
+	return reply ? ps_home_reply(a, f->backend, f->backend_port, a->address[f->snat].bytes, f->snat_port) :
+		       ps_home_forward(a, f->hash);
+}
+
+static inline void ps_index_add(const struct ps_arena *a, uint16_t *index, uint32_t home, uint32_t entry)
+{
+	uint32_t mask = a->index_slots - 1;
+
+	while (index[home])
+		home = (home + 1) & mask;
+	index[home] = (uint16_t)(entry + 1);
+}
+
+static inline void ps_index_remove(const struct ps_arena *a, struct ps_shard *s, uint32_t entry, bool reply)
+{
+	uint16_t *index = reply ? ps_shard_reply(a, s) : ps_shard_forward(s);
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	uint32_t mask = a->index_slots - 1, hole = ps_home_of(a, &flows[entry], reply), next;
+
+	while (index[hole] != entry + 1) {
+		if (!index[hole])
+			return;
+		hole = (hole + 1) & mask;
+	}
+	for (next = (hole + 1) & mask; index[next]; next = (next + 1) & mask) {
+		uint32_t home = ps_home_of(a, &flows[index[next] - 1], reply);
+
+		/* May the one at `next` move to the hole? Only if its home is not between them. */
+		if (((next - home) & mask) >= ((next - hole) & mask)) {
+			index[hole] = index[next];
+			hole = next;
+		}
+	}
+	index[hole] = 0;
+}
+
+static inline struct ps_flow *ps_find_forward(const struct ps_arena *a, struct ps_shard *s, const struct ps_key *k)
+{
+	uint16_t *index = ps_shard_forward(s);
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	uint32_t mask = a->index_slots - 1, at;
+
+	for (at = ps_home_forward(a, k->hash); index[at]; at = (at + 1) & mask) {
+		struct ps_flow *f = &flows[index[at] - 1];
+
+		if (f->hash == k->hash && f->client_port == k->sport && f->vip_port == k->dport &&
+		    !(f->flags & PS_FLOW_UDP) == !k->udp && !memcmp(f->client, k->source, 16) &&
+		    !memcmp(a->address[f->vip].bytes, k->destination, 16))
+			return f;
+	}
+	return NULL;
+}
+
+/* k: source = backend, destination = SNAT address. */
+static inline struct ps_flow *ps_find_reply(const struct ps_arena *a, struct ps_shard *s, const struct ps_key *k)
+{
+	uint16_t *index = ps_shard_reply(a, s);
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	uint32_t mask = a->index_slots - 1, at;
+
+	for (at = ps_home_reply(a, k->source, k->sport, k->destination, k->dport); index[at]; at = (at + 1) & mask) {
+		struct ps_flow *f = &flows[index[at] - 1];
+
+		if (f->snat_port == k->dport && f->backend_port == k->sport &&
+		    !(f->flags & PS_FLOW_UDP) == !k->udp && !memcmp(f->backend, k->source, 16) &&
+		    !memcmp(a->address[f->snat].bytes, k->destination, 16))
+			return f;
+	}
+	return NULL;
+}
+
+/* ---- lists of what may be recycled: half-open and closed flows, oldest first ------------------------- */
+
+static inline bool ps_state_half_open(uint8_t state)
+{
+	return state == PS_FLOW_SYN || state == PS_FLOW_SYN_ACK || state == PS_FLOW_UNANSWERED;
+}
+
+static inline bool ps_state_listed(uint8_t state)
+{
+	return ps_state_half_open(state) || state == PS_FLOW_CLOSED;
+}
+
+static inline void ps_list_add(const struct ps_arena *a, struct ps_shard *s, struct ps_flow *f)
+{
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	bool closed = f->state == PS_FLOW_CLOSED;
+	uint16_t *head = closed ? &s->closed_head : &s->half_head;
+	uint16_t *tail = closed ? &s->closed_tail : &s->half_tail;
+	uint16_t me = (uint16_t)(f - flows + 1);
+
+	f->prev = *tail;
+	f->next = 0;
+	if (*tail)
+		flows[*tail - 1].next = me;
+	else
+		*head = me;
+	*tail = me;
+	f->flags |= PS_FLOW_LISTED;
+	if (closed)
+		s->closed++;
+	else
+		s->half_open++;
+}
+
+static inline void ps_list_remove(const struct ps_arena *a, struct ps_shard *s, struct ps_flow *f)
+{
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	bool closed = f->state == PS_FLOW_CLOSED;
+	uint16_t *head = closed ? &s->closed_head : &s->half_head;
+	uint16_t *tail = closed ? &s->closed_tail : &s->half_tail;
+
+	if (!(f->flags & PS_FLOW_LISTED))
+		return;
+	if (f->prev)
+		flows[f->prev - 1].next = f->next;
+	else
+		*head = f->next;
+	if (f->next)
+		flows[f->next - 1].prev = f->prev;
+	else
+		*tail = f->prev;
+	f->prev = f->next = 0;
+	f->flags &= (uint8_t)~PS_FLOW_LISTED;
+	if (closed)
+		s->closed--;
+	else
+		s->half_open--;
+}
+
+/* ---- changes --------------------------------------------------------------------------------------- */
+
+static inline void ps_shard_begin(struct ps_shard *s) { s->dirty = 1; PS_BARRIER(); }
+static inline void ps_shard_end(struct ps_shard *s) { PS_BARRIER(); s->dirty = 0; PS_BARRIER(); }
+static inline void ps_flow_begin(struct ps_flow *f) { f->version |= 1; PS_BARRIER(); }
+static inline void ps_flow_end(struct ps_flow *f) { PS_BARRIER(); f->version = (f->version | 1) + 1; PS_BARRIER(); }
+
+static inline void ps_shard_expect(struct ps_shard *s, uint32_t tick)
+{
+	if ((int32_t)(tick - s->next_expiry) < 0)
+		s->next_expiry = tick;
+}
+
+/* A flow's state changes: keeps the lists right and the next expiry a lower bound. */
+static inline void ps_flow_set_state(const struct ps_arena *a, struct ps_shard *s, struct ps_flow *f, uint8_t state,
+				     const uint32_t *timeout, uint32_t now)
+{
+	if (f->state == state)
+		return;
+	ps_shard_begin(s);
+	ps_list_remove(a, s, f);
+	f->state = state;
+	if (ps_state_listed(state))
+		ps_list_add(a, s, f);
+	ps_shard_end(s);
+	ps_shard_expect(s, now + timeout[state]);
+}
+
+static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct ps_flow *f)
+{
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	uint32_t entry = (uint32_t)(f - flows);
+
+	ps_shard_begin(s);
+	ps_list_remove(a, s, f);
+	ps_index_remove(a, s, entry, false);
+	ps_index_remove(a, s, entry, true);
+	ps_flow_begin(f);
+	f->state = PS_FLOW_FREE;
+	f->flags = 0;
+	f->next = s->free;
+	f->prev = 0;
+	ps_flow_end(f);
+	s->free = (uint16_t)(entry + 1);
+	s->live--;
+	__atomic_fetch_sub(&a->backend[f->backend_id].live, 1, __ATOMIC_RELAXED);
+	ps_shard_end(s);
+}
+
+/*
+ * Makes room: a free entry, or NULL when every entry holds a flow that may not be evicted. Half-open
+ * flows may hold `half_limit` entries at the most; then, and when the shard is full, the oldest of
+ * them goes. Established flows are never evicted. *recycled counts those that had to go.
+ */
+static inline struct ps_flow *ps_flow_room(struct ps_arena *a, struct ps_shard *s, uint32_t half_limit,
+					   uint32_t *recycled)
+{
+	struct ps_flow *flows = ps_shard_flows(a, s);
+
+	if (s->half_open >= half_limit && s->half_head) {
+		ps_flow_remove(a, s, &flows[s->half_head - 1]);
+		++*recycled;
+	}
+	if (!s->free && s->high >= a->entries) {
+		uint16_t oldest = s->closed_head ? s->closed_head : s->half_head;
+
+		if (!oldest)
+			return NULL;
+		ps_flow_remove(a, s, &flows[oldest - 1]);
+		++*recycled;
+	}
+	return s->free ? &flows[s->free - 1] : &flows[s->high];
+}
+
+/* Puts a flow whose fields `value` holds (key, backend, ports, state) into `room` from ps_flow_room. */
+static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct ps_flow *room,
+				  const struct ps_flow *value, const uint32_t *timeout, uint32_t now)
+{
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	uint32_t entry = (uint32_t)(room - flows), version = room->version;
+
+	ps_shard_begin(s);
+	if (s->free == entry + 1)
+		s->free = room->next;
+	else
+		s->high = (uint16_t)(entry + 1);
+	ps_flow_begin(room);
+	version = room->version;
+	*room = *value;
+	room->version = version;
+	room->prev = room->next = 0;
+	room->last_seen = now;
+	ps_flow_end(room);
+	ps_index_add(a, ps_shard_forward(s), ps_home_of(a, room, false), entry);
+	ps_index_add(a, ps_shard_reply(a, s), ps_home_of(a, room, true), entry);
+	if (ps_state_listed(room->state))
+		ps_list_add(a, s, room);
+	s->live++;
+	__atomic_fetch_add(&a->backend[room->backend_id].live, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->backend[room->backend_id].created, 1, __ATOMIC_RELAXED);
+	ps_shard_end(s);
+	ps_shard_expect(s, now + timeout[room->state]);
+}
+
+/* Removes what has timed out. -> flows removed. Cheap when nothing can have expired. */
+static inline uint32_t ps_shard_sweep(struct ps_arena *a, struct ps_shard *s, const uint32_t *timeout, uint32_t now)
+{
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	uint32_t removed = 0, next = now + 0x3fffffff;
+
+	if (!s->live || (int32_t)(now - s->next_expiry) < 0)
+		return 0;
+	for (uint32_t i = 0; i < s->high; i++) {
+		struct ps_flow *f = &flows[i];
+		uint32_t expiry;
+
+		if (f->state == PS_FLOW_FREE)
+			continue;
+		expiry = f->last_seen + timeout[f->state];
+		if ((int32_t)(now - expiry) >= 0) {
+			ps_flow_remove(a, s, f);
+			removed++;
+		} else if ((int32_t)(expiry - next) < 0) {
+			next = expiry;
+		}
+	}
+	s->next_expiry = next;
+	return removed;
+}
+
+/*
+ * Builds indexes, lists and counts again from the entries, after the writer died while `dirty` was set
+ * or an entry was half written. Half-written entries are dropped. Backend counters are not touched.
+ * -> entries dropped.
+ */
+static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
+{
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	uint32_t dropped = 0;
+
+	ps_shard_begin(s);
+	memset(ps_shard_forward(s), 0, 4ul * a->index_slots);
+	s->live = s->high = s->free = s->half_open = s->closed = 0;
+	s->half_head = s->half_tail = s->closed_head = s->closed_tail = 0;
+	s->next_expiry = 0;
+	for (uint32_t i = 0; i < a->entries; i++) {
+		struct ps_flow *f = &flows[i];
+
+		if (f->version & 1) {
+			f->state = PS_FLOW_FREE;
+			f->version++;
+			dropped++;
+		}
+		if (f->version)
+			s->high = (uint16_t)(i + 1);
+	}
+	for (uint32_t i = s->high; i-- > 0;) {
+		struct ps_flow *f = &flows[i];
+
+		f->flags &= (uint8_t)~PS_FLOW_LISTED;
+		f->prev = f->next = 0;
+		if (f->state == PS_FLOW_FREE || f->state >= PS_FLOW_STATES) {
+			f->state = PS_FLOW_FREE;
+			f->next = s->free;
+			s->free = (uint16_t)(i + 1);
+			continue;
+		}
+		ps_index_add(a, ps_shard_forward(s), ps_home_of(a, f, false), i);
+		ps_index_add(a, ps_shard_reply(a, s), ps_home_of(a, f, true), i);
+		if (ps_state_listed(f->state))
+			ps_list_add(a, s, f);
+		s->live++;
+	}
+	ps_shard_end(s);
+	return dropped;
+}
+
+/* ---- SNAT ports: the port names the bucket, port & (buckets - 1) == bucket ---------------------------- */
+
+/* First usable multiple: ports below 1024 are left alone. */
+static inline uint32_t ps_port_first(uint32_t buckets) { return buckets >= 1024 ? 1 : 1024 / buckets; }
+static inline uint32_t ps_ports_per_bucket(uint32_t buckets) { return 65536 / buckets - ps_port_first(buckets); }
+
+/*
+ * A port that is free for (SNAT address, backend), taking up the search where the last one ended, so
+ * that a port given back is used again last. -> port in wire order, 0 = none.
+ */
+static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s, uint32_t bucket, uint16_t snat,
+				    const uint8_t *backend, uint16_t backend_port, bool udp)
+{
+	uint32_t n = ps_ports_per_bucket(a->buckets), first = ps_port_first(a->buckets);
+	struct ps_key k = { .sport = backend_port, .udp = udp };
+
+	memcpy(k.source, backend, 16);
+	memcpy(k.destination, a->address[snat].bytes, 16);
+	for (uint32_t i = 0; i < n; i++) {
+		uint32_t at = (s->port_cursor + i) % n;
+		uint32_t port = (first + at) * a->buckets + bucket;
+
+		k.dport = __builtin_bswap16((uint16_t)port);
+		if (!ps_find_reply(a, s, &k)) {
+			s->port_cursor = (uint16_t)((at + 1) % n);
+			return k.dport;
+		}
+	}
+	return 0;
+}
+
+#endif
