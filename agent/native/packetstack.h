@@ -110,7 +110,7 @@ struct ps_fence_engine {	/* an engine that a fence may have to visit */
 };
 
 struct ps_move {
-	uint32_t bucket, slot, queue;	/* new owner */
+	uint32_t bucket, slot, queue;	/* new owner; slot 0 = none: its packets are dropped and counted */
 };
 
 struct ps_transfer_report {

@@ -1,0 +1,310 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * An engine's queues: UMEM, rings and AF_XDP sockets, made by the agent in the engine's network
+ * namespace. The agent's descriptors keep them alive whatever happens to the process that serves them.
+ *
+ * All queues share one receive queue of the device, one UMEM, one fill and one completion ring. There
+ * are more frames than all receive and transmit rings can hold, so one stuck queue cannot starve others.
+ */
+#include <bpf/bpf.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/if_ether.h>
+#include <linux/if_packet.h>
+#include <linux/if_xdp.h>
+#include <net/if.h>
+#include <arpa/inet.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "native.h"
+
+#ifndef SOL_XDP
+#define SOL_XDP 283
+#endif
+
+struct netns_call {
+	int netns, result;
+	int (*work)(void *);
+	void *argument;
+	struct ps_error *e;
+};
+
+static void *netns_thread(void *argument)
+{
+	struct netns_call *c = argument;
+
+	if (c->netns >= 0 && setns(c->netns, CLONE_NEWNET))
+		c->result = ps_fail(c->e, "cannot enter the engine's network namespace: %s", strerror(errno));
+	else
+		c->result = c->work(c->argument);
+	return NULL;
+}
+
+int ps_in_netns(int netns, int (*work)(void *), void *argument, struct ps_error *e)
+{
+	struct netns_call c = { netns, -1, work, argument, e };
+	pthread_t thread;
+
+	if (netns < 0)
+		return work(argument);
+	if (pthread_create(&thread, NULL, netns_thread, &c))
+		return ps_fail(e, "cannot start a thread: %s", strerror(errno));
+	pthread_join(thread, NULL);
+	return c.result;
+}
+
+/* ---- packet sockets for markers ---------------------------------------------------------------------- */
+
+struct packet_call {
+	uint32_t ifindex;
+	const char *ifname;
+	struct ps_error *e;
+};
+
+static int packet_socket(void *argument)
+{
+	struct packet_call *c = argument;
+	struct sockaddr_ll address = { .sll_family = AF_PACKET };
+	int fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, 0);	/* protocol 0: sends only */
+	int one = 1;
+
+	address.sll_ifindex = c->ifname ? (int)if_nametoindex(c->ifname) : (int)c->ifindex;
+	if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof(address))) {
+		ps_fail(c->e, "interface %u: cannot open a packet socket: %s", (unsigned int)address.sll_ifindex,
+			strerror(errno));
+		if (fd >= 0)
+			close(fd);
+		return -1;
+	}
+	/* A qdisc could hold a marker back while frames pass: send past it. */
+	setsockopt(fd, SOL_PACKET, PACKET_QDISC_BYPASS, &one, sizeof(one));
+	return fd;
+}
+
+int ps_packet_socket(int netns, uint32_t ifindex, struct ps_error *e)
+{
+	struct packet_call c = { ifindex, NULL, e };
+
+	return ps_in_netns(netns, packet_socket, &c, e);
+}
+
+/* ---- AF_XDP ------------------------------------------------------------------------------------------ */
+
+struct create_call {
+	const char *ifname;
+	int xskmap;
+	const struct ps_queue_options *o;
+	struct ps_queue_fds *fds;
+	struct ps_engine *engine;
+	struct ps_error *e;
+};
+
+static uint32_t power_of_two(uint32_t n)
+{
+	uint32_t p = 1;
+
+	while (p < n)
+		p *= 2;
+	return p;
+}
+
+static int bind_socket(int fd, const struct sockaddr_xdp *address)
+{
+	/* An earlier socket on this queue may still be going away in the kernel: 30 to 40 ms. */
+	for (int i = 0; i < 50; i++) {
+		struct timespec pause = { 0, 10000000 };
+
+		if (!bind(fd, (const struct sockaddr *)address, sizeof(*address)))
+			return 0;
+		if (errno != EBUSY)
+			return -1;
+		nanosleep(&pause, NULL);
+	}
+	return -1;
+}
+
+static int create_sockets(void *argument)
+{
+	struct create_call *c = argument;
+	struct ps_engine *n = c->engine;
+	struct ps_error *e = c->e;
+	struct xdp_umem_reg umem = { .chunk_size = PS_FRAME_BYTES };
+	struct sockaddr_xdp address = { .sxdp_family = AF_XDP };
+	struct xdp_mmap_offsets offsets;
+	socklen_t length = sizeof(offsets);
+	uint64_t bytes = (uint64_t)n->frames * PS_FRAME_BYTES, *slots;
+	struct packet_call packet = { 0, c->ifname, e };
+	uint32_t *producer;
+	int buffer = 64 << 20;
+	uint8_t *at;
+
+	address.sxdp_ifindex = if_nametoindex(c->ifname);
+	if (!address.sxdp_ifindex)
+		return ps_fail(e, "interface %s: not found in the engine's network namespace", c->ifname);
+	at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, c->fds->umem, 0);
+	if (at == MAP_FAILED)
+		return ps_fail(e, "engine %u: no memory for %u frames (%lu MiB)", n->slot, n->frames, bytes >> 20);
+	umem.addr = (uint64_t)(uintptr_t)at;
+	umem.len = bytes;
+	for (uint32_t i = 0; i < n->queues; i++) {
+		int fd = c->fds->sockets[i] = socket(AF_XDP, SOCK_RAW | SOCK_CLOEXEC, 0);
+		uint32_t key = i;
+
+		if (fd < 0)
+			return ps_fail(e, "engine %u: cannot open an AF_XDP socket: %s", n->slot, strerror(errno));
+		if (!i && (setsockopt(fd, SOL_XDP, XDP_UMEM_REG, &umem, sizeof(umem)) ||
+			   setsockopt(fd, SOL_XDP, XDP_UMEM_FILL_RING, &n->fill_slots, 4) ||
+			   setsockopt(fd, SOL_XDP, XDP_UMEM_COMPLETION_RING, &n->completion_slots, 4)))
+			return ps_fail(e, "engine %u: cannot register %u frames: %s", n->slot, n->frames, strerror(errno));
+		if (setsockopt(fd, SOL_XDP, XDP_RX_RING, &n->rx_slots, 4) ||
+		    setsockopt(fd, SOL_XDP, XDP_TX_RING, &n->tx_slots, 4))
+			return ps_fail(e, "engine %u: cannot make the rings of queue %u: %s", n->slot, i, strerror(errno));
+		setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof(buffer));
+		address.sxdp_flags = i ? XDP_SHARED_UMEM : XDP_COPY;
+		address.sxdp_shared_umem_fd = (uint32_t)c->fds->sockets[0];
+		if (bind_socket(fd, &address))
+			return ps_fail(e, "interface %s: cannot bind queue %u: %s", c->ifname, i, strerror(errno));
+		if (bpf_map_update_elem(c->xskmap, &key, &fd, BPF_ANY))
+			return ps_fail(e, "interface %s: cannot direct packets to queue %u: %s", c->ifname, i, strerror(errno));
+	}
+	munmap(at, bytes);	/* the kernel has pinned the pages; the memfd keeps them */
+
+	/* All frames begin in the fill ring. */
+	if (getsockopt(c->fds->sockets[0], SOL_XDP, XDP_MMAP_OFFSETS, &offsets, &length))
+		return ps_fail(e, "engine %u: cannot map its fill ring: %s", n->slot, strerror(errno));
+	bytes = offsets.fr.desc + n->fill_slots * 8ull;
+	at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, c->fds->sockets[0],
+		  XDP_UMEM_PGOFF_FILL_RING);
+	if (at == MAP_FAILED)
+		return ps_fail(e, "engine %u: cannot map its fill ring: %s", n->slot, strerror(errno));
+	producer = (uint32_t *)(at + offsets.fr.producer);
+	slots = (uint64_t *)(at + offsets.fr.desc);
+	for (uint32_t i = 0; i < n->frames; i++)
+		slots[i] = (uint64_t)i * PS_FRAME_BYTES;
+	__atomic_store_n(producer, n->frames, __ATOMIC_RELEASE);
+	munmap(at, bytes);
+
+	c->fds->egress = packet_socket(&packet);
+	return c->fds->egress < 0 ? -1 : 0;
+}
+
+void ps_queues_close(struct ps_queue_fds *fds)
+{
+	int *all[] = { &fds->engine, &fds->umem, &fds->egress };
+
+	for (int i = 0; i < 3; i++) {
+		if (*all[i] >= 0)
+			close(*all[i]);
+		*all[i] = -1;
+	}
+	for (int i = 0; i < PS_MAX_QUEUES; i++) {
+		if (fds->sockets[i] >= 0)
+			close(fds->sockets[i]);
+		fds->sockets[i] = -1;
+	}
+	for (int i = 0; i < PS_MAX_CORES; i++) {
+		if (fds->events[i] >= 0)
+			close(fds->events[i]);
+		fds->events[i] = -1;
+	}
+}
+
+static int is_ring_size(uint32_t n) { return n >= 64 && n <= 65536 && !(n & (n - 1)); }
+
+int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap, const struct ps_queue_options *o,
+		     struct ps_queue_fds *out, struct ps_error *e)
+{
+	struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
+	struct ps_engine layout = { .layout = PS_LAYOUT_VERSION }, *n;
+	struct create_call c = { ifname, xskmap, o, out, NULL, e };
+
+	memset(out, 0xff, sizeof(*out));
+	if (o->queues < 1 || o->queues > PS_MAX_QUEUES || o->cores < 1 || o->cores > PS_MAX_CORES || o->slot < 1 ||
+	    o->slot >= PS_MAX_SLOTS)
+		return ps_fail(e, "engine %u: %u queues on %u cores is not possible; at most %d queues, %d cores", o->slot,
+			       o->queues, o->cores, PS_MAX_QUEUES, PS_MAX_CORES);
+	if (!is_ring_size(o->rx_slots) || !is_ring_size(o->tx_slots))
+		return ps_fail(e, "engine %u: rings of %u and %u slots; use powers of two from 64 to 65536", o->slot,
+			       o->rx_slots, o->tx_slots);
+	layout.slot = o->slot;
+	layout.queues = o->queues;
+	layout.cores = o->cores;
+	layout.rx_slots = o->rx_slots;
+	layout.tx_slots = o->tx_slots;
+	layout.frames = o->queues * (o->rx_slots + o->tx_slots) + o->spare_frames;
+	layout.fill_slots = power_of_two(layout.frames);
+	layout.completion_slots = power_of_two(o->queues * o->tx_slots);
+	layout.park_slots = power_of_two(layout.frames / 2 / o->queues + 1) / 2;	/* all queues together: half the frames */
+	layout.free_slots = power_of_two(layout.frames);
+	layout.mtu = o->mtu;
+	layout.spin_us = o->spin_us;
+	memcpy(layout.mac, o->mac, 8);
+	memcpy(layout.gateway_mac, o->gateway_mac, 8);
+	layout.cores_offset = (sizeof(layout) + 4095) & ~4095ull;
+	layout.queues_offset = (layout.cores_offset + o->cores * sizeof(struct ps_core) + 4095) & ~4095ull;
+	layout.queue_stride = (sizeof(struct ps_queue) + layout.park_slots * sizeof(struct ps_descriptor) +
+			       layout.free_slots * 8ull + 4095) & ~4095ull;
+	layout.bytes = layout.queues_offset + o->queues * layout.queue_stride;
+
+	n = ps_file_create(path, layout.bytes, &out->engine, e);
+	if (!n)
+		return -1;
+	*n = layout;
+	for (uint32_t i = 0; i < o->queues; i++) {
+		struct ps_queue *q = (struct ps_queue *)((uint8_t *)n + n->queues_offset + i * n->queue_stride);
+
+		for (int p = 0; p < 2; p++)
+			q->journal.progress[p].begin = q->journal.progress[p].end = ~0u;
+		q->want = i % o->cores + 1;	/* generation 0: nobody serves it yet */
+	}
+	c.engine = n;
+	setrlimit(RLIMIT_MEMLOCK, &unlimited);
+	out->umem = memfd_create("packetstack-umem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
+	if (out->umem < 0 || ftruncate(out->umem, (off_t)layout.frames * PS_FRAME_BYTES) ||
+	    fcntl(out->umem, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)) {
+		ps_fail(e, "engine %u: no memory for %u frames: %s", o->slot, layout.frames, strerror(errno));
+		goto failed;
+	}
+	for (uint32_t i = 0; i < o->cores; i++) {
+		out->events[i] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		if (out->events[i] < 0) {
+			ps_fail(e, "engine %u: cannot make an eventfd: %s", o->slot, strerror(errno));
+			goto failed;
+		}
+	}
+	if (ps_in_netns(netns, create_sockets, &c, e))
+		goto failed;
+	__atomic_store_n(&n->magic, PS_ENGINE_MAGIC, __ATOMIC_RELEASE);
+	munmap(n, layout.bytes);
+	return 0;
+failed:
+	munmap(n, layout.bytes);
+	unlink(path);
+	ps_queues_close(out);
+	return -1;
+}
+
+int ps_queue_statistics(int socket, uint64_t *out, struct ps_error *e)
+{
+	struct xdp_statistics s = { 0 };
+	socklen_t length = sizeof(s);
+
+	if (getsockopt(socket, SOL_XDP, XDP_STATISTICS, &s, &length))
+		return ps_fail(e, "cannot read the statistics of an AF_XDP socket: %s", strerror(errno));
+	out[0] = s.rx_dropped;
+	out[1] = s.rx_ring_full;
+	out[2] = s.rx_fill_ring_empty_descs;
+	out[3] = s.rx_invalid_descs;
+	out[4] = s.tx_invalid_descs;
+	out[5] = s.tx_ring_empty_descs;
+	return 0;
+}
