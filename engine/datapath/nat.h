@@ -384,6 +384,55 @@ static inline uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_fl
 	return (uint8_t)(PS_TRANSMIT | (p->l3 - 14) / 4 << 4);
 }
 
+/* Answers a TCP segment that has no flow by a reset (RFC 9293, 3.10.7.1), in place. unknownFlow: Reset. */
+static inline uint8_t ps_reset(struct ps_handler *h, uint8_t *frame, const struct ps_packet *p)
+{
+	uint8_t *ip = frame + p->l3, *tcp = frame + p->l4;
+	uint32_t header = p->l4 - p->l3, sequence, acknowledged, payload = p->end - p->l4 - (tcp[12] >> 4) * 4u;
+	uint16_t ports[2], zero = 0, length, check;
+	uint64_t sum;
+
+	if (p->tcp_flags & TCP_RST || (p->family == 6 && header != 40) || p->l4 + 20u > PS_UNDO_BYTES)
+		return PS_DROP;
+	memcpy(ports, tcp, 4);
+	memcpy(&sequence, tcp + 4, 4);
+	memcpy(&acknowledged, tcp + 8, 4);
+	sequence = htonl(ntohl(sequence) + payload + !!(p->tcp_flags & TCP_SYN) + !!(p->tcp_flags & TCP_FIN));
+	memset(tcp, 0, 20);
+	memcpy(tcp, &ports[1], 2);
+	memcpy(tcp + 2, &ports[0], 2);
+	if (p->tcp_flags & TCP_ACK)
+		memcpy(tcp + 4, &acknowledged, 4);
+	else
+		memcpy(tcp + 8, &sequence, 4);
+	tcp[12] = 5 << 4;
+	tcp[13] = p->tcp_flags & TCP_ACK ? TCP_RST : TCP_RST | TCP_ACK;
+	ps_set_addresses(ip, p->family, (const uint8_t *)p->dst, (const uint8_t *)p->src);
+	sum = ps_sum(tcp, 20, (uint64_t)htons(20) + htons(6));
+	if (p->family == 4) {
+		length = htons((uint16_t)(header + 20));
+		memcpy(ip + 2, &length, 2);
+		memset(ip + 4, 0, 4);
+		ip[8] = 64;
+		memcpy(ip + 10, &zero, 2);
+		check = (uint16_t)~ps_fold(ps_sum(ip, header, 0));
+		memcpy(ip + 10, &check, 2);
+		sum = ps_sum(ip + 12, 8, sum);
+	} else {
+		length = htons(20);
+		memcpy(ip + 4, &length, 2);
+		ip[7] = 64;
+		sum = ps_sum(ip + 8, 32, sum);
+	}
+	check = (uint16_t)~ps_fold(sum);
+	memcpy(tcp + 16, &check, 2);
+	ps_ethernet(h->engine, frame, p->l3, p->family);
+	h->counters[PS_C_RESETS_SENT]++;
+	h->counters[PS_C_FORWARDED]++;
+	h->counters[PS_C_FORWARDED_BYTES] += header + 20u + 14u;
+	return (uint8_t)(PS_TRANSMIT | (p->l3 - 14) / 4 << 4);
+}
+
 /* ---- one packet ------------------------------------------------------------------------------------ */
 
 /*
@@ -454,8 +503,12 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	}
 	if (!f) {
 		if (reply || p.kind == PS_PKT_FRAGMENT ||
-		    (!k.udp && (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) != TCP_SYN))
+		    (!k.udp && (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) != TCP_SYN)) {
+			if (h->config->unknown_flow_reset && !reply && p.kind == PS_PKT_FLOW && !k.udp &&
+			    ps_reset(h, frame, &p) & PS_TRANSMIT)
+				return (uint8_t)(PS_TRANSMIT | (p.l3 - 14) / 4 << 4);
 			return ps_refuse(h, PS_C_DROP_NO_FLOW);
+		}
 		f = ps_flow_open(h, s, stamp->bucket, &k);
 		if (!f)
 			return PS_DROP;

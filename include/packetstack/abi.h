@@ -143,6 +143,7 @@ enum ps_counter {	/* per core; frames unless said otherwise */
 	PS_C_SWEPT_SHARDS,
 	PS_C_ICMP_TRANSLATED,
 	PS_C_MSS_CLAMPED,
+	PS_C_RESETS_SENT,
 	PS_C_DROP_NO_STAMP,
 	PS_C_DROP_MALFORMED,
 	PS_C_DROP_BAD_CHECKSUM,
