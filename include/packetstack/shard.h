@@ -286,7 +286,8 @@ static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct
 				  const struct ps_flow *value, const uint32_t *timeout, uint32_t now)
 {
 	struct ps_flow *flows = ps_shard_flows(a, s);
-	uint32_t entry = (uint32_t)(room - flows), version = room->version;
+	uint32_t entry = (uint32_t)(room - flows);
+	struct ps_flow copy = *value;
 
 	ps_shard_begin(s);
 	if (s->free == entry + 1)
@@ -294,11 +295,11 @@ static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct
 	else
 		s->high = (uint16_t)(entry + 1);
 	ps_flow_begin(room);
-	version = room->version;
-	*room = *value;
-	room->version = version;
-	room->prev = room->next = 0;
-	room->last_seen = now;
+	/* The version stays odd throughout: it must never be overwritten by what `value` holds there. */
+	copy.version = room->version;
+	copy.prev = copy.next = 0;
+	copy.last_seen = now;
+	*room = copy;
 	ps_flow_end(room);
 	ps_index_add(a, ps_shard_forward(s), ps_home_of(a, room, false), entry);
 	ps_index_add(a, ps_shard_reply(a, s), ps_home_of(a, room, true), entry);
