@@ -444,11 +444,11 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	struct ps_shard *s = ps_shard_at(h->arena, stamp->bucket);
 	bool reply = stamp->flags & PS_STAMP_REPLY;
 	struct ps_flow *f;
-	struct ps_packet p;
+	struct ps_packet p = { 0 };
 	struct ps_key k;
 	uint32_t touched;
 
-	if (ps_parse(frame, frame + length, &p) || p.kind == PS_PKT_MALFORMED)
+	if (ps_parse(frame, frame + length, &p) == PS_PKT_MALFORMED)
 		return ps_refuse(h, PS_C_DROP_MALFORMED);
 	if (p.kind != PS_PKT_FLOW && p.kind != PS_PKT_FRAGMENT && p.kind != PS_PKT_ICMP_ERROR)
 		return ps_refuse(h, PS_C_DROP_UNSUPPORTED);
