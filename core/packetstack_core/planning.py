@@ -8,10 +8,14 @@ from math import isfinite, lcm
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A queue of an engine."""
+    """A queue of an engine. Slot 0 is no engine: `NOBODY`."""
 
     slot: int
     queue: int
+
+
+NOBODY = Owner(0, 0)
+"""Owner of a bucket that has none: its packets are dropped and counted, its flows stay in the arena."""
 
 
 @dataclass(frozen=True, slots=True)

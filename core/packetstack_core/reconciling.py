@@ -1,0 +1,201 @@
+"""What to do next so that a stack's engines become what its resource says: the planner of the local controller.
+
+`plan` compares what is wanted with what is there and names the next actions. It is level-based: it remembers
+nothing, any action may fail or be repeated, and at the goal it returns nothing.
+
+Rules
+- An engine is removed only when it owns no bucket.
+- A bucket is given only to an engine that is ready and stays.
+- Which engines stay: active ones before draining before starting ones, and those with more flows first. So
+  those that never served go first, and a draining engine is taken back when it is wanted again.
+- Engines of another template are replaced: at most `max_surge` engines beyond `replicas` (draining ones are
+  not counted), and never fewer than `replicas - max_unavailable` that are ready.
+- `replicas` 0 takes the owner from every bucket and removes all engines. The flows stay in the arena and go
+  on when an engine comes back before they time out.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from packetstack_core.planning import NOBODY, EngineShare, Move, Owner, assign
+from packetstack_core.resources import PacketStack
+
+
+class State(StrEnum):
+    """Where an engine is in its life, as `PacketEngine` shows it."""
+
+    PENDING = "Pending"
+    """Being created."""
+    STARTING = "Starting"
+    """Created, never yet activated."""
+    ACTIVE = "Active"
+    """Owns buckets, or may."""
+    DRAINING = "Draining"
+    """Gets no more buckets and will be removed."""
+    FAILED = "Failed"
+    """Given up; it will not be ready again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What the resource asks for."""
+
+    replicas: int
+    template: str
+    """`resources.Engine.template_hash()`."""
+    queues: int
+    """Queues of an engine of this template."""
+    max_surge: int = 1
+    max_unavailable: int = 0
+    paused: bool = False
+
+    @classmethod
+    def of(cls, stack: PacketStack) -> "Desired":
+        """From a resource."""
+        spec = stack.spec
+        return cls(
+            replicas=spec.replicas,
+            template=spec.engine.template_hash(),
+            queues=spec.engine.queues,
+            max_surge=spec.update_strategy.surge(spec.replicas),
+            max_unavailable=spec.update_strategy.unavailable(spec.replicas),
+            paused=spec.paused,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """An engine as observed."""
+
+    slot: int
+    state: State
+    ready: bool
+    """Its datapath serves packets now."""
+    template: str
+    queues: int
+    flows: int = 0
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What is there. `owners[b]` owns bucket b by the flow table; None or `NOBODY` if none does."""
+
+    engines: Sequence[Engine]
+    owners: Sequence[Owner | None]
+    moving: frozenset[int] = frozenset()
+    """Buckets with an open fence: they are left alone until it is closed."""
+    create_after: float = 0.0
+    """No engine is created before this time, on the clock of `plan`'s `now`: back-off after failures."""
+
+
+@dataclass(frozen=True, slots=True)
+class CreateEngine:
+    """Make an engine of this template, on any free slot."""
+
+    template: str
+    queues: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActivateEngine:
+    """Make it Active: it may own buckets from now on."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssignBuckets:
+    """Give the buckets to other owners: by Transfer, or at once where a bucket has no owner."""
+
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DrainEngine:
+    """Make it Draining: its buckets go to others next."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveEngine:
+    """Remove it. It owns no bucket."""
+
+    slot: int
+
+
+Action = CreateEngine | ActivateEngine | DrainEngine | AssignBuckets | RemoveEngine
+
+_KEEP = {State.ACTIVE: 0, State.DRAINING: 1, State.STARTING: 2, State.PENDING: 3}
+
+
+def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
+    """The next actions, to be carried out in this order; empty at the goal, and while paused.
+
+    `now`: seconds on the clock of `Observed.create_after`. O(engines x log + buckets).
+    """
+    if desired.paused:
+        return []
+    owned = Counter(o.slot for o in observed.owners if o is not None and o != NOBODY)
+    alive = [e for e in observed.engines if e.state is not State.FAILED]
+    kept = _kept(desired, alive, owned)
+    actions: list[Action] = []
+
+    missing = desired.replicas - sum(e.template == desired.template for e in kept)
+    room = desired.replicas + desired.max_surge - len(kept)
+    if now >= observed.create_after:
+        # With nobody to serve, one engine is made whatever the surge says.
+        count = min(missing, max(room, 0 if kept else 1))
+        actions += [CreateEngine(desired.template, desired.queues)] * max(0, count)
+
+    stay = {e.slot for e in kept}
+    serving = []
+    for engine in kept:
+        if engine.state is State.DRAINING or (engine.state is State.STARTING and engine.ready):
+            actions.append(ActivateEngine(engine.slot))
+        if engine.ready and engine.state is not State.PENDING:
+            serving.append(engine)
+    leaving = [e for e in observed.engines if e.slot not in stay]
+    for engine in leaving:
+        if engine.state is State.ACTIVE or (engine.state in (State.STARTING, State.PENDING) and owned[engine.slot]):
+            actions.append(DrainEngine(engine.slot))
+
+    # An engine that stays but is not ready keeps what it owns: it cannot hand it over now, and may be back soon.
+    pinned = {e.slot for e in kept if not e.ready}
+    moves = _moves(desired, observed, serving, pinned)
+    if moves:
+        actions.append(AssignBuckets(tuple(moves)))
+
+    for engine in leaving:
+        if not owned[engine.slot] and engine.state is not State.ACTIVE:
+            actions.append(RemoveEngine(engine.slot))
+    return actions
+
+
+def _kept(desired: Desired, alive: Sequence[Engine], owned: Counter[int]) -> list[Engine]:
+    """The engines that stay for now, best first."""
+
+    def rank(e: Engine) -> tuple[int, bool, int, int, int]:
+        return (_KEEP[e.state], not e.ready, -e.flows, -owned[e.slot], e.slot)
+
+    fresh = sorted((e for e in alive if e.template == desired.template), key=rank)[: desired.replicas]
+    stale = sorted((e for e in alive if e.template != desired.template), key=rank)
+    able = sum(e.ready and e.state is State.ACTIVE for e in fresh)
+    # Of the old template as many stay as the new one cannot yet replace.
+    return fresh + stale[: max(0, desired.replicas - desired.max_unavailable - able)]
+
+
+def _moves(desired: Desired, observed: Observed, serving: Sequence[Engine], pinned: set[int]) -> list[Move]:
+    owners = observed.owners
+    free = [
+        b
+        for b, owner in enumerate(owners)
+        if b not in observed.moving and not (owner is not None and owner.slot in pinned)
+    ]
+    if desired.replicas == 0:
+        return [Move(b, NOBODY) for b in free if owners[b] not in (None, NOBODY)]
+    shares = [EngineShare(e.slot, e.queues, e.weight) for e in sorted(serving, key=lambda e: e.slot)]
+    return [Move(free[m.bucket], m.to) for m in assign([owners[b] for b in free], shares)]
