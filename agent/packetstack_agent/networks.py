@@ -1,0 +1,332 @@
+"""The node's side of the network: routed pair, engines' veth pairs, routes, proxied addresses, announcements.
+
+All functions block and talk netlink; call them from a worker thread, never from the event loop. Each may be
+repeated: what is there already stays as it is.
+"""
+
+import socket
+import struct
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, IPv6Interface, ip_address, ip_interface, ip_network
+from typing import Any
+
+from packetstack_core.resources import Address, Network
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
+
+from packetstack_agent import devices
+from packetstack_agent.errors import AgentError
+
+ROUTED, DIRECTOR = "ps0", "ps1"
+"""The pair that virtual and SNAT addresses are routed into, and the end the director runs on."""
+
+ROUTE_PROTOCOL = 0x70
+"""Marks our routes, as `proto 112` in `ip route`."""
+
+_NTF_PROXY = 8
+_RTN_LOCAL = 2
+_EEXIST, _ENOENT, _ESRCH, _ENODEV = 17, 2, 3, 19
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The routed pair: interface indexes of both ends, MAC of the routed end."""
+
+    routed: int
+    routed_mac: bytes
+    director: int
+
+
+@dataclass(frozen=True)
+class EngineLink:
+    """An engine's veth pair: index of the host end, MACs of both ends."""
+
+    ifindex: int
+    host_mac: bytes
+    engine_mac: bytes
+
+
+def _mac(link: Any) -> bytes:
+    return bytes.fromhex(link.get("IFLA_ADDRESS").replace(":", ""))
+
+
+def _find(ip: IPRoute, name: str) -> Any:
+    found = ip.link_lookup(ifname=name)
+    return ip.get_links(found[0])[0] if found else None
+
+
+def index_of(name: str) -> int:
+    """Index of an interface of this namespace; AgentError if there is none."""
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        names = ", ".join(n for _, n in socket.if_nameindex() if not n.startswith(("pe", "ps")))
+        raise AgentError(f"interface {name}: not found; this node has {names}") from None
+
+
+def engine_device(slot: int) -> str:
+    """Name of the host end of an engine's veth pair."""
+    return f"pe{slot}"
+
+
+# ---- the routed pair --------------------------------------------------------------------------------------------
+
+
+def ensure_pair(owner: str) -> Pair:
+    """Make ps0 and ps1 if they are missing. `owner` marks them as ours (kept as the interface's alias)."""
+    with IPRoute() as ip:
+        link = _find(ip, ROUTED)
+        if link is None:
+            ip.link("add", ifname=ROUTED, kind="veth", peer={"ifname": DIRECTOR})
+            link = _find(ip, ROUTED)
+            ip.link("set", index=link["index"], ifalias=owner)
+        elif link.get("IFLA_IFALIAS") != owner:
+            whose = link.get("IFLA_IFALIAS") or "somebody else"
+            raise AgentError(
+                f"interface {ROUTED}: exists already and belongs to {whose}; one agent a node, so bring that one down first"
+            )
+        peer = _find(ip, DIRECTOR)
+        if peer is None:
+            raise AgentError(f"interface {DIRECTOR}: is missing although {ROUTED} is there; remove {ROUTED} and try again")
+        for name in (ROUTED, DIRECTOR):
+            # No address on the pair: deleting the last one of a device silently flushes its routes.
+            devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
+            devices.switch_off(name, "tx", "tso", "gso", "gro")
+        ip.link("set", index=link["index"], arp=False)
+        for device in (peer, link):
+            ip.link("set", index=device["index"], state="up")
+        with suppress(NetlinkError):
+            # A full veth ring pushes back on a queueing discipline instead of dropping (Linux 6.16 and newer).
+            ip.tc("replace", "pfifo", index=link["index"], limit=4096)
+        return Pair(link["index"], _mac(link), peer["index"])
+
+
+def remove_pair(owner: str) -> None:
+    """Remove ps0 and ps1, and with them our routes; leaves a pair that is not ours."""
+    with IPRoute() as ip:
+        link = _find(ip, ROUTED)
+        if link is not None and link.get("IFLA_IFALIAS") == owner:
+            ip.link("del", index=link["index"])
+
+
+# ---- engines ----------------------------------------------------------------------------------------------------
+
+
+def make_engine_link(slot: int, namespace: int, owner: str) -> EngineLink:
+    """A veth pair: pe<slot> here, eth0 in the namespace (a descriptor). One receive queue, so that order is kept."""
+    name = engine_device(slot)
+    one = {"num_tx_queues": 1, "num_rx_queues": 1}
+    with IPRoute() as ip:
+        try:
+            ip.link("add", ifname=name, kind="veth", **one, peer={"ifname": "eth0", "net_ns_fd": namespace, **one})
+        except NetlinkError as e:
+            if e.code == _EEXIST:
+                raise AgentError(f"interface {name}: exists already and is not ours; remove it first") from None
+            raise AgentError(f"interface {name}: cannot be made: {e}") from None
+        link = _find(ip, name)
+        ip.link("set", index=link["index"], ifalias=owner)
+        devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
+        # GRO may hold segments back while a marker passes; partial checksums cannot be updated incrementally.
+        devices.switch_off(name, "tx", "tso", "gso", "gro")
+        ip.link("set", index=link["index"], state="up")
+        return EngineLink(link["index"], _mac(link), b"")
+
+
+def set_up_engine_end() -> bytes:
+    """Run inside the engine's namespace: bring eth0 up, silent and without offloads. Returns its MAC."""
+    devices.set_sysctl("net/ipv6/conf/eth0/disable_ipv6", "1")
+    devices.switch_off("eth0", "tx", "tso", "gso", "gro")
+    with IPRoute() as ip:
+        link = _find(ip, "eth0")
+        ip.link("set", index=link["index"], arp=False)
+        ip.link("set", index=link["index"], state="up")
+        return _mac(link)
+
+
+def remove_engine_link(slot: int, owner: str) -> None:
+    """Remove an engine's veth pair; does nothing when it is gone or not ours."""
+    with IPRoute() as ip:
+        link = _find(ip, engine_device(slot))
+        if link is not None and link.get("IFLA_IFALIAS") in (owner, None):
+            with suppress(NetlinkError):
+                ip.link("del", index=link["index"])
+
+
+# ---- addresses --------------------------------------------------------------------------------------------------
+
+
+def check_forwarding(versions: Iterable[int]) -> None:
+    """The kernel must forward packets for the IP versions in use."""
+    for version in sorted(set(versions)):
+        name = "net/ipv4/ip_forward" if version == 4 else "net/ipv6/conf/all/forwarding"
+        if devices.sysctl(name) == "0":
+            dotted = name.replace("/", ".")
+            raise AgentError(f"{dotted}: is 0, so this node forwards no packets; set it with: sysctl -w {dotted}=1")
+
+
+def check_not_local(prefixes: Iterable[Network]) -> None:
+    """None of our addresses may be an address of the node itself, nor routed elsewhere by a rule as narrow."""
+    wanted = list(prefixes)
+    with IPRoute() as ip:
+        ours = ip.link_lookup(ifname=ROUTED)
+        names = {link["index"]: link.get("IFLA_IFNAME") for link in ip.get_links()}
+        for message in ip.get_addr():
+            address = ip_address(message.get("IFA_ADDRESS").partition("%")[0])
+            local = ip_address((message.get("IFA_LOCAL") or str(address)).partition("%")[0])
+            for prefix in wanted:
+                if local.version == prefix.version and local in prefix:
+                    device = names.get(message["index"], "?")
+                    raise AgentError(
+                        f"address {local}: is in use by this node on {device}; "
+                        "a stack's addresses must be nobody's own, use another"
+                    )
+        for route in [*ip.get_routes(family=socket.AF_INET), *ip.get_routes(family=socket.AF_INET6)]:
+            target = route.get("RTA_DST")
+            if not target or route.get("RTA_OIF") in ours or route["table"] == 255:
+                continue
+            network = ip_network(f"{target}/{route['dst_len']}", strict=False)
+            if network in wanted:
+                device = names.get(route.get("RTA_OIF"), "elsewhere")
+                raise AgentError(f"prefix {network}: is routed to {device} already; remove that route or use another prefix")
+
+
+def ensure_routes(prefixes: Iterable[Network]) -> list[Network]:
+    """Route exactly these prefixes into the pair; returns what had to be added."""
+    wanted = set(prefixes)
+    with IPRoute() as ip:
+        found = ip.link_lookup(ifname=ROUTED)
+        if not found:
+            raise AgentError(f"interface {ROUTED}: is gone")
+        index = found[0]
+        have: set[Network] = set()
+        for family, full in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
+            for route in ip.get_routes(family=family, oif=index):
+                if route.get("RTA_DST") and route["proto"] == ROUTE_PROTOCOL:
+                    have.add(ip_network(f"{route.get('RTA_DST')}/{min(route['dst_len'], full)}"))
+        for prefix in have - wanted:
+            ip.route("del", dst=str(prefix), oif=index, proto=ROUTE_PROTOCOL, family=_family(prefix.version))
+        added = sorted(wanted - have, key=str)
+        for prefix in added:
+            ip.route("replace", dst=str(prefix), oif=index, proto=ROUTE_PROTOCOL, family=_family(prefix.version))
+        return added
+
+
+def _family(version: int) -> socket.AddressFamily:
+    return socket.AF_INET if version == 4 else socket.AF_INET6
+
+
+def on_link(addresses: Iterable[Address]) -> dict[str, list[Address]]:
+    """Which addresses lie in the prefix of one of the node's own interfaces: nobody would route those to us."""
+    wanted = list(addresses)
+    found: dict[str, list[Address]] = {}
+    with IPRoute() as ip:
+        names = {link["index"]: link.get("IFLA_IFNAME") for link in ip.get_links()}
+        for message in ip.get_addr():
+            name = names.get(message["index"], "lo")
+            if name == "lo" or name in (ROUTED, DIRECTOR):
+                continue
+            interface = ip_interface(f"{message.get('IFA_ADDRESS').partition('%')[0]}/{message['prefixlen']}")
+            if isinstance(interface, IPv6Interface) and interface.is_link_local:
+                continue
+            inside = [a for a in wanted if a.version == interface.version and a in interface.network]
+            if inside:
+                found.setdefault(name, []).extend(inside)
+    return found
+
+
+def answer_for(device: str, addresses: Iterable[Address], undo: dict[str, str]) -> list[Address]:
+    """Answer ARP and neighbour solicitations for the addresses on this device; returns the new ones.
+
+    One entry per address; the `proxy_arp` switch would answer for everything. The sysctls that must change go
+    into `undo` with their earlier values.
+    """
+    new: list[Address] = []
+    with IPRoute() as ip:
+        index = index_of(device)
+        have = {
+            ip_address(n.get("NDA_DST"))
+            for family in (socket.AF_INET, socket.AF_INET6)
+            for n in ip.get_neighbours(family=family, match=lambda m: bool(m["flags"] & _NTF_PROXY))
+            if n["ifindex"] == index
+        }
+        for address in addresses:
+            settings = {f"net/ipv{address.version}/neigh/{device}/proxy_delay": "0"}
+            if address.version == 6:
+                settings[f"net/ipv6/conf/{device}/proxy_ndp"] = "1"
+            for name, value in settings.items():
+                was = devices.sysctl(name)
+                if was not in (None, value):
+                    undo.setdefault(name, str(was))
+                    devices.set_sysctl(name, value)
+            if address not in have:
+                ip.neigh("add", dst=str(address), ifindex=index, flags=_NTF_PROXY, family=_family(address.version))
+                new.append(address)
+    for address in new:
+        announce(device, address)
+    return new
+
+
+def answer_no_more(device: str, addresses: Iterable[Address]) -> None:
+    """Take back `answer_for`; missing entries and devices are fine."""
+    with IPRoute() as ip:
+        found = ip.link_lookup(ifname=device)
+        for address in addresses if found else ():
+            with suppress(NetlinkError):
+                ip.neigh("del", dst=str(address), ifindex=found[0], flags=_NTF_PROXY, family=_family(address.version))
+
+
+def announce(device: str, address: Address) -> None:
+    """Tell the link that the address is here now: gratuitous ARP, or an unsolicited neighbour advertisement."""
+    try:
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as link:
+            link.bind((device, 0))
+            mac = link.getsockname()[4]
+            if len(mac) == 6:
+                link.send(announcement(mac, address))
+    except OSError:
+        return  # a device that is down announces nothing; neighbours ask when they need the address
+
+
+def announcement(mac: bytes, address: Address) -> bytes:
+    """The Ethernet frame of `announce`. ARP: RFC 5227 section 3; advertisement: RFC 4861 section 4.4, override flag."""
+    if isinstance(address, IPv4Address):
+        body = struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1) + mac + address.packed + bytes(6) + address.packed
+        return b"\xff" * 6 + mac + b"\x08\x06" + body
+    assert isinstance(address, IPv6Address)
+    everybody = IPv6Address("ff02::1").packed
+    message = struct.pack("!BBHI", 136, 0, 0, 0x20000000) + address.packed + b"\x02\x01" + mac
+    pseudo = address.packed + everybody + struct.pack("!II", len(message), 58)
+    total = sum(struct.unpack(f"!{(len(pseudo) + len(message)) // 2}H", pseudo + message))
+    total = (total & 0xFFFF) + (total >> 16)
+    total = (total & 0xFFFF) + (total >> 16)
+    message = message[:2] + struct.pack("!H", ~total & 0xFFFF) + message[4:]
+    header = struct.pack("!IHBB", 0x60000000, len(message), 58, 255) + address.packed + everybody
+    return b"\x33\x33\x00\x00\x00\x01" + mac + b"\x86\xdd" + header + message
+
+
+# ---- counters ---------------------------------------------------------------------------------------------------
+
+
+def drops(path: str = "/proc/self/net/dev") -> dict[str, tuple[int, int]]:
+    """Dropped frames (received, sent) per interface. Another process's file shows that process's namespace."""
+    result: dict[str, tuple[int, int]] = {}
+    try:
+        with open(path) as file:  # noqa: PTH123 - a file of /proc, read as a whole
+            lines = file.readlines()[2:]
+    except OSError:
+        return result
+    for line in lines:
+        name, _, numbers = line.partition(":")
+        fields = numbers.split()
+        result[name.strip()] = (int(fields[3]), int(fields[11]))
+    return result
+
+
+def change_socket() -> socket.socket:
+    """A netlink socket that becomes readable when links, addresses or routes of this namespace change."""
+    groups = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
+    watcher = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
+    watcher.bind((0, groups))
+    return watcher
