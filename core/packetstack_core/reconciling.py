@@ -190,12 +190,11 @@ def _kept(desired: Desired, alive: Sequence[Engine], owned: Counter[int]) -> lis
 
 def _moves(desired: Desired, observed: Observed, serving: Sequence[Engine], pinned: set[int]) -> list[Move]:
     owners = observed.owners
-    free = [
-        b
-        for b, owner in enumerate(owners)
-        if b not in observed.moving and not (owner is not None and owner.slot in pinned)
-    ]
+    free = [b for b, owner in enumerate(owners) if owner is None or owner.slot not in pinned]
     if desired.replicas == 0:
-        return [Move(b, NOBODY) for b in free if owners[b] not in (None, NOBODY)]
-    shares = [EngineShare(e.slot, e.queues, e.weight) for e in sorted(serving, key=lambda e: e.slot)]
-    return [Move(free[m.bucket], m.to) for m in assign([owners[b] for b in free], shares)]
+        moves = [Move(b, NOBODY) for b in free if owners[b] not in (None, NOBODY)]
+    else:
+        shares = [EngineShare(e.slot, e.queues, e.weight) for e in sorted(serving, key=lambda e: e.slot)]
+        moves = [Move(free[m.bucket], m.to) for m in assign([owners[b] for b in free], shares)]
+    # Buckets with an open fence count where their word says, but wait for their next move.
+    return [m for m in moves if m.bucket not in observed.moving]
