@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+/*
+ * The node's side of an engine's transmissions (tc). The engine knows no next hops: here the FIB
+ * decides, and the kernel resolves neighbours. What the FIB cannot decide (local processes, a path
+ * with a smaller MTU) enters the kernel through the routed end's ingress, where even a strict
+ * reverse-path filter accepts our addresses as sources.
+ */
+#include <linux/bpf.h>
+#include <linux/pkt_cls.h>
+#include <bpf/bpf_helpers.h>
+
+#include "packetstack/abi.h"
+#include "packetstack/parse.h"
+
+enum { AF_INET = 2, AF_INET6 = 10 };
+
+struct routed {
+	uint32_t ifindex;
+	uint8_t mac[8];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, struct routed);
+} routed SEC(".maps");
+
+/* slot * PS_MAX_CPUS + CPU -> last fence whose egress marker came by */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PS_MAX_SLOTS * PS_MAX_CPUS);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, uint32_t);
+	__type(value, uint64_t);
+} egress SEC(".maps");
+
+SEC("tc")
+int host_egress(struct __sk_buff *skb)
+{
+	struct bpf_fib_lookup fib = { .ifindex = skb->ingress_ifindex };
+	uint8_t *data, *end, *ip;
+	struct routed *r;
+	uint32_t zero = 0;
+	long result;
+
+	r = bpf_map_lookup_elem(&routed, &zero);
+	if (!r)
+		return TC_ACT_SHOT;
+	if (skb->protocol == PS_SWAP16(PS_MARKER_ETHERTYPE))
+		return bpf_redirect(r->ifindex, BPF_F_INGRESS);
+	data = (void *)(long)skb->data;
+	end = (void *)(long)skb->data_end;
+	ip = data + 14;
+	if (skb->protocol == PS_SWAP16(0x0800) && ip + 20 <= end) {
+		fib.family = AF_INET;
+		fib.tos = ip[1];
+		fib.l4_protocol = ip[9];
+		fib.tot_len = PS_SWAP16(*(uint16_t *)(ip + 2));
+		fib.ipv4_src = *(uint32_t *)(ip + 12);
+		fib.ipv4_dst = *(uint32_t *)(ip + 16);
+	} else if (skb->protocol == PS_SWAP16(0x86dd) && ip + 40 <= end) {
+		fib.family = AF_INET6;
+		fib.l4_protocol = ip[6];
+		fib.tot_len = PS_SWAP16(*(uint16_t *)(ip + 4)) + 40;
+		for (int i = 0; i < 4; i++) {
+			fib.ipv6_src[i] = *(uint32_t *)(ip + 8 + 4 * i);
+			fib.ipv6_dst[i] = *(uint32_t *)(ip + 24 + 4 * i);
+		}
+	} else {
+		return TC_ACT_SHOT;
+	}
+	/* A lookup as for a packet that came in on the routed end: its forwarding settings are ours. */
+	fib.ifindex = r->ifindex;
+	result = bpf_fib_lookup(skb, &fib, sizeof(fib), 0);
+	if (result == BPF_FIB_LKUP_RET_SUCCESS && fib.ifindex != r->ifindex) {
+		__builtin_memcpy(data, fib.dmac, 6);
+		__builtin_memcpy(data + 6, fib.smac, 6);
+		return bpf_redirect(fib.ifindex, 0);
+	}
+	if (result == BPF_FIB_LKUP_RET_NO_NEIGH && fib.ifindex != r->ifindex)
+		return bpf_redirect_neigh(fib.ifindex, 0, 0, 0);
+	__builtin_memcpy(data, r->mac, 6);
+	return bpf_redirect(r->ifindex, BPF_F_INGRESS);
+}
+
+/* On the routed end's ingress, the last queue of the node: counts egress markers. */
+SEC("tc")
+int routed_ingress(struct __sk_buff *skb)
+{
+	struct ps_marker marker;
+	uint64_t *seen;
+	uint32_t key;
+
+	if (skb->protocol != PS_SWAP16(PS_MARKER_ETHERTYPE))
+		return TC_ACT_OK;
+	if (bpf_skb_load_bytes(skb, 14, &marker, sizeof(marker)) || marker.magic != PS_MARKER_MAGIC ||
+	    marker.kind != PS_MARKER_EGRESS || marker.cpu >= PS_MAX_CPUS || marker.slot >= PS_MAX_SLOTS)
+		return TC_ACT_SHOT;
+	key = (uint32_t)marker.slot * PS_MAX_CPUS + marker.cpu;
+	seen = bpf_map_lookup_elem(&egress, &key);
+	if (seen && *seen < marker.fence)
+		*(volatile uint64_t *)seen = marker.fence;
+	return TC_ACT_SHOT;
+}
+
+char program_license[] SEC("license") = "Dual MIT/GPL";

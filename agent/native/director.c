@@ -1,0 +1,457 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * BPF programs and maps of a node. Everything is pinned below one directory, so it outlives the
+ * agent; opening again takes over the maps as they are and replaces the programs in place.
+ */
+#include <arpa/inet.h>
+#include <bpf/bpf.h>
+#include <bpf/libbpf.h>
+#include <errno.h>
+#include <linux/if_link.h>
+#include <linux/magic.h>
+#include <net/if.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/utsname.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include "native.h"
+
+struct ps_director {
+	char objects[256], pins[256];
+	struct bpf_object *director, *host;
+	uint64_t *words, *egress;
+	int cpus;
+};
+
+static char last_line[256];	/* what libbpf said last */
+
+static int remember(enum libbpf_print_level level, const char *format, va_list arguments)
+{
+	if (level == LIBBPF_WARN) {
+		vsnprintf(last_line, sizeof(last_line), format, arguments);
+		last_line[strcspn(last_line, "\n")] = 0;
+	}
+	return 0;
+}
+
+static int map_fd(struct bpf_object *o, const char *name)
+{
+	return bpf_object__find_map_fd_by_name(o, name);
+}
+
+static int mount_bpffs(const char *path, struct ps_error *e)
+{
+	struct statfs fs;
+
+	if (mkdir(path, 0700) && errno != EEXIST)
+		return ps_fail(e, "%s: cannot create: %s", path, strerror(errno));
+	if (statfs(path, &fs))
+		return ps_fail(e, "%s: %s", path, strerror(errno));
+	if (fs.f_type != BPF_FS_MAGIC && mount("packetstack", path, "bpf", 0, "mode=0700"))
+		return ps_fail(e, "%s: cannot mount a bpf file system: %s", path, strerror(errno));
+	return 0;
+}
+
+/* Maps of the object that are pinned as `prefix`NAME are used again; others are pinned there. */
+static struct bpf_object *load(const char *objects, const char *file, const char *prefix, struct ps_error *e)
+{
+	struct bpf_object *o;
+	struct bpf_map *map;
+	char path[600];
+	int result;
+
+	snprintf(path, sizeof(path), "%s/%s", objects, file);
+	o = bpf_object__open_file(path, NULL);
+	if (!o) {
+		ps_fail(e, "%s: cannot open: %s", path, strerror(errno));
+		return NULL;
+	}
+	bpf_object__for_each_map(map, o) {
+		if (!bpf_map__is_internal(map)) {
+			snprintf(path, sizeof(path), "%s%s", prefix, bpf_map__name(map));
+			bpf_map__set_pin_path(map, path);
+		}
+	}
+	result = bpf_object__load(o);
+	if (result) {
+		if (result == -EPERM)
+			ps_fail(e, "%s: no permission to load BPF programs; run as root or with CAP_BPF and CAP_NET_ADMIN", file);
+		else
+			ps_fail(e, "%s: the kernel refused it: %s (%s)", file, strerror(-result), last_line);
+		bpf_object__close(o);
+		return NULL;
+	}
+	return o;
+}
+
+struct ps_director *ps_director_open(const char *objects, const char *pins, struct ps_error *e)
+{
+	struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
+	struct ps_director *d;
+	struct utsname kernel;
+	char prefix[300];
+	int major = 0, minor = 0;
+
+	libbpf_set_print(remember);
+	if (uname(&kernel) || sscanf(kernel.release, "%d.%d", &major, &minor) != 2 || major < 6 ||
+	    (major == 6 && minor < 1)) {
+		ps_fail(e, "kernel %s is too old; use 6.1 or newer", kernel.release);
+		return NULL;
+	}
+	if (strlen(objects) >= sizeof(d->objects) || strlen(pins) >= sizeof(d->pins)) {
+		ps_fail(e, "%s: path too long", pins);
+		return NULL;
+	}
+	setrlimit(RLIMIT_MEMLOCK, &unlimited);
+	if (mount_bpffs(pins, e))
+		return NULL;
+	d = calloc(1, sizeof(*d));
+	if (!d)
+		return NULL;
+	strcpy(d->objects, objects);
+	strcpy(d->pins, pins);
+	d->cpus = libbpf_num_possible_cpus();
+	snprintf(prefix, sizeof(prefix), "%s/", pins);
+	d->director = load(objects, "director.bpf.o", prefix, e);
+	d->host = d->director ? load(objects, "host.bpf.o", prefix, e) : NULL;
+	if (!d->host)
+		goto failed;
+	d->words = mmap(NULL, PS_TABLE_WORDS * 8ul, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd(d->director, "words"), 0);
+	d->egress = mmap(NULL, PS_MAX_SLOTS * PS_MAX_CPUS * 8ul, PROT_READ | PROT_WRITE, MAP_SHARED,
+			 map_fd(d->host, "egress"), 0);
+	if (d->words == MAP_FAILED || d->egress == MAP_FAILED) {
+		ps_fail(e, "cannot map the flow table: %s", strerror(errno));
+		goto failed;
+	}
+	return d;
+failed:
+	bpf_object__close(d->director);
+	bpf_object__close(d->host);
+	free(d);
+	return NULL;
+}
+
+void ps_director_close(struct ps_director *d)
+{
+	munmap(d->words, PS_TABLE_WORDS * 8ul);
+	munmap(d->egress, PS_MAX_SLOTS * PS_MAX_CPUS * 8ul);
+	bpf_object__close(d->director);
+	bpf_object__close(d->host);
+	free(d);
+}
+
+uint64_t *ps_director_words(struct ps_director *d) { return d->words; }
+uint64_t *ps_director_egress(struct ps_director *d) { return d->egress; }
+
+/* ---- XDP links ----------------------------------------------------------------------------------------- */
+
+static void link_path(const struct ps_director *d, const char *name, char *path, size_t size)
+{
+	snprintf(path, size, "%s/link_%s", d->pins, name);
+}
+
+static int link_remove(const struct ps_director *d, const char *name)
+{
+	char path[600];
+	int fd;
+
+	link_path(d, name, path, sizeof(path));
+	fd = bpf_obj_get(path);
+	if (fd >= 0) {
+		bpf_link_detach(fd);
+		close(fd);
+	}
+	return unlink(path);
+}
+
+/* The program on `ifindex` in the current network namespace, its link pinned. */
+static int link_make(struct ps_director *d, int program, uint32_t ifindex, const char *name, struct ps_error *e)
+{
+	LIBBPF_OPTS(bpf_link_create_opts, options, .flags = XDP_FLAGS_DRV_MODE);
+	char path[600], ifname[IF_NAMESIZE] = "?";
+	struct bpf_link_info info = { 0 };
+	uint32_t length = sizeof(info), other = 0;
+	int fd;
+
+	link_path(d, name, path, sizeof(path));
+	fd = bpf_obj_get(path);
+	if (fd >= 0) {
+		if (!bpf_obj_get_info_by_fd(fd, &info, &length) && info.xdp.ifindex == ifindex &&
+		    !bpf_link_update(fd, program, NULL)) {
+			close(fd);
+			return 0;
+		}
+		close(fd);
+		link_remove(d, name);	/* its device is gone, or another one now */
+	}
+	if_indextoname(ifindex, ifname);
+	fd = bpf_link_create(program, (int)ifindex, BPF_XDP, &options);
+	if (fd < 0) {
+		int why = errno;
+
+		if (!bpf_xdp_query_id((int)ifindex, 0, &other) && other)
+			return ps_fail(e, "interface %s: another XDP program (id %u) is attached; detach it first", ifname, other);
+		if (why == EOPNOTSUPP)
+			return ps_fail(e, "interface %s: its driver has no native XDP; leave it out of --uplink", ifname);
+		if (why == ERANGE || why == EINVAL)
+			return ps_fail(e, "interface %s: its MTU or offloads do not allow XDP (%s); use an MTU up to 3498", ifname,
+				       strerror(why));
+		return ps_fail(e, "interface %s: cannot attach the XDP program: %s", ifname, strerror(why));
+	}
+	if (bpf_obj_pin(fd, path)) {
+		ps_fail(e, "%s: cannot pin: %s", path, strerror(errno));
+		close(fd);
+		return -1;
+	}
+	close(fd);
+	return 0;
+}
+
+static int program_fd(struct bpf_object *o, const char *name)
+{
+	return bpf_program__fd(bpf_object__find_program_by_name(o, name));
+}
+
+int ps_director_attach(struct ps_director *d, uint32_t ifindex, int role, const char *name, struct ps_error *e)
+{
+	const char *program = role == PS_ROLE_UPLINK ? "director_uplink" : "director_routed";
+
+	return link_make(d, program_fd(d->director, program), ifindex, name, e);
+}
+
+int ps_director_detach(struct ps_director *d, const char *name, struct ps_error *e)
+{
+	return link_remove(d, name) ? ps_fail(e, "%s: no director is attached under this name", name) : 0;
+}
+
+/* ---- tc ------------------------------------------------------------------------------------------------ */
+
+static int tc_attach(struct bpf_object *o, const char *program, uint32_t ifindex, struct ps_error *e)
+{
+	LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = (int)ifindex, .attach_point = BPF_TC_INGRESS);
+	LIBBPF_OPTS(bpf_tc_opts, options, .prog_fd = program_fd(o, program), .handle = 1, .priority = 1,
+		    .flags = BPF_TC_F_REPLACE);
+	int result = bpf_tc_hook_create(&hook);
+
+	if (result && result != -EEXIST)
+		return ps_fail(e, "interface %u: cannot add clsact: %s", ifindex, strerror(-result));
+	result = bpf_tc_attach(&hook, &options);
+	return result ? ps_fail(e, "interface %u: cannot attach %s: %s", ifindex, program, strerror(-result)) : 0;
+}
+
+int ps_host_attach(struct ps_director *d, uint32_t ifindex, struct ps_error *e)
+{
+	return tc_attach(d->host, "host_egress", ifindex, e);
+}
+
+int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8_t mac[6], struct ps_error *e)
+{
+	struct {
+		uint32_t ifindex;
+		uint8_t mac[8];
+	} value = { .ifindex = routed_ifindex };
+	uint32_t zero = 0;
+
+	memcpy(value.mac, mac, 6);
+	if (bpf_map_update_elem(map_fd(d->host, "routed"), &zero, &value, BPF_ANY))
+		return ps_fail(e, "interface %u: cannot be made the routed end: %s", routed_ifindex, strerror(errno));
+	return tc_attach(d->host, "routed_ingress", routed_ifindex, e);
+}
+
+/* ---- engines ------------------------------------------------------------------------------------------- */
+
+struct engine_call {
+	struct ps_director *d;
+	const char *ifname, *name;
+	struct ps_error *e;
+};
+
+static int engine_attach(void *argument)
+{
+	struct engine_call *c = argument;
+	uint32_t ifindex = if_nametoindex(c->ifname);
+	struct bpf_object *o;
+	char prefix[400];
+	int fd = -1;
+
+	if (!ifindex)
+		return ps_fail(c->e, "interface %s: not found in the engine's network namespace", c->ifname);
+	snprintf(prefix, sizeof(prefix), "%s/%s_", c->d->pins, c->name);
+	o = load(c->d->objects, "engine.bpf.o", prefix, c->e);
+	if (!o)
+		return -1;
+	if (!link_make(c->d, program_fd(o, "engine"), ifindex, c->name, c->e)) {
+		fd = dup(map_fd(o, "queues"));
+		if (fd < 0)
+			ps_fail(c->e, "engine %s: out of file descriptors", c->name);
+	}
+	bpf_object__close(o);
+	return fd;
+}
+
+int ps_engine_attach(struct ps_director *d, int netns, const char *ifname, const char *name, struct ps_error *e)
+{
+	struct engine_call c = { d, ifname, name, e };
+
+	return ps_in_netns(netns, engine_attach, &c, e);
+}
+
+int ps_engine_detach(struct ps_director *d, const char *name, struct ps_error *e)
+{
+	static const char *const maps[] = { "queues", "unstamped" };
+	char path[600];
+	int missing = link_remove(d, name);
+
+	for (int i = 0; i < 2; i++) {
+		snprintf(path, sizeof(path), "%s/%s_%s", d->pins, name, maps[i]);
+		unlink(path);
+	}
+	return missing ? ps_fail(e, "engine %s: no program is attached under this name", name) : 0;
+}
+
+static uint64_t sum(const struct ps_director *d, const uint64_t *values, int stride)
+{
+	uint64_t total = 0;
+
+	for (int i = 0; i < d->cpus; i++)
+		total += values[i * stride];
+	return total;
+}
+
+int ps_engine_unstamped(struct ps_director *d, const char *name, uint64_t *frames, struct ps_error *e)
+{
+	uint64_t values[1024];
+	uint32_t zero = 0;
+	char path[600];
+	int fd, result;
+
+	snprintf(path, sizeof(path), "%s/%s_unstamped", d->pins, name);
+	fd = bpf_obj_get(path);
+	if (fd < 0)
+		return ps_fail(e, "%s: %s", path, strerror(errno));
+	result = d->cpus > 1024 ? -1 : bpf_map_lookup_elem(fd, &zero, values);
+	close(fd);
+	if (result)
+		return ps_fail(e, "%s: cannot read", path);
+	*frames = sum(d, values, 1);
+	return 0;
+}
+
+/* ---- maps ---------------------------------------------------------------------------------------------- */
+
+int ps_director_engine(struct ps_director *d, uint32_t slot, uint32_t ifindex, struct ps_error *e)
+{
+	int fd = map_fd(d->director, "engines");
+	int result = ifindex ? bpf_map_update_elem(fd, &slot, &ifindex, BPF_ANY) : bpf_map_delete_elem(fd, &slot);
+
+	if (result && !(!ifindex && errno == ENOENT))
+		return ps_fail(e, "engine %u: cannot direct packets to interface %u: %s", slot, ifindex, strerror(errno));
+	return 0;
+}
+
+static int is_v4(const uint8_t *address)
+{
+	static const uint8_t mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
+
+	return !memcmp(address, mapped, 12);
+}
+
+static int update(int fd, const void *key, const void *value, struct ps_error *e, const char *what)
+{
+	int result = value ? bpf_map_update_elem(fd, key, value, BPF_ANY) : bpf_map_delete_elem(fd, key);
+
+	if (result && !(!value && errno == ENOENT))
+		return ps_fail(e, "%s: cannot change the director's map: %s", what, strerror(errno));
+	return 0;
+}
+
+static int listener(struct ps_director *d, const uint8_t *address, uint16_t port, uint8_t protocol,
+		    const struct ps_target *target, struct ps_error *e)
+{
+	struct ps_listener_key4 key4 = { 0, port, protocol, 0 };
+	struct ps_listener_key6 key6 = { { 0 }, port, protocol, 0 };
+
+	memcpy(&key4.address, address + 12, 4);
+	memcpy(key6.address, address, 16);
+	return is_v4(address) ? update(map_fd(d->director, "listeners4"), &key4, target, e, "listener") :
+				update(map_fd(d->director, "listeners6"), &key6, target, e, "listener");
+}
+
+/* Does any listener use this address still? */
+static int address_used(struct ps_director *d, const uint8_t *address)
+{
+	int v4 = is_v4(address), fd = map_fd(d->director, v4 ? "listeners4" : "listeners6");
+	union {
+		struct ps_listener_key4 v4;
+		struct ps_listener_key6 v6;
+	} at, next;
+	void *from = NULL;
+
+	while (!bpf_map_get_next_key(fd, from, &next)) {
+		if (v4 ? !memcmp(&next.v4.address, address + 12, 4) && next.v4.port :
+			 !memcmp(next.v6.address, address, 16) && next.v6.port)
+			return 1;
+		at = next;
+		from = &at;
+	}
+	return 0;
+}
+
+int ps_director_listener(struct ps_director *d, const uint8_t *address, uint16_t port, uint8_t protocol,
+			 const struct ps_target *target, struct ps_error *e)
+{
+	if (listener(d, address, port, protocol, target, e))
+		return -1;
+	/* Port 0, ICMP: the address answers echo requests while it has a listener. */
+	if (target)
+		return listener(d, address, 0, 1, target, e);
+	return address_used(d, address) ? 0 : listener(d, address, 0, 1, NULL, e);
+}
+
+int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct ps_target *target,
+		     struct ps_error *e)
+{
+	return is_v4(address) ? update(map_fd(d->director, "snat4"), address + 12, target, e, "SNAT address") :
+				update(map_fd(d->director, "snat6"), address, target, e, "SNAT address");
+}
+
+int ps_director_counters(struct ps_director *d, uint64_t *out, struct ps_error *e)
+{
+	uint64_t *values = calloc((size_t)d->cpus, PS_D_COUNTERS * 8);
+	uint32_t zero = 0;
+
+	if (!values || bpf_map_lookup_elem(map_fd(d->director, "counters"), &zero, values)) {
+		free(values);
+		return ps_fail(e, "cannot read the director's counters: %s", strerror(errno));
+	}
+	for (int i = 0; i < PS_D_COUNTERS; i++)
+		out[i] = sum(d, values + i, PS_D_COUNTERS);
+	free(values);
+	return 0;
+}
+
+int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t buckets, uint64_t *out,
+			       struct ps_error *e)
+{
+	uint64_t *values = calloc((size_t)d->cpus * buckets, 8);
+	uint32_t *keys = calloc(buckets, 4), n = buckets, from = offset - 1, next;
+	int fd = map_fd(d->director, "bucket_packets");
+
+	if (!values || !keys || bpf_map_lookup_batch(fd, offset ? &from : NULL, &next, keys, values, &n, NULL)) {
+		free(values);
+		free(keys);
+		return ps_fail(e, "cannot read packets per bucket: %s", strerror(errno));
+	}
+	for (uint32_t i = 0; i < buckets; i++)
+		out[i] = sum(d, values + (size_t)i * (size_t)d->cpus, 1);
+	free(values);
+	free(keys);
+	return 0;
+}

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0
+/* On the engine's interface: puts each frame into the queue that its stamp names. */
+#include <linux/bpf.h>
+#include <bpf/bpf_helpers.h>
+
+#include "packetstack/abi.h"
+
+struct {
+	__uint(type, BPF_MAP_TYPE_XSKMAP);
+	__uint(max_entries, PS_MAX_QUEUES);
+	__type(key, uint32_t);
+	__type(value, uint32_t);
+} queues SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, uint64_t);
+} unstamped SEC(".maps");
+
+SEC("xdp")
+int engine(struct xdp_md *ctx)
+{
+	uint8_t *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
+	struct ps_stamp *stamp = (void *)(long)ctx->data_meta;
+	struct ps_marker *marker = (void *)(data + 14);
+	uint32_t zero = 0;
+	uint64_t *count;
+
+	if ((uint8_t *)(stamp + 1) <= data && stamp->magic == PS_STAMP_MAGIC)
+		return bpf_redirect_map(&queues, stamp->queue, XDP_DROP);
+	if ((uint8_t *)(marker + 1) <= end && data[12] == PS_MARKER_ETHERTYPE >> 8 &&
+	    data[13] == (PS_MARKER_ETHERTYPE & 0xff) && marker->magic == PS_MARKER_MAGIC &&
+	    marker->kind == PS_MARKER_INGRESS)
+		return bpf_redirect_map(&queues, marker->queue, XDP_DROP);
+	count = bpf_map_lookup_elem(&unstamped, &zero);
+	if (count)
+		(*count)++;
+	return XDP_DROP;
+}
+
+char program_license[] SEC("license") = "Dual MIT/GPL";
