@@ -251,6 +251,18 @@ def _read_int_or_percent(value: object) -> object:
     return value
 
 
+def _read_json(value: object) -> object:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+        same = json.loads(text) == value
+    except (TypeError, ValueError, RecursionError):
+        same = False
+    if not same:
+        raise ValueError(f"{show(value)} cannot be written as JSON; use plain strings, numbers, lists and mappings")
+    return value
+
+
 def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
@@ -268,7 +280,7 @@ IntOrPercent = Annotated[int | str, BeforeValidator(_read_int_or_percent)]
 Labels = dict[str, str]
 Count = Annotated[int, Whole(0, MAX_REPLICAS, "a number of engines")]
 Seconds = Annotated[int, Whole(1, 604_800, "a number of seconds")]
-Opaque = dict[str, Any]
+Opaque = Annotated[dict[str, Any], BeforeValidator(_read_json)]
 """Handed to Kubernetes as it is."""
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from packetstack_core import hashing
 from packetstack_core.hashing import Stamp, Word
 
@@ -27,7 +28,7 @@ int main(void)
 	uint64_t k0, k1, a, b, c, d, e, f, g;
 
 	while (scanf(" %c %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64 " %" SCNx64
-		     " %" SCNx64, &kind, &k0, &k1, &a, &b, &c, &d, &e, &f, &g) == 10) {
+		" %" SCNx64, &kind, &k0, &k1, &a, &b, &c, &d, &e, &f, &g) == 10) {
 		if (kind == '4') {
 			printf("%" PRIx64 "\n", ps_hash4(k0, k1, a, b, e, f, g));
 		} else if (kind == '6') {

@@ -5,6 +5,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from packetstack_core import maglev
 
 backend_lists = st.lists(

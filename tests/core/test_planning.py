@@ -6,6 +6,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from packetstack_core.planning import NOBODY, EngineShare, Move, Owner, assign, moved, quotas, spread_queues
 
 
