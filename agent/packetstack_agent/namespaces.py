@@ -63,6 +63,11 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
+def unmount(path: Path) -> None:
+    """Unmount a file system of ours, also while it is in use."""
+    _libc.umount2(os.fsencode(path), _MNT_DETACH)
+
+
 def run_in(path: Path, call: Callable[[], T]) -> T:
     """Call `call` in a thread that is in the network namespace at `path`."""
 
@@ -75,6 +80,11 @@ def run_in(path: Path, call: Callable[[], T]) -> T:
         return call()
 
     return _in_thread(enter)
+
+
+def enter(descriptor: int) -> None:
+    """Move the calling thread, for good: only for a process that is about to become another program."""
+    _check(_libc.setns(descriptor, _CLONE_NEWNET), "network namespace: cannot be entered")
 
 
 def own_inode() -> int:

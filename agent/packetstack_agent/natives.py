@@ -6,10 +6,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 from typing import Any
 
+from packetstack_agent.errors import NativeError
 from packetstack_core import abi
 from packetstack_core.resources import Address
-
-from packetstack_agent.errors import NativeError
 
 ffi = abi.ffi
 

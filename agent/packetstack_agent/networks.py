@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Interface, ip_address, ip_interface, ip_network
 from typing import Any
 
-from packetstack_core.resources import Address, Network
 from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from packetstack_agent import devices
 from packetstack_agent.errors import AgentError
+from packetstack_core.resources import Address, Network
 
 ROUTED, DIRECTOR = "ps0", "ps1"
 """The pair that virtual and SNAT addresses are routed into, and the end the director runs on."""
@@ -89,7 +89,9 @@ def ensure_pair(owner: str) -> Pair:
             )
         peer = _find(ip, DIRECTOR)
         if peer is None:
-            raise AgentError(f"interface {DIRECTOR}: is missing although {ROUTED} is there; remove {ROUTED} and try again")
+            raise AgentError(
+                f"interface {DIRECTOR}: is missing although {ROUTED} is there; remove {ROUTED} and try again"
+            )
         for name in (ROUTED, DIRECTOR):
             # No address on the pair: deleting the last one of a device silently flushes its routes.
             devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
@@ -189,7 +191,9 @@ def check_not_local(prefixes: Iterable[Network]) -> None:
             network = ip_network(f"{target}/{route['dst_len']}", strict=False)
             if network in wanted:
                 device = names.get(route.get("RTA_OIF"), "elsewhere")
-                raise AgentError(f"prefix {network}: is routed to {device} already; remove that route or use another prefix")
+                raise AgentError(
+                    f"prefix {network}: is routed to {device} already; remove that route or use another prefix"
+                )
 
 
 def ensure_routes(prefixes: Iterable[Network]) -> list[Network]:

@@ -1,0 +1,820 @@
+"""The agent: stacks, engines and flow tables of one node, kept as their resources say.
+
+One task per stack observes, asks the pure planner, and acts; it is woken by changes and once a second, and
+every step may be repeated. The verbs below are what the CLI calls.
+"""
+
+import asyncio
+import contextlib
+import shutil
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+from packetstack_agent import devices, engines, networks
+from packetstack_agent.engines import Engine
+from packetstack_agent.errors import AgentError
+from packetstack_agent.natives import call, constant, ffi, lib, packed, text, unpacked, wire
+from packetstack_agent.node import RunDirectory, clean
+from packetstack_agent.probes import Place, Prober
+from packetstack_agent.stacks import Stack
+from packetstack_core import abi, reconciling, resources
+from packetstack_core.planning import Move, Owner
+from packetstack_core.reconciling import (
+    ActivateEngine,
+    AssignBuckets,
+    CreateEngine,
+    Desired,
+    DrainEngine,
+    Observed,
+    RemoveEngine,
+    State,
+)
+from packetstack_core.resources import PacketStack
+
+TICK_SECONDS = 1.0
+BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
+EVENTS = 1000
+
+
+@dataclass
+class Managed:
+    """A stack with its engines and its task."""
+
+    stack: Stack
+    engines: dict[int, Engine] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+    failures: int = 0
+    create_after: float = 0.0
+    problem: str = ""
+    """Why the last engine could not be made, empty when it could."""
+    pinned: dict[int, int] = field(default_factory=dict)
+    """Bucket -> slot, where a person put it; kept while that engine stays."""
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the flow table or the configuration is being changed."""
+    settled: bool = False
+    gone: dict[str, dict[str, int]] = field(default_factory=lambda: {"engine": {}, "kernel": {}})
+    """Drops counted by engines that have left."""
+    holds_ns: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
+    moved: int = 0
+
+
+class Agent:
+    """All verbs run on the event loop; what blocks runs in worker threads."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.stacks: dict[str, Managed] = {}
+        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+        self.prober = Prober(self._health_changed)
+        self.director: Any = None
+        self._pair: networks.Pair | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._measure: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
+        self.started = time.time()
+
+    # ---- life ------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the programs and make the routed pair. AgentError with one line if that cannot be."""
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        self.run.save()
+        self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
+        self._pair = pair = await asyncio.to_thread(networks.ensure_pair, self.run.owner)
+        call(lib().ps_director_attach, self.director, pair.director, constant("PS_ROLE_ROUTED"), b"routed")
+        call(lib().ps_routed_attach, self.director, pair.routed, pair.routed_mac)
+        self._watch = asyncio.create_task(self._watch_links())
+        self._measure = asyncio.create_task(self._measure_rates())
+
+    async def stop(self) -> None:
+        """Remove everything, in the order in which nothing is missed."""
+        for name in list(self.stacks):
+            await self._remove_stack(name)
+        self.prober.close()
+        for task in (self._watch, self._measure):
+            if task is not None:
+                task.cancel()
+        if self.director is not None:
+            lib().ps_director_close(self.director)
+            self.director = None
+        await asyncio.to_thread(clean, self.run)
+
+    def event(self, stack: str, reason: str, message: str, kind: str = "Normal") -> None:
+        """Something a person may want to read later."""
+        self.events.append({"time": time.time(), "stack": stack, "type": kind, "reason": reason, "message": message})
+        print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind} {stack} {reason}: {message}", flush=True)
+
+    def _managed(self, name: str) -> Managed:
+        try:
+            return self.stacks[name]
+        except KeyError:
+            known = ", ".join(sorted(self.stacks)) or "none"
+            raise AgentError(f"stack {name}: not found; stacks of this agent: {known}") from None
+
+    # ---- applying --------------------------------------------------------------------------------------------
+
+    async def apply(self, documents: Sequence[dict[str, Any]], uplinks: Sequence[str]) -> list[dict[str, str]]:
+        """Make the stacks what the documents say. Everything is checked before anything is changed."""
+        wanted = [resources.parse(d) for d in documents]
+        await asyncio.to_thread(self._check, wanted)
+        for uplink in uplinks:
+            await asyncio.to_thread(self._attach_uplink, uplink)
+        results = []
+        for resource in wanted:
+            managed = self.stacks.get(resource.name)
+            if managed is None:
+                await self._add_stack(resource)
+                results.append({"stack": resource.name, "result": "created"})
+            elif managed.stack.resource == resource:
+                results.append({"stack": resource.name, "result": "unchanged"})
+            else:
+                note = await self._change_stack(managed, resource)
+                results.append({"stack": resource.name, "result": "changed", "note": note})
+        return results
+
+    def _check(self, wanted: Sequence[PacketStack]) -> None:
+        after = {name: m.stack.resource for name, m in self.stacks.items()} | {r.name: r for r in wanted}
+        if len(after) > constant("PS_MAX_STACKS"):
+            raise AgentError(f"{len(after)} stacks: a node takes at most {constant('PS_MAX_STACKS')}")
+        owners: dict[Any, str] = {}
+        for name, resource in after.items():
+            for address in (*resource.virtual_addresses(), *resource.snat_addresses()):
+                if owners.setdefault(address, name) != name:
+                    raise AgentError(
+                        f"stack {name}: AddressConflict: {address} belongs to stack {owners[address]}; use another address"
+                    )
+        for resource in wanted:
+            engine = resource.spec.engine
+            if engine.mode != "AFXDP":
+                raise AgentError(f"stack {resource.name}: spec.engine.mode: {engine.mode} is not built yet; use AFXDP")
+            if engine.interface.veth is None:
+                raise AgentError(
+                    f"stack {resource.name}: spec.engine.interface: the local runtime makes veth pairs; use {{veth: {{}}}}"
+                )
+            if resource.spec.handover.strategy != "Transfer":
+                raise AgentError(
+                    f"stack {resource.name}: spec.handover.strategy: Mirror is not built yet; use Transfer"
+                )
+            for listener in resource.spec.listeners:
+                if listener.backends.service is not None:
+                    raise AgentError(
+                        f"stack {resource.name}: listener {listener.name}: backends.service needs Kubernetes; use endpoints"
+                    )
+            old = self.stacks.get(resource.name)
+            if old is not None:
+                resources.check_change(old.stack.resource, resource)
+            networks.check_forwarding(a.version for a in resource.virtual_addresses())
+            networks.check_not_local(self._prefixes(resource))
+
+    @staticmethod
+    def _prefixes(resource: PacketStack) -> list[resources.Network]:
+        return [*(ip_network(a) for a in resource.virtual_addresses()), *resource.spec.snat.addresses]
+
+    def _attach_uplink(self, uplink: str) -> None:
+        if uplink in self.run.record.uplinks:
+            return
+        index = networks.index_of(uplink)
+        call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), text(f"uplink_{uplink}"))
+        self.run.record.uplinks.append(uplink)
+        self.run.save()
+
+    async def _add_stack(self, resource: PacketStack) -> None:
+        used = {m.stack.index for m in self.stacks.values()}
+        index = min(i for i in range(constant("PS_MAX_STACKS")) if i not in used)
+        stack = await asyncio.to_thread(Stack, resource, index, self.run.stack(resource.name), self.director)
+        managed = Managed(stack)
+        self.stacks[resource.name] = managed
+        try:
+            self.run.record.documents[resource.name] = resource.document()
+            self.run.save()
+            self._watch_backends()
+            stack.healthy = self.prober.healthy()
+            await stack.configure([])
+            stack.direct()
+            await asyncio.to_thread(self._route)
+        except BaseException:
+            await self._remove_stack(resource.name)
+            raise
+        managed.task = asyncio.create_task(self._keep(managed))
+        self.event(resource.name, "Created", f"{resource.spec.replicas} engines wanted")
+
+    async def _change_stack(self, managed: Managed, resource: PacketStack) -> str:
+        old = managed.stack.resource
+        gone = {(li.address, li.port, li.protocol) for li in old.spec.listeners}
+        gone -= {(li.address, li.port, li.protocol) for li in resource.spec.listeners}
+        async with managed.busy:
+            managed.stack.resource = resource
+            self.run.record.documents[resource.name] = resource.document()
+            self.run.save()
+            self._watch_backends()
+            managed.stack.healthy = self.prober.healthy()
+            if (old.spec.listeners, old.spec.snat, old.spec.flow_table, old.spec.unknown_flow) != (
+                resource.spec.listeners, resource.spec.snat, resource.spec.flow_table, resource.spec.unknown_flow,
+            ):  # fmt: skip
+                await managed.stack.configure(list(managed.engines.values()))
+                managed.stack.direct()
+                await asyncio.to_thread(self._route)
+        managed.settled = False
+        managed.changed.set()
+        self.event(resource.name, "Changed", "the resource was changed")
+        if gone:
+            names = ", ".join(f"{protocol} {address} port {port}" for address, port, protocol in sorted(gone, key=str))
+            return f"flows of the removed listener {names} end"
+        return ""
+
+    def _route(self) -> None:
+        prefixes = {p for m in self.stacks.values() for p in m.stack.prefixes()}
+        networks.ensure_routes(prefixes)
+        addresses = {
+            a
+            for m in self.stacks.values()
+            for a in (*m.stack.resource.virtual_addresses(), *m.stack.resource.snat_addresses())
+        }
+        record = self.run.record
+        wanted = networks.on_link(addresses) if addresses else {}
+        for device, found in wanted.items():
+            record.proxied[device] = sorted({*record.proxied.get(device, []), *(str(a) for a in found)})
+            self.run.save()
+            networks.answer_for(device, found, record.sysctls)
+        for device, names in list(record.proxied.items()):
+            keep = {str(a) for a in wanted.get(device, [])}
+            networks.answer_no_more(device, [ip_address(a) for a in names if a not in keep])
+            record.proxied[device] = sorted(keep)
+            if not keep:
+                del record.proxied[device]
+        self.run.save()
+
+    async def delete(self, name: str) -> None:
+        """End a stack: its addresses, engines and flows."""
+        live = self._managed(name).stack.live()
+        await self._remove_stack(name)
+        self.event(name, "Deleted", f"{live} live flows ended")
+
+    async def _remove_stack(self, name: str) -> None:
+        managed = self._managed(name)
+        if managed.task is not None:
+            managed.task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await managed.task
+        async with managed.busy:
+            for engine in list(managed.engines.values()):
+                await self._destroy(managed, engine)
+            managed.stack.close()
+            del self.stacks[name]
+        self._watch_backends()
+        self.run.record.documents.pop(name, None)
+        await asyncio.to_thread(self._route)
+        shutil.rmtree(self.run.stack(name), ignore_errors=True)
+
+    # ---- backends --------------------------------------------------------------------------------------------
+
+    def _watch_backends(self) -> None:
+        self.prober.watch(
+            ((e.address, e.port), li.health_check)
+            for m in self.stacks.values()
+            for li in m.stack.resource.spec.listeners
+            for e in li.backends.endpoints or ()
+        )
+
+    def _health_changed(self, place: Place, healthy: bool) -> None:
+        for name, managed in self.stacks.items():
+            endpoints = {
+                (e.address, e.port) for li in managed.stack.resource.spec.listeners for e in li.backends.endpoints or ()
+            }
+            if place in endpoints:
+                reason, kind = ("BackendHealthy", "Normal") if healthy else ("BackendUnhealthy", "Warning")
+                self.event(name, reason, f"{place[0]} port {place[1]}", kind)
+                managed.stack.healthy = self.prober.healthy()
+                self._spawn(self._reconfigure(managed))
+
+    async def _reconfigure(self, managed: Managed) -> None:
+        async with managed.busy:
+            if self.stacks.get(managed.stack.name) is managed:
+                await managed.stack.configure(list(managed.engines.values()))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # ---- keeping a stack -------------------------------------------------------------------------------------
+
+    async def _keep(self, managed: Managed) -> None:
+        while True:
+            managed.changed.clear()
+            try:
+                await self._step(managed)
+            except AgentError as e:
+                self.event(managed.stack.name, "Failed", str(e), "Warning")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_SECONDS):
+                    await managed.changed.wait()
+
+    async def _step(self, managed: Managed) -> None:
+        """Observe, plan, act; once more while that changes something at once."""
+        for _ in range(8):
+            actions = reconciling.plan(Desired.of(managed.stack.resource), self._observe(managed), time.monotonic())
+            managed.settled = not actions
+            if not actions:
+                return
+            waiting = False
+            for action in actions:
+                waiting |= await self._act(managed, action)
+            if waiting and all(isinstance(a, CreateEngine) for a in actions):
+                return
+
+    def _observe(self, managed: Managed) -> Observed:
+        stack = managed.stack
+        flows = stack.flows_by_slot()
+        seen = [
+            reconciling.Engine(e.slot, e.state, e.ready, e.blueprint.template, e.blueprint.queues, flows.get(e.slot, 0))
+            for e in managed.engines.values()
+            if not e.removing
+        ]
+        stay = {e.slot for e in seen if e.state is State.ACTIVE}
+        managed.pinned = {b: slot for b, slot in managed.pinned.items() if slot in stay}
+        fixed = managed.pinned if len(seen) <= stack.resource.spec.replicas else {}
+        return Observed(seen, stack.owners(), frozenset(fixed) | stack.open_fences(), managed.create_after)
+
+    async def _act(self, managed: Managed, action: reconciling.Action) -> bool:
+        """Carry out one action; returns whether its effect comes later."""
+        name = managed.stack.name
+        match action:
+            case CreateEngine():
+                self._create(managed, action)
+                return True
+            case ActivateEngine(slot):
+                engine = managed.engines[slot]
+                self.event(name, "EngineActive", f"engine {slot} was {engine.state}")
+                engine.state = State.ACTIVE
+            case DrainEngine(slot):
+                managed.engines[slot].state = State.DRAINING
+                self.event(name, "EngineDraining", f"engine {slot} hands its buckets over")
+            case AssignBuckets(moves):
+                await self._transfer(managed, moves)
+            case RemoveEngine(slot):
+                engine = managed.engines[slot]
+                engine.removing = True
+                self._spawn(self._remove(managed, engine))
+        return False
+
+    def _create(self, managed: Managed, action: CreateEngine) -> None:
+        stack = managed.stack
+        shape = stack.resource.spec.engine
+        slot = self.run.next_slot()
+        blueprint = engines.Blueprint(
+            stack=stack.name,
+            slot=slot,
+            template=action.template,
+            queues=action.queues,
+            cores=shape.cores,
+            cpu_policy=shape.cpu_policy,
+            memory_bytes=shape.memory_bytes,
+            namespace=self.run.namespace(stack.name, slot),
+            owner=self.run.owner,
+            directory=self.run.engine(slot),
+            arena=stack.arena_path,
+            config=stack.config_path,
+        )
+        self.run.record.engines[str(slot)] = blueprint.namespace
+        self.run.save()
+        placeholder = Engine(blueprint, self.director)
+        managed.engines[slot] = placeholder
+        self._spawn(self._make(managed, placeholder))
+
+    async def _make(self, managed: Managed, placeholder: Engine) -> None:
+        b = placeholder.blueprint
+        try:
+            engine = await asyncio.to_thread(engines.make, b, self.director)
+        except (AgentError, OSError) as e:
+            managed.engines.pop(b.slot, None)
+            self.run.record.engines.pop(str(b.slot), None)
+            managed.problem = str(e)
+            pause = BACK_OFF_SECONDS[min(managed.failures, len(BACK_OFF_SECONDS) - 1)]
+            managed.failures += 1
+            managed.create_after = time.monotonic() + pause
+            self.event(b.stack, "EngineFailed", f"engine {b.slot}: {e}; next try in {pause:g} s", "Warning")
+            managed.changed.set()
+            return
+        if self.stacks.get(b.stack) is not managed:
+            await asyncio.to_thread(engines.destroy, engine)
+            return
+        engine.state = State.STARTING
+        managed.engines[b.slot] = engine
+        engine.tasks.append(asyncio.create_task(engines.attend(engine, self._engine_changed)))
+
+    def _engine_changed(self, engine: Engine, what: str) -> None:
+        managed = self.stacks.get(engine.blueprint.stack)
+        if managed is None or engine.removing:
+            return
+        if what == "ready":
+            call(lib().ps_director_engine, self.director, engine.slot, engine.ifindex)
+            managed.failures, managed.problem = 0, ""
+            self.event(
+                managed.stack.name, "EngineReady", f"engine {engine.slot}: datapath {engine.pid} serves its queues"
+            )
+        elif what == "died":
+            self.event(managed.stack.name, "DatapathDied", f"engine {engine.slot}: its init starts another", "Warning")
+        else:
+            self.event(managed.stack.name, "DatapathRefused", f"engine {engine.slot}: {what}", "Warning")
+        managed.changed.set()
+
+    async def _remove(self, managed: Managed, engine: Engine) -> None:
+        async with managed.busy:
+            await self._destroy(managed, engine)
+        self.event(managed.stack.name, "EngineRemoved", f"engine {engine.slot} owned no bucket any more")
+        managed.changed.set()
+
+    async def _destroy(self, managed: Managed, engine: Engine) -> None:
+        engine.removing = True
+        for task in engine.tasks:
+            task.cancel()
+        await asyncio.gather(*engine.tasks, return_exceptions=True)
+        engine.tasks.clear()
+        if engine.view is not None:
+            add_drops(engine, managed.gone["engine"], managed.gone["kernel"])
+        await asyncio.to_thread(engines.destroy, engine)
+        managed.engines.pop(engine.slot, None)
+        self.run.record.engines.pop(str(engine.slot), None)
+        self.run.save()
+
+    async def _transfer(self, managed: Managed, moves: Sequence[Move]) -> dict[str, Any]:
+        async with managed.busy:
+            serving = [e for e in managed.engines.values() if e.view is not None]
+            report = await asyncio.to_thread(managed.stack.transfer, serving, moves)
+        managed.moved += report.moved
+        managed.holds_ns.extend(report.hold_ns)
+        longest = max(report.hold_ns) / 1e6
+        self.event(
+            managed.stack.name, "BucketsMoved",
+            f"{report.moved} buckets by {report.fences} fences, the longest {longest:.2f} ms",
+        )  # fmt: skip
+        if report.stalled:
+            self.event(
+                managed.stack.name, "EngineDoesNotAnswer",
+                f"engine {report.stalled} has not answered its markers; nothing is released until it does", "Warning",
+            )  # fmt: skip
+        return {
+            "moved": report.moved,
+            "fences": report.fences,
+            "longestMilliseconds": longest,
+            "stalled": report.stalled,
+        }
+
+    # ---- watching the node -----------------------------------------------------------------------------------
+
+    async def _watch_links(self) -> None:
+        """Routes vanish silently when links change: put them back."""
+        loop = asyncio.get_running_loop()
+        watcher = networks.change_socket()
+        try:
+            while True:
+                with contextlib.suppress(OSError):
+                    await loop.sock_recv(watcher, 65536)
+                await asyncio.sleep(0.05)
+                while True:
+                    try:
+                        watcher.recv(65536)
+                    except OSError:
+                        break
+                if self.stacks:
+                    try:
+                        prefixes = {p for m in self.stacks.values() for p in m.stack.prefixes()}
+                        added = await asyncio.to_thread(networks.ensure_routes, prefixes)
+                    except Exception as e:
+                        self.event("-", "RoutesFailed", str(e), "Warning")
+                    else:
+                        if added:
+                            self.event("-", "RoutesRestored", ", ".join(str(p) for p in added), "Warning")
+        finally:
+            watcher.close()
+
+    async def _measure_rates(self) -> None:
+        while True:
+            now = time.monotonic()
+            for managed in self.stacks.values():
+                for engine in managed.engines.values():
+                    if engine.view is not None and not engine.removing:
+                        sample(engine, now)
+            await asyncio.sleep(1.0)
+
+    # ---- verbs -----------------------------------------------------------------------------------------------
+
+    def get(self, name: str | None = None) -> list[dict[str, Any]]:
+        """Stacks as they are, with status."""
+        chosen = [self._managed(name)] if name else [self.stacks[n] for n in sorted(self.stacks)]
+        return [self._status(m) for m in chosen]
+
+    def _status(self, managed: Managed) -> dict[str, Any]:
+        stack = managed.stack
+        owners = stack.owners()
+        flows = stack.flows_by_slot()
+        buckets: dict[int, int] = {}
+        for owner in owners:
+            if owner is not None and owner.slot:
+                buckets[owner.slot] = buckets.get(owner.slot, 0) + 1
+        shown = [self._engine_status(e, buckets, flows) for _, e in sorted(managed.engines.items())]
+        staying = [e for e in managed.engines.values() if e.state in (State.PENDING, State.STARTING, State.ACTIVE)]
+        active = [e for e in staying if e.state is State.ACTIVE and e.ready]
+        wanted = stack.resource.spec.replicas
+        ready = managed.settled and len(active) == wanted and (not wanted or sum(buckets.values()) == stack.buckets)
+        status = {
+            "replicas": len(staying),
+            "readyReplicas": len(active),
+            "drainingReplicas": sum(e.state is State.DRAINING for e in managed.engines.values()),
+            "flowTableGeneration": stack.epochs(),
+            "configurationGeneration": int(stack.config.generation),
+            "flows": stack.live(),
+            "ready": ready,
+            "conditions": self._conditions(managed, ready, len(active)),
+            "engines": shown,
+            "owners": {str(slot): n for slot, n in sorted(buckets.items())},
+            "drops": self._drops(managed),
+            "backends": self._backends(managed),
+            "capacity": self._capacity(managed),
+            "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
+        }
+        return {**stack.resource.document(), "status": status}
+
+    def _conditions(self, managed: Managed, ready: bool, active: int) -> list[dict[str, str]]:
+        problem = managed.problem
+        return [
+            _condition("Available", active > 0, "MinimumEnginesAvailable" if active else "EnginesStarting"),
+            _condition("Progressing", not ready, "Settled" if ready else "EnginesStarting"),
+            _condition("CapacityAvailable", not problem, "EngineFailed" if problem else "EnoughCapacity", problem),
+        ]
+
+    def _engine_status(self, engine: Engine, buckets: dict[int, int], flows: dict[int, int]) -> dict[str, Any]:
+        b = engine.blueprint
+        status: dict[str, Any] = {
+            "slot": b.slot,
+            "name": f"{b.stack}-{b.slot}",
+            "state": str(engine.state),
+            "ready": engine.ready,
+            "buckets": buckets.get(b.slot, 0),
+            "flows": flows.get(b.slot, 0),
+            "pid": engine.pid,
+            "namespace": b.namespace,
+            "packetsPerSecond": 0.0,
+            "busy": 0.0,
+            "cores": [],
+        }
+        if engine.view is None:
+            return status
+        rates = engine.samples
+        status["packetsPerSecond"] = round(rates.get("packets_per_second", 0.0), 1)
+        status["busy"] = round(rates.get("busy", 0.0), 4)
+        queues: dict[int, list[dict[str, Any]]] = {}
+        for q in range(b.queues):
+            view = engine.queue(q)
+            queues.setdefault((view.cur & 0xFF) - 1, []).append(
+                {
+                    "queue": q,
+                    "received": int(view.received),
+                    "forwarded": int(view.forwarded),
+                    "packetsPerSecond": round(rates.get("queues", {}).get(q, 0.0), 1),
+                    "parked": (view.park.producer - view.park.consumer) & 0xFFFFFFFF,
+                    "holds": int(view.holds),
+                    "holdMaximumMicroseconds": view.hold_max_ns / 1000,
+                }
+            )
+        for c in range(b.cores):
+            core = engine.core(c)
+            status["cores"].append(
+                {
+                    "core": c,
+                    "cpu": int(core.cpu),
+                    "busy": round(rates.get("cores", {}).get(c, 0.0), 4),
+                    "queues": queues.get(c, []),
+                }
+            )
+        return status
+
+    def _drops(self, managed: Managed) -> dict[str, dict[str, int]]:
+        director = self.director_counters()
+        engine, kernel = dict(managed.gone["engine"]), dict(managed.gone["kernel"])
+        for e in managed.engines.values():
+            if e.view is not None and not e.removing:
+                add_drops(e, engine, kernel)
+        for name, count in link_drops().items():
+            kernel[name] = kernel.get(name, 0) + count
+        return {
+            "director": {n.removeprefix("drop_"): v for n, v in director.items() if n.startswith("drop_")},
+            "engine": engine,
+            "kernel": kernel,
+        }
+
+    def director_counters(self) -> dict[str, int]:
+        """All counters of the node's director."""
+        out = ffi.new("uint64_t[]", constant("PS_D_COUNTERS"))
+        call(lib().ps_director_counters, self.director, out)
+        names = abi.enum_names("ps_director_counter")
+        return {names[i].removeprefix("PS_D_").lower(): int(out[i]) for i in range(len(out))}
+
+    def _backends(self, managed: Managed) -> list[dict[str, Any]]:
+        stack = managed.stack
+        healthy = self.prober.healthy()
+        weights = {
+            (e.address, e.port): e.weight for li in stack.resource.spec.listeners for e in li.backends.endpoints or ()
+        }
+        shown = []
+        for i in range(stack.arena.backends):
+            entry = stack.arena.backend[i]
+            place = (unpacked(bytes(ffi.buffer(entry.address))), wire(entry.port))
+            if place in weights or entry.live > 0:
+                shown.append(
+                    {
+                        "address": str(place[0]),
+                        "port": place[1],
+                        "weight": weights.get(place),
+                        "healthy": healthy.get(place, True),
+                        "flows": max(0, int(entry.live)),
+                        "flowsTotal": int(entry.created),
+                    }
+                )
+        return shown
+
+    def _capacity(self, managed: Managed) -> dict[str, int]:
+        """Flows that SNAT ports allow: about 15 a bucket for each pair of SNAT address and backend at 4,096 buckets."""
+        stack = managed.stack
+        per_bucket = 65536 // stack.buckets - max(1, 1024 // stack.buckets)
+        pairs = 0
+        for family in (4, 6):
+            snat = sum(a.version == family for a in stack.resource.snat_addresses())
+            places = {
+                place
+                for li in stack.resource.spec.listeners
+                if li.address.version == family
+                for place, _ in stack.usable(li)
+            }
+            pairs += snat * len(places)
+        return {
+            "pairs": pairs,
+            "flows": pairs * per_bucket * stack.buckets,
+            "maxFlows": stack.resource.spec.flow_table.max_flows,
+        }
+
+    async def scale(self, name: str, replicas: int) -> dict[str, Any]:
+        """Set spec.replicas, as the scale subresource does."""
+        managed = self._managed(name)
+        document = managed.stack.resource.document()
+        document["spec"]["replicas"] = replicas
+        resource = resources.parse(document)
+        was = managed.stack.resource.spec.replicas
+        managed.stack.resource = resource
+        managed.settled = False
+        self.run.record.documents[name] = document
+        self.run.save()
+        if was != replicas:
+            self.event(name, "Scaled", f"from {was} to {replicas} engines")
+        managed.changed.set()
+        return {"from": was, "to": replicas}
+
+    async def move_buckets(self, name: str, buckets: Sequence[int], slot: int, queue: int | None) -> dict[str, Any]:
+        """Give buckets to an engine; they stay there while it does."""
+        managed = self._managed(name)
+        engine = self._active(managed, slot)
+        wrong = [b for b in buckets if not 0 <= b < managed.stack.buckets]
+        if wrong:
+            raise AgentError(f"bucket {wrong[0]}: not there; stack {name} has buckets 0 to {managed.stack.buckets - 1}")
+        if queue is not None and not 0 <= queue < engine.blueprint.queues:
+            raise AgentError(f"engine {slot}: has no queue {queue}; use 0 to {engine.blueprint.queues - 1}")
+        moves = [
+            Move(b, Owner(slot, i % engine.blueprint.queues if queue is None else queue)) for i, b in enumerate(buckets)
+        ]
+        managed.pinned |= dict.fromkeys(buckets, slot)
+        return await self._transfer(managed, moves)
+
+    async def move_queue(self, name: str, slot: int, queue: int, core: int) -> dict[str, Any]:
+        """Let another core of the engine serve the queue."""
+        managed = self._managed(name)
+        engine = self._active(managed, slot)
+        if not engine.ready:
+            raise AgentError(f"engine {slot}: no datapath is attached; wait until it is ready")
+        took = ffi.new("uint64_t *")
+        await asyncio.to_thread(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
+        self.event(name, "QueueMoved", f"queue {queue} of engine {slot} to core {core} in {took[0] / 1000:.0f} us")
+        return {"microseconds": took[0] / 1000}
+
+    def _active(self, managed: Managed, slot: int) -> Engine:
+        engine = managed.engines.get(slot)
+        if engine is None or engine.state is not State.ACTIVE or engine.view is None:
+            known = ", ".join(str(s) for s, e in sorted(managed.engines.items()) if e.state is State.ACTIVE) or "none"
+            raise AgentError(f"engine {slot}: is not an active engine of stack {managed.stack.name}; active: {known}")
+        return engine
+
+    def explain(
+        self, name: str, protocol: str, source: str, sport: int, destination: str, dport: int
+    ) -> dict[str, Any]:
+        """Where a packet of this flow goes, and why."""
+        stack = self._managed(name).stack
+        try:
+            client, vip = ip_address(source), ip_address(destination)
+            number = {"tcp": 6, "udp": 17}[protocol.lower()]
+        except (ValueError, KeyError):
+            raise AgentError(
+                f'flow "{protocol} {source} {destination}": not a flow; use "tcp 10.0.0.1:40000 192.0.2.10:80"'
+            ) from None
+        listener = next(
+            (
+                li
+                for li in stack.resource.spec.listeners
+                if (li.address, li.port, li.protocol.lower()) == (vip, dport, protocol.lower())
+            ),
+            None,
+        )
+        if listener is None:
+            return {
+                "why": f"no listener of stack {name} has {protocol.upper()} {destination} port {dport}; not our traffic"
+            }
+        value = int(lib().ps_flow_hash(*stack.key, packed(client), packed(vip), wire(sport), wire(dport), number))
+        bucket = value & (stack.buckets - 1)
+        word = stack.words()[bucket]
+        result: dict[str, Any] = {
+            "hash": f"{value:016x}",
+            "bucket": bucket,
+            "owner": {"slot": word >> 22 & 1023, "queue": word >> 16 & 63, "epoch": word >> 32},
+            "listener": listener.name,
+            "flow": None,
+        }
+        names = abi.enum_names("ps_flow_state")
+        for flow in stack.flows(bucket):
+            if (
+                unpacked(bytes(ffi.buffer(flow.client))) == client
+                and wire(flow.client_port) == sport
+                and wire(flow.vip_port) == dport
+                and bool(flow.flags & 1) == (number == 17)
+                and unpacked(bytes(ffi.buffer(stack.arena.address[flow.vip].bytes))) == vip
+            ):
+                snat = unpacked(bytes(ffi.buffer(stack.arena.address[flow.snat].bytes)))
+                result["flow"] = {
+                    "state": names[flow.state].removeprefix("PS_FLOW_").lower(),
+                    "backend": f"{unpacked(bytes(ffi.buffer(flow.backend)))} port {wire(flow.backend_port)}",
+                    "snat": f"{snat} port {wire(flow.snat_port)}",
+                }
+        slot = word >> 22 & 1023
+        if not slot:
+            result["why"] = f"bucket {bucket} has no owner: packets are dropped as no_owner"
+        elif result["flow"]:
+            result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {slot}, which keeps this flow"
+        else:
+            usable = stack.usable(listener)
+            result["why"] = (
+                f"hash {value:016x} -> bucket {bucket} -> engine {slot}; no such flow yet, "
+                f"{listener.balancing} would choose one of {len(usable)} backends"
+            )
+        return result
+
+
+def _condition(kind: str, status: bool, reason: str, message: str = "") -> dict[str, str]:
+    return {"type": kind, "status": str(status), "reason": reason, "message": message}
+
+
+def sample(engine: Engine, now: float) -> None:
+    """Rates since the last call: packets by queue, busy share by core."""
+    b, last = engine.blueprint, engine.samples.get("last")
+    packets = {q: int(engine.queue(q).received) for q in range(b.queues)}
+    cycles = {c: (int(engine.core(c).busy_cycles), int(engine.core(c).total_cycles)) for c in range(b.cores)}
+    engine.samples["last"] = (now, packets, cycles)
+    if last is None or now <= last[0]:
+        return
+    seconds = now - last[0]
+    rates = {q: (packets[q] - last[1][q]) / seconds for q in packets}
+    busy = {c: (cycles[c][0] - last[2][c][0]) / max(1, cycles[c][1] - last[2][c][1]) for c in cycles}
+    engine.samples |= {
+        "queues": rates,
+        "packets_per_second": sum(rates.values()),
+        "cores": busy,
+        "busy": sum(busy.values()) / len(busy),
+    }
+
+
+def add_drops(engine: Engine, by_engine: dict[str, int], by_kernel: dict[str, int]) -> None:
+    """Add what this engine, and the kernel in front of it, have dropped."""
+    for name, count in engine.counters().items():
+        if name.startswith("drop_") or name == "late":
+            name = name.removeprefix("drop_")
+            by_engine[name] = by_engine.get(name, 0) + count
+    for name, count in engine.kernel_drops().items():
+        by_kernel[name] = by_kernel.get(name, 0) + count
+    for name, count in link_drops([engine.slot]).items():
+        by_kernel[name] = by_kernel.get(name, 0) + count
+
+
+def link_drops(slots: Sequence[int] = ()) -> dict[str, int]:
+    """Frames lost on the way to these engines (none named: on the routed pair): full veth rings and backlogs."""
+    total = {"xdp_xmit_errors": 0, "link_dropped": 0}
+    names = [networks.engine_device(s) for s in slots] or [networks.ROUTED, networks.DIRECTOR]
+    dropped = networks.drops()
+    for name in names:
+        for counter, count in devices.statistics(name).items():
+            if counter.endswith("xdp_xmit_errors"):
+                total["xdp_xmit_errors"] += count
+        if name in dropped:
+            total["link_dropped"] += sum(dropped[name])
+    return total

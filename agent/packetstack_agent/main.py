@@ -1,0 +1,83 @@
+"""`packetstack-agent`: the background process of a node. Usually started by `packetstack up`."""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+from aiohttp import web
+
+from packetstack_agent.agent import Agent
+from packetstack_agent.errors import AgentError
+from packetstack_agent.metrics import render
+from packetstack_agent.node import DEFAULT_RUN_DIRECTORY, RunDirectory, clean
+from packetstack_agent.server import Server
+from packetstack_core.abi import NativeError as NotBuilt
+
+
+def main() -> None:
+    """Parse arguments, run until told to stop."""
+    parser = argparse.ArgumentParser(prog="packetstack-agent", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, default=DEFAULT_RUN_DIRECTORY)
+    parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve Prometheus metrics over HTTP")
+    parser.add_argument("--clean", action="store_true", help="remove what a dead agent left, and exit")
+    arguments = parser.parse_args()
+    run = RunDirectory(arguments.run_dir)
+    try:
+        if os.geteuid() != 0:
+            raise AgentError("packetstack-agent: needs root: it loads BPF programs and makes network namespaces")
+        if arguments.clean:
+            for line in clean(run):
+                print(f"removed {line}")
+            return
+        if run.record.engines or run.pins.is_mount():
+            raise AgentError(
+                f"{run.path}: an earlier agent ended without cleaning up; its engines still serve. "
+                "Remove them with: packetstack down --all"
+            )
+        asyncio.run(_serve(run, arguments.metrics_listen))
+    except (AgentError, NotBuilt) as e:
+        sys.exit(str(e))
+
+
+async def _serve(run: RunDirectory, metrics_listen: str | None) -> None:
+    agent = Agent(run)
+    server = Server(agent)
+    loop = asyncio.get_running_loop()
+    for sig in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(sig, server.stopped.set)
+    try:
+        await agent.start()
+        http = await _metrics(agent, metrics_listen) if metrics_listen else None
+        listener = await server.listen()
+        (run.path / "agent.pid").write_text(str(os.getpid()))
+        await server.stopped.wait()
+        listener.close()
+        if http is not None:
+            await http.cleanup()
+    finally:
+        await agent.stop()
+
+
+async def _metrics(agent: Agent, listen: str) -> web.AppRunner:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(text=render(agent), content_type="text/plain")
+
+    address, _, port = listen.rpartition(":")
+    application = web.Application()
+    application.router.add_get("/metrics", answer)
+    runner = web.AppRunner(application)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, address.strip("[]"), int(port)).start()
+    except (OSError, ValueError) as e:
+        raise AgentError(
+            f"--metrics-listen {listen}: {e}; use an address and a free port, as in 127.0.0.1:9470"
+        ) from None
+    return runner
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Prometheus metrics of the agent: read from shared memory and maps when they are asked for."""
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from packetstack_agent.agent import Agent
+from packetstack_core.reconciling import State
+
+
+class AgentCollector(Collector):
+    """All families, from one look at the agent."""
+
+    def __init__(self, agent: Agent) -> None:
+        self._agent = agent
+
+    def collect(self) -> Iterator[Metric]:
+        """Names are stable: docs/metrics.md lists them."""
+        agent = self._agent
+        director = CounterMetricFamily(
+            "packetstack_director_packets", "Packets by what the director did with them", labels=["result"]
+        )
+        for name, count in agent.director_counters().items():
+            director.add_metric([name], count)
+        yield director
+
+        engines = GaugeMetricFamily("packetstack_engines", "Engines by state", labels=["stack", "state"])
+        replicas = GaugeMetricFamily("packetstack_desired_engines", "spec.replicas", labels=["stack"])
+        flows = GaugeMetricFamily("packetstack_flows", "Live flows", labels=["stack", "engine"])
+        buckets = GaugeMetricFamily("packetstack_buckets", "Buckets owned", labels=["stack", "engine"])
+        moved = CounterMetricFamily("packetstack_buckets_moved", "Changes of owner", labels=["stack"])
+        packets = CounterMetricFamily(
+            "packetstack_engine_packets", "Engine counters, in frames", labels=["stack", "engine", "event"]
+        )
+        drops = CounterMetricFamily("packetstack_drops", "Frames dropped", labels=["stack", "stage", "reason"])
+        busy = CounterMetricFamily(
+            "packetstack_core_busy_cycles", "TSC cycles spent on packets", labels=["stack", "engine", "core"]
+        )
+        cycles = CounterMetricFamily("packetstack_core_cycles", "TSC cycles", labels=["stack", "engine", "core"])
+        queue = CounterMetricFamily(
+            "packetstack_queue_packets", "Frames received", labels=["stack", "engine", "queue", "core"]
+        )
+        hold = GaugeMetricFamily(
+            "packetstack_handover_hold_seconds", "Longest fence of the last transfers", labels=["stack"]
+        )
+        backend = GaugeMetricFamily("packetstack_backend_flows", "Live flows", labels=["stack", "backend", "healthy"])
+        for status in agent.get():
+            name = status["metadata"]["name"]
+            managed = agent.stacks[name]
+            replicas.add_metric([name], status["spec"]["replicas"])
+            for state in State:
+                count = sum(e["state"] == state for e in status["status"]["engines"])
+                engines.add_metric([name, str(state)], count)
+            moved.add_metric([name], managed.moved)
+            hold.add_metric([name], max(managed.holds_ns, default=0) / 1e9)
+            for b in status["status"]["backends"]:
+                backend.add_metric([name, f"{b['address']}|{b['port']}", str(b["healthy"]).lower()], b["flows"])
+            for stage, reasons in status["status"]["drops"].items():
+                if stage != "director":
+                    for reason, count in reasons.items():
+                        drops.add_metric([name, stage, reason], count)
+            for e in status["status"]["engines"]:
+                slot = str(e["slot"])
+                flows.add_metric([name, slot], e["flows"])
+                buckets.add_metric([name, slot], e["buckets"])
+                for core in e["cores"]:
+                    view = managed.engines[e["slot"]].core(core["core"])
+                    where = [name, slot, str(core["core"])]
+                    busy.add_metric(where, view.busy_cycles)
+                    cycles.add_metric(where, view.total_cycles)
+                    for q in core["queues"]:
+                        queue.add_metric([name, slot, str(q["queue"]), str(core["core"])], q["received"])
+                engine = managed.engines[e["slot"]]
+                if engine.view is not None:
+                    for event, count in engine.counters().items():
+                        packets.add_metric([name, slot, event], count)
+        yield from (engines, replicas, flows, buckets, moved, packets, drops, busy, cycles, queue, hold, backend)
+
+
+def render(agent: Agent) -> str:
+    """The text that Prometheus reads."""
+    registry = CollectorRegistry()
+    registry.register(AgentCollector(agent))
+    return generate_latest(registry).decode()

@@ -1,0 +1,90 @@
+"""The agent's socket: one JSON object a line in, one out. {"verb": ..., ...} -> {"ok": ...} or {"error": ...}."""
+
+import asyncio
+import json
+import os
+import socket
+import struct
+from typing import Any
+
+from packetstack_agent.agent import Agent
+from packetstack_agent.errors import AgentError
+from packetstack_agent.metrics import render
+from packetstack_core.resources import ResourceError
+
+MAX_REQUEST_BYTES = 8 << 20
+
+
+class Server:
+    """Serves `agent` until `stopped` is set."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.stopped = asyncio.Event()
+        self._applying = asyncio.Lock()
+
+    async def listen(self) -> asyncio.Server:
+        """Open the socket, for root and the agent's own user alone."""
+        path = self.agent.run.socket
+        path.unlink(missing_ok=True)
+        server = await asyncio.start_unix_server(self._serve, path, limit=MAX_REQUEST_BYTES)
+        path.chmod(0o600)
+        return server
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            credentials = writer.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            if struct.unpack("3i", credentials)[1] not in (0, os.geteuid()):
+                return
+            while line := await reader.readline():
+                writer.write(json.dumps(await self._answer(line)).encode() + b"\n")
+                await writer.drain()
+        except (ValueError, ConnectionError):
+            return  # an overlong line, or the other side went away
+        finally:
+            writer.close()
+
+    async def _answer(self, line: bytes) -> dict[str, Any]:
+        try:
+            request = json.loads(line)
+            verb = request.pop("verb")
+            return {"ok": await self._call(verb, request)}
+        except ResourceError as e:
+            return {"error": "\n".join(e.problems)}
+        except AgentError as e:
+            return {"error": str(e)}
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            return {"error": f"request: cannot be understood ({type(e).__name__}: {e}); use the packetstack command"}
+        except Exception as e:  # a bug, or the system ran out of something: the agent goes on
+            self.agent.event("-", "InternalError", f"{type(e).__name__}: {e}", "Warning")
+            return {"error": f"internal error: {type(e).__name__}: {e}"}
+
+    async def _call(self, verb: str, r: dict[str, Any]) -> Any:
+        agent = self.agent
+        match verb:
+            case "apply":
+                async with self._applying:
+                    return await agent.apply(r["documents"], r.get("uplinks", []))
+            case "get":
+                return agent.get(r.get("name"))
+            case "delete":
+                async with self._applying:
+                    return await agent.delete(r["name"])
+            case "scale":
+                return await agent.scale(r["name"], r["replicas"])
+            case "move_buckets":
+                return await agent.move_buckets(r["name"], r["buckets"], r["slot"], r.get("queue"))
+            case "move_queue":
+                return await agent.move_queue(r["name"], r["slot"], r["queue"], r["core"])
+            case "explain":
+                return agent.explain(r["name"], r["protocol"], r["source"], r["sport"], r["destination"], r["dport"])
+            case "events":
+                name = r.get("name")
+                return [e for e in agent.events if name in (None, e["stack"])]
+            case "metrics":
+                return render(agent)
+            case "stop":
+                self.stopped.set()
+                return None
+            case _:
+                raise AgentError(f"verb {verb}: unknown to this agent")

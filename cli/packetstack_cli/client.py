@@ -1,0 +1,116 @@
+"""The agent's socket as the CLI sees it, and starting an agent in the background."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
+START_SECONDS = 20
+
+
+class CliError(Exception):
+    """One line for the user."""
+
+
+class NoAgent(CliError):
+    """Nobody answers."""
+
+
+class Client:
+    """One connection a call: an agent that was replaced is not noticed."""
+
+    def __init__(self, run_directory: Path) -> None:
+        self.run_directory = run_directory
+
+    def call(self, verb: str, **arguments: Any) -> Any:
+        """The answer to one verb. CliError with the agent's line if it refuses, NoAgent if there is none."""
+        path = self.run_directory / "agent.sock"
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.connect(str(path))
+                connection.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
+                with connection.makefile("rb") as answers:
+                    line = answers.readline()
+        except PermissionError:
+            raise CliError(f"{path}: no permission; run as root") from None
+        except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError):
+            raise NoAgent(
+                f"{path}: no agent answers; start one with: packetstack up FILE (or name its --run-dir)"
+            ) from None
+        if not line:
+            raise NoAgent(f"{path}: the agent went away; see {self.run_directory / 'agent.log'}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise CliError(answer["error"])
+        return answer["ok"]
+
+    def alive(self) -> bool:
+        """Whether an agent answers."""
+        try:
+            self.call("get")
+        except NoAgent:
+            return False
+        return True
+
+    def start_agent(self, metrics_listen: str | None) -> None:
+        """Start an agent in the background and wait until it answers; CliError with its last line if it does not."""
+        if os.geteuid() != 0:
+            raise CliError("packetstack up: needs root: it loads BPF programs and makes network namespaces")
+        self.run_directory.mkdir(parents=True, exist_ok=True)
+        log = self.run_directory / "agent.log"
+        command = [*agent_command(), "--run-dir", str(self.run_directory)]
+        if metrics_listen:
+            command += ["--metrics-listen", metrics_listen]
+        with log.open("wb") as output:
+            agent = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/"
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not self.alive():
+            if agent.poll() is not None or time.monotonic() > deadline:
+                said = log.read_text(errors="replace").strip().splitlines()
+                raise CliError(said[-1] if said else f"the agent did not start; see {log}")
+            time.sleep(0.05)
+
+    def stop_agent(self) -> None:
+        """Tell the agent to remove everything and end; wait until it has."""
+        try:
+            pid = int((self.run_directory / "agent.pid").read_text())
+        except (OSError, ValueError):
+            pid = 0
+        self.call("stop")
+        deadline = time.monotonic() + START_SECONDS
+        while pid and _running(pid) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def clean(self) -> str:
+        """Remove what a dead agent left."""
+        done = subprocess.run(
+            [*agent_command(), "--run-dir", str(self.run_directory), "--clean"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            raise CliError((done.stderr.strip() or "cleaning failed").splitlines()[-1])
+        return done.stdout
+
+
+def _running(pid: int) -> bool:
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def agent_command() -> list[str]:
+    """How to run the agent: the script beside this one, or the module."""
+    beside = Path(sys.argv[0]).resolve().with_name("packetstack-agent")
+    found = str(beside) if beside.exists() else shutil.which("packetstack-agent")
+    return [found] if found else [sys.executable, "-m", "packetstack_agent.main"]

@@ -1,0 +1,341 @@
+"""`packetstack`: run stacks on this host, look at them, change them."""
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import yaml
+from rich.live import Live
+
+from packetstack_cli import views
+from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent
+from packetstack_cli.demo import run_demo
+from packetstack_core import resources
+from packetstack_core.resources import ResourceError
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Group(click.Group):
+    """Errors are one line on standard error and exit code 1; wrong usage is exit code 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ResourceError as e:
+            sys.exit("\n".join(e.problems))
+        except CliError as e:
+            sys.exit(str(e))
+
+
+def _output(command: F) -> F:
+    option = click.option("-o", "--output", type=click.Choice(["json", "yaml"]), help="Print data instead of text.")
+    return option(command)
+
+
+def _show(value: Any, output: str | None, view: Callable[[], Any]) -> None:
+    if output:
+        click.echo(views.data(value, output))
+    else:
+        views.console.print(view())
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--run-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=DEFAULT_RUN_DIRECTORY,
+    envvar="PACKETSTACK_RUN_DIR",
+    show_default=True,
+    help="Directory of the agent.",
+)
+@click.version_option(package_name="packetstack")
+@click.pass_context
+def main(ctx: click.Context, run_dir: Path) -> None:
+    """An elastic pool of user-space packet engines behind a virtual address."""
+    ctx.obj = Client(run_dir.absolute())
+
+
+def _wait_ready(client: Client, names: list[str], timeout_seconds: float) -> None:
+    """Until all stacks are as their resources say. CliError with what is missing."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        waiting = [s for name in names for s in client.call("get", name=name) if not s["status"]["ready"]]
+        if not waiting:
+            return
+        if time.monotonic() > deadline:
+            item = waiting[0]
+            status = item["status"]
+            trouble = next((c["message"] for c in status["conditions"] if c["message"]), "see packetstack describe")
+            raise CliError(
+                f"stack {item['metadata']['name']}: {status['readyReplicas']} of {item['spec']['replicas']} engines are ready "
+                f"after {timeout_seconds:g} s; {trouble}"
+            )
+        time.sleep(0.02)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option(
+    "--uplink", "uplinks", multiple=True, metavar="INTERFACE", help="Run the director on it as native XDP too."
+)
+@click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait until the stacks are ready.")
+@click.option("--metrics-listen", metavar="ADDRESS:PORT", help="Serve Prometheus metrics over HTTP (first start only).")
+@click.pass_obj
+def up(
+    client: Client, files: tuple[str, ...], uplinks: tuple[str, ...], timeout: float, metrics_listen: str | None
+) -> None:
+    """Make the stacks of FILES run; start the agent if there is none. Repeating it changes nothing."""
+    wanted = [stack for file in files for stack in resources.load(_read(file))]
+    started = not client.alive()
+    if started:
+        client.start_agent(metrics_listen)
+    try:
+        for result in client.call("apply", documents=[s.document() for s in wanted], uplinks=list(uplinks)):
+            click.echo(f"stack {result['stack']}: {result['result']}")
+            if result.get("note"):
+                click.echo(f"stack {result['stack']}: note: {result['note']}", err=True)
+        _wait_ready(client, [s.name for s in wanted], timeout)
+    except CliError:
+        if started:
+            client.stop_agent()
+        raise
+    for stack in wanted:
+        for item in client.call("get", name=stack.name):
+            click.echo(f"stack {stack.name}: {item['status']['readyReplicas']} engines ready")
+
+
+def _read(file: str) -> str:
+    try:
+        return sys.stdin.read() if file == "-" else Path(file).read_text()
+    except (OSError, UnicodeDecodeError) as e:
+        raise CliError(f"{file}: cannot be read: {e}") from None
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--all", "everything", is_flag=True, help="All stacks and the agent.")
+@click.option("--yes", is_flag=True, help="Do not ask, even when live flows will end.")
+@click.pass_obj
+def down(client: Client, name: str | None, everything: bool, yes: bool) -> None:
+    """End a stack. Without NAME, when it is the only one, or with --all, the agent goes too and nothing is left."""
+    try:
+        stacks = client.call("get")
+    except NoAgent:
+        if not client.run_directory.exists():
+            raise
+        click.echo(client.clean(), nl=False)
+        return
+    names = [s["metadata"]["name"] for s in stacks]
+    if name is not None and name not in names:
+        raise CliError(f"stack {name}: not found; stacks of this agent: {', '.join(names) or 'none'}")
+    if name is None and not everything and len(names) > 1:
+        raise CliError(f"there are {len(names)} stacks ({', '.join(names)}); name one, or use --all")
+    chosen = [s for s in stacks if name in (None, s["metadata"]["name"])]
+    flows = sum(s["status"]["flows"] for s in chosen)
+    if flows:
+        click.echo(f"{flows:,} live flows will end", err=True)
+        if not yes and sys.stdin.isatty():
+            click.confirm("Go on?", abort=True)
+    if len(chosen) == len(stacks):
+        client.stop_agent()
+    else:
+        for s in chosen:
+            client.call("delete", name=s["metadata"]["name"])
+    for s in chosen:
+        click.echo(f"stack {s['metadata']['name']}: removed")
+
+
+@main.command()
+@click.argument("name", required=False)
+@_output
+@click.pass_obj
+def get(client: Client, name: str | None, output: str | None) -> None:
+    """List stacks, or show one."""
+    items = client.call("get", name=name)
+    _show(items[0] if name else items, output, lambda: views.stacks(items))
+
+
+@main.command()
+@click.argument("name")
+@_output
+@click.pass_obj
+def describe(client: Client, name: str, output: str | None) -> None:
+    """Everything about a stack: engines, listeners, backends, capacity, conditions, drops, events."""
+    item = client.call("get", name=name)[0]
+    happened = client.call("events", name=name)
+    _show({**item, "events": happened}, output, lambda: views.describe(item, happened))
+
+
+@main.command()
+@click.argument("name")
+@click.option("--replicas", type=click.IntRange(0, 1000), required=True)
+@click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the pool has this size.")
+@click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait.")
+@click.pass_obj
+def scale(client: Client, name: str, replicas: int, wait: bool, timeout: float) -> None:
+    """Set the number of engines."""
+    result = client.call("scale", name=name, replicas=replicas)
+    if wait:
+        _wait_ready(client, [name], timeout)
+    click.echo(f"stack {name}: from {result['from']} to {result['to']} engines")
+
+
+@main.command()
+@click.argument("name", required=False)
+@click.option("--once", is_flag=True, help="Print once instead of every second.")
+@_output
+@click.pass_obj
+def top(client: Client, name: str | None, once: bool, output: str | None) -> None:
+    """Engines, cores and queues with their load, live."""
+    items = client.call("get", name=name)
+    if once or output:
+        _show(items, output, lambda: views.top(items))
+        return
+    with Live(views.top(items), console=views.console, screen=True) as live:
+        try:
+            while True:
+                time.sleep(1)
+                live.update(views.top(client.call("get", name=name)))
+        except KeyboardInterrupt:
+            return
+
+
+@main.command()
+@click.argument("name")
+@click.option("--queue", metavar="SLOT:QUEUE", help="Give this queue to --core.")
+@click.option("--core", type=int, help="Core of the same engine.")
+@click.option("--buckets", metavar="FIRST-LAST", help="Give these buckets to --engine.")
+@click.option("--engine", type=int, metavar="SLOT", help="The engine that gets the buckets.")
+@click.option("--to-queue", type=int, help="Its queue; default: spread over all.")
+@_output
+@click.pass_obj
+def move(
+    client: Client,
+    name: str,
+    queue: str | None,
+    core: int | None,
+    buckets: str | None,
+    engine: int | None,
+    to_queue: int | None,
+    output: str | None,
+) -> None:
+    """Move a queue to another core, or buckets to another engine, while packets flow."""
+    if queue is not None and core is not None and buckets is None and engine is None:
+        slot, number = _numbers(queue, ":", "--queue", "SLOT:QUEUE, as in 1:3")
+        result = client.call("move_queue", name=name, slot=slot, queue=number, core=core)
+        text = f"queue {number} of engine {slot}: core {core} after {result['microseconds']:.0f} us"
+    elif buckets is not None and engine is not None and queue is None and core is None:
+        first, last = _numbers(
+            buckets if "-" in buckets else f"{buckets}-{buckets}", "-", "--buckets", "FIRST-LAST, as in 0-99"
+        )
+        result = client.call(
+            "move_buckets", name=name, buckets=list(range(first, last + 1)), slot=engine, queue=to_queue
+        )
+        text = f"{result['moved']} buckets to engine {engine} in {result['longestMilliseconds']:.2f} ms"
+    else:
+        raise click.UsageError("use --queue SLOT:QUEUE --core CORE, or --buckets FIRST-LAST --engine SLOT")
+    _show(result, output, lambda: text)
+
+
+def _numbers(value: str, separator: str, option: str, right: str) -> tuple[int, int]:
+    first, _, second = value.partition(separator)
+    if not (first.isdecimal() and second.isdecimal()):
+        raise click.BadParameter(f'"{value}" is not understood; use {right}', param_hint=option)
+    return int(first), int(second)
+
+
+@main.command()
+@click.argument("name")
+@click.argument("flow", nargs=-1, required=True)
+@_output
+@click.pass_obj
+def explain(client: Client, name: str, flow: tuple[str, ...], output: str | None) -> None:
+    """Where a flow goes and why. FLOW: PROTOCOL SOURCE:PORT DESTINATION:PORT, IPv6 addresses in brackets."""
+    parts = " ".join(flow).split()
+    if len(parts) != 3:
+        raise click.UsageError("use PROTOCOL SOURCE:PORT DESTINATION:PORT, as in: tcp 10.0.0.1:40000 192.0.2.10:80")
+    source, destination = _endpoint(parts[1]), _endpoint(parts[2])
+    result = client.call(
+        "explain",
+        name=name,
+        protocol=parts[0],
+        source=source[0],
+        sport=source[1],
+        destination=destination[0],
+        dport=destination[1],
+    )
+    _show(result, output, lambda: "\n".join(_lines(result)))
+
+
+def _endpoint(text: str) -> tuple[str, int]:
+    address, _, port = text.rpartition(":")
+    if not address or not port.isdecimal() or int(port) > 65535:
+        raise click.BadParameter(f'"{text}" is not an address with a port; use 10.0.0.1:40000 or [fd00::1]:40000')
+    return address.strip("[]"), int(port)
+
+
+def _lines(result: Mapping[str, Any]) -> list[str]:
+    lines = [str(result["why"])]
+    for key in ("listener", "bucket", "owner", "flow"):
+        value = result.get(key)
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        if value is not None:
+            lines.append(f"  {key:9} {value}")
+    return lines
+
+
+@main.command()
+@click.argument("name", required=False)
+@_output
+@click.pass_obj
+def events(client: Client, name: str | None, output: str | None) -> None:
+    """What happened, oldest first."""
+    items = client.call("events", name=name)
+    _show(items, output, lambda: views.events(items))
+
+
+@main.command()
+@click.argument("slot", required=False, type=int)
+@click.pass_obj
+def logs(client: Client, slot: int | None) -> None:
+    """The agent's log, or that of an engine."""
+    path = client.run_directory / ("agent.log" if slot is None else f"engines/{slot}/log")
+    try:
+        click.echo(path.read_text(errors="replace"), nl=False)
+    except OSError as e:
+        raise CliError(f"{path}: cannot be read: {e.strerror}") from None
+
+
+@main.command()
+@click.pass_obj
+def metrics(client: Client) -> None:
+    """The agent's Prometheus metrics."""
+    click.echo(client.call("metrics"), nl=False)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+def check(files: tuple[str, ...]) -> None:
+    """Read FILES as `up` would, and change nothing."""
+    for file in files:
+        for stack in resources.load(_read(file)):
+            click.echo(yaml.safe_dump(stack.document(), sort_keys=False).rstrip())
+
+
+@main.command()
+@click.option("--connections", default=2000, show_default=True)
+@click.option("--udp-flows", default=200, show_default=True)
+@click.option("--seconds", default=60, show_default=True)
+@click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
+def demo(connections: int, udp_flows: int, seconds: int, build_dir: Path) -> None:
+    """Resize a pool under live traffic in network namespaces of its own, and count what breaks."""
+    sys.exit(run_demo(build_dir, connections, udp_flows, seconds))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""How things look on a terminal."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+console = Console(highlight=False)
+
+
+def data(value: Any, form: str) -> str:
+    """As JSON or YAML."""
+    if form == "json":
+        return json.dumps(value, indent=2)
+    return yaml.safe_dump(value, sort_keys=False).rstrip()
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        right = column.isupper() and column in {"BUCKETS", "FLOWS", "PACKETS/S", "BUSY", "PARKED", "TOTAL", "DROPS"}
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    return table
+
+
+def stacks(items: Sequence[Mapping[str, Any]]) -> Table:
+    """One line a stack."""
+    table = _table("NAME", "READY", "DRAINING", "FLOWS", "BACKENDS", "ADDRESSES")
+    for item in items:
+        status = item["status"]
+        healthy = sum(b["healthy"] for b in status["backends"])
+        addresses = ", ".join(dict.fromkeys(li["address"] for li in item["spec"]["listeners"]))
+        table.add_row(
+            item["metadata"]["name"],
+            f"{status['readyReplicas']}/{item['spec']['replicas']}",
+            str(status["drainingReplicas"]),
+            f"{status['flows']:,}",
+            f"{healthy}/{len(status['backends'])}",
+            addresses,
+        )
+    return table
+
+
+def engines(item: Mapping[str, Any]) -> Table:
+    """One line an engine."""
+    table = _table("ENGINE", "STATE", "BUCKETS", "FLOWS", "PACKETS/S", "BUSY", "PID")
+    for engine in item["status"]["engines"]:
+        table.add_row(
+            str(engine["slot"]),
+            engine["state"] if engine["ready"] else f"{engine['state']} (not ready)",
+            f"{engine['buckets']:,}",
+            f"{engine['flows']:,}",
+            f"{engine['packetsPerSecond']:,.0f}",
+            f"{engine['busy']:.0%}",
+            str(engine["pid"] or "-"),
+        )
+    return table
+
+
+def top(items: Sequence[Mapping[str, Any]]) -> Group:
+    """Engines, cores and queues, live."""
+    parts: list[RenderableType] = []
+    for item in items:
+        status = item["status"]
+        rate = sum(e["packetsPerSecond"] for e in status["engines"])
+        head = f"{item['metadata']['name']}  {status['readyReplicas']}/{item['spec']['replicas']} engines  "
+        parts.append(Text(f"{head}{status['flows']:,} flows  {rate:,.0f} packets/s", style="bold"))
+        parts.append(engines(item))
+        table = _table("ENGINE", "CORE", "CPU", "BUSY", "QUEUE", "PACKETS/S", "PARKED")
+        for engine in status["engines"]:
+            for core in engine["cores"]:
+                for i, queue in enumerate(core["queues"] or [None]):
+                    first = i == 0
+                    table.add_row(
+                        str(engine["slot"]) if first else "",
+                        str(core["core"]) if first else "",
+                        str(core["cpu"]) if first else "",
+                        f"{core['busy']:.0%}" if first else "",
+                        str(queue["queue"]) if queue else "-",
+                        f"{queue['packetsPerSecond']:,.0f}" if queue else "",
+                        str(queue["parked"]) if queue else "",
+                    )
+        parts += [Text(), table, Text()]
+    return Group(*parts)
+
+
+def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> Group:
+    """Everything about a stack."""
+    status, spec = item["status"], item["spec"]
+    capacity = status["capacity"]
+    parts: list[RenderableType] = [
+        Text(f"Stack {item['metadata']['name']}", style="bold"),
+        Text(
+            f"  engines    {status['readyReplicas']} ready of {spec['replicas']} wanted, {status['drainingReplicas']} draining"
+        ),
+        Text(f"  flows      {status['flows']:,} live"),
+        Text(
+            f"  capacity   {min(capacity['flows'], capacity['maxFlows']):,} flows "
+            f"({capacity['pairs']} pairs of SNAT address and backend allow {capacity['flows']:,}; maxFlows {capacity['maxFlows']:,})"
+        ),
+    ]
+    if capacity["flows"] and status["flows"] > 0.35 * capacity["flows"]:
+        parts.append(Text("  warning    SNAT ports run short: add SNAT addresses or backends", style="yellow"))
+    parts += [Text(), engines(item), Text()]
+    table = _table("LISTENER", "ADDRESS", "BALANCING", "AFFINITY")
+    for li in spec["listeners"]:
+        table.add_row(
+            li["name"], f"{li['protocol']} {li['address']} port {li['port']}", li["balancing"], li["sessionAffinity"]
+        )
+    parts += [table, Text()]
+    table = _table("BACKEND", "WEIGHT", "HEALTHY", "FLOWS", "TOTAL")
+    for b in status["backends"]:
+        weight = "removed" if b["weight"] is None else str(b["weight"])
+        table.add_row(
+            f"{b['address']} port {b['port']}",
+            weight,
+            str(b["healthy"]).lower(),
+            f"{b['flows']:,}",
+            f"{b['flowsTotal']:,}",
+        )
+    parts += [table, Text()]
+    table = _table("CONDITION", "STATUS", "REASON", "MESSAGE")
+    for c in status["conditions"]:
+        table.add_row(c["type"], c["status"], c["reason"], c["message"])
+    parts += [table, Text()]
+    table = _table("DROPPED BY", "REASON", "DROPS")
+    for stage, reasons in status["drops"].items():
+        for reason, count in reasons.items():
+            if count:
+                table.add_row(stage, reason, f"{count:,}")
+    parts.append(table if table.row_count else Text("no frame was dropped"))
+    parts += [Text(), events(happened[-10:])]
+    return Group(*parts)
+
+
+def events(items: Sequence[Mapping[str, Any]]) -> Table:
+    """One line an event."""
+    table = _table("TIME", "TYPE", "STACK", "REASON", "MESSAGE")
+    for e in items:
+        clock = time.strftime("%H:%M:%S", time.localtime(e["time"]))
+        table.add_row(clock, e["type"], e["stack"], e["reason"], e["message"])
+    return table

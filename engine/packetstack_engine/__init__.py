@@ -1,0 +1,1 @@
+"""The container's side: the supervisor beside the datapath."""
