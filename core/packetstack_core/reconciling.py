@@ -144,13 +144,6 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
     kept = _kept(desired, alive, owned)
     actions: list[Action] = []
 
-    missing = desired.replicas - sum(e.template == desired.template for e in kept)
-    room = desired.replicas + desired.max_surge - len(kept)
-    if now >= observed.create_after:
-        # With nobody to serve, one engine is made whatever the surge says.
-        count = min(missing, max(room, 0 if kept else 1))
-        actions += [CreateEngine(desired.template, desired.queues)] * max(0, count)
-
     stay = {e.slot for e in kept}
     serving = []
     for engine in kept:
@@ -162,6 +155,13 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
     for engine in leaving:
         if engine.state is State.ACTIVE or (engine.state in (State.STARTING, State.PENDING) and owned[engine.slot]):
             actions.append(DrainEngine(engine.slot))
+
+    missing = desired.replicas - sum(e.template == desired.template for e in kept)
+    room = desired.replicas + desired.max_surge - len(kept)
+    if now >= observed.create_after:
+        # With nobody to serve, one engine is made whatever the surge says.
+        count = min(missing, max(room, 0 if kept else 1))
+        actions += [CreateEngine(desired.template, desired.queues)] * max(0, count)
 
     # An engine that stays but is not ready keeps what it owns: it cannot hand it over now, and may be back soon.
     pinned = {e.slot for e in kept if not e.ready}
