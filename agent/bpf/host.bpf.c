@@ -104,4 +104,11 @@ int routed_ingress(struct __sk_buff *skb)
 	return TC_ACT_SHOT;
 }
 
+/* A veth end takes what the other end sends back by XDP_TX (echo replies) only if it runs a program itself. */
+SEC("xdp")
+int routed_pass(struct xdp_md *ctx)
+{
+	return XDP_PASS;
+}
+
 char program_license[] SEC("license") = "Dual MIT/GPL";

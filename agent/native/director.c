@@ -262,6 +262,8 @@ int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8
 	memcpy(value.mac, mac, 6);
 	if (bpf_map_update_elem(map_fd(d->host, "routed"), &zero, &value, BPF_ANY))
 		return ps_fail(e, "interface %u: cannot be made the routed end: %s", routed_ifindex, strerror(errno));
+	if (link_make(d, program_fd(d->host, "routed_pass"), routed_ifindex, "routed_end", e))
+		return -1;
 	return tc_attach(d->host, "routed_ingress", routed_ifindex, e);
 }
 

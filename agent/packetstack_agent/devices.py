@@ -29,11 +29,11 @@ def _ethtool(control: socket.socket, device: str, request: "array.array[int]") -
     fcntl.ioctl(control, _SIOCETHTOOL, struct.pack("16sP16x", device.encode(), address))
 
 
-def switch_off(device: str, *features: str) -> None:
-    """Turn offloads off; `features` as `ethtool -K` names them: rx tx tso gso gro."""
+def switch(device: str, on: bool, *features: str) -> None:
+    """Turn offloads on or off; `features` as `ethtool -K` names them: rx tx tso gso gro."""
     with _control() as control:
         for feature in features:
-            _ethtool(control, device, array.array("I", [_SWITCHES[feature], 0]))
+            _ethtool(control, device, array.array("I", [_SWITCHES[feature], int(on)]))
 
 
 def statistics(device: str) -> dict[str, int]:

@@ -95,7 +95,7 @@ def ensure_pair(owner: str) -> Pair:
         for name in (ROUTED, DIRECTOR):
             # No address on the pair: deleting the last one of a device silently flushes its routes.
             devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
-            devices.switch_off(name, "tx", "tso", "gso", "gro")
+            devices.switch(name, False, "tx", "tso", "gso", "gro")
         ip.link("set", index=link["index"], arp=False)
         for device in (peer, link):
             ip.link("set", index=device["index"], state="up")
@@ -131,7 +131,7 @@ def make_engine_link(slot: int, namespace: int, owner: str) -> EngineLink:
         ip.link("set", index=link["index"], ifalias=owner)
         devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
         # GRO may hold segments back while a marker passes; partial checksums cannot be updated incrementally.
-        devices.switch_off(name, "tx", "tso", "gso", "gro")
+        devices.switch(name, False, "tx", "tso", "gso", "gro")
         ip.link("set", index=link["index"], state="up")
         return EngineLink(link["index"], _mac(link), b"")
 
@@ -139,7 +139,7 @@ def make_engine_link(slot: int, namespace: int, owner: str) -> EngineLink:
 def set_up_engine_end() -> bytes:
     """Run inside the engine's namespace: bring eth0 up, silent and without offloads. Returns its MAC."""
     devices.set_sysctl("net/ipv6/conf/eth0/disable_ipv6", "1")
-    devices.switch_off("eth0", "tx", "tso", "gso", "gro")
+    devices.switch("eth0", False, "tx", "tso", "gso", "gro")
     with IPRoute() as ip:
         link = _find(ip, "eth0")
         ip.link("set", index=link["index"], arp=False)

@@ -112,7 +112,8 @@ def clean(run: RunDirectory) -> list[str]:
     if run.pins.is_mount():
         # Links of uplinks go with their pins; the programs are detached when the last reference is gone.
         for pin in run.pins.iterdir():
-            pin.unlink()
+            with suppress(PermissionError):  # the kernel's own debug files
+                pin.unlink()
         namespaces.unmount(run.pins)
         removed.append("programs and maps")
     if run.path.is_dir():

@@ -226,7 +226,7 @@ class Stack:
 
     # ---- flow table ---------------------------------------------------------------------------------------------
 
-    def words(self) -> array[int]:
+    def words(self) -> "array[int]":
         """The flow-table words, as directors read them now."""
         return array("Q", bytes(ffi.buffer(self._words + self._offset, self.buckets * 8)))
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ class Client:
         deadline = time.monotonic() + START_SECONDS
         while pid and _running(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
+        self._forget()
 
     def clean(self) -> str:
         """Remove what a dead agent left."""
@@ -99,7 +101,15 @@ class Client:
         )
         if done.returncode:
             raise CliError((done.stderr.strip() or "cleaning failed").splitlines()[-1])
+        self._forget()
         return done.stdout
+
+    def _forget(self) -> None:
+        """The log goes last; the directory too, unless something else is in it."""
+        if not (self.run_directory / "state.json").exists():
+            (self.run_directory / "agent.log").unlink(missing_ok=True)
+            with suppress(OSError):
+                self.run_directory.rmdir()
 
 
 def _running(pid: int) -> bool:

@@ -1,6 +1,7 @@
 """How things look on a terminal."""
 
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,7 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False)
+# Output that goes into a file or a pipe is never cut.
+console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def data(value: Any, form: str) -> str:
