@@ -17,9 +17,10 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,7 @@ SNATS = ("198.51.100.0/24", "2001:db8:2::/64")
 
 _CLONE_NEWNET = 0x40000000
 _NETNS_DIR = Path("/run/netns")
+_PACKETSTACK = (sys.executable, "-m", "packetstack_cli.main")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -57,6 +59,7 @@ class Lab:
         self.server_addresses = tuple(f"10.71.5.{n}" for n in range(1, server_addresses + 1))
         self.server_addresses6 = tuple(f"fd71:5::{n:x}" for n in range(1, server_addresses + 1))
         self.directory = Path()
+        self.run_directory = Path(f"/run/packetstack-{prefix}")
         self._children: list[subprocess.Popen[str]] = []
 
     # ---- life
@@ -64,7 +67,7 @@ class Lab:
     def __enter__(self) -> Lab:
         if os.geteuid() != 0:
             raise LabError("the lab needs root: it makes network namespaces")
-        remove_leftovers(self.prefix)
+        self._remove()
         self.directory = Path(tempfile.mkdtemp(prefix=f"{self.prefix}-"))
         try:
             self._make()
@@ -93,9 +96,16 @@ class Lab:
                 if stream:
                     stream.close()
         self._children.clear()
-        remove_leftovers(self.prefix)
+        self._remove()
         if self.directory != Path():
             shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _remove(self) -> None:
+        """What this lab, or a dead one of the same name, has made."""
+        if self.run_directory.exists():
+            command = [*_PACKETSTACK, "--run-dir", str(self.run_directory), "down", "--all", "--yes"]
+            subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False)
+        remove_leftovers(self.prefix)
 
     def _make(self) -> None:
         client, node, server = (self.namespace(room) for room in ROOMS)
@@ -204,8 +214,7 @@ class Lab:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in a room to its end; `LabError` with its last line if it fails."""
         done = subprocess.run(
-            command,
-            preexec_fn=_entering(self.namespace(room)),
+            [*_entering(self.namespace(room)), *command],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -227,15 +236,9 @@ class Lab:
         env: dict[str, str] | None = None,
     ) -> subprocess.Popen[str]:
         """Start a command in a room; it is ended with the lab."""
-        enter = _entering(self.namespace(room))
-
-        def prepare() -> None:
-            enter()
-            _libc.prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG: not to outlive a killed lab
-
+        # Not to outlive a killed lab.
         child = subprocess.Popen(
-            command,
-            preexec_fn=prepare,
+            [*_entering(self.namespace(room)), "setpriv", "--pdeathsig", "TERM", *command],
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
@@ -244,6 +247,16 @@ class Lab:
         )
         self._children.append(child)
         return child
+
+    def packetstack(self, *words: str, check: bool = True, timeout_seconds: float = 60) -> str:
+        """The real command in the node, with a run directory of the lab's own; what it printed."""
+        command = [*_PACKETSTACK, "--run-dir", str(self.run_directory), *words]
+        return self.run("node", *command, check=check, timeout_seconds=timeout_seconds).stdout
+
+    def status(self, stack: str) -> dict[str, Any]:
+        """The `status` of a stack, as `packetstack get STACK -o json` shows it."""
+        status: dict[str, Any] = json.loads(self.packetstack("get", stack, "-o", "json"))["status"]
+        return status
 
     def wait_for_listener(self, room: Room, *ports: int, timeout_seconds: float = 20) -> None:
         """Until TCP sockets listen on all of `ports` in the room."""
@@ -284,7 +297,11 @@ def inside(namespace: str) -> Iterator[None]:
     """This thread is in the network namespace `namespace` meanwhile."""
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        _entering(namespace)()
+        there = os.open(_NETNS_DIR / namespace, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _setns(there)
+        finally:
+            os.close(there)
         try:
             yield
         finally:
@@ -327,18 +344,9 @@ def _processes_in(namespace: str) -> list[int]:
     return found
 
 
-def _entering(namespace: str) -> Callable[[], None]:
-    """What moves the calling thread into the namespace: setns alone, so /sys and mounts stay as they are."""
-    path = _NETNS_DIR / namespace
-
-    def enter() -> None:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            _setns(descriptor)
-        finally:
-            os.close(descriptor)
-
-    return enter
+def _entering(namespace: str) -> list[str]:
+    """The words before a command that make it run in the namespace; unlike `ip netns exec`, mounts stay as they are."""
+    return ["nsenter", f"--net={_NETNS_DIR / namespace}", "--"]
 
 
 def _setns(descriptor: int) -> None:
@@ -350,9 +358,8 @@ def _setns(descriptor: int) -> None:
 def _ip(namespace: str | None, lines: Sequence[str]) -> None:
     """`ip -batch`: all lines, in a namespace."""
     done = subprocess.run(
-        ["ip", "-batch", "-"],
+        [*(_entering(namespace) if namespace else ()), "ip", "-batch", "-"],
         input="".join(line + "\n" for line in lines),
-        preexec_fn=_entering(namespace) if namespace else None,
         capture_output=True,
         text=True,
         check=False,

@@ -623,7 +623,7 @@ static void handle(const struct epoll_event *event)
 {
 	struct item *item = event->data.ptr;
 	uint64_t now = now_ns(), expirations;
-	uint8_t bytes[64];
+	uint8_t bytes[sizeof(struct signalfd_siginfo)];
 
 	switch (item->kind) {
 	case LONG:
