@@ -7,13 +7,13 @@
 
 static int is_mapped(const uint8_t *address)
 {
-	static const uint8_t prefix[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
+	static const uint8_t prefix[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
 
 	return !memcmp(address, prefix, sizeof(prefix));
 }
 
-uint64_t ps_flow_hash(uint64_t key0, uint64_t key1, const uint8_t *source, const uint8_t *destination,
-		      uint16_t sport, uint16_t dport, uint8_t protocol)
+uint64_t ps_flow_hash(uint64_t key0, uint64_t key1, const uint8_t *source, const uint8_t *destination, uint16_t sport,
+		      uint16_t dport, uint8_t protocol)
 {
 	uint32_t s[4], d[4];
 
@@ -29,7 +29,10 @@ uint64_t ps_make_word(uint32_t epoch, uint32_t slot, uint32_t queue, uint32_t pr
 	return ps_word(epoch, slot, queue, prev_slot, prev_queue);
 }
 
-#define SIZE(name) { #name, sizeof(struct name) }
+#define SIZE(name)                         \
+	{                                  \
+#name, sizeof(struct name) \
+	}
 
 uint64_t ps_size_of(const char *structure)
 {
@@ -37,14 +40,12 @@ uint64_t ps_size_of(const char *structure)
 		const char *name;
 		uint64_t bytes;
 	} sizes[] = {
-		SIZE(ps_stamp),		SIZE(ps_marker),	SIZE(ps_listener_key4),
-		SIZE(ps_listener_key6), SIZE(ps_target),	SIZE(ps_core),
-		SIZE(ps_progress),	SIZE(ps_journal),	SIZE(ps_ring),
-		SIZE(ps_descriptor),	SIZE(ps_queue),		SIZE(ps_recycle),
-		SIZE(ps_engine),	SIZE(ps_flow),		SIZE(ps_shard),
-		SIZE(ps_fence),		SIZE(ps_address),	SIZE(ps_backend_count),
-		SIZE(ps_arena),		SIZE(ps_listener),	SIZE(ps_config_backend),
-		SIZE(ps_config_snat),	SIZE(ps_config),	SIZE(ps_config_file),
+		SIZE(ps_stamp),		 SIZE(ps_marker),	 SIZE(ps_listener_key4), SIZE(ps_listener_key6),
+		SIZE(ps_target),	 SIZE(ps_core),		 SIZE(ps_progress),	 SIZE(ps_journal),
+		SIZE(ps_ring),		 SIZE(ps_descriptor),	 SIZE(ps_queue),	 SIZE(ps_recycle),
+		SIZE(ps_engine),	 SIZE(ps_flow),		 SIZE(ps_shard),	 SIZE(ps_fence),
+		SIZE(ps_address),	 SIZE(ps_backend_count), SIZE(ps_arena),	 SIZE(ps_listener),
+		SIZE(ps_config_backend), SIZE(ps_config_snat),	 SIZE(ps_config),	 SIZE(ps_config_file),
 		SIZE(ps_message),
 	};
 

@@ -22,7 +22,7 @@ struct ps_director;
 
 /* Loads the programs in `objects` (director.bpf.o, host.bpf.o), or takes over what is pinned below `pins`. */
 struct ps_director *ps_director_open(const char *objects, const char *pins, struct ps_error *e);
-void ps_director_close(struct ps_director *d);	/* forgets; everything stays attached */
+void ps_director_close(struct ps_director *d); /* forgets; everything stays attached */
 
 /* role of a device the director runs on */
 enum ps_role { PS_ROLE_ROUTED = 0, PS_ROLE_UPLINK = 1 };
@@ -32,7 +32,7 @@ int ps_director_attach(struct ps_director *d, uint32_t ifindex, int role, const 
 int ps_director_detach(struct ps_director *d, const char *name, struct ps_error *e);
 
 /* tc programs. `routed_ifindex` is ps0, the end whose ingress takes what the FIB cannot decide. */
-int ps_host_attach(struct ps_director *d, uint32_t ifindex, struct ps_error *e);	/* engine's host end, ingress */
+int ps_host_attach(struct ps_director *d, uint32_t ifindex, struct ps_error *e); /* engine's host end, ingress */
 int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8_t mac[6], struct ps_error *e);
 
 /* The engine's XDP program on `ifname` in the network namespace `netns`; own queue map. -> xskmap fd, or -1 */
@@ -41,16 +41,16 @@ int ps_engine_detach(struct ps_director *d, const char *name, struct ps_error *e
 /* Frames the engine's program dropped because they had no valid stamp. */
 int ps_engine_unstamped(struct ps_director *d, const char *name, uint64_t *frames, struct ps_error *e);
 
-uint64_t *ps_director_words(struct ps_director *d);	/* PS_TABLE_WORDS flow-table words, mmap of the map */
-uint64_t *ps_director_egress(struct ps_director *d);	/* PS_MAX_SLOTS * PS_MAX_CPUS: last egress fence seen */
+uint64_t *ps_director_words(struct ps_director *d);  /* PS_TABLE_WORDS flow-table words, mmap of the map */
+uint64_t *ps_director_egress(struct ps_director *d); /* PS_MAX_SLOTS * PS_MAX_CPUS: last egress fence seen */
 
 int ps_director_engine(struct ps_director *d, uint32_t slot, uint32_t ifindex, struct ps_error *e); /* 0 removes */
 /* target NULL removes. address: 16 bytes, IPv4 mapped. port: wire order. */
 int ps_director_listener(struct ps_director *d, const uint8_t *address, uint16_t port, uint8_t protocol,
 			 const struct ps_target *target, struct ps_error *e);
-int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct ps_target *target,
-		     struct ps_error *e);
-int ps_director_counters(struct ps_director *d, uint64_t *out, struct ps_error *e);	/* PS_D_COUNTERS, summed over CPUs */
+int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct ps_target *target, struct ps_error *e);
+int ps_director_counters(struct ps_director *d, uint64_t *out,
+			 struct ps_error *e); /* PS_D_COUNTERS, summed over CPUs */
 int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t buckets, uint64_t *out,
 			       struct ps_error *e);
 
@@ -62,7 +62,7 @@ struct ps_arena *ps_arena_open(const char *path, int read_only, struct ps_error 
 struct ps_config_file *ps_config_create(const char *path, struct ps_error *e);
 struct ps_config_file *ps_config_open(const char *path, int read_only, struct ps_error *e);
 struct ps_engine *ps_engine_open(const char *path, int read_only, struct ps_error *e);
-void ps_unmap(void *map);	/* any of the above */
+void ps_unmap(void *map); /* any of the above */
 
 /* Index of the address in the arena's table, adding it if it is new; -1 if the table is full. */
 int ps_arena_address(struct ps_arena *a, const uint8_t *address);
@@ -72,14 +72,14 @@ void ps_arena_first_owner(struct ps_arena *a, uint32_t bucket, uint64_t word);
 struct ps_shard *ps_arena_shard(struct ps_arena *a, uint32_t bucket);
 /* Copies up to `max` live flows of a bucket; -> how many. Safe beside the writer (version words). */
 int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int max);
-uint64_t ps_arena_live(struct ps_arena *a);	/* flows in all shards */
+uint64_t ps_arena_live(struct ps_arena *a); /* flows in all shards */
 
 /* ---- queues.c: an engine's rings, made by the agent in the engine's network namespace --------------- */
 
 struct ps_queue_options {
 	uint32_t slot, queues, cores;
-	uint32_t rx_slots, tx_slots;	/* per queue, powers of two */
-	uint32_t spare_frames;		/* beyond sum of all receive and transmit rings */
+	uint32_t rx_slots, tx_slots; /* per queue, powers of two */
+	uint32_t spare_frames;	     /* beyond sum of all receive and transmit rings */
 	uint32_t mtu, spin_us;
 	uint8_t mac[8], gateway_mac[8];
 };
@@ -89,49 +89,49 @@ struct ps_queue_fds {
 	int engine, umem;
 	int sockets[64];
 	int events[32];
-	int egress;		/* AF_PACKET socket on the engine's interface, for egress markers */
+	int egress; /* AF_PACKET socket on the engine's interface, for egress markers */
 };
 
-int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap,
-		     const struct ps_queue_options *o, struct ps_queue_fds *out, struct ps_error *e);
+int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap, const struct ps_queue_options *o,
+		     struct ps_queue_fds *out, struct ps_error *e);
 void ps_queues_close(struct ps_queue_fds *fds);
 /* Drops the kernel counted for a queue: {rx_dropped, rx_ring_full, rx_fill_ring_empty, tx_invalid, ...} (6). */
 int ps_queue_statistics(int socket, uint64_t *out, struct ps_error *e);
 
 /* ---- transfer.c: moves of ownership ------------------------------------------------------------------ */
 
-struct ps_fence_engine {	/* an engine that a fence may have to visit */
+struct ps_fence_engine { /* an engine that a fence may have to visit */
 	uint32_t slot;
-	uint32_t ifindex;	/* host end */
-	int ingress;		/* AF_PACKET socket in the node's namespace */
-	int egress;		/* AF_PACKET socket on the engine's interface */
-	int events[32];		/* wake its cores */
+	uint32_t ifindex; /* host end */
+	int ingress;	  /* AF_PACKET socket in the node's namespace */
+	int egress;	  /* AF_PACKET socket on the engine's interface */
+	int events[32];	  /* wake its cores */
 	struct ps_engine *engine;
 };
 
 struct ps_move {
-	uint32_t bucket, slot, queue;	/* new owner; slot 0 = none: its packets are dropped and counted */
+	uint32_t bucket, slot, queue; /* new owner; slot 0 = none: its packets are dropped and counted */
 };
 
 struct ps_transfer_report {
-	uint32_t moved, skipped;	/* skipped: already there */
+	uint32_t moved, skipped; /* skipped: already there */
 	uint32_t markers, resent;
-	uint64_t total_ns;		/* word stored -> last shard released */
-	uint64_t acked_ns;		/* word stored -> last source has acknowledged */
-	uint32_t stalled_slot;		/* not 0: this engine has not acknowledged in limit_ms; call again */
+	uint64_t total_ns;     /* word stored -> last shard released */
+	uint64_t acked_ns;     /* word stored -> last source has acknowledged */
+	uint32_t stalled_slot; /* not 0: this engine has not acknowledged in limit_ms; call again */
 	uint32_t cpus;
 };
 
-int ps_packet_socket(int netns, uint32_t ifindex, struct ps_error *e);	/* for markers; netns -1 = here */
+int ps_packet_socket(int netns, uint32_t ifindex, struct ps_error *e); /* for markers; netns -1 = here */
 /*
  * Moves buckets of one stack. Stores the words, runs the fence, releases the shards. Never releases
  * by a timer: with stalled_slot set, some shards are not released and the caller must repeat the
  * call (same or other moves) when the engine answers again. Idempotent: buckets whose word and
  * shard differ from an earlier, interrupted call are fenced too.
  */
-int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *egress,
-		struct ps_fence_engine *engines, int n_engines, const struct ps_move *moves, int n_moves,
-		uint32_t limit_ms, struct ps_transfer_report *report, struct ps_error *e);
+int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *egress, struct ps_fence_engine *engines,
+		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms,
+		struct ps_transfer_report *report, struct ps_error *e);
 /* First owners of a new stack's buckets: no fence, there was no owner. */
 int ps_assign(struct ps_arena *a, uint64_t *words, uint32_t offset, const struct ps_move *moves, int n_moves,
 	      struct ps_error *e);
@@ -141,8 +141,8 @@ int ps_queue_to_core(struct ps_fence_engine *engine, uint32_t queue, uint32_t co
 
 /* ---- oracle access for tests and `explain` ----------------------------------------------------------- */
 
-uint64_t ps_flow_hash(uint64_t key0, uint64_t key1, const uint8_t *source, const uint8_t *destination,
-		      uint16_t sport, uint16_t dport, uint8_t protocol);	/* 16-byte addresses, wire-order ports */
+uint64_t ps_flow_hash(uint64_t key0, uint64_t key1, const uint8_t *source, const uint8_t *destination, uint16_t sport,
+		      uint16_t dport, uint8_t protocol); /* 16-byte addresses, wire-order ports */
 uint64_t ps_make_word(uint32_t epoch, uint32_t slot, uint32_t queue, uint32_t prev_slot, uint32_t prev_queue);
 /* Sizes of shared structures as the C compiler has them, in the order named in packetstack_core/abi.py. */
 uint64_t ps_size_of(const char *structure);

@@ -51,7 +51,7 @@ static void *netns_thread(void *argument)
 
 int ps_in_netns(int netns, int (*work)(void *), void *argument, struct ps_error *e)
 {
-	struct netns_call c = { netns, -1, work, argument, e };
+	struct netns_call c = {netns, -1, work, argument, e};
 	pthread_t thread;
 
 	if (netns < 0)
@@ -73,8 +73,8 @@ struct packet_call {
 static int packet_socket(void *argument)
 {
 	struct packet_call *c = argument;
-	struct sockaddr_ll address = { .sll_family = AF_PACKET };
-	int fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, 0);	/* protocol 0: sends only */
+	struct sockaddr_ll address = {.sll_family = AF_PACKET};
+	int fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, 0); /* protocol 0: sends only */
 	int one = 1;
 
 	address.sll_ifindex = c->ifname ? (int)if_nametoindex(c->ifname) : (int)c->ifindex;
@@ -92,7 +92,7 @@ static int packet_socket(void *argument)
 
 int ps_packet_socket(int netns, uint32_t ifindex, struct ps_error *e)
 {
-	struct packet_call c = { ifindex, NULL, e };
+	struct packet_call c = {ifindex, NULL, e};
 
 	return ps_in_netns(netns, packet_socket, &c, e);
 }
@@ -121,7 +121,7 @@ static int bind_socket(int fd, const struct sockaddr_xdp *address)
 {
 	/* An earlier socket on this queue may still be going away in the kernel: 30 to 40 ms. */
 	for (int i = 0; i < 50; i++) {
-		struct timespec pause = { 0, 10000000 };
+		struct timespec pause = {0, 10000000};
 
 		if (!bind(fd, (const struct sockaddr *)address, sizeof(*address)))
 			return 0;
@@ -137,12 +137,12 @@ static int create_sockets(void *argument)
 	struct create_call *c = argument;
 	struct ps_engine *n = c->engine;
 	struct ps_error *e = c->e;
-	struct xdp_umem_reg umem = { .chunk_size = PS_FRAME_BYTES };
-	struct sockaddr_xdp address = { .sxdp_family = AF_XDP };
+	struct xdp_umem_reg umem = {.chunk_size = PS_FRAME_BYTES};
+	struct sockaddr_xdp address = {.sxdp_family = AF_XDP};
 	struct xdp_mmap_offsets offsets;
 	socklen_t length = sizeof(offsets);
 	uint64_t bytes = (uint64_t)n->frames * PS_FRAME_BYTES, *slots;
-	struct packet_call packet = { 0, c->ifname, e };
+	struct packet_call packet = {0, c->ifname, e};
 	uint32_t *producer;
 	int buffer = 64 << 20;
 	uint8_t *at;
@@ -164,19 +164,22 @@ static int create_sockets(void *argument)
 		if (!i && (setsockopt(fd, SOL_XDP, XDP_UMEM_REG, &umem, sizeof(umem)) ||
 			   setsockopt(fd, SOL_XDP, XDP_UMEM_FILL_RING, &n->fill_slots, 4) ||
 			   setsockopt(fd, SOL_XDP, XDP_UMEM_COMPLETION_RING, &n->completion_slots, 4)))
-			return ps_fail(e, "engine %u: cannot register %u frames: %s", n->slot, n->frames, strerror(errno));
+			return ps_fail(e, "engine %u: cannot register %u frames: %s", n->slot, n->frames,
+				       strerror(errno));
 		if (setsockopt(fd, SOL_XDP, XDP_RX_RING, &n->rx_slots, 4) ||
 		    setsockopt(fd, SOL_XDP, XDP_TX_RING, &n->tx_slots, 4))
-			return ps_fail(e, "engine %u: cannot make the rings of queue %u: %s", n->slot, i, strerror(errno));
+			return ps_fail(e, "engine %u: cannot make the rings of queue %u: %s", n->slot, i,
+				       strerror(errno));
 		setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &buffer, sizeof(buffer));
 		address.sxdp_flags = i ? XDP_SHARED_UMEM : XDP_COPY;
 		address.sxdp_shared_umem_fd = (uint32_t)c->fds->sockets[0];
 		if (bind_socket(fd, &address))
 			return ps_fail(e, "interface %s: cannot bind queue %u: %s", c->ifname, i, strerror(errno));
 		if (bpf_map_update_elem(c->xskmap, &key, &fd, BPF_ANY))
-			return ps_fail(e, "interface %s: cannot direct packets to queue %u: %s", c->ifname, i, strerror(errno));
+			return ps_fail(e, "interface %s: cannot direct packets to queue %u: %s", c->ifname, i,
+				       strerror(errno));
 	}
-	munmap(at, bytes);	/* the kernel has pinned the pages; the memfd keeps them */
+	munmap(at, bytes); /* the kernel has pinned the pages; the memfd keeps them */
 
 	/* All frames begin in the fill ring. */
 	if (getsockopt(c->fds->sockets[0], SOL_XDP, XDP_MMAP_OFFSETS, &offsets, &length))
@@ -199,7 +202,7 @@ static int create_sockets(void *argument)
 
 void ps_queues_close(struct ps_queue_fds *fds)
 {
-	int *all[] = { &fds->engine, &fds->umem, &fds->egress };
+	int *all[] = {&fds->engine, &fds->umem, &fds->egress};
 
 	for (int i = 0; i < 3; i++) {
 		if (*all[i] >= 0)
@@ -223,15 +226,15 @@ static int is_ring_size(uint32_t n) { return n >= 64 && n <= 65536 && !(n & (n -
 int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap, const struct ps_queue_options *o,
 		     struct ps_queue_fds *out, struct ps_error *e)
 {
-	struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
-	struct ps_engine layout = { .layout = PS_LAYOUT_VERSION }, *n;
-	struct create_call c = { ifname, xskmap, o, out, NULL, e };
+	struct rlimit unlimited = {RLIM_INFINITY, RLIM_INFINITY};
+	struct ps_engine layout = {.layout = PS_LAYOUT_VERSION}, *n;
+	struct create_call c = {ifname, xskmap, o, out, NULL, e};
 
 	memset(out, 0xff, sizeof(*out));
 	if (o->queues < 1 || o->queues > PS_MAX_QUEUES || o->cores < 1 || o->cores > PS_MAX_CORES || o->slot < 1 ||
 	    o->slot >= PS_MAX_SLOTS)
-		return ps_fail(e, "engine %u: %u queues on %u cores is not possible; at most %d queues, %d cores", o->slot,
-			       o->queues, o->cores, PS_MAX_QUEUES, PS_MAX_CORES);
+		return ps_fail(e, "engine %u: %u queues on %u cores is not possible; at most %d queues, %d cores",
+			       o->slot, o->queues, o->cores, PS_MAX_QUEUES, PS_MAX_CORES);
 	if (!is_ring_size(o->rx_slots) || !is_ring_size(o->tx_slots))
 		return ps_fail(e, "engine %u: rings of %u and %u slots; use powers of two from 64 to 65536", o->slot,
 			       o->rx_slots, o->tx_slots);
@@ -243,7 +246,8 @@ int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap
 	layout.frames = o->queues * (o->rx_slots + o->tx_slots) + o->spare_frames;
 	layout.fill_slots = power_of_two(layout.frames);
 	layout.completion_slots = power_of_two(o->queues * o->tx_slots);
-	layout.park_slots = power_of_two(layout.frames / 2 / o->queues + 1) / 2;	/* all queues together: half the frames */
+	layout.park_slots =
+		power_of_two(layout.frames / 2 / o->queues + 1) / 2; /* all queues together: half the frames */
 	layout.free_slots = power_of_two(layout.frames);
 	layout.mtu = o->mtu;
 	layout.spin_us = o->spin_us;
@@ -252,7 +256,8 @@ int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap
 	layout.cores_offset = (sizeof(layout) + 4095) & ~4095ull;
 	layout.queues_offset = (layout.cores_offset + o->cores * sizeof(struct ps_core) + 4095) & ~4095ull;
 	layout.queue_stride = (sizeof(struct ps_queue) + layout.park_slots * sizeof(struct ps_descriptor) +
-			       layout.free_slots * 8ull + 4095) & ~4095ull;
+			       layout.free_slots * 8ull + 4095) &
+			      ~4095ull;
 	layout.bytes = layout.queues_offset + o->queues * layout.queue_stride;
 
 	n = ps_file_create(path, layout.bytes, &out->engine, e);
@@ -264,7 +269,7 @@ int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap
 
 		for (int p = 0; p < 2; p++)
 			q->journal.progress[p].begin = q->journal.progress[p].end = ~0u;
-		q->want = i % o->cores + 1;	/* generation 0: nobody serves it yet */
+		q->want = i % o->cores + 1; /* generation 0: nobody serves it yet */
 	}
 	c.engine = n;
 	setrlimit(RLIMIT_MEMLOCK, &unlimited);
@@ -295,7 +300,7 @@ failed:
 
 int ps_queue_statistics(int socket, uint64_t *out, struct ps_error *e)
 {
-	struct xdp_statistics s = { 0 };
+	struct xdp_statistics s = {0};
 	socklen_t length = sizeof(s);
 
 	if (getsockopt(socket, SOL_XDP, XDP_STATISTICS, &s, &length))

@@ -26,7 +26,7 @@
 #include "native.h"
 #include "packetstack/shard.h"
 
-#define LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+#define LOAD(p)	    __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
 
 enum { RESEND_NS = 20000000 };
@@ -42,7 +42,7 @@ struct transfer {
 	uint32_t limit_ms;
 	struct ps_transfer_report *report;
 	struct ps_error *e;
-	cpu_set_t cpus;		/* all online CPUs */
+	cpu_set_t cpus; /* all online CPUs */
 	uint32_t attempt;
 	uint64_t id;
 	/* Queues that lose a bucket: bit per queue, by place in `engines`. */
@@ -59,7 +59,7 @@ static uint64_t clock_ns(void)
 
 static void pause_ns(long ns)
 {
-	struct timespec t = { 0, ns };
+	struct timespec t = {0, ns};
 
 	nanosleep(&t, NULL);
 }
@@ -81,8 +81,20 @@ static struct ps_queue *queue_of(const struct ps_fence_engine *f, uint32_t queue
 
 static int send_marker(int socket, const struct ps_marker *m)
 {
-	uint8_t frame[64] = { 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2, 0x50, 0x4b, 0, 0, 1, PS_MARKER_ETHERTYPE >> 8,
-			      PS_MARKER_ETHERTYPE & 0xff };
+	uint8_t frame[64] = {0xff,
+			     0xff,
+			     0xff,
+			     0xff,
+			     0xff,
+			     0xff,
+			     2,
+			     0x50,
+			     0x4b,
+			     0,
+			     0,
+			     1,
+			     PS_MARKER_ETHERTYPE >> 8,
+			     PS_MARKER_ETHERTYPE & 0xff};
 
 	memcpy(frame + 14, m, sizeof(*m));
 	for (int i = 0; i < 1000; i++) {
@@ -107,12 +119,16 @@ static void visit(struct transfer *t, int kind)
 		CPU_ZERO(&one);
 		CPU_SET(cpu, &one);
 		if (sched_setaffinity(0, sizeof(one), &one))
-			continue;	/* the marker will be missing, so nothing is released; sent again later */
+			continue; /* the marker will be missing, so nothing is released; sent again later */
 		for (int i = 0; i < t->n_engines && kind; i++) {
 			struct ps_marker m = {
-				.magic = PS_MARKER_MAGIC, .kind = (uint8_t)kind, .cpu = (uint16_t)cpu,
-				.cpus = (uint16_t)cpus, .slot = (uint16_t)t->engines[i].slot,
-				.attempt = t->attempt, .fence = t->id,
+				.magic = PS_MARKER_MAGIC,
+				.kind = (uint8_t)kind,
+				.cpu = (uint16_t)cpu,
+				.cpus = (uint16_t)cpus,
+				.slot = (uint16_t)t->engines[i].slot,
+				.attempt = t->attempt,
+				.fence = t->id,
 			};
 
 			if (!t->sources[i])
@@ -122,7 +138,8 @@ static void visit(struct transfer *t, int kind)
 				continue;
 			}
 			for (uint32_t q = 0; q < PS_MAX_QUEUES; q++) {
-				if (!(t->sources[i] >> q & 1) || LOAD(&queue_of(&t->engines[i], q)->fence_acked) >= t->id)
+				if (!(t->sources[i] >> q & 1) ||
+				    LOAD(&queue_of(&t->engines[i], q)->fence_acked) >= t->id)
 					continue;
 				m.queue = (uint8_t)q;
 				t->report->markers += !send_marker(t->engines[i].ingress, &m);
@@ -185,7 +202,7 @@ static void wake_engine(const struct ps_fence_engine *f)
 
 	for (uint32_t i = 0; i < f->engine->cores && i < PS_MAX_CORES; i++)
 		if (f->events[i] >= 0 && write(f->events[i], &one, sizeof(one)) < 0)
-			continue;	/* counter full: awake already */
+			continue; /* counter full: awake already */
 }
 
 /* ---- the move ---------------------------------------------------------------------------------------- */
@@ -204,10 +221,11 @@ static int add_source(struct transfer *t, struct ps_fence *fence, uint32_t bucke
 		return 0;
 	}
 	if (ps_owner(word) == ps_owner(owner))
-		return 0;	/* fenced without a new word: not ours to release */
+		return 0; /* fenced without a new word: not ours to release */
 	at = engine_at(t, ps_word_slot(owner));
 	if (at < 0)
-		return ps_fail(t->e, "bucket %u: engine %u that owns it is not known to this call", bucket, ps_word_slot(owner));
+		return ps_fail(t->e, "bucket %u: engine %u that owns it is not known to this call", bucket,
+			       ps_word_slot(owner));
 	t->sources[at] |= 1ull << ps_word_queue(owner);
 	fence->bitmap[bucket / 8] |= (uint8_t)(1 << bucket % 8);
 	fence->buckets++;
@@ -217,7 +235,7 @@ static int add_source(struct transfer *t, struct ps_fence *fence, uint32_t bucke
 static int transfer_run(struct transfer *t)
 {
 	struct ps_transfer_report *r = t->report;
-	uint8_t touched[PS_MAX_SLOTS / 8] = { 0 };
+	uint8_t touched[PS_MAX_SLOTS / 8] = {0};
 	struct ps_fence *fence;
 	uint64_t begun;
 	uint32_t open = 0;
@@ -244,7 +262,7 @@ static int transfer_run(struct transfer *t)
 
 		if (ps_owner(word) != ps_owner(LOAD(&ps_shard_at(t->arena, m->bucket)->owner)) ||
 		    (ps_word_slot(word) == m->slot && ps_word_queue(word) == m->queue)) {
-			r->skipped++;	/* there already, or its fence is still open: the new wish waits */
+			r->skipped++; /* there already, or its fence is still open: the new wish waits */
 			continue;
 		}
 		STORE(at, ps_word(ps_word_epoch(word) + 1, m->slot, m->queue, 0, 0));
@@ -290,9 +308,9 @@ static int transfer_run(struct transfer *t)
 static void *transfer_thread(void *argument)
 {
 	struct transfer *t = argument;
-	struct sched_param first = { .sched_priority = 10 };
+	struct sched_param first = {.sched_priority = 10};
 
-	sched_setscheduler(0, SCHED_FIFO, &first);	/* shorter holds; correct without it */
+	sched_setscheduler(0, SCHED_FIFO, &first); /* shorter holds; correct without it */
 	return (void *)(intptr_t)transfer_run(t);
 }
 
@@ -301,9 +319,17 @@ int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *
 		struct ps_transfer_report *report, struct ps_error *e)
 {
 	struct transfer t = {
-		.arena = a, .words = words, .offset = offset, .egress = egress, .engines = engines,
-		.n_engines = n_engines, .moves = moves, .n_moves = n_moves, .limit_ms = limit_ms,
-		.report = report, .e = e,
+		.arena = a,
+		.words = words,
+		.offset = offset,
+		.egress = egress,
+		.engines = engines,
+		.n_engines = n_engines,
+		.moves = moves,
+		.n_moves = n_moves,
+		.limit_ms = limit_ms,
+		.report = report,
+		.e = e,
 	};
 	long online = sysconf(_SC_NPROCESSORS_ONLN);
 	pthread_t thread;
@@ -352,16 +378,17 @@ int ps_queue_to_core(struct ps_fence_engine *f, uint32_t queue, uint32_t core, u
 	uint32_t want;
 
 	if (queue >= f->engine->queues || core >= f->engine->cores)
-		return ps_fail(e, "engine %u: no queue %u or no core %u; it has %u queues and %u cores", f->slot, queue, core,
-			       f->engine->queues, f->engine->cores);
+		return ps_fail(e, "engine %u: no queue %u or no core %u; it has %u queues and %u cores", f->slot, queue,
+			       core, f->engine->queues, f->engine->cores);
 	q = queue_of(f, queue);
 	want = (LOAD(&q->cur) & ~0xffu) | (core + 1);
 	STORE(&q->want, want);
 	wake_engine(f);
 	while (LOAD(&q->cur) != want) {
 		if (clock_ns() - begun > limit_ms * 1000000ull)
-			return ps_fail(e, "engine %u: queue %u was not released within %u ms; its core %u does not answer", f->slot,
-				       queue, limit_ms, (LOAD(&q->cur) & 0xff) - 1);
+			return ps_fail(e,
+				       "engine %u: queue %u was not released within %u ms; its core %u does not answer",
+				       f->slot, queue, limit_ms, (LOAD(&q->cur) & 0xff) - 1);
 		pause_ns(20000);
 	}
 	*took_ns = clock_ns() - begun;

@@ -25,7 +25,7 @@
 
 #include "nat.h"
 
-#define LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
+#define LOAD(p)	    __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
 
 enum { SOURCE_RX = 0, SOURCE_PARK = 1 };
@@ -34,9 +34,9 @@ struct worker {
 	struct datapath *d;
 	struct ps_core *core;
 	struct ps_handler handler;
-	uint32_t index;		/* core number */
-	uint32_t me;		/* generation << 8 | core + 1 */
-	uint32_t sweep;		/* next shard to sweep */
+	uint32_t index; /* core number */
+	uint32_t me;	/* generation << 8 | core + 1 */
+	uint32_t sweep; /* next shard to sweep */
 	uint64_t swept_ns;
 	uint64_t now_ns;
 };
@@ -103,7 +103,8 @@ static uint32_t recycle(struct worker *w, uint32_t at_least)
 		room = 256;
 	consumer = LOAD(d->completion.consumer);
 	while (n < room && consumer != LOAD(d->completion.producer)) {
-		fill[(producer + n) & d->fill.mask] = completion[consumer & d->completion.mask] & ~(uint64_t)(PS_FRAME_BYTES - 1);
+		fill[(producer + n) & d->fill.mask] = completion[consumer & d->completion.mask] &
+						      ~(uint64_t)(PS_FRAME_BYTES - 1);
 		consumer++;
 		n++;
 	}
@@ -114,7 +115,8 @@ static uint32_t recycle(struct worker *w, uint32_t at_least)
 
 		consumer = LOAD(&f->consumer);
 		while (n < room && consumer != LOAD(&f->producer)) {
-			fill[(producer + n) & d->fill.mask] = d->queue[i].free[consumer & mask] & ~(uint64_t)(PS_FRAME_BYTES - 1);
+			fill[(producer + n) & d->fill.mask] = d->queue[i].free[consumer & mask] &
+							      ~(uint64_t)(PS_FRAME_BYTES - 1);
 			consumer++;
 			n++;
 		}
@@ -166,7 +168,8 @@ static void marker_received(struct worker *w, struct queue *q, const uint8_t *fr
 
 	memcpy(&m, frame + 14, sizeof(m));
 	w->core->counters[PS_C_MARKERS]++;
-	if (m.magic != PS_MARKER_MAGIC || m.kind != PS_MARKER_INGRESS || m.cpu >= PS_MAX_CPUS || m.fence <= s->fence_acked)
+	if (m.magic != PS_MARKER_MAGIC || m.kind != PS_MARKER_INGRESS || m.cpu >= PS_MAX_CPUS ||
+	    m.fence <= s->fence_acked)
 		return;
 	if (m.fence > s->fence) {
 		memset(s->fence_cpus, 0, sizeof(s->fence_cpus));
@@ -178,7 +181,7 @@ static void marker_received(struct worker *w, struct queue *q, const uint8_t *fr
 	for (int i = 0; i < 4; i++)
 		seen += (uint32_t)__builtin_popcountll(s->fence_cpus[i]);
 	if (seen >= m.cpus)
-		s->fence_complete = m.fence;	/* acknowledged when everything before it has left */
+		s->fence_complete = m.fence; /* acknowledged when everything before it has left */
 }
 
 /*
@@ -247,7 +250,7 @@ static uint8_t admit(struct worker *w, struct queue *q, const struct ps_stamp *s
 /* The descriptor that sends a rewritten frame: begins at the Ethernet header, ends with the IP packet. */
 static struct ps_descriptor outgoing(const uint8_t *umem, const struct ps_descriptor *in, uint8_t verdict)
 {
-	struct ps_descriptor out = { in->address + PS_SHIFT(verdict), 0, 0 };
+	struct ps_descriptor out = {in->address + PS_SHIFT(verdict), 0, 0};
 	const uint8_t *ip = umem + out.address + 14;
 
 	out.length = 14u + ((ip[0] >> 4) == 4 ? (uint32_t)ip[2] << 8 | ip[3] : 40u + ((uint32_t)ip[4] << 8 | ip[5]));
@@ -304,17 +307,17 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 		uint8_t verdict;
 
 		if (p->begin != ~0u && (int32_t)(p->end - at) > 0) {
-			verdict = p->verdict[at & 63];	/* the predecessor finished this one and did not publish */
+			verdict = p->verdict[at & 63]; /* the predecessor finished this one and did not publish */
 		} else {
 			if (p->begin == at)
-				memcpy(frame, p->undo, PS_UNDO_BYTES);	/* it died inside this rewrite */
+				memcpy(frame, p->undo, PS_UNDO_BYTES); /* it died inside this rewrite */
 			if (source == SOURCE_RX && marker_of(frame, desc->length)) {
 				marker_received(w, q, frame);
 				verdict = PS_CONSUMED;
 			} else {
 				verdict = admit(w, q, stamp_of(frame), source == SOURCE_PARK);
 				if (verdict == PS_PARK && source == SOURCE_PARK)
-					break;		/* not released yet: everything behind it waits, in order */
+					break; /* not released yet: everything behind it waits, in order */
 				if (verdict == PS_PARK && !park_room) {
 					w->core->counters[PS_C_DROP_PARK_FULL]++;
 					verdict = PS_DROP;
@@ -335,9 +338,7 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 			p->end = at + 1;
 		}
 		switch (PS_VERDICT(verdict)) {
-		case PS_TRANSMIT:
-			tx[tx_at++ & q->tx.mask] = outgoing(d->umem, desc, verdict);
-			break;
+		case PS_TRANSMIT: tx[tx_at++ & q->tx.mask] = outgoing(d->umem, desc, verdict); break;
 		case PS_PARK:
 			q->park[park_at++ & (d->engine->park_slots - 1)] = *desc;
 			park_count(q, stamp_of(frame)->bucket, 1);
@@ -417,10 +418,7 @@ static uint32_t serve(struct worker *w, struct queue *q)
 
 /* ---- taking over ------------------------------------------------------------------------------------ */
 
-static bool alive(const struct datapath *d, uint32_t server)
-{
-	return server >> 8 == (d->generation & 0xffffff);
-}
+static bool alive(const struct datapath *d, uint32_t server) { return server >> 8 == (d->generation & 0xffffff); }
 
 /*
  * The dead server's transactions are finished: a committed one is published (again: storing the same
@@ -474,7 +472,7 @@ static void wake(struct datapath *d, uint32_t core)
 	uint64_t one = 1;
 
 	if (core < d->cores && write(d->event[core], &one, sizeof(one)) < 0)
-		return;		/* the counter is full: it is awake anyway */
+		return; /* the counter is full: it is awake anyway */
 }
 
 static void take_configuration(struct worker *w)
@@ -519,7 +517,7 @@ static void sweep(struct worker *w)
 static void sleep_until_work(struct worker *w)
 {
 	struct datapath *d = w->d;
-	struct pollfd fds[PS_MAX_QUEUES + 1] = { { .fd = d->event[w->index], .events = POLLIN } };
+	struct pollfd fds[PS_MAX_QUEUES + 1] = {{.fd = d->event[w->index], .events = POLLIN}};
 	int n = 1, timeout = 100;
 	uint64_t count;
 
@@ -530,7 +528,7 @@ static void sleep_until_work(struct worker *w)
 			continue;
 		if (ring_used(&q->tx) || q->shared->fence_complete > q->shared->fence_acked)
 			timeout = 1;
-		fds[n++] = (struct pollfd){ .fd = q->socket, .events = POLLIN };
+		fds[n++] = (struct pollfd){.fd = q->socket, .events = POLLIN};
 	}
 	STORE(&w->core->asleep, 1);
 	poll(fds, (nfds_t)n, timeout);
@@ -620,7 +618,8 @@ static void *map_file(int fd, size_t *size)
 static int map_ring(struct kernel_ring *r, int fd, const struct xdp_ring_offset *o, uint32_t slots, size_t slot_bytes,
 		    off_t page)
 {
-	uint8_t *at = mmap(NULL, o->desc + slots * slot_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, page);
+	uint8_t *at =
+		mmap(NULL, o->desc + slots * slot_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, page);
 
 	if (at == MAP_FAILED)
 		return -1;
@@ -657,8 +656,8 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 	if (d->arena->magic != PS_ARENA_MAGIC || e->magic != PS_ENGINE_MAGIC || d->config->magic != PS_CONFIG_MAGIC ||
 	    d->arena->layout != PS_LAYOUT_VERSION || e->layout != PS_LAYOUT_VERSION ||
 	    d->config->layout != PS_LAYOUT_VERSION || e->queues != d->queues || e->cores != d->cores) {
-		snprintf(error, (size_t)size, "LayoutMismatch: shared memory has layout %u, this datapath %d", d->arena->layout,
-			 PS_LAYOUT_VERSION);
+		snprintf(error, (size_t)size, "LayoutMismatch: shared memory has layout %u, this datapath %d",
+			 d->arena->layout, PS_LAYOUT_VERSION);
 		return -1;
 	}
 	for (uint32_t i = 0; i < d->queues; i++) {

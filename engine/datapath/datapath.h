@@ -8,7 +8,7 @@
 
 #include "packetstack/abi.h"
 
-struct kernel_ring {		/* an AF_XDP ring; both indexes are shared with the kernel */
+struct kernel_ring { /* an AF_XDP ring; both indexes are shared with the kernel */
 	uint32_t *producer, *consumer;
 	void *slots;
 	uint32_t mask;
@@ -19,7 +19,7 @@ struct queue {
 	struct kernel_ring rx, tx;
 	struct ps_descriptor *park;
 	uint64_t *free;
-	uint16_t *parked;	/* frames in the park ring, per bucket; derived from the ring */
+	uint16_t *parked; /* frames in the park ring, per bucket; derived from the ring */
 	int socket;
 };
 

@@ -17,19 +17,19 @@
 
 enum ps_verdict { PS_DROP = 0, PS_TRANSMIT = 1, PS_PARK = 2, PS_CONSUMED = 3 };
 
-#define PS_VERDICT(v) ((v) & 15)
-#define PS_SHIFT(v) (((v) >> 4) * 4)	/* how far the frame's start moved: VLAN tags are not sent on */
+#define PS_VERDICT(v) ((v)&15)
+#define PS_SHIFT(v)   (((v) >> 4) * 4) /* how far the frame's start moved: VLAN tags are not sent on */
 
 enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
 
-struct ps_handler {		/* one per core */
+struct ps_handler { /* one per core */
 	struct ps_arena *arena;
 	const struct ps_config *config;
 	const struct ps_engine *engine;
-	uint64_t *counters;	/* enum ps_counter */
-	uint32_t now;		/* ticks */
-	uint32_t half_limit;	/* entries of a shard that half-open flows may hold */
-	uint32_t turn[256];	/* round robin, per listener */
+	uint64_t *counters;  /* enum ps_counter */
+	uint32_t now;	     /* ticks */
+	uint32_t half_limit; /* entries of a shard that half-open flows may hold */
+	uint32_t turn[256];  /* round robin, per listener */
 };
 
 static inline uint8_t ps_refuse(struct ps_handler *h, enum ps_counter reason)
@@ -52,7 +52,7 @@ static inline uint32_t ps_half_limit(const struct ps_arena *a, const struct ps_c
 /* ---- opening a flow ------------------------------------------------------------------------------- */
 
 static inline const struct ps_listener *ps_listener_find(const struct ps_config *c, const uint8_t *address,
-							  uint16_t port, uint8_t protocol)
+							 uint16_t port, uint8_t protocol)
 {
 	uint8_t key[19];
 	uint32_t low = 0, high = c->listeners;
@@ -81,7 +81,7 @@ static inline uint32_t ps_backend_choose(struct ps_handler *h, const struct ps_l
 	uint64_t hash = k->hash * 0x9e3779b97f4a7c15ull;
 
 	if (l->flags & PS_LISTENER_CLIENT_IP) {
-		uint32_t none[4] = { 0 }, client[4];
+		uint32_t none[4] = {0}, client[4];
 
 		memcpy(client, k->source, 16);
 		hash = ps_hash6(c->key0, c->key1, client, none, 0, 0, 0);
@@ -114,7 +114,7 @@ static inline uint32_t ps_backend_choose(struct ps_handler *h, const struct ps_l
 
 static inline bool ps_is_v6(const uint8_t *address)
 {
-	static const uint8_t mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
+	static const uint8_t mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
 
 	return memcmp(address, mapped, 12) != 0;
 }
@@ -125,7 +125,7 @@ static inline struct ps_flow *ps_flow_open(struct ps_handler *h, struct ps_shard
 {
 	const struct ps_config *c = h->config;
 	const struct ps_listener *l = ps_listener_find(c, k->destination, k->dport, k->udp ? 17 : 6);
-	struct ps_flow value = { .hash = k->hash, .client_port = k->sport, .vip_port = k->dport };
+	struct ps_flow value = {.hash = k->hash, .client_port = k->sport, .vip_port = k->dport};
 	uint16_t family = ps_is_v6(k->destination) ? 6 : 4;
 	uint32_t backend, recycled = 0;
 	struct ps_flow *room;
@@ -213,7 +213,8 @@ static inline void ps_track(struct ps_handler *h, struct ps_shard *s, struct ps_
 	} else {
 		if (tcp & TCP_FIN)
 			f->flags |= reply ? PS_FLOW_FIN_BACKEND : PS_FLOW_FIN_CLIENT;
-		if ((f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND)) == (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND))
+		if ((f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND)) ==
+		    (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND))
 			state = PS_FLOW_CLOSED;
 		else if (f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND))
 			state = PS_FLOW_CLOSING;
@@ -222,7 +223,7 @@ static inline void ps_track(struct ps_handler *h, struct ps_shard *s, struct ps_
 		else if (state == PS_FLOW_SYN_ACK && !reply && (tcp & (TCP_SYN | TCP_ACK)) == TCP_ACK)
 			state = PS_FLOW_ESTABLISHED;
 		else if (state == PS_FLOW_CLOSED && (tcp & (TCP_SYN | TCP_ACK)) == TCP_ACK)
-			state = PS_FLOW_ESTABLISHED;	/* the reset was not believed by its receiver */
+			state = PS_FLOW_ESTABLISHED; /* the reset was not believed by its receiver */
 	}
 	ps_flow_set_state(h->arena, s, f, state, h->config->timeout, h->now);
 }
@@ -274,7 +275,7 @@ static inline uint64_t ps_clamp_mss(struct ps_handler *h, uint8_t *tcp, uint32_t
 			break;
 		if (tcp[at] == 2 && tcp[at + 1] == 4) {
 			uint32_t mss = (uint32_t)tcp[at + 2] << 8 | tcp[at + 3];
-			uint8_t word[2] = { (uint8_t)(most >> 8), (uint8_t)most };
+			uint8_t word[2] = {(uint8_t)(most >> 8), (uint8_t)most};
 
 			if (mss <= most)
 				return 0;
@@ -296,8 +297,8 @@ static inline uint64_t ps_clamp_mss(struct ps_handler *h, uint8_t *tcp, uint32_t
 	return 0;
 }
 
-static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, uint8_t *frame, const struct ps_packet *p,
-				 bool reply)
+static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, uint8_t *frame,
+				 const struct ps_packet *p, bool reply)
 {
 	const struct ps_arena *a = h->arena;
 	const uint8_t *source = reply ? a->address[f->vip].bytes : a->address[f->snat].bytes;
@@ -308,7 +309,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 	d = ps_set_addresses(ip, p->family, source, destination);
 	if (p->family == 4) {
 		uint64_t header = d;
-		uint8_t word[2] = { (uint8_t)(ip[8] - 1), ip[9] };
+		uint8_t word[2] = {(uint8_t)(ip[8] - 1), ip[9]};
 
 		header += ps_replace(ip + 8, word, 2);
 		if ((ip[6] & 0x3f) | ip[7]) {
@@ -324,7 +325,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 		ip[7]--;
 	}
 	if (p->kind != PS_PKT_FRAGMENT) {
-		uint16_t ports[2] = { reply ? f->vip_port : f->snat_port, reply ? f->client_port : f->backend_port };
+		uint16_t ports[2] = {reply ? f->vip_port : f->snat_port, reply ? f->client_port : f->backend_port};
 
 		d += ps_replace(l4, ports, 4);
 		if (p->protocol == 6) {
@@ -356,8 +357,8 @@ static inline uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_fl
 	uint64_t outer, addresses, inside, changed;
 
 	outer = ps_set_addresses(ip, p->family, reply ? vip : snat, reply ? f->client : f->backend);
-	addresses = reply ? ps_set_addresses(inner, p->family, f->client, vip) :
-			    ps_set_addresses(inner, p->family, f->backend, snat);
+	addresses = reply ? ps_set_addresses(inner, p->family, f->client, vip)
+			  : ps_set_addresses(inner, p->family, f->backend, snat);
 	changed = addresses;
 	if (p->family == 4)
 		changed += ps_checksum_apply(inner + 10, addresses);
@@ -366,10 +367,10 @@ static inline uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_fl
 	inside = ps_replace(l4, ports, 4);
 	changed += inside;
 	if (p->inner_l4 + check + 2u <= p->end && p->inner_l4 + check + 2u <= PS_UNDO_BYTES)
-		changed += p->protocol == 6 ? ps_checksum_apply(l4 + check, addresses + inside) :
-					      ps_checksum_apply_udp(l4 + check, addresses + inside);
+		changed += p->protocol == 6 ? ps_checksum_apply(l4 + check, addresses + inside)
+					    : ps_checksum_apply_udp(l4 + check, addresses + inside);
 	if (p->family == 4) {
-		uint8_t word[2] = { (uint8_t)(ip[8] - 1), ip[9] };
+		uint8_t word[2] = {(uint8_t)(ip[8] - 1), ip[9]};
 
 		ps_checksum_apply(ip + 10, outer + ps_replace(ip + 8, word, 2));
 		ps_checksum_apply(icmp + 2, changed);
@@ -444,7 +445,7 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	struct ps_shard *s = ps_shard_at(h->arena, stamp->bucket);
 	bool reply = stamp->flags & PS_STAMP_REPLY;
 	struct ps_flow *f;
-	struct ps_packet p = { 0 };
+	struct ps_packet p = {0};
 	struct ps_key k;
 	uint32_t touched;
 
@@ -454,10 +455,10 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		return ps_refuse(h, PS_C_DROP_UNSUPPORTED);
 	if (frame[p.l3 + (p.family == 4 ? 8 : 7)] <= 1)
 		return ps_refuse(h, PS_C_DROP_TTL);
-	touched = p.kind == PS_PKT_ICMP_ERROR ? p.inner_l4 + 8u :
-		  p.kind == PS_PKT_FRAGMENT   ? p.l3 + 40u :
-		  p.protocol == 17	      ? p.l4 + 8u :
-						p.l4 + (p.tcp_flags & TCP_SYN ? (frame[p.l4 + 12] >> 4) * 4u : 20u);
+	touched = p.kind == PS_PKT_ICMP_ERROR ? p.inner_l4 + 8u
+		  : p.kind == PS_PKT_FRAGMENT ? p.l3 + 40u
+		  : p.protocol == 17	      ? p.l4 + 8u
+					      : p.l4 + (p.tcp_flags & TCP_SYN ? (frame[p.l4 + 12] >> 4) * 4u : 20u);
 	if (touched > PS_UNDO_BYTES)
 		return ps_refuse(h, PS_C_DROP_UNSUPPORTED);
 
@@ -482,18 +483,20 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	}
 	if (p.kind == PS_PKT_FRAGMENT || (!k.hash && !reply)) {
 		const struct ps_config *c = h->config;
-		uint64_t hash = p.family == 4 ? ps_hash4(c->key0, c->key1, p.src[3], p.dst[3], k.sport, k.dport, p.protocol) :
-						ps_hash6(c->key0, c->key1, p.src, p.dst, k.sport, k.dport, p.protocol);
+		uint64_t hash = p.family == 4
+					? ps_hash4(c->key0, c->key1, p.src[3], p.dst[3], k.sport, k.dport, p.protocol)
+					: ps_hash6(c->key0, c->key1, p.src, p.dst, k.sport, k.dport, p.protocol);
 		k.hash = (uint32_t)(hash >> 32);
 	}
 
 	f = reply ? ps_find_reply(h->arena, s, &k) : ps_find_forward(h->arena, s, &k);
 	if (p.kind == PS_PKT_ICMP_ERROR)
 		return f ? ps_translate_icmp(h, f, frame, &p, reply) : ps_refuse(h, PS_C_DROP_NO_FLOW);
-	if (f && !reply && f->state == PS_FLOW_CLOSED && (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN && !k.udp) {
+	if (f && !reply && f->state == PS_FLOW_CLOSED && (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN &&
+	    !k.udp) {
 		/* The client's port is used again. Same backend and SNAT port if that backend still serves. */
 		if (ps_backend_serves(h->config, f, &k)) {
-			f->flags &= (uint8_t)~(PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND);
+			f->flags &= (uint8_t) ~(PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND);
 			ps_flow_set_state(h->arena, s, f, PS_FLOW_SYN, h->config->timeout, h->now);
 		} else {
 			ps_flow_remove(h->arena, s, f);

@@ -20,21 +20,21 @@ enum ps_limits {
 	PS_MAX_STACKS = 64,
 	PS_MIN_BUCKETS = 256,
 	PS_MAX_BUCKETS = 8192,
-	PS_TABLE_WORDS = 524288,	/* PS_MAX_STACKS * PS_MAX_BUCKETS, one table for the node */
-	PS_MAX_SLOTS = 1024,		/* engine slots of a node; slot 0 means "none" */
-	PS_MAX_QUEUES = 64,		/* queues of an engine */
-	PS_MAX_CORES = 32,		/* worker threads of a datapath process */
+	PS_TABLE_WORDS = 524288, /* PS_MAX_STACKS * PS_MAX_BUCKETS, one table for the node */
+	PS_MAX_SLOTS = 1024,	 /* engine slots of a node; slot 0 means "none" */
+	PS_MAX_QUEUES = 64,	 /* queues of an engine */
+	PS_MAX_CORES = 32,	 /* worker threads of a datapath process */
 	PS_MAX_CPUS = 256,
-	PS_MAX_ADDRESSES = 4096,	/* VIP and SNAT addresses a stack has ever had */
-	PS_MAX_BACKENDS = 4096,		/* backends (address, port) a stack has ever had */
+	PS_MAX_ADDRESSES = 4096, /* VIP and SNAT addresses a stack has ever had */
+	PS_MAX_BACKENDS = 4096,	 /* backends (address, port) a stack has ever had */
 	PS_MAX_LISTENERS = 256,
 	PS_MAX_SNAT = 1024,
-	PS_MAX_LOOKUP = 1048576,	/* Maglev entries of all listeners */
-	PS_MAX_FENCES = 16,		/* open fences of a stack */
-	PS_BATCH = 64,			/* frames of one ring transaction */
-	PS_UNDO_BYTES = 128,		/* all that rewriting one frame may touch */
+	PS_MAX_LOOKUP = 1048576, /* Maglev entries of all listeners */
+	PS_MAX_FENCES = 16,	 /* open fences of a stack */
+	PS_BATCH = 64,		 /* frames of one ring transaction */
+	PS_UNDO_BYTES = 128,	 /* all that rewriting one frame may touch */
 	PS_FRAME_BYTES = 2048,
-	PS_TICKS_PER_SECOND = 10,	/* unit of ps_flow.last_seen, CLOCK_MONOTONIC */
+	PS_TICKS_PER_SECOND = 10, /* unit of ps_flow.last_seen, CLOCK_MONOTONIC */
 };
 
 enum ps_magic {
@@ -43,46 +43,46 @@ enum ps_magic {
 	PS_ARENA_MAGIC = 0x504b4152,
 	PS_ENGINE_MAGIC = 0x504b454e,
 	PS_CONFIG_MAGIC = 0x504b434f,
-	PS_MARKER_ETHERTYPE = 0x88b5,	/* IEEE 802 local experimental 1 */
+	PS_MARKER_ETHERTYPE = 0x88b5, /* IEEE 802 local experimental 1 */
 };
 
 /* ---- the stamp: what the director tells the engine about one packet -------------------------- */
 
 enum ps_stamp_flags {
-	PS_STAMP_REPLY = 1,	/* addressed to a SNAT address: the bucket came from the port */
-	PS_STAMP_FRAGMENT = 2,	/* a later fragment: `hash` holds source port << 16 | destination port */
-	PS_STAMP_ICMP = 4,	/* an ICMP error: bucket and hash are those of the embedded flow */
-	PS_STAMP_MIRROR = 8,	/* a second copy went to the previous owner */
+	PS_STAMP_REPLY = 1,    /* addressed to a SNAT address: the bucket came from the port */
+	PS_STAMP_FRAGMENT = 2, /* a later fragment: `hash` holds source port << 16 | destination port */
+	PS_STAMP_ICMP = 4,     /* an ICMP error: bucket and hash are those of the embedded flow */
+	PS_STAMP_MIRROR = 8,   /* a second copy went to the previous owner */
 };
 
 /* 16 bytes of XDP metadata, directly before the Ethernet header. */
 struct ps_stamp {
-	uint16_t magic;		/* PS_STAMP_MAGIC */
-	uint16_t flags;		/* ps_stamp_flags */
+	uint16_t magic; /* PS_STAMP_MAGIC */
+	uint16_t flags; /* ps_stamp_flags */
 	uint32_t epoch;
 	uint16_t bucket;
-	uint8_t queue;		/* the owner's queue */
-	uint8_t prev_queue;	/* the previous owner's queue, when mirrored */
-	uint32_t hash;		/* upper half of the flow's 64-bit hash */
+	uint8_t queue;	    /* the owner's queue */
+	uint8_t prev_queue; /* the previous owner's queue, when mirrored */
+	uint32_t hash;	    /* upper half of the flow's 64-bit hash */
 };
 
 /* ---- the marker: the frame of a fence ---------------------------------------------------------- */
 
 enum ps_marker_kind {
-	PS_MARKER_INGRESS = 1,	/* host side -> engine queue */
-	PS_MARKER_EGRESS = 2,	/* engine interface -> host side -> routed end */
+	PS_MARKER_INGRESS = 1, /* host side -> engine queue */
+	PS_MARKER_EGRESS = 2,  /* engine interface -> host side -> routed end */
 };
 
 /* Follows an Ethernet header with ethertype PS_MARKER_ETHERTYPE. Host order. */
 struct ps_marker {
-	uint32_t magic;		/* PS_MARKER_MAGIC */
+	uint32_t magic; /* PS_MARKER_MAGIC */
 	uint8_t kind;
 	uint8_t queue;
-	uint16_t cpu;		/* the CPU that sent it */
-	uint16_t cpus;		/* how many CPUs send one */
-	uint16_t slot;		/* the engine that is being fenced */
+	uint16_t cpu;  /* the CPU that sent it */
+	uint16_t cpus; /* how many CPUs send one */
+	uint16_t slot; /* the engine that is being fenced */
 	uint32_t attempt;
-	uint64_t fence;		/* id, rises; its description is at fences[id % PS_MAX_FENCES] */
+	uint64_t fence; /* id, rises; its description is at fences[id % PS_MAX_FENCES] */
 };
 
 /* ---- director maps ----------------------------------------------------------------------------- */
@@ -103,76 +103,86 @@ struct ps_listener_key6 {
 
 /* Value of the listener and SNAT maps: where a stack's flow table is, and its secret. */
 struct ps_target {
-	uint64_t key0, key1;	/* SipHash-1-3 key */
-	uint32_t offset;	/* first word of the stack's table */
-	uint32_t mask;		/* buckets - 1 */
-	uint32_t stack;		/* 0 .. PS_MAX_STACKS-1 */
+	uint64_t key0, key1; /* SipHash-1-3 key */
+	uint32_t offset;     /* first word of the stack's table */
+	uint32_t mask;	     /* buckets - 1 */
+	uint32_t stack;	     /* 0 .. PS_MAX_STACKS-1 */
 	uint32_t flags;
 };
 
 enum ps_director_counter {
-	PS_D_RECEIVED,		/* every frame the director saw */
-	PS_D_FORWARDED,		/* stamped and sent to an engine */
-	PS_D_PASSED,		/* not ours, left to the kernel (uplink) */
-	PS_D_ECHO_REPLIED,	/* ICMP echo to a VIP, answered */
-	PS_D_DROP_NOT_OURS,	/* not a listener's or SNAT address's traffic, on the routed pair */
+	PS_D_RECEIVED,	    /* every frame the director saw */
+	PS_D_FORWARDED,	    /* stamped and sent to an engine */
+	PS_D_PASSED,	    /* not ours, left to the kernel (uplink) */
+	PS_D_ECHO_REPLIED,  /* ICMP echo to a VIP, answered */
+	PS_D_DROP_NOT_OURS, /* not a listener's or SNAT address's traffic, on the routed pair */
 	PS_D_DROP_MALFORMED,
-	PS_D_DROP_NO_OWNER,	/* the bucket's word names no engine */
-	PS_D_DROP_NO_ENGINE,	/* the engine's device is gone */
-	PS_D_DROP_FRAGMENT_EARLY,	/* a fragment before its first */
-	PS_D_DROP_METADATA,	/* no room for the stamp */
+	PS_D_DROP_NO_OWNER,	  /* the bucket's word names no engine */
+	PS_D_DROP_NO_ENGINE,	  /* the engine's device is gone */
+	PS_D_DROP_FRAGMENT_EARLY, /* a fragment before its first */
+	PS_D_DROP_METADATA,	  /* no room for the stamp */
 	PS_D_DROP_TTL,
 	PS_D_COUNTERS
 };
 
-/* ---- engine file: one per engine, rings and queue objects -------------------------------------- */
-
-enum ps_counter {	/* per core; frames unless said otherwise */
-	PS_C_RECEIVED,		/* taken out of receive rings, markers excluded */
-	PS_C_FORWARDED,		/* put into transmit rings */
-	PS_C_RECEIVED_BYTES,
-	PS_C_FORWARDED_BYTES,
-	PS_C_PARKED,		/* put into a park ring (later also forwarded or dropped) */
-	PS_C_UNPARKED,
-	PS_C_LATE,		/* stamped with an epoch that had been released: a fence was broken */
-	PS_C_MARKERS,
-	PS_C_FLOWS_CREATED,
-	PS_C_FLOWS_ENDED,
-	PS_C_FLOWS_RECYCLED,	/* half-open or closing flows ended early to make room */
-	PS_C_HANDOFFS,		/* queues acquired from another core */
-	PS_C_SWEPT_SHARDS,
-	PS_C_ICMP_TRANSLATED,
-	PS_C_MSS_CLAMPED,
-	PS_C_RESETS_SENT,
-	PS_C_DROP_NO_STAMP,
-	PS_C_DROP_MALFORMED,
-	PS_C_DROP_BAD_CHECKSUM,
-	PS_C_DROP_NO_LISTENER,
-	PS_C_DROP_NO_BACKEND,	/* the listener has no healthy backend */
-	PS_C_DROP_NO_PORT,	/* all SNAT ports of the bucket are in use */
-	PS_C_DROP_NO_FLOW,	/* TCP without state and without SYN, or a reply without a flow */
-	PS_C_DROP_SHARD_FULL,
-	PS_C_DROP_TTL,
-	PS_C_DROP_PARK_FULL,
-	PS_C_DROP_TX_FULL,
-	PS_C_DROP_TOO_BIG,
-	PS_C_DROP_NOT_OWNER,	/* late and could not be handed on */
-	PS_C_DROP_UNSUPPORTED,
-	PS_COUNTERS
+enum ps_host_counter {		      /* what engines transmitted, at the host side */
+		       PS_H_RECEIVED, /* frames */
+		       PS_H_MARKERS,
+		       PS_H_FORWARDED, /* next hop known, sent on */
+		       PS_H_RESOLVED,  /* sent on, the kernel resolves the next hop */
+		       PS_H_TO_KERNEL, /* left to the kernel: local processes, smaller MTU, no route */
+		       PS_H_DROP_NOT_IP,
+		       PS_H_COUNTERS
 };
 
-struct ps_core {		/* written by its thread alone */
-	uint64_t heartbeat;	/* loop turns */
-	uint64_t busy_cycles;	/* TSC spent in turns that handled frames */
+/* ---- engine file: one per engine, rings and queue objects -------------------------------------- */
+
+enum ps_counter {		  /* per core; frames unless said otherwise */
+		  PS_C_RECEIVED,  /* taken out of receive rings, markers excluded */
+		  PS_C_FORWARDED, /* put into transmit rings */
+		  PS_C_RECEIVED_BYTES,
+		  PS_C_FORWARDED_BYTES,
+		  PS_C_PARKED, /* put into a park ring (later also forwarded or dropped) */
+		  PS_C_UNPARKED,
+		  PS_C_LATE, /* stamped with an epoch that had been released: a fence was broken */
+		  PS_C_MARKERS,
+		  PS_C_FLOWS_CREATED,
+		  PS_C_FLOWS_ENDED,
+		  PS_C_FLOWS_RECYCLED, /* half-open or closing flows ended early to make room */
+		  PS_C_HANDOFFS,       /* queues acquired from another core */
+		  PS_C_SWEPT_SHARDS,
+		  PS_C_ICMP_TRANSLATED,
+		  PS_C_MSS_CLAMPED,
+		  PS_C_RESETS_SENT,
+		  PS_C_DROP_NO_STAMP,
+		  PS_C_DROP_MALFORMED,
+		  PS_C_DROP_BAD_CHECKSUM,
+		  PS_C_DROP_NO_LISTENER,
+		  PS_C_DROP_NO_BACKEND, /* the listener has no healthy backend */
+		  PS_C_DROP_NO_PORT,	/* all SNAT ports of the bucket are in use */
+		  PS_C_DROP_NO_FLOW,	/* TCP without state and without SYN, or a reply without a flow */
+		  PS_C_DROP_SHARD_FULL,
+		  PS_C_DROP_TTL,
+		  PS_C_DROP_PARK_FULL,
+		  PS_C_DROP_TX_FULL,
+		  PS_C_DROP_TOO_BIG,
+		  PS_C_DROP_NOT_OWNER, /* late and could not be handed on */
+		  PS_C_DROP_UNSUPPORTED,
+		  PS_COUNTERS
+};
+
+struct ps_core {	      /* written by its thread alone */
+	uint64_t heartbeat;   /* loop turns */
+	uint64_t busy_cycles; /* TSC spent in turns that handled frames */
 	uint64_t total_cycles;
-	uint64_t config_seen;	/* generation of the configuration in use */
-	uint32_t thread;	/* tid, 0 = not running */
-	uint32_t cpu;		/* last CPU seen */
-	uint32_t pinned_cpu;	/* ~0 = not pinned */
-	uint32_t asleep;	/* 1 while it waits in poll() */
+	uint64_t config_seen; /* generation of the configuration in use */
+	uint32_t thread;      /* tid, 0 = not running */
+	uint32_t cpu;	      /* last CPU seen */
+	uint32_t pinned_cpu;  /* ~0 = not pinned */
+	uint32_t asleep;      /* 1 while it waits in poll() */
 	uint64_t wakeups;
 	uint64_t spare[9];
-	uint64_t counters[64];	/* enum ps_counter */
+	uint64_t counters[64]; /* enum ps_counter */
 };
 
 /*
@@ -183,16 +193,16 @@ struct ps_core {		/* written by its thread alone */
  * a torn rewrite.
  */
 struct ps_progress {
-	uint32_t begin, end;	/* ~0u initially */
-	uint8_t verdict[64];	/* by source index & 63: ps_verdict | shift/4 << 4 */
-	uint8_t undo[128];	/* PS_UNDO_BYTES */
+	uint32_t begin, end; /* ~0u initially */
+	uint8_t verdict[64]; /* by source index & 63: ps_verdict | shift/4 << 4 */
+	uint8_t undo[128];   /* PS_UNDO_BYTES */
 };
 
 struct ps_journal {
 	uint32_t commit;
 	uint32_t rx, tx, park_prod, park_cons, free_prod;
 	uint32_t spare[10];
-	struct ps_progress progress[2];	/* source: receive ring, park ring */
+	struct ps_progress progress[2]; /* source: receive ring, park ring */
 };
 
 /* An index pair of a ring that lives in this file; kernel rings have the like. */
@@ -203,28 +213,28 @@ struct ps_ring {
 	uint32_t pad1[15];
 };
 
-struct ps_descriptor {		/* struct xdp_desc of linux/if_xdp.h */
+struct ps_descriptor { /* struct xdp_desc of linux/if_xdp.h */
 	uint64_t address;
 	uint32_t length;
 	uint32_t options;
 };
 
 struct ps_queue {
-	uint32_t cur;		/* core that serves it: generation << 8 | core + 1; 0 = none */
-	uint32_t want;		/* core that shall serve it */
-	uint32_t kick;		/* transmit ring has frames that were not kicked */
+	uint32_t cur;  /* core that serves it: generation << 8 | core + 1; 0 = none */
+	uint32_t want; /* core that shall serve it */
+	uint32_t kick; /* transmit ring has frames that were not kicked */
 	uint32_t spare0;
-	uint64_t fence;		/* fence whose markers are being collected */
-	uint64_t fence_cpus[4];	/* bit per CPU whose marker came */
-	uint64_t fence_complete;	/* last fence whose markers have all come */
-	uint64_t fence_acked;	/* last fence that is done: handled, transmitted, shards fenced */
-	uint64_t received, forwarded, dropped, received_bytes;	/* since start, markers excluded */
-	uint64_t hold_max_ns, hold_ns, holds;	/* time from first parked to released */
-	uint64_t hold_since;	/* CLOCK_MONOTONIC ns of the oldest parked frame's parking, 0 = none */
-	uint64_t cycles;	/* busy cycles spent on this queue */
+	uint64_t fence;		 /* fence whose markers are being collected */
+	uint64_t fence_cpus[4];	 /* bit per CPU whose marker came */
+	uint64_t fence_complete; /* last fence whose markers have all come */
+	uint64_t fence_acked;	 /* last fence that is done: handled, transmitted, shards fenced */
+	uint64_t received, forwarded, dropped, received_bytes; /* since start, markers excluded */
+	uint64_t hold_max_ns, hold_ns, holds;		       /* time from first parked to released */
+	uint64_t hold_since; /* CLOCK_MONOTONIC ns of the oldest parked frame's parking, 0 = none */
+	uint64_t cycles;     /* busy cycles spent on this queue */
 	uint64_t spare1[4];
-	struct ps_ring park;	/* ps_descriptor slots; the stamp stays before the frame */
-	struct ps_ring free;	/* uint64_t slots: frames to give back to the fill ring */
+	struct ps_ring park; /* ps_descriptor slots; the stamp stays before the frame */
+	struct ps_ring free; /* uint64_t slots: frames to give back to the fill ring */
 	struct ps_journal journal;
 	/* park_slots * ps_descriptor, then free_slots * uint64_t */
 };
@@ -233,27 +243,27 @@ struct ps_queue {
 struct ps_recycle {
 	uint32_t commit;
 	uint32_t fill, completion;
-	uint32_t free_consumer[64];	/* PS_MAX_QUEUES */
+	uint32_t free_consumer[64]; /* PS_MAX_QUEUES */
 };
 
 struct ps_engine {
 	uint32_t magic, layout;
 	uint32_t slot;
 	uint32_t queues, cores;
-	uint32_t frames;	/* frames of the UMEM */
+	uint32_t frames; /* frames of the UMEM */
 	uint32_t rx_slots, tx_slots, fill_slots, completion_slots, park_slots, free_slots;
 	uint64_t bytes;		/* size of this file */
 	uint64_t cores_offset;	/* ps_core[cores], stride sizeof */
-	uint64_t queues_offset;	/* ps_queue and its slots */
+	uint64_t queues_offset; /* ps_queue and its slots */
 	uint64_t queue_stride;
-	uint32_t generation;	/* raised whenever a datapath process attaches */
-	uint32_t ready;		/* generation that serves packets */
+	uint32_t generation; /* raised whenever a datapath process attaches */
+	uint32_t ready;	     /* generation that serves packets */
 	uint32_t mtu;
-	uint32_t spin_us;	/* how long a core polls empty queues before it sleeps */
-	uint32_t work_ns;	/* test builds: artificial cost of a packet */
+	uint32_t spin_us; /* how long a core polls empty queues before it sleeps */
+	uint32_t work_ns; /* test builds: artificial cost of a packet */
 	uint32_t spare0[5];
 	uint8_t mac[8];		/* of the engine's interface */
-	uint8_t gateway_mac[8];	/* destination of all that it sends */
+	uint8_t gateway_mac[8]; /* destination of all that it sends */
 	uint32_t lock;		/* generation << 8 | core + 1 of the holder; 0 = free */
 	struct ps_recycle recycle;
 };
@@ -262,12 +272,12 @@ struct ps_engine {
 
 enum ps_flow_state {
 	PS_FLOW_FREE = 0,
-	PS_FLOW_SYN = 1,	/* TCP: SYN seen, no answer yet */
-	PS_FLOW_SYN_ACK = 2,	/* TCP: answered, the client has not confirmed */
+	PS_FLOW_SYN = 1,     /* TCP: SYN seen, no answer yet */
+	PS_FLOW_SYN_ACK = 2, /* TCP: answered, the client has not confirmed */
 	PS_FLOW_ESTABLISHED = 3,
 	PS_FLOW_CLOSING = 4,	/* TCP: one FIN seen */
 	PS_FLOW_CLOSED = 5,	/* TCP: both FINs, or a reset */
-	PS_FLOW_UNANSWERED = 6,	/* UDP: the backend has not answered */
+	PS_FLOW_UNANSWERED = 6, /* UDP: the backend has not answered */
 	PS_FLOW_ASSURED = 7,	/* UDP: it has */
 	PS_FLOW_STATES
 };
@@ -277,39 +287,39 @@ enum ps_flow_flags {
 	PS_FLOW_FIN_CLIENT = 2,
 	PS_FLOW_FIN_BACKEND = 4,
 	PS_FLOW_V6 = 8,
-	PS_FLOW_LISTED = 16,	/* on the shard's half-open or closed list */
+	PS_FLOW_LISTED = 16, /* on the shard's half-open or closed list */
 };
 
-struct ps_flow {		/* 64 bytes, one cache line */
-	uint32_t version;	/* odd while being written */
-	uint32_t last_seen;	/* ticks of 1/PS_TICKS_PER_SECOND s */
-	uint32_t hash;		/* upper half of the forward hash */
-	uint16_t prev, next;	/* list links: index + 1, 0 = end */
+struct ps_flow {	     /* 64 bytes, one cache line */
+	uint32_t version;    /* odd while being written */
+	uint32_t last_seen;  /* ticks of 1/PS_TICKS_PER_SECOND s */
+	uint32_t hash;	     /* upper half of the forward hash */
+	uint16_t prev, next; /* list links: index + 1, 0 = end */
 	uint8_t client[16];
 	uint8_t backend[16];
 	uint16_t client_port, vip_port, snat_port, backend_port;
-	uint16_t vip, snat;	/* index into the arena's addresses; never reused */
-	uint8_t state;		/* ps_flow_state */
-	uint8_t flags;		/* ps_flow_flags */
-	uint16_t backend_id;	/* index into the arena's backend counters: for counting only */
+	uint16_t vip, snat;  /* index into the arena's addresses; never reused */
+	uint8_t state;	     /* ps_flow_state */
+	uint8_t flags;	     /* ps_flow_flags */
+	uint16_t backend_id; /* index into the arena's backend counters: for counting only */
 };
 
 enum ps_owner_state { PS_OWNED = 0, PS_FENCED = 1 };
 
 struct ps_shard {
-	uint64_t owner;		/* epoch 32 | slot 10 | queue 6 | ps_owner_state 16; as in the word */
-	uint32_t dirty;		/* index, lists and counts below are being changed: rebuild if a writer died */
+	uint64_t owner; /* epoch 32 | slot 10 | queue 6 | ps_owner_state 16; as in the word */
+	uint32_t dirty; /* index, lists and counts below are being changed: rebuild if a writer died */
 	uint32_t spare0;
-	uint16_t live;		/* entries in use */
-	uint16_t high;		/* entries ever used: the rest was never touched */
-	uint16_t free;		/* free list: index + 1 */
-	uint16_t half_open;	/* entries on the half-open list */
-	uint16_t half_head, half_tail;	/* oldest, newest: half-open and unanswered */
-	uint16_t closed_head, closed_tail;	/* oldest, newest: closed, port still held */
-	uint16_t port_cursor;	/* where the search for a free SNAT port goes on */
+	uint16_t live;			   /* entries in use */
+	uint16_t high;			   /* entries ever used: the rest was never touched */
+	uint16_t free;			   /* free list: index + 1 */
+	uint16_t half_open;		   /* entries on the half-open list */
+	uint16_t half_head, half_tail;	   /* oldest, newest: half-open and unanswered */
+	uint16_t closed_head, closed_tail; /* oldest, newest: closed, port still held */
+	uint16_t port_cursor;		   /* where the search for a free SNAT port goes on */
 	uint16_t closed;
-	uint32_t next_expiry;	/* tick before which no entry can expire */
-	uint64_t packets;	/* handled, for load per bucket */
+	uint32_t next_expiry; /* tick before which no entry can expire */
+	uint64_t packets;     /* handled, for load per bucket */
 	uint64_t spare[10];
 	/* uint16_t forward[index_slots]; uint16_t reply[index_slots]; ps_flow flows[entries] */
 };
@@ -318,33 +328,35 @@ struct ps_fence {
 	uint64_t id;
 	uint32_t buckets;
 	uint32_t spare;
-	uint8_t bitmap[1024];	/* PS_MAX_BUCKETS bits */
+	uint8_t bitmap[1024]; /* PS_MAX_BUCKETS bits */
 };
 
-struct ps_address { uint8_t bytes[16]; };
+struct ps_address {
+	uint8_t bytes[16];
+};
 
 struct ps_backend_count {
 	uint8_t address[16];
 	uint16_t port;
 	uint16_t used;
-	int32_t live;		/* flows, added to atomically */
+	int32_t live; /* flows, added to atomically */
 	uint64_t created;
 };
 
 struct ps_arena {
 	uint32_t magic, layout;
 	uint32_t buckets;
-	uint32_t entries;	/* flows a shard can hold */
-	uint32_t index_slots;	/* power of two */
-	uint32_t addresses;	/* in use, from 0 */
-	uint32_t backends;	/* in use, from 0 */
+	uint32_t entries;     /* flows a shard can hold */
+	uint32_t index_slots; /* power of two */
+	uint32_t addresses;   /* in use, from 0 */
+	uint32_t backends;    /* in use, from 0 */
 	uint32_t spare0;
 	uint64_t bytes;
 	uint64_t shards_offset, shard_stride;
 	uint64_t next_fence;
-	struct ps_fence fences[16];		/* PS_MAX_FENCES */
-	struct ps_address address[4096];	/* PS_MAX_ADDRESSES */
-	struct ps_backend_count backend[4096];	/* PS_MAX_BACKENDS */
+	struct ps_fence fences[16];	       /* PS_MAX_FENCES */
+	struct ps_address address[4096];       /* PS_MAX_ADDRESSES */
+	struct ps_backend_count backend[4096]; /* PS_MAX_BACKENDS */
 };
 
 /* ---- configuration: one file per stack, two buffers --------------------------------------------- */
@@ -352,18 +364,18 @@ struct ps_arena {
 enum ps_balancing { PS_MAGLEV = 0, PS_ROUND_ROBIN = 1, PS_LEAST_FLOWS = 2 };
 
 enum ps_listener_flags {
-	PS_LISTENER_CLIENT_IP = 1,	/* sessionAffinity: ClientIP */
+	PS_LISTENER_CLIENT_IP = 1, /* sessionAffinity: ClientIP */
 };
 
-struct ps_listener {		/* sorted by address, port, protocol (memcmp order) */
+struct ps_listener { /* sorted by address, port, protocol (memcmp order) */
 	uint8_t address[16];
-	uint16_t port;		/* wire order */
+	uint16_t port; /* wire order */
 	uint8_t protocol;
 	uint8_t balancing;
 	uint32_t flags;
-	uint32_t first_backend, backends;	/* range in ps_config.backend: healthy, weight > 0 */
-	uint32_t lookup, lookup_size;	/* Maglev: range in ps_config.lookup, values are offsets in the range above */
-	uint16_t vip;		/* index into the arena's addresses */
+	uint32_t first_backend, backends; /* range in ps_config.backend: healthy, weight > 0 */
+	uint32_t lookup, lookup_size;	  /* Maglev: range in ps_config.lookup, values are offsets in the range above */
+	uint16_t vip;			  /* index into the arena's addresses */
 	uint16_t spare0;
 	uint32_t spare1;
 };
@@ -371,25 +383,25 @@ struct ps_listener {		/* sorted by address, port, protocol (memcmp order) */
 struct ps_config_backend {
 	uint8_t address[16];
 	uint16_t port;
-	uint16_t id;		/* index into the arena's backend counters */
+	uint16_t id; /* index into the arena's backend counters */
 	uint32_t weight;
 };
 
 struct ps_config_snat {
 	uint8_t address[16];
-	uint16_t id;		/* index into the arena's addresses */
-	uint16_t family;	/* 4 or 6 */
+	uint16_t id;	 /* index into the arena's addresses */
+	uint16_t family; /* 4 or 6 */
 	uint32_t spare;
 };
 
 struct ps_config {
 	uint64_t generation;
 	uint64_t key0, key1;
-	uint32_t mask;		/* buckets - 1 */
+	uint32_t mask; /* buckets - 1 */
 	uint32_t listeners, backends, snats;
-	uint32_t unknown_flow_reset;	/* 1: answer TCP without state by a reset */
-	uint32_t mtu;		/* path MTU behind the engines: MSS is clamped to it; 0 = leave */
-	uint32_t timeout[8];	/* ticks, by ps_flow_state */
+	uint32_t unknown_flow_reset; /* 1: answer TCP without state by a reset */
+	uint32_t mtu;		     /* path MTU behind the engines: MSS is clamped to it; 0 = leave */
+	uint32_t timeout[8];	     /* ticks, by ps_flow_state */
 	struct ps_listener listener[256];
 	struct ps_config_snat snat[1024];
 	struct ps_config_backend backend[4096];
@@ -402,7 +414,7 @@ struct ps_config {
  */
 struct ps_config_file {
 	uint32_t magic, layout;
-	uint64_t generation;	/* 0 = none yet */
+	uint64_t generation; /* 0 = none yet */
 	uint64_t spare[6];
 	struct ps_config buffer[2];
 };
@@ -410,11 +422,11 @@ struct ps_config_file {
 /* ---- the datapath's socket to the agent (SOCK_SEQPACKET, path based) ------------------------------ */
 
 enum ps_message_kind {
-	PS_MSG_HELLO = 1,	/* datapath -> agent: layout, pid */
-	PS_MSG_ATTACH = 2,	/* agent -> datapath, with descriptors: arena, engine file, configuration,
+	PS_MSG_HELLO = 1,   /* datapath -> agent: layout, pid */
+	PS_MSG_ATTACH = 2,  /* agent -> datapath, with descriptors: arena, engine file, configuration,
 				   UMEM, one AF_XDP socket a queue, one eventfd a core */
-	PS_MSG_REFUSED = 3,	/* agent -> datapath: text says why */
-	PS_MSG_READY = 4,	/* datapath -> agent: it serves its queues */
+	PS_MSG_REFUSED = 3, /* agent -> datapath: text says why */
+	PS_MSG_READY = 4,   /* datapath -> agent: it serves its queues */
 };
 
 struct ps_message {
@@ -423,7 +435,7 @@ struct ps_message {
 	uint32_t slot, queues, cores;
 	uint32_t generation;
 	uint32_t spare;
-	int32_t pin[32];	/* CPU per core, -1 = not pinned */
+	int32_t pin[32]; /* CPU per core, -1 = not pinned */
 	char text[128];
 };
 
@@ -431,11 +443,10 @@ struct ps_message {
 
 /* ---- the flow-table word: epoch 32 | slot 10 | queue 6 | previous slot 10 | previous queue 6 ------- */
 
-static inline uint64_t ps_word(uint32_t epoch, uint32_t slot, uint32_t queue, uint32_t prev_slot,
-			       uint32_t prev_queue)
+static inline uint64_t ps_word(uint32_t epoch, uint32_t slot, uint32_t queue, uint32_t prev_slot, uint32_t prev_queue)
 {
-	return (uint64_t)epoch << 32 | (uint64_t)(slot & 1023) << 22 | (queue & 63) << 16 |
-	       (prev_slot & 1023) << 6 | (prev_queue & 63);
+	return (uint64_t)epoch << 32 | (uint64_t)(slot & 1023) << 22 | (queue & 63) << 16 | (prev_slot & 1023) << 6 |
+	       (prev_queue & 63);
 }
 
 static inline uint32_t ps_word_epoch(uint64_t word) { return (uint32_t)(word >> 32); }
@@ -471,16 +482,14 @@ static inline void ps_stamp_to_mac(const struct ps_stamp *s, uint8_t mac[6])
 
 static inline void ps_stamp_from_mac(const uint8_t mac[6], struct ps_stamp *s)
 {
-	uint64_t bits = (uint64_t)mac[1] << 32 | (uint64_t)mac[2] << 24 | mac[3] << 16 | mac[4] << 8 |
-			mac[5];
+	uint64_t bits = (uint64_t)mac[1] << 32 | (uint64_t)mac[2] << 24 | mac[3] << 16 | mac[4] << 8 | mac[5];
 
 	s->magic = PS_STAMP_MAGIC;
 	s->bucket = bits >> 27 & 8191;
 	s->queue = bits >> 21 & 63;
 	s->prev_queue = bits >> 15 & 63;
 	s->epoch = bits >> 3 & 4095;
-	s->flags = (bits & 1 ? PS_STAMP_REPLY : 0) | (bits & 2 ? PS_STAMP_MIRROR : 0) |
-		   (bits & 4 ? PS_STAMP_ICMP : 0);
+	s->flags = (bits & 1 ? PS_STAMP_REPLY : 0) | (bits & 2 ? PS_STAMP_MIRROR : 0) | (bits & 4 ? PS_STAMP_ICMP : 0);
 	s->hash = 0;
 }
 

@@ -23,10 +23,20 @@ PS_INLINE uint64_t ps_rotl(uint64_t x, int n) { return x << n | x >> (64 - n); }
 
 PS_INLINE void ps_sip_round(struct ps_sip *s)
 {
-	s->v0 += s->v1; s->v1 = ps_rotl(s->v1, 13); s->v1 ^= s->v0; s->v0 = ps_rotl(s->v0, 32);
-	s->v2 += s->v3; s->v3 = ps_rotl(s->v3, 16); s->v3 ^= s->v2;
-	s->v0 += s->v3; s->v3 = ps_rotl(s->v3, 21); s->v3 ^= s->v0;
-	s->v2 += s->v1; s->v1 = ps_rotl(s->v1, 17); s->v1 ^= s->v2; s->v2 = ps_rotl(s->v2, 32);
+	s->v0 += s->v1;
+	s->v1 = ps_rotl(s->v1, 13);
+	s->v1 ^= s->v0;
+	s->v0 = ps_rotl(s->v0, 32);
+	s->v2 += s->v3;
+	s->v3 = ps_rotl(s->v3, 16);
+	s->v3 ^= s->v2;
+	s->v0 += s->v3;
+	s->v3 = ps_rotl(s->v3, 21);
+	s->v3 ^= s->v0;
+	s->v2 += s->v1;
+	s->v1 = ps_rotl(s->v1, 17);
+	s->v1 ^= s->v2;
+	s->v2 = ps_rotl(s->v2, 32);
 }
 
 PS_INLINE void ps_sip_word(struct ps_sip *s, uint64_t m)
@@ -39,8 +49,10 @@ PS_INLINE void ps_sip_word(struct ps_sip *s, uint64_t m)
 PS_INLINE struct ps_sip ps_sip_start(uint64_t key0, uint64_t key1)
 {
 	struct ps_sip s = {
-		key0 ^ 0x736f6d6570736575ULL, key1 ^ 0x646f72616e646f6dULL,
-		key0 ^ 0x6c7967656e657261ULL, key1 ^ 0x7465646279746573ULL,
+		key0 ^ 0x736f6d6570736575ULL,
+		key1 ^ 0x646f72616e646f6dULL,
+		key0 ^ 0x6c7967656e657261ULL,
+		key1 ^ 0x7465646279746573ULL,
 	};
 	return s;
 }
@@ -58,12 +70,11 @@ PS_INLINE uint64_t ps_sip_end(struct ps_sip *s, uint64_t length)
 /* Ports as they stand in a little-endian load from the wire. Little-endian hosts only. */
 PS_INLINE uint64_t ps_hash_ports(uint16_t sport, uint16_t dport, uint8_t protocol, uint8_t family)
 {
-	return (uint64_t)sport | (uint64_t)dport << 16 | (uint64_t)protocol << 32 |
-	       (uint64_t)family << 40;
+	return (uint64_t)sport | (uint64_t)dport << 16 | (uint64_t)protocol << 32 | (uint64_t)family << 40;
 }
 
-PS_INLINE uint64_t ps_hash4(uint64_t key0, uint64_t key1, uint32_t source, uint32_t destination,
-			    uint16_t sport, uint16_t dport, uint8_t protocol)
+PS_INLINE uint64_t ps_hash4(uint64_t key0, uint64_t key1, uint32_t source, uint32_t destination, uint16_t sport,
+			    uint16_t dport, uint8_t protocol)
 {
 	struct ps_sip s = ps_sip_start(key0, key1);
 
@@ -73,9 +84,8 @@ PS_INLINE uint64_t ps_hash4(uint64_t key0, uint64_t key1, uint32_t source, uint3
 }
 
 /* source, destination: four 32-bit words each, as loaded from the wire. */
-PS_INLINE uint64_t ps_hash6(uint64_t key0, uint64_t key1, const uint32_t source[4],
-			    const uint32_t destination[4], uint16_t sport, uint16_t dport,
-			    uint8_t protocol)
+PS_INLINE uint64_t ps_hash6(uint64_t key0, uint64_t key1, const uint32_t source[4], const uint32_t destination[4],
+			    uint16_t sport, uint16_t dport, uint8_t protocol)
 {
 	struct ps_sip s = ps_sip_start(key0, key1);
 

@@ -19,11 +19,11 @@
 
 #define PS_BARRIER() __asm__ volatile("" ::: "memory")
 
-struct ps_key {			/* a flow as its packets name it; wire order */
+struct ps_key { /* a flow as its packets name it; wire order */
 	uint8_t source[16], destination[16];
 	uint16_t sport, dport;
 	bool udp;
-	uint32_t hash;		/* forward direction only */
+	uint32_t hash; /* forward direction only */
 };
 
 static inline struct ps_shard *ps_shard_at(const struct ps_arena *a, uint32_t bucket)
@@ -31,10 +31,7 @@ static inline struct ps_shard *ps_shard_at(const struct ps_arena *a, uint32_t bu
 	return (struct ps_shard *)((uint8_t *)a + a->shards_offset + bucket * a->shard_stride);
 }
 
-static inline uint16_t *ps_shard_forward(struct ps_shard *s)
-{
-	return (uint16_t *)(s + 1);
-}
+static inline uint16_t *ps_shard_forward(struct ps_shard *s) { return (uint16_t *)(s + 1); }
 
 static inline uint16_t *ps_shard_reply(const struct ps_arena *a, struct ps_shard *s)
 {
@@ -77,8 +74,8 @@ static inline uint32_t ps_home_reply(const struct ps_arena *a, const uint8_t *ba
 
 static inline uint32_t ps_home_of(const struct ps_arena *a, const struct ps_flow *f, bool reply)
 {
-	return reply ? ps_home_reply(a, f->backend, f->backend_port, a->address[f->snat].bytes, f->snat_port) :
-		       ps_home_forward(a, f->hash);
+	return reply ? ps_home_reply(a, f->backend, f->backend_port, a->address[f->snat].bytes, f->snat_port)
+		     : ps_home_forward(a, f->hash);
 }
 
 static inline void ps_index_add(const struct ps_arena *a, uint16_t *index, uint32_t home, uint32_t entry)
@@ -140,9 +137,8 @@ static inline struct ps_flow *ps_find_reply(const struct ps_arena *a, struct ps_
 	for (at = ps_home_reply(a, k->source, k->sport, k->destination, k->dport); index[at]; at = (at + 1) & mask) {
 		struct ps_flow *f = &flows[index[at] - 1];
 
-		if (f->snat_port == k->dport && f->backend_port == k->sport &&
-		    !(f->flags & PS_FLOW_UDP) == !k->udp && !memcmp(f->backend, k->source, 16) &&
-		    !memcmp(a->address[f->snat].bytes, k->destination, 16))
+		if (f->snat_port == k->dport && f->backend_port == k->sport && !(f->flags & PS_FLOW_UDP) == !k->udp &&
+		    !memcmp(f->backend, k->source, 16) && !memcmp(a->address[f->snat].bytes, k->destination, 16))
 			return f;
 	}
 	return NULL;
@@ -155,10 +151,7 @@ static inline bool ps_state_half_open(uint8_t state)
 	return state == PS_FLOW_SYN || state == PS_FLOW_SYN_ACK || state == PS_FLOW_UNANSWERED;
 }
 
-static inline bool ps_state_listed(uint8_t state)
-{
-	return ps_state_half_open(state) || state == PS_FLOW_CLOSED;
-}
+static inline bool ps_state_listed(uint8_t state) { return ps_state_half_open(state) || state == PS_FLOW_CLOSED; }
 
 static inline void ps_list_add(const struct ps_arena *a, struct ps_shard *s, struct ps_flow *f)
 {
@@ -209,10 +202,28 @@ static inline void ps_list_remove(const struct ps_arena *a, struct ps_shard *s, 
 
 /* ---- changes --------------------------------------------------------------------------------------- */
 
-static inline void ps_shard_begin(struct ps_shard *s) { s->dirty = 1; PS_BARRIER(); }
-static inline void ps_shard_end(struct ps_shard *s) { PS_BARRIER(); s->dirty = 0; PS_BARRIER(); }
-static inline void ps_flow_begin(struct ps_flow *f) { f->version |= 1; PS_BARRIER(); }
-static inline void ps_flow_end(struct ps_flow *f) { PS_BARRIER(); f->version = (f->version | 1) + 1; PS_BARRIER(); }
+static inline void ps_shard_begin(struct ps_shard *s)
+{
+	s->dirty = 1;
+	PS_BARRIER();
+}
+static inline void ps_shard_end(struct ps_shard *s)
+{
+	PS_BARRIER();
+	s->dirty = 0;
+	PS_BARRIER();
+}
+static inline void ps_flow_begin(struct ps_flow *f)
+{
+	f->version |= 1;
+	PS_BARRIER();
+}
+static inline void ps_flow_end(struct ps_flow *f)
+{
+	PS_BARRIER();
+	f->version = (f->version | 1) + 1;
+	PS_BARRIER();
+}
 
 static inline void ps_shard_expect(struct ps_shard *s, uint32_t tick)
 {
@@ -399,7 +410,7 @@ static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s
 				    const uint8_t *backend, uint16_t backend_port, bool udp)
 {
 	uint32_t n = ps_ports_per_bucket(a->buckets), first = ps_port_first(a->buckets);
-	struct ps_key k = { .sport = backend_port, .udp = udp };
+	struct ps_key k = {.sport = backend_port, .udp = udp};
 
 	memcpy(k.source, backend, 16);
 	memcpy(k.destination, a->address[snat].bytes, 16);
