@@ -1,8 +1,411 @@
-"""Placeholder until the demo lands."""
+"""`packetstack demo`: a pool is resized and rebalanced under live traffic, and what breaks is counted.
 
+Everything is real: the command, the agent, engines, packets. Only the network is made of namespaces.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from packetstack_cli.client import Client, CliError
+from packetstack_cli.lab import NODE_UPLINK, Lab, LabError
+from packetstack_cli.traffic import Outcome, Servers, Traffic
+
+STACK = "demo"
+TARGETS = ("192.0.2.10:80", "[2001:db8:1::10]:80")
+UDP_TARGETS = ("192.0.2.10:53", "[2001:db8:1::10]:53")
+STATUS_INTERVAL_SECONDS = 0.25
+
+# Slots of engines are not reused soon, so their colours go round.
+COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f")
+COLOURS_OF_TERMINAL = ("blue", "dark_orange", "green", "red", "cyan", "yellow", "magenta", "orange4")
+
+
+@dataclass
+class Step:
+    """One planned change."""
+
+    title: str
+    act: Callable[[], str]
+    resize: bool = False
+    began: float = 0.0
+    """Seconds since the traffic began; so is `ended`."""
+    ended: float = 0.0
+    said: str = ""
+    failed: bool = False
+
+
+@dataclass
+class Show:
+    """What the picture and the live view are made of."""
+
+    lab: Lab
+    client: Client
+    traffic: Traffic
+    steps: list[Step]
+    began: float = field(default_factory=time.monotonic)
+    phase: str = "connections open"
+    statuses: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+    """Seconds since the traffic began, status of the stack."""
+
+    def now(self) -> float:
+        """Seconds since the traffic began."""
+        return time.monotonic() - self.began
+
+    def observe(self, until: threading.Event) -> None:
+        """Keep the stack's status every quarter of a second."""
+        while not until.wait(STATUS_INTERVAL_SECONDS):
+            try:
+                status = self.client.call("get", name=STACK)[0]["status"]
+            except CliError:
+                continue
+            self.statuses.append((self.now(), status))
 
 
 def run_demo(build_dir: Path, connections: int = 2000, udp_flows: int = 200, seconds: int = 60) -> int:
-    """Not there yet."""
-    raise NotImplementedError
+    """Run the demo for about `seconds` seconds of traffic; 0 only when no connection broke and every step succeeded.
+
+    Writes `report.json` and `demo.png` into `build_dir`.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console.width = 110
+    build_dir.mkdir(parents=True, exist_ok=True)
+    definition = _definition()
+    try:
+        with Lab("pkl-demo") as lab:
+            console.print("Three namespaces: [b]client[/b] -- [b]node[/b] -- [b]server[/b]")
+            Servers(lab)
+            console.print(f"node $ packetstack up {definition.name} --uplink {NODE_UPLINK}", style="bold")
+            console.print(lab.packetstack("up", str(definition), "--uplink", NODE_UPLINK).rstrip())
+            show, outcome, drops = _perform(console, lab, connections, udp_flows, seconds)
+    except (LabError, CliError, TimeoutError) as e:
+        console.print(f"demo: {e}", style="red")
+        return 1
+    failed = [step for step in show.steps if step.failed or not step.ended]
+    report = _report(show, outcome, drops)
+    (build_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    console.print(_summary(show, outcome, drops))
+    if picture := draw(show, outcome, build_dir / "demo.png"):
+        console.print(f"{picture} and {build_dir / 'report.json'} show the run")
+    for step in failed:
+        console.print(f"failed: {step.title}: {step.said or 'was not reached'}", style="red")
+    if outcome.broken:
+        console.print(f"broken: {outcome.what_broke()}", style="red")
+    if outcome.never_opened:
+        console.print(f"{outcome.never_opened} connections were never opened", style="red")
+    good = not (failed or outcome.broken or outcome.never_opened)
+    console.print(
+        f"verdict: {outcome.broken} broken of {outcome.connections} connections",
+        style="bold green" if good else "bold red",
+        highlight=False,
+    )
+    return 0 if good else 1
+
+
+def _definition() -> Path:
+    """The stack of the demo: in the source tree, or where the package keeps it."""
+    return Path(__file__).parents[2] / "examples/demo.yaml"
+
+
+def _perform(
+    console: Console, lab: Lab, connections: int, udp_flows: int, seconds: int
+) -> tuple[Show, Outcome, dict[str, int]]:
+    client = Client(lab.run_directory)
+    ramp_seconds = min(8.0, seconds / 6)
+    traffic = Traffic(
+        lab,
+        TARGETS,
+        UDP_TARGETS,
+        connections=connections,
+        udp_flows=udp_flows,
+        request_interval_ms=1000,
+        udp_interval_ms=100,
+        new_rate=50,
+        ramp_seconds=ramp_seconds,
+        seconds=seconds + 120,
+    )
+    show = Show(lab, client, traffic, _plan(lab, client))
+    over = threading.Event()
+    observer = threading.Thread(target=show.observe, args=(over,), daemon=True)
+    observer.start()
+    try:
+        live = Live(console=console, refresh_per_second=4, get_renderable=lambda: _view(show))
+        with live if console.is_terminal else nullcontext():
+            traffic.wait_open(ramp_seconds + 60)
+            rest = (seconds - show.now()) / (len(show.steps) + 1)
+            began = show.now()
+            for number, step in enumerate(show.steps):
+                _sleep(show, began + rest * (number + 0.7))
+                _take(console, show, step)
+            show.phase = "every step is taken"
+            _sleep(show, seconds)
+            show.phase = "traffic ends"
+            drops = _drops(client, lab)
+            outcome = traffic.stop()
+    finally:
+        over.set()
+        observer.join(5)
+    return show, outcome, drops
+
+
+def _plan(lab: Lab, client: Client) -> list[Step]:
+    def scale(replicas: int) -> Callable[[], str]:
+        return lambda: lab.packetstack("scale", STACK, "--replicas", str(replicas))
+
+    def engines() -> list[dict[str, Any]]:
+        status = client.call("get", name=STACK)[0]["status"]
+        return [engine for engine in status["engines"] if engine["state"] == "Active"]
+
+    def move_queue() -> str:
+        engine = engines()[0]
+        core = next(core for core in engine["cores"] if core["queues"])
+        queue = core["queues"][0]["queue"]
+        other = next(c["core"] for c in engine["cores"] if c["core"] != core["core"])
+        return lab.packetstack("move", STACK, "--queue", f"{engine['slot']}:{queue}", "--core", str(other))
+
+    def move_buckets() -> str:
+        slot = engines()[-1]["slot"]
+        return lab.packetstack("move", STACK, "--buckets", "0-1023", "--engine", str(slot))
+
+    return [
+        Step("scale 2 → 4", scale(4), resize=True),
+        Step("queue to another core", move_queue),
+        Step("1,024 buckets to one engine", move_buckets),
+        Step("scale 4 → 1", scale(1), resize=True),
+        Step("scale 1 → 3", scale(3), resize=True),
+    ]
+
+
+def _sleep(show: Show, until: float) -> None:
+    while (left := until - show.now()) > 0:
+        if not show.traffic.running:
+            raise LabError("the traffic generator ended before the demo did")
+        time.sleep(min(left, 0.25))
+
+
+def _take(console: Console, show: Show, step: Step) -> None:
+    show.phase = step.title
+    step.began = show.now()
+    try:
+        step.said = step.act().strip()
+    except (LabError, CliError, StopIteration, IndexError) as e:
+        step.said, step.failed = str(e) or "the pool has no engine for it", True
+    step.ended = show.now()
+    if not console.is_terminal:
+        latest = show.traffic.latest
+        console.print(
+            f"{step.began:5.1f} s  {step.title}: {step.said}"
+            f"  [{latest.get('open', 0)} connections, {latest.get('broken', 0)} broken]",
+            markup=False,
+            highlight=False,
+        )
+
+
+def _drops(client: Client, lab: Lab) -> dict[str, int]:
+    """Every named drop that is not zero, of stack and lab."""
+    status = client.call("get", name=STACK)[0]["status"]
+    named = {f"{place} {reason}": n for place, reasons in status["drops"].items() for reason, n in reasons.items()}
+    return {name: n for name, n in {**named, **lab.device_drops()}.items() if n}
+
+
+# ---- what the user sees -------------------------------------------------------------------------------------------
+
+
+def _view(show: Show) -> Group:
+    latest = show.traffic.latest
+    head = Text.assemble(
+        (f" {show.now():5.1f} s ", "reverse"),
+        f"  {show.phase}   ",
+        (f"{latest.get('broken', 0)} broken", "bold red" if latest.get("broken") else "bold green"),
+        f" of {latest.get('open', 0) + latest.get('new_connections', 0):,} connections",
+    )
+    traffic = Table.grid(padding=(0, 3))
+    traffic.add_row(
+        f"{latest.get('answers_per_second', 0):,.0f} answers/s",
+        f"{latest.get('echoes_per_second', 0):,.0f} datagrams/s",
+        f"{latest.get('datagrams_sent', 0) - latest.get('datagrams_received', 0):,} datagrams under way or lost",
+        f"p50 {latest.get('rtt_p50_ms', 0):.1f} ms, p99 {latest.get('rtt_p99_ms', 0):.1f} ms",
+        f"longest gap {latest.get('longest_gap_ms', 0):.0f} ms",
+    )
+    engines = Table(box=None, header_style="dim")
+    for title in ("engine", "state", "buckets", "", "flows", "packets/s", "busy"):
+        engines.add_column(title, justify="left" if title in ("state", "") else "right")
+    for engine in show.statuses[-1][1]["engines"] if show.statuses else ():
+        colour = COLOURS_OF_TERMINAL[engine["slot"] % len(COLOURS_OF_TERMINAL)]
+        engines.add_row(
+            Text(str(engine["slot"]), style=colour),
+            engine["state"],
+            f"{engine['buckets']:,}",
+            Text("█" * (engine["buckets"] // 100), style=colour),
+            f"{engine['flows']:,}",
+            f"{engine['packetsPerSecond']:,.0f}",
+            f"{engine['busy']:.0%}",
+        )
+    done = Table.grid(padding=(0, 2))
+    for step in show.steps:
+        mark = "[red]✗" if step.failed else "[green]✓" if step.ended else "[yellow]…" if step.began else " "
+        done.add_row(mark, step.title, f"{step.began:.1f} s" if step.began else "", Text(step.said, style="dim"))
+    return Group(head, traffic, Panel(engines, title="pool", height=9), done)
+
+
+def _summary(show: Show, outcome: Outcome, drops: dict[str, int]) -> Table:
+    table = Table(title="What happened", title_justify="left")
+    table.add_column("step")
+    table.add_column("at", justify="right")
+    table.add_column("took", justify="right")
+    table.add_column("longest wait", justify="right")
+    table.add_column("result")
+    for step in show.steps:
+        table.add_row(
+            step.title,
+            f"{step.began:.1f} s",
+            f"{step.ended - step.began:.2f} s",
+            f"{_longest_wait(show, step.began, step.ended + 1):.1f} ms",
+            Text("failed" if step.failed else "ok", style="red" if step.failed else "green"),
+        )
+    lost = ", ".join(f"{name} {n}" for name, n in drops.items()) or "none"
+    table.add_section()
+    for title, text in (
+        ("connections", f"{outcome.connections:,}, {outcome.requests:,} requests, every answer compared"),
+        (
+            "datagrams",
+            f"{outcome.datagrams_sent:,}, {outcome.datagrams_lost} lost, {outcome.datagrams_reordered} reordered",
+        ),
+        ("longest gap", f"{outcome.longest_gap_ms:.1f} ms"),
+        ("named drops", lost),
+    ):
+        table.add_row(title, "", "", "", text)
+    return table
+
+
+def _longest_wait(show: Show, began: float, ended: float) -> float:
+    """Milliseconds; the 99th percentile of a tenth of a second or the oldest open request, whichever is longer."""
+    spans = [s for s in show.traffic.samples if began <= s["elapsed"] <= ended]
+    return max((max(s["rtt_p99_ms"], s["waiting_ms"]) for s in spans), default=0.0)
+
+
+def _report(show: Show, outcome: Outcome, drops: dict[str, int]) -> dict[str, Any]:
+    return {
+        "connections": outcome.connections,
+        "broken": outcome.broken,
+        "resizes": sum(step.resize and not step.failed and step.ended > 0 for step in show.steps),
+        "kills": 0,
+        "agent_restarts": 0,
+        "datagrams_sent": outcome.datagrams_sent,
+        "datagrams_lost": outcome.datagrams_lost,
+        "datagrams_reordered": outcome.datagrams_reordered,
+        "longest_gap_ms": outcome.longest_gap_ms,
+        "served_again_ms": None,
+        "steps": [
+            {
+                "title": step.title,
+                "at_seconds": round(step.began, 3),
+                "took_seconds": round(step.ended - step.began, 3),
+                "ok": not step.failed and step.ended > 0,
+                "said": step.said,
+            }
+            for step in show.steps
+        ],
+        "drops": drops,
+        "traffic": outcome.report,
+    }
+
+
+def draw(show: Show, outcome: Outcome, path: Path) -> Path | None:
+    """The picture: what the clients got, how long they waited, who owned the buckets. None without matplotlib."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return None
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    samples = [s for s in show.traffic.samples if not s["stopping"]]
+    statuses = [(t, s) for t, s in show.statuses if not samples or t <= samples[-1]["elapsed"] + 0.3]
+    if len(samples) < 2 or len(statuses) < 2:
+        return None
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
+    with plt.rc_context(style):
+        figure, (served, waits, pool) = plt.subplots(
+            3, 1, sharex=True, figsize=(12, 8.5), height_ratios=(2.2, 1.5, 2.6), layout="constrained"
+        )
+        at = [s["elapsed"] for s in samples]
+        answers = _smooth([s["answers_per_second"] for s in samples])
+        served.fill_between(at, answers, color="#4e79a7", alpha=0.25, linewidth=0)
+        served.plot(at, answers, color="#4e79a7", label="TCP answers, each compared byte for byte")
+        echoes = _smooth([s["echoes_per_second"] for s in samples])
+        served.plot(at, echoes, color="#f28e2b", label="UDP datagrams echoed")
+        served.set_ylabel("per second")
+        served.set_ylim(0, max(1.0, *answers, *echoes) * 1.45)
+        served.set_xlim(0, max(at[-1], statuses[-1][0]))
+        served.legend(loc="lower right", frameon=False, ncols=2)
+
+        waits.plot(at, [max(s["rtt_p50_ms"], 0.01) for s in samples], color="#9c9c9c", label="median")
+        waits.plot(at, [max(s["rtt_p99_ms"], 0.01) for s in samples], color="#e15759", label="99th percentile")
+        waits.set_yscale("log")
+        waits.set_ylabel("answer after, ms")
+        waits.legend(loc="upper right", frameon=False, ncols=2)
+
+        times = [t for t, _ in statuses]
+        slots = sorted({int(slot) for _, s in statuses for slot in s["owners"]})
+        pool.stackplot(
+            times,
+            [[s["owners"].get(str(slot), 0) for _, s in statuses] for slot in slots],
+            colors=[COLOURS[slot % len(COLOURS)] for slot in slots],
+            labels=[f"engine {slot}" for slot in slots],
+            step="post",
+            edgecolor="white",
+            linewidth=0.4,
+        )
+        pool.set_ylabel("buckets by owner")
+        pool.set_xlabel("seconds")
+        pool.margins(x=0, y=0)
+        pool.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, ncols=max(1, len(slots) + 1))
+        count = pool.twinx()
+        count.step(times, [s["readyReplicas"] for _, s in statuses], where="post", color="black", linewidth=2)
+        count.set_ylim(0, 5)
+        count.set_ylabel("engines (black line)")
+        count.spines["right"].set_visible(True)
+        for step in show.steps:
+            for axes in (served, waits, pool):
+                axes.axvline(step.began, color="#333333", linewidth=0.9, linestyle=(0, (4, 3)))
+            served.annotate(
+                fill(step.title, 14),
+                (step.began, 1.0),
+                xycoords=("data", "axes fraction"),
+                xytext=(4, -4),
+                textcoords="offset points",
+                va="top",
+                fontsize=9,
+            )
+        figure.suptitle(
+            f"{outcome.broken} of {outcome.connections:,} connections broken, {outcome.datagrams_lost} of"
+            f" {outcome.datagrams_sent:,} datagrams lost, {outcome.datagrams_reordered} reordered",
+            fontsize=14,
+            fontweight="bold",
+            x=0.01,
+            ha="left",
+        )
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+    return path
+
+
+def _smooth(values: list[float], span: int = 5) -> list[float]:
+    """Mean over `span` samples."""
+    return [sum(values[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(values))]

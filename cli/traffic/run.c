@@ -39,6 +39,7 @@ struct item {
 	uint32_t number;
 	uint64_t due;		/* when its next turn is, ns */
 	uint64_t since;		/* when the request in progress was due, or connecting began */
+	uint64_t asked;		/* when it was sent */
 	uint64_t sequence;
 	struct item *wheel_next;
 	struct item *older, *newer;	/* connections that wait for something, by `since` */
@@ -261,6 +262,7 @@ static void send_request(struct item *item, uint64_t due)
 	item->state = WAITING;
 	begin_wait(item, due);
 	count.requests++;
+	item->asked = now_ns();
 	ssize_t sent = send(item->fd, &request, sizeof(request), MSG_NOSIGNAL);
 
 	/* The socket has room: the answer to all that was sent before has come. */
@@ -311,8 +313,8 @@ static void answered(struct item *item, uint64_t now)
 
 	end_wait(item);
 	count.answers++;
-	note_latency(&interval_latencies, took);
-	note_latency(&total_latencies, took);
+	note_latency(&interval_latencies, now - item->asked);
+	note_latency(&total_latencies, now - item->asked);
 	note_gap(item, took);
 	item->state = IDLE;
 	if (item->kind == SHORT) {
