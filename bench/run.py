@@ -13,41 +13,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, fields
 from pathlib import Path
+
+import handovers
+from rows import Row, Unavailable, yes
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "bench"
 MESON = ROOT / "build" / "meson"
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure. `goal` is what it should reach, as text; `met` is empty where there is no goal."""
-
-    target: str
-    name: str
-    value: float | str
-    unit: str
-    peer: str = ""
-    peer_value: float | str = ""
-    ratio: float | str = ""
-    goal: str = ""
-    met: str = ""
-
-
-class Unavailable(Exception):
-    """This benchmark cannot run here; the text says why."""
-
-
 def build(target: str) -> Path:
     """Builds one program of the meson build directory. -> its path"""
     subprocess.run(["ninja", "--quiet", "-C", str(MESON), target], check=True)
     return MESON / target
-
-
-def yes(condition: bool) -> str:
-    return "yes" if condition else "no"
 
 
 def memory(quick: bool) -> Iterator[Row]:
@@ -134,7 +114,13 @@ def planning(quick: bool) -> Iterator[Row]:
     yield Row("T8", "plan, 4096 buckets, up to 16 engines", round(statistics.median(times) * 1e3, 3), "ms")
 
 
-BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {"memory": memory, "planning": planning}
+BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
+    "memory": memory,
+    "planning": planning,
+    "resizes": handovers.resizes,
+    "moves": handovers.moves,
+    "joining": handovers.joining,
+}
 
 
 def plot(rows: list[Row], path: Path) -> None:

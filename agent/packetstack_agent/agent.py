@@ -580,6 +580,7 @@ class Agent:
                     "packetsPerSecond": round(rates.get("queues", {}).get(q, 0.0), 1),
                     "parked": (view.park.producer - view.park.consumer) & 0xFFFFFFFF,
                     "holds": int(view.holds),
+                    "holdNanoseconds": int(view.hold_ns),
                     "holdMaximumMicroseconds": view.hold_max_ns / 1000,
                 }
             )
