@@ -318,6 +318,9 @@ class Agent:
     async def _step(self, managed: Managed) -> None:
         """Observe, plan, act; once more while that changes something at once."""
         for _ in range(8):
+            if managed.stack.open_fences():
+                # An engine did not answer, or the agent was interrupted: finish before anything new.
+                await self._transfer(managed, ())
             actions = reconciling.plan(Desired.of(managed.stack.resource), self._observe(managed), time.monotonic())
             managed.settled = not actions
             if not actions:
@@ -450,10 +453,9 @@ class Agent:
         managed.moved += report.moved
         managed.holds_ns.extend(report.hold_ns)
         longest = max(report.hold_ns) / 1e6
-        self.event(
-            managed.stack.name, "BucketsMoved",
-            f"{report.moved} buckets by {report.fences} fences, the longest {longest:.2f} ms",
-        )  # fmt: skip
+        if report.moved:
+            message = f"{report.moved} buckets by {report.fences} fences, the longest {longest:.2f} ms"
+            self.event(managed.stack.name, "BucketsMoved", message)
         if report.stalled:
             self.event(
                 managed.stack.name, "EngineDoesNotAnswer",

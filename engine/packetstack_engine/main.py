@@ -14,6 +14,7 @@ from typing import Any
 
 from packetstack_core import abi
 
+NOBODY = 65534
 HANG_SECONDS = 2.0
 """A core that is not asleep and whose loop does not turn for so long hangs. A sleeping one turns every 0.1 s."""
 
@@ -107,7 +108,16 @@ def main() -> None:
     path.unlink(missing_ok=True)
     with socketserver.UnixStreamServer(str(path), Handler) as server:
         path.chmod(0o600)
+        give_up_privileges()
         server.serve_forever()
+
+
+def give_up_privileges() -> None:
+    """File and socket are open: nothing more is needed."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid(NOBODY, NOBODY, NOBODY)
+        os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 if __name__ == "__main__":
