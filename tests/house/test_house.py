@@ -107,6 +107,7 @@ def console_commands() -> list[tuple[str, str]]:
 
 def test_every_verb_and_option_in_the_documents_is_one_of_the_cli() -> None:
     import click
+
     from packetstack_cli.main import main
 
     assert isinstance(main, click.Group)
