@@ -66,6 +66,15 @@ def test_no_allowed_split_between_engines_needs_fewer_moves(situation):
     assert engines_moves(current, assign(current, engines)) == least
 
 
+@given(situations())
+@settings(max_examples=500)
+def test_no_queue_gives_and_gets_in_one_plan(situation):
+    """Otherwise its parked packets could wait for each other: see `ownership.Protections.apart`."""
+    current, engines = situation
+    moves = assign(current, engines)
+    assert not {current[m.bucket] for m in moves} & {m.to for m in moves}
+
+
 def most_that_stay(queues, limits_sets):
     return max(sum(min(n, limit) for n, limit in zip(queues, limits, strict=True)) for limits in limits_sets)
 
