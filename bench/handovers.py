@@ -169,7 +169,7 @@ def joining(quick: bool) -> Iterator[Row]:
             spec.append(at["BucketsMoved"] - begun)
             new = max(e["slot"] for e in status["engines"])
             before = created(client)
-            traffic = Traffic(lab, (TCP,), connections=1, new_rate=1000, seconds=2)
+            traffic = Traffic(lab, (TCP,), connections=1, new_rate=2000, seconds=4)
             while traffic.running:
                 time.sleep(0.1)
             traffic.stop()

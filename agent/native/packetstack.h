@@ -114,7 +114,7 @@ struct ps_move {
 };
 
 struct ps_transfer_report {
-	uint32_t moved, skipped; /* skipped: already there */
+	uint32_t moved, skipped; /* skipped: there already, or its queues take part on the other side of this fence */
 	uint32_t markers, resent;
 	uint64_t total_ns;     /* word stored -> last shard released */
 	uint64_t acked_ns;     /* word stored -> last source has acknowledged */

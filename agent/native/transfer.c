@@ -45,8 +45,8 @@ struct transfer {
 	cpu_set_t cpus; /* all online CPUs */
 	uint32_t attempt;
 	uint64_t id;
-	/* Queues that lose a bucket: bit per queue, by place in `engines`. */
-	uint64_t sources[PS_MAX_SLOTS];
+	/* Queues that lose a bucket, queues that get one: bit per queue, by place in `engines`. */
+	uint64_t sources[PS_MAX_SLOTS], targets[PS_MAX_SLOTS];
 };
 
 static uint64_t clock_ns(void)
@@ -59,7 +59,7 @@ static uint64_t clock_ns(void)
 
 static void pause_ns(long ns)
 {
-	struct timespec t = {0, ns};
+	struct timespec t = { 0, ns };
 
 	nanosleep(&t, NULL);
 }
@@ -81,20 +81,20 @@ static struct ps_queue *queue_of(const struct ps_fence_engine *f, uint32_t queue
 
 static int send_marker(int socket, const struct ps_marker *m)
 {
-	uint8_t frame[64] = {0xff,
-			     0xff,
-			     0xff,
-			     0xff,
-			     0xff,
-			     0xff,
-			     2,
-			     0x50,
-			     0x4b,
-			     0,
-			     0,
-			     1,
-			     PS_MARKER_ETHERTYPE >> 8,
-			     PS_MARKER_ETHERTYPE & 0xff};
+	uint8_t frame[64] = { 0xff,
+			      0xff,
+			      0xff,
+			      0xff,
+			      0xff,
+			      0xff,
+			      2,
+			      0x50,
+			      0x4b,
+			      0,
+			      0,
+			      1,
+			      PS_MARKER_ETHERTYPE >> 8,
+			      PS_MARKER_ETHERTYPE & 0xff };
 
 	memcpy(frame + 14, m, sizeof(*m));
 	for (int i = 0; i < 1000; i++) {
@@ -232,10 +232,40 @@ static int add_source(struct transfer *t, struct ps_fence *fence, uint32_t bucke
 	return 1;
 }
 
+static uint64_t *side(struct transfer *t, uint64_t *queues, uint64_t word)
+{
+	int at = engine_at(t, ps_word_slot(word));
+
+	return at < 0 ? NULL : &queues[at];
+}
+
+static uint64_t queue_bit(uint64_t word) { return 1ull << ps_word_queue(word); }
+
+static void take_part(struct transfer *t, uint64_t from, uint64_t to)
+{
+	uint64_t *source = side(t, t->sources, from), *target = side(t, t->targets, to);
+
+	if (source)
+		*source |= queue_bit(from);
+	if (target)
+		*target |= queue_bit(to);
+}
+
+/*
+ * No queue may give and get buckets in one fence: frames that wait for a bucket to come would stand
+ * before frames of a bucket that leaves, and each would wait for the other.
+ */
+static int may_take_part(struct transfer *t, uint64_t from, uint64_t to)
+{
+	uint64_t *gets = side(t, t->targets, from), *gives = side(t, t->sources, to);
+
+	return !(gets && *gets & queue_bit(from)) && !(gives && *gives & queue_bit(to));
+}
+
 static int transfer_run(struct transfer *t)
 {
 	struct ps_transfer_report *r = t->report;
-	uint8_t touched[PS_MAX_SLOTS / 8] = {0};
+	uint8_t touched[PS_MAX_SLOTS / 8] = { 0 };
 	struct ps_fence *fence;
 	uint64_t begun;
 	uint32_t open = 0;
@@ -256,16 +286,26 @@ static int transfer_run(struct transfer *t)
 			return ps_fail(t->e, "bucket %u: no queue %u of engine %u", m->bucket, m->queue, m->slot);
 	}
 	begun = clock_ns();
+	/* What an interrupted call left open counts: its queues wait already. */
+	for (uint32_t b = 0; b < t->arena->buckets; b++) {
+		uint64_t word = LOAD(&t->words[t->offset + b]), owner = LOAD(&ps_shard_at(t->arena, b)->owner);
+
+		if (ps_owner(word) != ps_owner(owner))
+			take_part(t, owner, word);
+	}
 	for (int i = 0; i < t->n_moves; i++) {
 		const struct ps_move *m = &t->moves[i];
 		uint64_t *at = &t->words[t->offset + m->bucket], word = LOAD(at);
+		uint64_t next = ps_word(ps_word_epoch(word) + 1, m->slot, m->queue, 0, 0);
 
 		if (ps_owner(word) != ps_owner(LOAD(&ps_shard_at(t->arena, m->bucket)->owner)) ||
-		    (ps_word_slot(word) == m->slot && ps_word_queue(word) == m->queue)) {
-			r->skipped++; /* there already, or its fence is still open: the new wish waits */
+		    (ps_word_slot(word) == m->slot && ps_word_queue(word) == m->queue) ||
+		    !may_take_part(t, word, next)) {
+			r->skipped++; /* there already, or it must wait for the next fence */
 			continue;
 		}
-		STORE(at, ps_word(ps_word_epoch(word) + 1, m->slot, m->queue, 0, 0));
+		take_part(t, word, next);
+		STORE(at, next);
 		r->moved++;
 	}
 	for (uint32_t b = 0; b < t->arena->buckets; b++) {
@@ -308,7 +348,7 @@ static int transfer_run(struct transfer *t)
 static void *transfer_thread(void *argument)
 {
 	struct transfer *t = argument;
-	struct sched_param first = {.sched_priority = 10};
+	struct sched_param first = { .sched_priority = 10 };
 
 	sched_setscheduler(0, SCHED_FIFO, &first); /* shorter holds; correct without it */
 	return (void *)(intptr_t)transfer_run(t);

@@ -250,7 +250,7 @@ static uint8_t admit(struct worker *w, struct queue *q, const struct ps_stamp *s
 /* The descriptor that sends a rewritten frame: begins at the Ethernet header, ends with the IP packet. */
 static struct ps_descriptor outgoing(const uint8_t *umem, const struct ps_descriptor *in, uint8_t verdict)
 {
-	struct ps_descriptor out = {in->address + PS_SHIFT(verdict), 0, 0};
+	struct ps_descriptor out = { in->address + PS_SHIFT(verdict), 0, 0 };
 	const uint8_t *ip = umem + out.address + 14;
 
 	out.length = 14u + ((ip[0] >> 4) == 4 ? (uint32_t)ip[2] << 8 | ip[3] : 40u + ((uint32_t)ip[4] << 8 | ip[5]));
@@ -517,7 +517,7 @@ static void sweep(struct worker *w)
 static void sleep_until_work(struct worker *w)
 {
 	struct datapath *d = w->d;
-	struct pollfd fds[PS_MAX_QUEUES + 1] = {{.fd = d->event[w->index], .events = POLLIN}};
+	struct pollfd fds[PS_MAX_QUEUES + 1] = { { .fd = d->event[w->index], .events = POLLIN } };
 	int n = 1, timeout = 100;
 	uint64_t count;
 
@@ -528,7 +528,7 @@ static void sleep_until_work(struct worker *w)
 			continue;
 		if (ring_used(&q->tx) || q->shared->fence_complete > q->shared->fence_acked)
 			timeout = 1;
-		fds[n++] = (struct pollfd){.fd = q->socket, .events = POLLIN};
+		fds[n++] = (struct pollfd){ .fd = q->socket, .events = POLLIN };
 	}
 	STORE(&w->core->asleep, 1);
 	poll(fds, (nfds_t)n, timeout);
@@ -571,8 +571,9 @@ static void *run(void *argument)
 			if (LOAD(&s->cur) != w->me)
 				continue;
 			want = LOAD(&s->want);
-			if (want != w->me && want && alive(d, want)) {
-				/* Between batches nothing of the queue is ours alone: one store hands it over. */
+			if (want != w->me && want && alive(d, want) && kick(&d->queue[i])) {
+				/* Between batches nothing of the queue is ours alone: one store hands it over. What it sent
+				 * has left the ring, so the new core's frames do not meet it there. */
 				STORE(&s->cur, want);
 				d->core[(want & 0xff) - 1]->counters[PS_C_HANDOFFS]++;
 				wake(d, (want & 0xff) - 1);
