@@ -33,9 +33,11 @@ from packetstack_core.reconciling import (
     RemoveEngine,
     State,
 )
-from packetstack_core.resources import PacketStack
+from packetstack_core.resources import Network, PacketStack
 
 TICK_SECONDS = 1.0
+LOOK_SECONDS = 2.0
+"""How often routes and programs are looked after when nothing tells that they changed."""
 BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 EVENTS = 1000
 
@@ -72,11 +74,13 @@ class Agent:
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self.prober = Prober(self._health_changed)
         self.director: Any = None
-        self._pair: networks.Pair | None = None
+        self._attached: tuple[networks.Pair, dict[str, int]] | None = None
+        """Pair and uplinks (name -> interface index) that the director was last put on."""
         self._watch: asyncio.Task[None] | None = None
         self._measure: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
-        self.started = time.time()
+        self._node = asyncio.Lock()
+        """Held while routes, proxied addresses and attached programs are being changed."""
 
     # ---- life ------------------------------------------------------------------------------------------------
 
@@ -85,10 +89,8 @@ class Agent:
         self.run.path.mkdir(parents=True, exist_ok=True)
         self.run.save()
         self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
-        self._pair = pair = await asyncio.to_thread(networks.ensure_pair, self.run.owner)
-        call(lib().ps_director_attach, self.director, pair.director, constant("PS_ROLE_ROUTED"), b"routed")
-        call(lib().ps_routed_attach, self.director, pair.routed, pair.routed_mac)
-        self._watch = asyncio.create_task(self._watch_links())
+        await asyncio.to_thread(self._attach)
+        self._watch = asyncio.create_task(self._watch_node())
         self._measure = asyncio.create_task(self._measure_rates())
 
     async def stop(self) -> None:
@@ -96,9 +98,10 @@ class Agent:
         for name in list(self.stacks):
             await self._remove_stack(name)
         self.prober.close()
-        for task in (self._watch, self._measure):
-            if task is not None:
-                task.cancel()
+        async with self._node:  # so that no thread is using the director
+            for task in (self._watch, self._measure):
+                if task is not None:
+                    task.cancel()
         if self.director is not None:
             lib().ps_director_close(self.director)
             self.director = None
@@ -106,7 +109,12 @@ class Agent:
 
     def event(self, stack: str, reason: str, message: str, kind: str = "Normal") -> None:
         """Something a person may want to read later."""
-        self.events.append({"time": time.time(), "stack": stack, "type": kind, "reason": reason, "message": message})
+        what = {"stack": stack, "type": kind, "reason": reason, "message": message}
+        last = self.events[-1] if self.events else {}
+        if what.items() <= last.items():
+            last |= {"time": time.time(), "count": last["count"] + 1}
+            return
+        self.events.append({"time": time.time(), **what, "count": 1})
         print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind} {stack} {reason}: {message}", flush=True)
 
     def _managed(self, name: str) -> Managed:
@@ -122,8 +130,18 @@ class Agent:
         """Make the stacks what the documents say. Everything is checked before anything is changed."""
         wanted = [resources.parse(d) for d in documents]
         await asyncio.to_thread(self._check, wanted)
-        for uplink in uplinks:
-            await asyncio.to_thread(self._attach_uplink, uplink)
+        fresh = [u for u in dict.fromkeys(uplinks) if u not in self.run.record.uplinks]
+        try:
+            async with self._node:
+                for uplink in fresh:
+                    await asyncio.to_thread(self._attach_uplink, uplink)
+            return await self._apply(wanted)
+        except BaseException:
+            for uplink in fresh:
+                self._detach_uplink(uplink)
+            raise
+
+    async def _apply(self, wanted: Sequence[PacketStack]) -> list[dict[str, str]]:
         results = []
         for resource in wanted:
             managed = self.stacks.get(resource.name)
@@ -176,12 +194,37 @@ class Agent:
         return [*(ip_network(a) for a in resource.virtual_addresses()), *resource.spec.snat.addresses]
 
     def _attach_uplink(self, uplink: str) -> None:
-        if uplink in self.run.record.uplinks:
-            return
         index = networks.index_of(uplink)
-        call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), text(f"uplink_{uplink}"))
+        if uplink.startswith((networks.ROUTED, networks.DIRECTOR)):
+            raise AgentError(f"interface {uplink}: is the agent's own; name one that leads to the network")
+        call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), _pin(uplink))
         self.run.record.uplinks.append(uplink)
         self.run.save()
+        if self._attached is not None:
+            self._attached[1][uplink] = index
+
+    def _detach_uplink(self, uplink: str) -> None:
+        if uplink in self.run.record.uplinks:
+            with contextlib.suppress(AgentError):
+                call(lib().ps_director_detach, self.director, _pin(uplink))
+            self.run.record.uplinks.remove(uplink)
+            self.run.save()
+            if self._attached is not None:
+                self._attached[1].pop(uplink, None)
+
+    def _attach(self) -> bool:
+        """Pair and director on it and on the uplinks, whatever was taken away; returns whether something was. Blocks."""
+        pair = networks.ensure_pair(self.run.owner)
+        call(lib().ps_director_attach, self.director, pair.director, constant("PS_ROLE_ROUTED"), b"routed")
+        call(lib().ps_routed_attach, self.director, pair.routed, pair.routed_mac)
+        uplinks = {}
+        for uplink in list(self.run.record.uplinks):
+            with contextlib.suppress(AgentError):  # it is gone for now; packets come by the routed pair or not at all
+                uplinks[uplink] = networks.index_of(uplink)
+                call(lib().ps_director_attach, self.director, uplinks[uplink], constant("PS_ROLE_UPLINK"), _pin(uplink))
+        changed = self._attached not in (None, (pair, uplinks))
+        self._attached = pair, uplinks
+        return changed
 
     async def _add_stack(self, resource: PacketStack) -> None:
         used = {m.stack.index for m in self.stacks.values()}
@@ -196,7 +239,7 @@ class Agent:
             stack.healthy = self.prober.healthy()
             await stack.configure([])
             stack.direct()
-            await asyncio.to_thread(self._route)
+            await self._routes()
         except BaseException:
             await self._remove_stack(resource.name)
             raise
@@ -218,7 +261,7 @@ class Agent:
             ):  # fmt: skip
                 await managed.stack.configure(list(managed.engines.values()))
                 managed.stack.direct()
-                await asyncio.to_thread(self._route)
+                await self._routes()
         managed.settled = False
         managed.changed.set()
         self.event(resource.name, "Changed", "the resource was changed")
@@ -227,9 +270,14 @@ class Agent:
             return f"flows of the removed listener {names} end"
         return ""
 
-    def _route(self) -> None:
+    async def _routes(self) -> None:
+        async with self._node:
+            await asyncio.to_thread(self._route)
+
+    def _route(self) -> list[Network]:
+        """Routes, and answers to ARP and neighbour discovery, for exactly the addresses of the stacks. Blocks."""
         prefixes = {p for m in self.stacks.values() for p in m.stack.prefixes()}
-        networks.ensure_routes(prefixes)
+        added = networks.ensure_routes(prefixes)
         addresses = {
             a
             for m in self.stacks.values()
@@ -238,16 +286,21 @@ class Agent:
         record = self.run.record
         wanted = networks.on_link(addresses) if addresses else {}
         for device, found in wanted.items():
-            record.proxied[device] = sorted({*record.proxied.get(device, []), *(str(a) for a in found)})
-            self.run.save()
+            every = sorted({*record.proxied.get(device, []), *(str(a) for a in found)})
+            if record.proxied.get(device) != every:
+                record.proxied[device] = every
+                self.run.save()
             networks.answer_for(device, found, record.sysctls)
         for device, names in list(record.proxied.items()):
             keep = {str(a) for a in wanted.get(device, [])}
+            if keep == set(names):
+                continue
             networks.answer_no_more(device, [ip_address(a) for a in names if a not in keep])
             record.proxied[device] = sorted(keep)
             if not keep:
                 del record.proxied[device]
         self.run.save()
+        return added
 
     async def delete(self, name: str) -> None:
         """End a stack: its addresses, engines and flows."""
@@ -268,7 +321,10 @@ class Agent:
             del self.stacks[name]
         self._watch_backends()
         self.run.record.documents.pop(name, None)
-        await asyncio.to_thread(self._route)
+        try:
+            await self._routes()
+        except Exception as e:  # the stack is gone all the same
+            self.event(name, "RoutesFailed", str(e), "Warning")
         shutil.rmtree(self.run.stack(name), ignore_errors=True)
 
     # ---- backends --------------------------------------------------------------------------------------------
@@ -300,7 +356,13 @@ class Agent:
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
         self._background.add(task)
-        task.add_done_callback(self._background.discard)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._background.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            self.event("-", "Failed", f"{type(error).__name__}: {error}", "Warning")
 
     # ---- keeping a stack -------------------------------------------------------------------------------------
 
@@ -311,6 +373,8 @@ class Agent:
                 await self._step(managed)
             except AgentError as e:
                 self.event(managed.stack.name, "Failed", str(e), "Warning")
+            except Exception as e:  # a bug: the next round may do better, the other stacks go on
+                self.event(managed.stack.name, "InternalError", f"{type(e).__name__}: {e}", "Warning")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await managed.changed.wait()
@@ -386,17 +450,17 @@ class Agent:
         )
         self.run.record.engines[str(slot)] = blueprint.namespace
         self.run.save()
-        placeholder = Engine(blueprint, self.director)
-        managed.engines[slot] = placeholder
-        self._spawn(self._make(managed, placeholder))
+        engine = managed.engines[slot] = Engine(blueprint, self.director)
+        engine.making = asyncio.create_task(self._make(managed, engine))
 
-    async def _make(self, managed: Managed, placeholder: Engine) -> None:
-        b = placeholder.blueprint
+    async def _make(self, managed: Managed, engine: Engine) -> None:
+        b = engine.blueprint
         try:
-            engine = await asyncio.to_thread(engines.make, b, self.director)
-        except (AgentError, OSError) as e:
+            await asyncio.to_thread(engines.make, engine)
+        except Exception as e:
             managed.engines.pop(b.slot, None)
             self.run.record.engines.pop(str(b.slot), None)
+            self.run.save()
             managed.problem = str(e)
             pause = BACK_OFF_SECONDS[min(managed.failures, len(BACK_OFF_SECONDS) - 1)]
             managed.failures += 1
@@ -404,11 +468,9 @@ class Agent:
             self.event(b.stack, "EngineFailed", f"engine {b.slot}: {e}; next try in {pause:g} s", "Warning")
             managed.changed.set()
             return
-        if self.stacks.get(b.stack) is not managed:
-            await asyncio.to_thread(engines.destroy, engine)
+        if engine.removing:
             return
         engine.state = State.STARTING
-        managed.engines[b.slot] = engine
         engine.tasks.append(asyncio.create_task(engines.attend(engine, self._engine_changed)))
 
     def _engine_changed(self, engine: Engine, what: str) -> None:
@@ -428,6 +490,8 @@ class Agent:
         managed.changed.set()
 
     async def _remove(self, managed: Managed, engine: Engine) -> None:
+        if engine.making is not None:
+            await asyncio.wait([engine.making])
         async with managed.busy:
             await self._destroy(managed, engine)
         self.event(managed.stack.name, "EngineRemoved", f"engine {engine.slot} owned no bucket any more")
@@ -435,6 +499,8 @@ class Agent:
 
     async def _destroy(self, managed: Managed, engine: Engine) -> None:
         engine.removing = True
+        if engine.making is not None:
+            await asyncio.wait([engine.making])
         for task in engine.tasks:
             task.cancel()
         await asyncio.gather(*engine.tasks, return_exceptions=True)
@@ -452,7 +518,7 @@ class Agent:
             report = await asyncio.to_thread(managed.stack.transfer, serving, moves)
         managed.moved += report.moved
         managed.holds_ns.extend(report.hold_ns)
-        longest = max(report.hold_ns) / 1e6
+        longest = max(report.hold_ns, default=0) / 1e6
         if report.moved:
             message = f"{report.moved} buckets by {report.fences} fences, the longest {longest:.2f} ms"
             self.event(managed.stack.name, "BucketsMoved", message)
@@ -470,29 +536,32 @@ class Agent:
 
     # ---- watching the node -----------------------------------------------------------------------------------
 
-    async def _watch_links(self) -> None:
-        """Routes vanish silently when links change: put them back."""
+    async def _watch_node(self) -> None:
+        """Routes vanish silently when links change, programs can be detached: put them back."""
         loop = asyncio.get_running_loop()
         watcher = networks.change_socket()
         try:
             while True:
-                with contextlib.suppress(OSError):
-                    await loop.sock_recv(watcher, 65536)
+                with contextlib.suppress(OSError):  # a TimeoutError too; an overflow means that much has changed
+                    async with asyncio.timeout(LOOK_SECONDS):
+                        await loop.sock_recv(watcher, 65536)
                 await asyncio.sleep(0.05)
                 while True:
                     try:
                         watcher.recv(65536)
                     except OSError:
                         break
-                if self.stacks:
-                    try:
-                        prefixes = {p for m in self.stacks.values() for p in m.stack.prefixes()}
-                        added = await asyncio.to_thread(networks.ensure_routes, prefixes)
-                    except Exception as e:
-                        self.event("-", "RoutesFailed", str(e), "Warning")
-                    else:
-                        if added:
-                            self.event("-", "RoutesRestored", ", ".join(str(p) for p in added), "Warning")
+                try:
+                    async with self._node:
+                        attached = await asyncio.to_thread(self._attach)
+                        added = await asyncio.to_thread(self._route)
+                except Exception as e:
+                    self.event("-", "RoutesFailed", str(e), "Warning")
+                else:
+                    if attached:
+                        self.event("-", "DirectorAttached", "a link came, went or was made anew", "Warning")
+                    if added:
+                        self.event("-", "RoutesRestored", ", ".join(str(p) for p in added), "Warning")
         finally:
             watcher.close()
 
@@ -682,13 +751,16 @@ class Agent:
         """Give buckets to an engine; they stay there while it does."""
         managed = self._managed(name)
         engine = self._active(managed, slot)
-        wrong = [b for b in buckets if not 0 <= b < managed.stack.buckets]
+        wrong = [b for b in buckets if type(b) is not int or not 0 <= b < managed.stack.buckets]
         if wrong:
             raise AgentError(f"bucket {wrong[0]}: not there; stack {name} has buckets 0 to {managed.stack.buckets - 1}")
         if queue is not None and not 0 <= queue < engine.blueprint.queues:
             raise AgentError(f"engine {slot}: has no queue {queue}; use 0 to {engine.blueprint.queues - 1}")
+        owners = managed.stack.owners()
         moves = [
-            Move(b, Owner(slot, i % engine.blueprint.queues if queue is None else queue)) for i, b in enumerate(buckets)
+            Move(b, Owner(slot, b % engine.blueprint.queues if queue is None else queue))
+            for b in buckets
+            if queue is not None or (owner := owners[b]) is None or owner.slot != slot
         ]
         managed.pinned |= dict.fromkeys(buckets, slot)
         return await self._transfer(managed, moves)
@@ -772,6 +844,11 @@ class Agent:
                 f"{listener.balancing} would choose one of {len(usable)} backends"
             )
         return result
+
+
+def _pin(uplink: str) -> bytes:
+    """Name of the pin of an uplink's program. Dots, as of VLANs, are not allowed in it."""
+    return text(f"uplink_{uplink}".replace(".", "_"))
 
 
 def _condition(kind: str, status: bool, reason: str, message: str = "") -> dict[str, str]:

@@ -70,6 +70,8 @@ class Engine:
     fds: Any = None
     fence: Any = None
     """`struct ps_fence_engine *`."""
+    making: asyncio.Task[None] | None = None
+    """Done when `make` is, whatever came of it: until then nothing of the engine may be removed."""
     removing: bool = False
     listener: socket.socket | None = None
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
@@ -128,20 +130,22 @@ class Engine:
         return bool(lib().ps_engine_unstamped(self.director, text(self.link), out, error) == 0)
 
 
-def make(b: Blueprint, director: Any) -> Engine:
-    """Namespace, links, program, queues. Undone when a step fails. Blocks."""
-    engine = Engine(b, director)
+def make(engine: Engine) -> None:
+    """Namespace, links, program, queues, processes. Undone when a step fails. Blocks.
+
+    `engine.view` is set last: who sees it may use everything.
+    """
+    b = engine.blueprint
+    path = namespaces.create(b.namespace)
     try:
-        _make(engine)
+        _make(engine, path)
     except BaseException:
         destroy(engine)
         raise
-    return engine
 
 
-def _make(engine: Engine) -> None:
+def _make(engine: Engine, path: Path) -> None:
     b = engine.blueprint
-    path = namespaces.create(b.namespace)
     namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         link = networks.make_engine_link(b.slot, namespace, b.owner)
@@ -174,7 +178,6 @@ def _make(engine: Engine) -> None:
             os.close(queues)
     finally:
         os.close(namespace)
-    engine.view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
     engine.files = [os.open(p, os.O_RDWR | os.O_CLOEXEC) for p in (b.arena, b.config)]
     ingress = call(lib().ps_packet_socket, -1, engine.ifindex)
     engine.files.append(ingress)
@@ -183,7 +186,6 @@ def _make(engine: Engine) -> None:
     engine.fence.ifindex = engine.ifindex
     engine.fence.ingress = ingress
     engine.fence.egress = engine.fds.egress
-    engine.fence.engine = engine.view
     for i in range(len(engine.fence.events)):
         engine.fence.events[i] = engine.fds.events[i]
     _limit(engine)
@@ -191,6 +193,9 @@ def _make(engine: Engine) -> None:
     engine.init = _spawn(b)
     if engine.join_cgroup is not None:
         engine.join_cgroup(engine.init.pid)
+    view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
+    engine.fence.engine = view
+    engine.view = view
 
 
 def _listen(path: Path) -> socket.socket:
@@ -205,11 +210,9 @@ def _listen(path: Path) -> socket.socket:
 def _spawn(b: Blueprint) -> subprocess.Popen[bytes]:
     """Start the engine's init in its namespace, in a session of its own: the agent's end is not its end."""
     namespace = os.open(namespaces.NAMESPACES / b.namespace, os.O_RDONLY | os.O_CLOEXEC)
-    supervisor = shutil.which("packetstack-engine", path=os.pathsep.join((_scripts(), os.environ.get("PATH", ""))))
     command = [str(abi.native("packetstack-init")), "--datapath", str(abi.native("packetstack-datapath"))]
     command += ["--socket", str(b.directory / "engine.sock")]
-    if supervisor:
-        command += ["--supervisor", supervisor, "--directory", str(b.directory)]
+    command += ["--supervisor", sys.executable, "-P", "-m", "packetstack_engine.main", "--directory", str(b.directory)]
     try:
         with (b.directory / "log").open("ab") as log:
             return subprocess.Popen(
@@ -224,10 +227,6 @@ def _spawn(b: Blueprint) -> subprocess.Popen[bytes]:
         raise AgentError(f"engine {b.slot}: cannot start {command[0]}: {e.strerror}") from None
     finally:
         os.close(namespace)
-
-
-def _scripts() -> str:
-    return str(Path(sys.argv[0]).resolve().parent)
 
 
 def destroy(engine: Engine) -> None:
@@ -344,7 +343,10 @@ async def attend(engine: Engine, changed: Callable[[Engine, str], None]) -> None
                 await _send(loop, connection, _message("PS_MSG_REFUSED", reason))
                 changed(engine, reason)
                 continue
-            _attach(engine, connection)
+            try:
+                _attach(engine, connection)
+            except OSError:
+                continue  # it died meanwhile; its successor will ask
             ready = await _receive(loop, connection)
             if ready is not None and ready.kind == constant("PS_MSG_READY"):
                 engine.pid, engine.ready = pid, True

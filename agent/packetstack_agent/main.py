@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import fcntl
 import os
 import signal
 import sys
@@ -28,6 +29,7 @@ def main() -> None:
     try:
         if os.geteuid() != 0:
             raise AgentError("packetstack-agent: needs root: it loads BPF programs and makes network namespaces")
+        alone = _alone(run)
         if arguments.clean:
             for line in clean(run):
                 print(f"removed {line}")
@@ -37,9 +39,24 @@ def main() -> None:
                 f"{run.path}: an earlier agent ended without cleaning up; its engines still serve. "
                 "Remove them with: packetstack down --all"
             )
+        alone.write_text(str(os.getpid()))
         asyncio.run(_serve(run, arguments.metrics_listen))
     except (AgentError, NotBuilt) as e:
         sys.exit(str(e))
+
+
+def _alone(run: RunDirectory) -> Path:
+    """Take the file that says who is the agent of this directory; it is held until the process ends."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    path = run.path / "agent.pid"
+    held = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise AgentError(
+            f"{run.path}: its agent runs already (process {path.read_text() or '?'}); use that one"
+        ) from None
+    return path
 
 
 async def _serve(run: RunDirectory, metrics_listen: str | None) -> None:
@@ -52,7 +69,6 @@ async def _serve(run: RunDirectory, metrics_listen: str | None) -> None:
         await agent.start()
         http = await _metrics(agent, metrics_listen) if metrics_listen else None
         listener = await server.listen()
-        (run.path / "agent.pid").write_text(str(os.getpid()))
         await server.stopped.wait()
         listener.close()
         if http is not None:

@@ -27,7 +27,8 @@ ROUTE_PROTOCOL = 0x70
 
 _NTF_PROXY = 8
 _RTN_LOCAL = 2
-_EEXIST, _ENOENT, _ESRCH, _ENODEV = 17, 2, 3, 19
+_IFF_UP = 1
+_EEXIST = 17
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,9 @@ def ensure_pair(owner: str) -> Pair:
             raise AgentError(
                 f"interface {DIRECTOR}: is missing although {ROUTED} is there; remove {ROUTED} and try again"
             )
+        pair = Pair(link["index"], _mac(link), peer["index"])
+        if all(device["flags"] & _IFF_UP for device in (link, peer)):
+            return pair
         for name in (ROUTED, DIRECTOR):
             # No address on the pair: deleting the last one of a device silently flushes its routes.
             devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
@@ -102,7 +106,7 @@ def ensure_pair(owner: str) -> Pair:
         with suppress(NetlinkError):
             # A full veth ring pushes back on a queueing discipline instead of dropping (Linux 6.16 and newer).
             ip.tc("replace", "pfifo", index=link["index"], limit=4096)
-        return Pair(link["index"], _mac(link), peer["index"])
+        return pair
 
 
 def remove_pair(owner: str) -> None:
@@ -151,7 +155,11 @@ def remove_engine_link(slot: int, owner: str) -> None:
     """Remove an engine's veth pair; does nothing when it is gone or not ours."""
     with IPRoute() as ip:
         link = _find(ip, engine_device(slot))
-        if link is not None and link.get("IFLA_IFALIAS") in (owner, None):
+        if link is None:
+            return
+        # A crash may have come before the mark; then the other end in another namespace tells it is an engine's.
+        unmarked = link.get("IFLA_IFALIAS") is None and link.get("IFLA_LINK_NETNSID") is not None
+        if unmarked or link.get("IFLA_IFALIAS") == owner:
             with suppress(NetlinkError):
                 ip.link("del", index=link["index"])
 

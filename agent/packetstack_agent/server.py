@@ -53,7 +53,7 @@ class Server:
             return {"error": "\n".join(e.problems)}
         except AgentError as e:
             return {"error": str(e)}
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
             return {"error": f"request: cannot be understood ({type(e).__name__}: {e}); use the packetstack command"}
         except Exception as e:  # a bug, or the system ran out of something: the agent goes on
             self.agent.event("-", "InternalError", f"{type(e).__name__}: {e}", "Warning")

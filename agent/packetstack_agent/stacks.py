@@ -256,18 +256,27 @@ class Stack:
         for i, engine in enumerate(present):
             fence[i] = engine.fence[0]
         out = ffi.new("struct ps_transfer_report *")
-        batches = [moves[i : i + BATCH] for i in range(0, len(moves), BATCH)] or [()]
+        batches = [list(moves[i : i + BATCH]) for i in range(0, len(moves), BATCH)] or [[]]
         for batch in batches:
-            wanted = ffi.new("struct ps_move[]", [(m.bucket, m.to.slot, m.to.queue) for m in batch] or 1)
-            call(
-                lib().ps_transfer, self.arena, self._words, self._offset, self._egress, fence, len(present), wanted,
-                len(batch), FENCE_LIMIT_MS, out,
-            )  # fmt: skip
-            report.moved += out.moved
-            report.fences += 1
-            report.hold_ns.append(int(out.total_ns))
-            if out.stalled_slot:
+            moved = 1
+            # A queue never gives and gets in one fence, so some moves may have to wait for a second one.
+            while moved and not report.stalled:
+                wanted = ffi.new("struct ps_move[]", [(m.bucket, m.to.slot, m.to.queue) for m in batch] or 1)
+                call(
+                    lib().ps_transfer, self.arena, self._words, self._offset, self._egress, fence, len(present), wanted,
+                    len(batch), FENCE_LIMIT_MS, out,
+                )  # fmt: skip
+                moved = int(out.moved)
+                report.moved += moved
                 report.stalled = int(out.stalled_slot)
+                if moved or not batch:
+                    report.fences += 1
+                    report.hold_ns.append(int(out.total_ns))
+                owners = self.owners()
+                batch = [m for m in batch if owners[m.bucket] != m.to]
+                if not batch:
+                    break
+            if report.stalled:
                 break
         return report
 

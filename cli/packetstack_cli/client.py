@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -76,6 +75,7 @@ class Client:
         while not self.alive():
             if agent.poll() is not None or time.monotonic() > deadline:
                 said = log.read_text(errors="replace").strip().splitlines()
+                self._forget()
                 raise CliError(said[-1] if said else f"the agent did not start; see {log}")
             time.sleep(0.05)
 
@@ -89,6 +89,8 @@ class Client:
         deadline = time.monotonic() + START_SECONDS
         while pid and _running(pid) and time.monotonic() < deadline:
             time.sleep(0.02)
+        if pid and _running(pid):
+            raise CliError(f"the agent (process {pid}) does not end; see {self.run_directory / 'agent.log'}")
         self._forget()
 
     def clean(self) -> str:
@@ -120,7 +122,5 @@ def _running(pid: int) -> bool:
 
 
 def agent_command() -> list[str]:
-    """How to run the agent: the script beside this one, or the module."""
-    beside = Path(sys.argv[0]).resolve().with_name("packetstack-agent")
-    found = str(beside) if beside.exists() else shutil.which("packetstack-agent")
-    return [found] if found else [sys.executable, "-m", "packetstack_agent.main"]
+    """How to run the agent: with this very Python, whatever PATH says."""
+    return [sys.executable, "-P", "-m", "packetstack_agent.main"]

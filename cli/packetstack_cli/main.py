@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from packetstack_cli import views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent
 from packetstack_cli.demo import run_demo
 from packetstack_core import resources
-from packetstack_core.resources import ResourceError
+from packetstack_core.resources import PacketStack, ResourceError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -89,7 +90,7 @@ def up(
     client: Client, files: tuple[str, ...], uplinks: tuple[str, ...], timeout: float, metrics_listen: str | None
 ) -> None:
     """Make the stacks of FILES run; start the agent if there is none. Repeating it changes nothing."""
-    wanted = [stack for file in files for stack in resources.load(_read(file))]
+    wanted = [stack for file in files for stack in _load(file)]
     started = not client.alive()
     if started:
         client.start_agent(metrics_listen)
@@ -101,18 +102,21 @@ def up(
         _wait_ready(client, [s.name for s in wanted], timeout)
     except CliError:
         if started:
-            client.stop_agent()
+            with suppress(NoAgent):
+                client.stop_agent()
         raise
     for stack in wanted:
         for item in client.call("get", name=stack.name):
             click.echo(f"stack {stack.name}: {item['status']['readyReplicas']} engines ready")
 
 
-def _read(file: str) -> str:
+def _load(file: str) -> list[PacketStack]:
     try:
-        return sys.stdin.read() if file == "-" else Path(file).read_text()
+        return list(resources.load(sys.stdin.read() if file == "-" else Path(file).read_text()))
     except (OSError, UnicodeDecodeError) as e:
         raise CliError(f"{file}: cannot be read: {e}") from None
+    except ResourceError as e:
+        raise CliError("\n".join(f"{file}: {problem}" for problem in e.problems)) from None
 
 
 @main.command()
@@ -305,6 +309,9 @@ def events(client: Client, name: str | None, output: str | None) -> None:
 def logs(client: Client, slot: int | None) -> None:
     """The agent's log, or that of an engine."""
     path = client.run_directory / ("agent.log" if slot is None else f"engines/{slot}/log")
+    if slot is not None and not path.exists():
+        there = sorted((int(p.name) for p in path.parents[1].glob("*")), key=int)
+        raise CliError(f"engine {slot}: has no log; engines: {', '.join(map(str, there)) or 'none'}")
     try:
         click.echo(path.read_text(errors="replace"), nl=False)
     except OSError as e:
@@ -323,7 +330,7 @@ def metrics(client: Client) -> None:
 def check(files: tuple[str, ...]) -> None:
     """Read FILES as `up` would, and change nothing."""
     for file in files:
-        for stack in resources.load(_read(file)):
+        for stack in _load(file):
             click.echo(yaml.safe_dump(stack.document(), sort_keys=False).rstrip())
 
 
