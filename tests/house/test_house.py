@@ -57,24 +57,22 @@ FORBIDDEN = [
     "/tmp" + "/v/",
     "/tmp" + "/briefs",
     "/" + "opt/wheels",
-    r"\bpyenv\b",
-    r"index-" + "url",
-    "(?i)" + "chat" + "gpt",
-    "(?i)" + r"\bclau" + "de",
-    "(?i)generated with",
+    r"\b" + "py" + r"env\b",
+    "index-" + "url",
+    "chat" + "gpt",
+    r"\bclau" + r"de\b",
+    "generated" + " with",
 ]
 
 
 def test_no_file_names_a_machine_a_registry_or_how_it_was_made() -> None:
-    pattern = re.compile("|".join(FORBIDDEN))
+    pattern = re.compile("|".join(FORBIDDEN), re.IGNORECASE)
     for path in tracked():
         try:
             text = path.read_text()
         except UnicodeDecodeError:
             continue
         for number, line in enumerate(text.splitlines(), 1):
-            if path == Path(__file__).resolve() and "pyenv" in line:
-                continue
             assert not pattern.search(line), f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
 
 
@@ -151,3 +149,21 @@ def test_every_drop_reason_is_explained(stage: str, reason: str) -> None:
     text = (ROOT / "docs/troubleshoot.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("|") and f"`{reason}`" in line and stage in line]
     assert rows, f"docs/troubleshoot.md has no row for {stage} drop reason {reason}"
+
+
+def test_every_metric_of_the_agent_is_documented() -> None:
+    source = (ROOT / "agent/packetstack_agent/metrics.py").read_text()
+    text = (ROOT / "docs/metrics.md").read_text()
+    for kind, name in re.findall(r"(Counter|Gauge)MetricFamily\(\s*\"(packetstack_\w+)\"", source):
+        full = f"{name}_total" if kind == "Counter" else name
+        assert f"`{full}`" in text, f"docs/metrics.md does not name {full}"
+
+
+def test_every_condition_reason_is_explained() -> None:
+    source = (ROOT / "agent/packetstack_agent/agent.py").read_text()
+    text = (ROOT / "docs/troubleshoot.md").read_text()
+    rows = re.findall(r"_condition\((.*?)\),?$", source, re.MULTILINE)
+    assert rows, "agent.py states no condition"
+    for row in rows:
+        for word in re.findall(r'"([A-Z]\w+)"', row):
+            assert f"`{word}`" in text, f"docs/troubleshoot.md does not explain {word}"
