@@ -12,10 +12,12 @@ left is removed first.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ Room = Literal["client", "node", "server"]
 ROOMS: tuple[Room, ...] = ("client", "node", "server")
 
 NODE_UPLINK = "up0"
+LOCK_SECONDS = 300
 LINK_ENDS: tuple[tuple[Room, str], ...] = (("client", "c0"), ("node", NODE_UPLINK), ("node", "dn0"), ("server", "s0"))
 VIPS = ("192.0.2.0/24", "2001:db8:1::/64")
 SNATS = ("198.51.100.0/24", "2001:db8:2::/64")
@@ -61,12 +64,14 @@ class Lab:
         self.directory = Path()
         self.run_directory = Path(f"/run/packetstack-{prefix}")
         self._children: list[subprocess.Popen[str]] = []
+        self._lock: socket.socket | None = None
 
     # ---- life
 
     def __enter__(self) -> Lab:
         if os.geteuid() != 0:
             raise LabError("the lab needs root: it makes network namespaces")
+        self._lock = _lock(self.prefix)
         self._remove()
         self.directory = Path(tempfile.mkdtemp(prefix=f"{self.prefix}-"))
         try:
@@ -99,6 +104,9 @@ class Lab:
         self._remove()
         if self.directory != Path():
             shutil.rmtree(self.directory, ignore_errors=True)
+        if self._lock:
+            self._lock.close()
+            self._lock = None
 
     def _remove(self) -> None:
         """What this lab, or a dead one of the same name, has made."""
@@ -258,8 +266,10 @@ class Lab:
         status: dict[str, Any] = json.loads(self.packetstack("get", stack, "-o", "json"))["status"]
         return status
 
-    def wait_for_listener(self, room: Room, *ports: int, timeout_seconds: float = 20) -> None:
-        """Until TCP sockets listen on all of `ports` in the room."""
+    def wait_for_listener(
+        self, room: Room, *ports: int, server: subprocess.Popen[str] | None = None, timeout_seconds: float = 20
+    ) -> None:
+        """Until TCP sockets listen on all of `ports` in the room; `LabError` at once if `server` has ended."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             listening = self.run(room, "ss", "-Hltn").stdout
@@ -267,9 +277,8 @@ class Lab:
             missing = [port for port in ports if str(port) not in open_ports]
             if not missing:
                 return
-            ended = [child for child in self._children if child.poll()]
-            if ended:
-                raise LabError(f"{room}: {ended[0].args!r}: exit code {ended[0].returncode}")
+            if server and server.poll() is not None:
+                raise LabError(f"{room}: {server.args!r}: exit code {server.returncode}")
             if time.monotonic() > deadline:
                 raise LabError(f"{room}: nobody listens on port {missing[0]} after {timeout_seconds:g} s")
             time.sleep(0.05)
@@ -308,6 +317,22 @@ def inside(namespace: str) -> Iterator[None]:
             _setns(home)
     finally:
         os.close(home)
+
+
+def _lock(prefix: str) -> socket.socket:
+    """Only one lab of a name at a time: the other is waited for. An abstract socket, so nothing is left by a crash."""
+    lock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            lock.bind(f"\0packetstack-lab-{prefix}")
+        except OSError as e:
+            if e.errno == errno.EADDRINUSE and time.monotonic() < deadline:
+                time.sleep(0.1)
+                continue
+            lock.close()
+            raise LabError(f"lab {prefix}: another process has been using it for {LOCK_SECONDS} s") from None
+        return lock
 
 
 def remove_leftovers(prefix: str) -> None:

@@ -77,7 +77,7 @@ class Servers:
         self._process = lab.start(
             "server", str(native("packetstack-traffic")), "serve", *arguments, "--report", str(self._report)
         )
-        lab.wait_for_listener("server", port)
+        lab.wait_for_listener("server", port, server=self._process)
 
     def stop(self) -> dict[str, Any]:
         """End the servers; returns their own counts."""
@@ -163,6 +163,8 @@ class Traffic:
 
     def stop(self) -> Outcome:
         """No more requests; wait for what is under way, close all connections."""
+        while self.running and not self.samples:
+            time.sleep(0.01)  # it does not listen to signals yet
         self._process.terminate()
         self._process.wait(self._timeout_seconds + 60)
         self._reader.join(5)
