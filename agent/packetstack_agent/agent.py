@@ -6,6 +6,7 @@ every step may be repeated. The verbs below are what the CLI calls.
 
 import asyncio
 import contextlib
+import os
 import shutil
 import time
 from collections import deque
@@ -97,6 +98,7 @@ class Agent:
         """Remove everything, in the order in which nothing is missed."""
         for name in list(self.stacks):
             await self._remove_stack(name)
+        await asyncio.gather(*self._background, return_exceptions=True)
         self.prober.close()
         async with self._node:  # so that no thread is using the director
             for task in (self._watch, self._measure):
@@ -434,6 +436,14 @@ class Agent:
         stack = managed.stack
         shape = stack.resource.spec.engine
         slot = self.run.next_slot()
+        cpus: tuple[int, ...] = ()
+        if shape.cpu_policy == "Exclusive":
+            taken = {c for m in self.stacks.values() for e in m.engines.values() for c in e.blueprint.cpus}
+            free = sorted(os.sched_getaffinity(0) - taken)
+            if len(free) < shape.cores:
+                self._failed(managed, slot, f"NoExclusiveCPU: {len(free)} CPUs are free, it needs {shape.cores}")
+                return
+            cpus = tuple(free[: shape.cores])
         blueprint = engines.Blueprint(
             stack=stack.name,
             slot=slot,
@@ -441,6 +451,7 @@ class Agent:
             queues=action.queues,
             cores=shape.cores,
             cpu_policy=shape.cpu_policy,
+            cpus=cpus,
             memory_bytes=shape.memory_bytes,
             namespace=self.run.namespace(stack.name, slot),
             owner=self.run.owner,
@@ -461,17 +472,22 @@ class Agent:
             managed.engines.pop(b.slot, None)
             self.run.record.engines.pop(str(b.slot), None)
             self.run.save()
-            managed.problem = str(e)
-            pause = BACK_OFF_SECONDS[min(managed.failures, len(BACK_OFF_SECONDS) - 1)]
-            managed.failures += 1
-            managed.create_after = time.monotonic() + pause
-            self.event(b.stack, "EngineFailed", f"engine {b.slot}: {e}; next try in {pause:g} s", "Warning")
+            self._failed(managed, b.slot, str(e))
             managed.changed.set()
             return
         if engine.removing:
             return
         engine.state = State.STARTING
         engine.tasks.append(asyncio.create_task(engines.attend(engine, self._engine_changed)))
+
+    def _failed(self, managed: Managed, slot: int, problem: str) -> None:
+        """An engine could not be made: say why, and wait longer each time before the next try."""
+        managed.problem = problem
+        pause = BACK_OFF_SECONDS[min(managed.failures, len(BACK_OFF_SECONDS) - 1)]
+        managed.failures += 1
+        managed.create_after = time.monotonic() + pause
+        message = f"engine {slot}: {problem}; next try in {pause:g} s"
+        self.event(managed.stack.name, "EngineFailed", message, "Warning")
 
     def _engine_changed(self, engine: Engine, what: str) -> None:
         managed = self.stacks.get(engine.blueprint.stack)
@@ -493,6 +509,8 @@ class Agent:
         if engine.making is not None:
             await asyncio.wait([engine.making])
         async with managed.busy:
+            if managed.engines.get(engine.slot) is not engine:
+                return  # the whole stack was removed meanwhile
             await self._destroy(managed, engine)
         self.event(managed.stack.name, "EngineRemoved", f"engine {engine.slot} owned no bucket any more")
         managed.changed.set()
@@ -614,10 +632,13 @@ class Agent:
 
     def _conditions(self, managed: Managed, ready: bool, active: int) -> list[dict[str, str]]:
         problem = managed.problem
+        reason = (
+            "EnoughCapacity" if not problem else "NoExclusiveCPU" if "NoExclusiveCPU" in problem else "EngineFailed"
+        )
         return [
             _condition("Available", active > 0, "MinimumEnginesAvailable" if active else "EnginesStarting"),
             _condition("Progressing", not ready, "Settled" if ready else "EnginesStarting"),
-            _condition("CapacityAvailable", not problem, "EngineFailed" if problem else "EnoughCapacity", problem),
+            _condition("CapacityAvailable", not problem, reason, problem),
         ]
 
     def _engine_status(self, engine: Engine, buckets: dict[int, int], flows: dict[int, int]) -> dict[str, Any]:

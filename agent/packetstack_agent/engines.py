@@ -43,6 +43,8 @@ class Blueprint:
     queues: int
     cores: int
     cpu_policy: str
+    cpus: tuple[int, ...]
+    """CPU of each core; empty with cpuPolicy Shared: cores run where there is room."""
     memory_bytes: int
     namespace: str
     owner: str
@@ -77,7 +79,6 @@ class Engine:
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     """Arena, configuration, marker socket."""
-    join_cgroup: Callable[[int], None] | None = None
     samples: dict[str, Any] = field(default_factory=dict)
     """Last rates; see `measuring`."""
 
@@ -188,11 +189,9 @@ def _make(engine: Engine, path: Path) -> None:
     engine.fence.egress = engine.fds.egress
     for i in range(len(engine.fence.events)):
         engine.fence.events[i] = engine.fds.events[i]
-    _limit(engine)
+    cgroup = _limited(b)
     engine.listener = _listen(b.directory / "engine.sock")
-    engine.init = _spawn(b)
-    if engine.join_cgroup is not None:
-        engine.join_cgroup(engine.init.pid)
+    engine.init = _spawn(b, cgroup)
     view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
     engine.fence.engine = view
     engine.view = view
@@ -207,9 +206,17 @@ def _listen(path: Path) -> socket.socket:
     return listener
 
 
-def _spawn(b: Blueprint) -> subprocess.Popen[bytes]:
+def _spawn(b: Blueprint, cgroup: Path | None) -> subprocess.Popen[bytes]:
     """Start the engine's init in its namespace, in a session of its own: the agent's end is not its end."""
     namespace = os.open(namespaces.NAMESPACES / b.namespace, os.O_RDONLY | os.O_CLOEXEC)
+
+    def prepare() -> None:
+        # Before init exists: what it forks at once must be limited too.
+        if cgroup is not None:
+            with suppress(OSError):
+                (cgroup / "cgroup.procs").write_text(str(os.getpid()))
+        namespaces.enter(namespace)
+
     command = [str(abi.native("packetstack-init")), "--datapath", str(abi.native("packetstack-datapath"))]
     command += ["--socket", str(b.directory / "engine.sock")]
     command += ["--supervisor", sys.executable, "-P", "-m", "packetstack_engine.main", "--directory", str(b.directory)]
@@ -221,7 +228,7 @@ def _spawn(b: Blueprint) -> subprocess.Popen[bytes]:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=lambda: namespaces.enter(namespace),
+                preexec_fn=prepare,
             )
     except OSError as e:
         raise AgentError(f"engine {b.slot}: cannot start {command[0]}: {e.strerror}") from None
@@ -234,6 +241,7 @@ def destroy(engine: Engine) -> None:
     b = engine.blueprint
     if engine.init is not None:
         end_process(engine.init.pid, engine.init.poll)
+        engine.init = None
     if engine.listener is not None:
         engine.listener.close()
         engine.listener = None
@@ -278,9 +286,8 @@ _CGROUP1 = Path("/sys/fs/cgroup/memory")
 _CGROUP2 = Path("/sys/fs/cgroup")
 
 
-def _limit(engine: Engine) -> None:
-    """A memory cgroup for the engine, v1 or v2, where there is one. The shared rings are the agent's, not counted."""
-    b = engine.blueprint
+def _limited(b: Blueprint) -> Path | None:
+    """A memory cgroup for the engine, v1 or v2; None where there is none. The shared rings are the agent's, not counted."""
     if (_CGROUP1 / "memory.limit_in_bytes").exists():
         group, limit = _CGROUP1 / "packetstack" / b.namespace, "memory.limit_in_bytes"
     elif "memory" in _read(_CGROUP2 / "cgroup.controllers").split():
@@ -290,18 +297,13 @@ def _limit(engine: Engine) -> None:
             (_CGROUP2 / "cgroup.subtree_control").write_text("+memory")
             (group.parent / "cgroup.subtree_control").write_text("+memory")
     else:
-        return
+        return None
     try:
         group.mkdir(parents=True, exist_ok=True)
         (group / limit).write_text(str(b.memory_bytes))
     except OSError:
-        return
-
-    def join(pid: int) -> None:
-        with suppress(OSError):
-            (group / "cgroup.procs").write_text(str(pid))
-
-    engine.join_cgroup = join
+        return None
+    return group
 
 
 def _read(path: Path) -> str:
@@ -371,10 +373,8 @@ def _attach(engine: Engine, connection: socket.socket) -> None:
     engine.view.generation = engine.generation
     message = _message("PS_MSG_ATTACH")
     message.slot, message.queues, message.cores, message.generation = b.slot, b.queues, b.cores, engine.generation
-    online = os.cpu_count() or 1
     for i in range(len(message.pin)):
-        pinned = b.cpu_policy == "Exclusive" and b.cores <= online
-        message.pin[i] = (b.slot * b.cores + i) % online if pinned and i < b.cores else -1
+        message.pin[i] = b.cpus[i] if i < len(b.cpus) else -1
     fds = [engine.files[0], engine.fds.engine, engine.files[1], engine.fds.umem]
     fds += [engine.fds.sockets[q] for q in range(b.queues)] + [engine.fds.events[c] for c in range(b.cores)]
     control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]

@@ -92,6 +92,9 @@ def clean(run: RunDirectory) -> list[str]:
     """Remove everything that the record names, whoever is dead or alive; returns what was removed. May be repeated."""
     removed: list[str] = []
     record = run.record
+    for pid in processes_naming(run.path / "engines"):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     for slot, name in list(record.engines.items()):
         for pid in processes_of(NAMESPACES / name):
             with suppress(ProcessLookupError):
@@ -143,5 +146,17 @@ def processes_of(namespace: Path) -> list[int]:
                 there = (entry / "ns/net").stat()
                 state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
                 if (there.st_ino, there.st_dev) == (wanted.st_ino, wanted.st_dev) and state not in "ZX":
+                    found.append(int(entry.name))
+    return found
+
+
+def processes_naming(directory: Path) -> list[int]:
+    """Processes with a file of this directory on their command line: engines whose record or namespace is lost."""
+    mark = bytes(directory) + b"/"
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                if mark in (entry / "cmdline").read_bytes():
                     found.append(int(entry.name))
     return found

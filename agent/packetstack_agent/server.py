@@ -84,7 +84,8 @@ class Server:
             case "metrics":
                 return render(agent)
             case "stop":
-                self.stopped.set()
+                async with self._applying:
+                    self.stopped.set()
                 return None
             case _:
                 raise AgentError(f"verb {verb}: unknown to this agent")
