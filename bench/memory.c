@@ -17,7 +17,7 @@ enum { FLOWS = 1000000, BUCKETS = 4096, SNATS = 8, BACKENDS = 8 };
 
 static uint64_t state = 1;
 
-static uint32_t next(void)	/* splitmix64 (Steele, Lea, Flood, 2014), upper half */
+static uint32_t next(void) /* splitmix64 (Steele, Lea, Flood, 2014), upper half */
 {
 	uint64_t z = state += 0x9e3779b97f4a7c15ull;
 

@@ -8,14 +8,14 @@
 
 #include "packetstack/shard.h"
 
-#define CHECK(condition, ...)                                                                      \
-	do {                                                                                       \
-		if (!(condition)) {                                                                \
-			fprintf(stderr, "%s:%d: not true: %s: ", __FILE__, __LINE__, #condition);  \
-			fprintf(stderr, __VA_ARGS__);                                              \
-			fputc('\n', stderr);                                                       \
-			abort();                                                                   \
-		}                                                                                  \
+#define CHECK(condition, ...)                                                                     \
+	do {                                                                                      \
+		if (!(condition)) {                                                               \
+			fprintf(stderr, "%s:%d: not true: %s: ", __FILE__, __LINE__, #condition); \
+			fprintf(stderr, __VA_ARGS__);                                             \
+			fputc('\n', stderr);                                                      \
+			abort();                                                                  \
+		}                                                                                 \
 	} while (0)
 
 static uint64_t random_state = 1;
@@ -73,8 +73,9 @@ static inline void shard_check(const struct ps_arena *a, struct ps_shard *s, con
 	CHECK(s->high <= a->entries, "%u of %u", s->high, a->entries);
 	for (uint32_t i = 0; i < a->entries; i++) {
 		struct ps_flow *f = &flows[i];
-		struct ps_key k = { .sport = f->client_port, .dport = f->vip_port, .udp = f->flags & PS_FLOW_UDP,
-				    .hash = f->hash };
+		struct ps_key k = {
+			.sport = f->client_port, .dport = f->vip_port, .udp = f->flags & PS_FLOW_UDP, .hash = f->hash
+		};
 
 		CHECK(!(f->version & 1), "entry %u is half written", i);
 		if (f->state == PS_FLOW_FREE)
@@ -93,7 +94,8 @@ static inline void shard_check(const struct ps_arena *a, struct ps_shard *s, con
 		k.sport = f->backend_port;
 		k.dport = f->snat_port;
 		CHECK(ps_find_reply(a, s, &k) == f, "entry %u by its backend", i);
-		CHECK((int32_t)(s->next_expiry - f->last_seen - timeout[f->state]) <= 0, "entry %u would expire late", i);
+		CHECK((int32_t)(s->next_expiry - f->last_seen - timeout[f->state]) <= 0, "entry %u would expire late",
+		      i);
 	}
 	CHECK(live == s->live && half == s->half_open && closed == s->closed, "%u %u %u, counted %u %u %u", live, half,
 	      closed, s->live, s->half_open, s->closed);

@@ -7,15 +7,15 @@
 #include "nat.h"
 
 struct build {
-	uint8_t source[16], destination[16];	/* IPv4 mapped */
-	uint16_t sport, dport;		/* wire order */
+	uint8_t source[16], destination[16]; /* IPv4 mapped */
+	uint16_t sport, dport;		     /* wire order */
 	uint8_t protocol, tcp_flags, ttl;
-	uint8_t vlans;			/* 0 .. 2 tags */
-	uint8_t options;		/* bytes of IPv4 options or IPv6 extension headers / of TCP options */
-	uint8_t mss_at;			/* TCP: NOPs before an MSS option; 0 = none, 1 = no NOP */
+	uint8_t vlans;	 /* 0 .. 2 tags */
+	uint8_t options; /* bytes of IPv4 options or IPv6 extension headers / of TCP options */
+	uint8_t mss_at;	 /* TCP: NOPs before an MSS option; 0 = none, 1 = no NOP */
 	uint16_t mss;
 	uint16_t payload;
-	uint16_t fragment_offset;	/* in units of 8 bytes */
+	uint16_t fragment_offset; /* in units of 8 bytes */
 	bool more_fragments, no_checksum;
 };
 
@@ -69,7 +69,7 @@ static inline uint32_t build_ip(uint8_t *ip, const struct build *b, uint8_t prot
 
 	if (!ps_is_v6(b->source)) {
 		header = 20u + (b->options & ~3u);
-		memset(ip, 1, header);		/* options: no operation */
+		memset(ip, 1, header); /* options: no operation */
 		ip[0] = (uint8_t)(0x40 | header / 4);
 		ip[1] = 0;
 		put16(ip + 2, header + length);
@@ -96,7 +96,7 @@ static inline uint32_t build_ip(uint8_t *ip, const struct build *b, uint8_t prot
 		put16(ip + 46, random_below(65536));
 		header = 48;
 	} else if (b->options >= 8) {
-		ip[6] = 60;		/* destination options, all padding */
+		ip[6] = 60; /* destination options, all padding */
 		ip[40] = protocol;
 		ip[41] = 0;
 		ip[42] = 1;
@@ -257,8 +257,8 @@ static inline void stack_free(struct stack *t)
 }
 
 /* What the director would write for this flow (client -> VIP). */
-static inline struct ps_stamp stamp_of_flow(const struct stack *t, const uint8_t *client, uint16_t sport, const uint8_t *vip,
-					    uint16_t dport, uint8_t protocol)
+static inline struct ps_stamp stamp_of_flow(const struct stack *t, const uint8_t *client, uint16_t sport,
+					    const uint8_t *vip, uint16_t dport, uint8_t protocol)
 {
 	struct ps_stamp s = { .magic = PS_STAMP_MAGIC, .epoch = 1 };
 	uint32_t c[4], v[4];
@@ -266,8 +266,8 @@ static inline struct ps_stamp stamp_of_flow(const struct stack *t, const uint8_t
 
 	memcpy(c, client, 16);
 	memcpy(v, vip, 16);
-	hash = ps_is_v6(vip) ? ps_hash6(t->config->key0, t->config->key1, c, v, sport, dport, protocol) :
-			       ps_hash4(t->config->key0, t->config->key1, c[3], v[3], sport, dport, protocol);
+	hash = ps_is_v6(vip) ? ps_hash6(t->config->key0, t->config->key1, c, v, sport, dport, protocol)
+			     : ps_hash4(t->config->key0, t->config->key1, c[3], v[3], sport, dport, protocol);
 	s.bucket = (uint16_t)(hash & t->config->mask);
 	s.hash = (uint32_t)(hash >> 32);
 	return s;

@@ -8,10 +8,10 @@
 enum { ROOM = 2048, GUARD = 64 };
 
 struct conversation {
-	struct build forward;		/* client -> VIP */
+	struct build forward; /* client -> VIP */
 	struct ps_stamp stamp;
-	struct build sent;		/* what the backend saw: SNAT address -> backend */
-	bool open, settled;		/* settled: later packets may come in fragments */
+	struct build sent;  /* what the backend saw: SNAT address -> backend */
+	bool open, settled; /* settled: later packets may come in fragments */
 };
 
 static struct stack t;
@@ -60,7 +60,7 @@ static void expect(const uint8_t *out, const uint8_t *before, uint32_t l3, uint3
 	if (b->no_checksum && b->protocol == 17 && !v6)
 		CHECK(!copy[p.l4 + 6] && !copy[p.l4 + 7], "UDP without a checksum got one");
 	else if (b->more_fragments)
-		;	/* covers the other fragments too: see the sum below */
+		; /* covers the other fragments too: see the sum below */
 	else
 		CHECK(!l4_check(ip, copy + p.l4, p.end - p.l4, b->protocol), "checksum of protocol %u", b->protocol);
 	if (b->more_fragments && !(b->no_checksum && b->protocol == 17 && !v6)) {
@@ -72,7 +72,9 @@ static void expect(const uint8_t *out, const uint8_t *before, uint32_t l3, uint3
 
 		if (mss) {
 			put16(copy + p.l4 + 20 + b->mss_at + 1, b->mss);
-			CHECK(ip[l4 - 0 + 20 + b->mss_at + 1] == mss >> 8 && ip[l4 + 20 + b->mss_at + 2] == (mss & 0xff), "MSS");
+			CHECK(ip[l4 - 0 + 20 + b->mss_at + 1] == mss >> 8 &&
+				      ip[l4 + 20 + b->mss_at + 2] == (mss & 0xff),
+			      "MSS");
 		}
 		CHECK(!memcmp(copy + p.l4 + 4, was + l4 + 4, b->protocol == 6 ? 12 : 2), "header");
 		CHECK(!memcmp(copy + p.l4 + skip, was + l4 + skip, p.end - p.l4 - skip), "payload");
@@ -143,8 +145,8 @@ static void one_packet(struct conversation *c, uint8_t tcp_flags, bool reply)
 	}
 	length = build_frame(frame, &b, &l3);
 	verdict = handle(length, &stamp, before);
-	CHECK(PS_VERDICT(verdict) == PS_TRANSMIT, "verdict %u, protocol %u flags %x reply %d", verdict, b.protocol, tcp_flags,
-	      reply);
+	CHECK(PS_VERDICT(verdict) == PS_TRANSMIT, "verdict %u, protocol %u flags %x reply %d", verdict, b.protocol,
+	      tcp_flags, reply);
 	CHECK(PS_SHIFT(verdict) == (int)l3 - 14, "shift %d", PS_SHIFT(verdict));
 	if (!c->open) {
 		uint8_t copy[ROOM];
@@ -229,7 +231,8 @@ static void one_error(struct conversation *c, bool about_backend_side)
 	if (!v6)
 		CHECK(ps_fold(ps_sum(icmp + 8, 20, 0)) == 0xffff, "embedded IP checksum");
 	if (kept == inner_length && !(embedded.no_checksum && embedded.protocol == 17 && !v6))
-		CHECK(!l4_check(icmp + 8, icmp + 8 + inner_header, kept - inner_header, embedded.protocol), "embedded checksum");
+		CHECK(!l4_check(icmp + 8, icmp + 8 + inner_header, kept - inner_header, embedded.protocol),
+		      "embedded checksum");
 }
 
 static void conversations(uint64_t seed)
@@ -246,7 +249,8 @@ static void conversations(uint64_t seed)
 
 		draw_forward(&c->forward, udp, 50);
 		for (uint32_t j = 0; j < i; j++)
-			twice |= all[j].forward.sport == c->forward.sport && all[j].forward.protocol == c->forward.protocol &&
+			twice |= all[j].forward.sport == c->forward.sport &&
+				 all[j].forward.protocol == c->forward.protocol &&
 				 !memcmp(all[j].forward.source, c->forward.source, 16);
 		if (twice) {
 			memset(c, 0, sizeof(*c));
@@ -304,8 +308,8 @@ static void flood(void)
 
 		do {
 			draw_forward(&c->forward, random_below(2), 60000);
-			c->stamp = stamp_of_flow(&t, c->forward.source, c->forward.sport, c->forward.destination, htons(80),
-						 c->forward.protocol);
+			c->stamp = stamp_of_flow(&t, c->forward.source, c->forward.sport, c->forward.destination,
+						 htons(80), c->forward.protocol);
 		} while (c->stamp.bucket != 9);
 		one_packet(c, TCP_SYN, false);
 		one_packet(c, TCP_SYN | TCP_ACK, true);
@@ -319,7 +323,7 @@ static void flood(void)
 		draw_forward(&b, random_below(2), 60000);
 		b.tcp_flags = TCP_SYN;
 		stamp = stamp_of_flow(&t, b.source, b.sport, b.destination, htons(80), b.protocol);
-		stamp.bucket = 9;	/* all of them in one place */
+		stamp.bucket = 9; /* all of them in one place */
 		handle(build_frame(frame, &b, &l3), &stamp, before);
 		CHECK(ps_shard_at(t.arena, 9)->half_open <= t.handler.half_limit, "half-open flows are bounded");
 		if (i % 500 == 0)
@@ -343,8 +347,11 @@ static void garbage(void)
 	stack_new(&t, 256, 64, 128);
 	random_state = 7;
 	for (uint32_t i = 0; i < n; i++) {
-		struct ps_stamp stamp = { .magic = PS_STAMP_MAGIC, .epoch = 1, .bucket = (uint16_t)random_below(256),
-					  .flags = (uint16_t)random_below(16), .hash = random_below(1000) };
+		struct ps_stamp stamp = { .magic = PS_STAMP_MAGIC,
+					  .epoch = 1,
+					  .bucket = (uint16_t)random_below(256),
+					  .flags = (uint16_t)random_below(16),
+					  .hash = random_below(1000) };
 		struct build b;
 		uint32_t length;
 
@@ -360,7 +367,8 @@ static void garbage(void)
 	}
 	for (int reason = PS_C_DROP_NO_STAMP; reason < PS_COUNTERS; reason++)
 		sum += t.counters[reason];
-	CHECK(t.counters[PS_C_FORWARDED] + sum == n, "%lu forwarded + %lu dropped of %u", t.counters[PS_C_FORWARDED], sum, n);
+	CHECK(t.counters[PS_C_FORWARDED] + sum == n, "%lu forwarded + %lu dropped of %u", t.counters[PS_C_FORWARDED],
+	      sum, n);
 	CHECK(t.counters[PS_C_FORWARDED] > n / 20, "%lu forwarded", t.counters[PS_C_FORWARDED]);
 	for (uint32_t b = 0; b < 256; b++)
 		shard_check(t.arena, ps_shard_at(t.arena, b), t.config->timeout);

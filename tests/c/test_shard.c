@@ -11,8 +11,8 @@
 enum { MOST = 512 };
 
 struct reference {
-	struct ps_flow flow[MOST];	/* state FREE = empty */
-	uint64_t listed[MOST];		/* when it came onto its list */
+	struct ps_flow flow[MOST]; /* state FREE = empty */
+	uint64_t listed[MOST];	   /* when it came onto its list */
 	uint64_t order;
 };
 
@@ -22,7 +22,8 @@ static int find(const struct reference *r, const struct ps_flow *f)
 {
 	for (int i = 0; i < MOST; i++)
 		if (r->flow[i].state && r->flow[i].client_port == f->client_port &&
-		    (r->flow[i].flags & PS_FLOW_UDP) == (f->flags & PS_FLOW_UDP) && !memcmp(r->flow[i].client, f->client, 16))
+		    (r->flow[i].flags & PS_FLOW_UDP) == (f->flags & PS_FLOW_UDP) &&
+		    !memcmp(r->flow[i].client, f->client, 16))
 			return i;
 	return -1;
 }
@@ -43,7 +44,9 @@ static int oldest(const struct reference *r, bool closed)
 
 static struct ps_flow *look(const struct ps_arena *a, struct ps_shard *s, const struct ps_flow *f)
 {
-	struct ps_key k = { .sport = f->client_port, .dport = f->vip_port, .udp = f->flags & PS_FLOW_UDP, .hash = f->hash };
+	struct ps_key k = {
+		.sport = f->client_port, .dport = f->vip_port, .udp = f->flags & PS_FLOW_UDP, .hash = f->hash
+	};
 
 	memcpy(k.source, f->client, 16);
 	memcpy(k.destination, a->address[f->vip].bytes, 16);
@@ -94,11 +97,16 @@ static void history(uint64_t seed, uint32_t steps)
 		have = look(a, s, &f);
 		CHECK((at >= 0) == (have != NULL), "seed %lu step %u", seed, step);
 		if (have) {
-			CHECK(have->state == r.flow[at].state && have->snat_port == r.flow[at].snat_port, "seed %lu step %u",
-			      seed, step);
+			CHECK(have->state == r.flow[at].state && have->snat_port == r.flow[at].snat_port,
+			      "seed %lu step %u", seed, step);
 		}
 		switch (random_below(12)) {
-		case 0: case 1: case 2: case 3: case 4: case 5: {	/* open */
+		case 0:
+		case 1:
+		case 2:
+		case 3:
+		case 4:
+		case 5: { /* open */
 			uint32_t recycled = 0, expected = 0;
 			struct ps_flow *room;
 			int n = 0;
@@ -124,17 +132,20 @@ static void history(uint64_t seed, uint32_t steps)
 				}
 			}
 			room = ps_flow_room(a, s, half_limit, &recycled);
-			CHECK(recycled == expected, "seed %lu step %u: %u recycled, expected %u", seed, step, recycled, expected);
+			CHECK(recycled == expected, "seed %lu step %u: %u recycled, expected %u", seed, step, recycled,
+			      expected);
 			CHECK((room != NULL) == (n < (int)entries), "seed %lu step %u", seed, step);
 			if (!room)
 				break;
-			f.snat_port = ps_port_find(a, s, bucket, f.snat, f.backend, f.backend_port, f.flags & PS_FLOW_UDP);
+			f.snat_port =
+				ps_port_find(a, s, bucket, f.snat, f.backend, f.backend_port, f.flags & PS_FLOW_UDP);
 			if (!f.snat_port)
 				break;
 			CHECK((__builtin_bswap16(f.snat_port) & (a->buckets - 1)) == bucket, "port %u", f.snat_port);
 			CHECK(__builtin_bswap16(f.snat_port) >= 1024, "port %u", f.snat_port);
 			for (int i = 0; i < MOST; i++)
-				CHECK(!r.flow[i].state || r.flow[i].snat_port != f.snat_port || r.flow[i].snat != f.snat ||
+				CHECK(!r.flow[i].state || r.flow[i].snat_port != f.snat_port ||
+					      r.flow[i].snat != f.snat ||
 					      (r.flow[i].flags & PS_FLOW_UDP) != (f.flags & PS_FLOW_UDP) ||
 					      memcmp(r.flow[i].backend, f.backend, 16),
 				      "seed %lu step %u: a SNAT port given out twice", seed, step);
@@ -146,7 +157,9 @@ static void history(uint64_t seed, uint32_t steps)
 			r.listed[at] = ++r.order;
 			break;
 		}
-		case 6: case 7: case 8: {			/* a packet changes its state */
+		case 6:
+		case 7:
+		case 8: { /* a packet changes its state */
 			uint8_t state = (uint8_t)(1 + random_below(PS_FLOW_STATES - 1));
 
 			if (!have)
@@ -160,18 +173,19 @@ static void history(uint64_t seed, uint32_t steps)
 			r.flow[at].state = state;
 			break;
 		}
-		case 9:						/* it ends */
+		case 9: /* it ends */
 			if (!have)
 				break;
 			ps_flow_remove(a, s, have);
 			r.flow[at].state = 0;
 			break;
-		case 10: {					/* time passes */
+		case 10: { /* time passes */
 			uint32_t gone = 0;
 
 			now += random_below(random_below(8) ? 50 : 5000);
 			for (int i = 0; i < MOST; i++)
-				if (r.flow[i].state && (int32_t)(now - r.flow[i].last_seen - timeout[r.flow[i].state]) >= 0) {
+				if (r.flow[i].state &&
+				    (int32_t)(now - r.flow[i].last_seen - timeout[r.flow[i].state]) >= 0) {
 					r.flow[i].state = 0;
 					gone++;
 				}
@@ -185,7 +199,8 @@ static void history(uint64_t seed, uint32_t steps)
 			CHECK(!ps_shard_rebuild(a, s), "seed %lu step %u", seed, step);
 			/* Entries remember no age: after a rebuild the lists begin in the order of the entries. */
 			for (uint32_t list = 0; list < 2; list++)
-				for (uint32_t e = list ? s->closed_head : s->half_head; e; e = ps_shard_flows(a, s)[e - 1].next)
+				for (uint32_t e = list ? s->closed_head : s->half_head; e;
+				     e = ps_shard_flows(a, s)[e - 1].next)
 					r.listed[find(&r, &ps_shard_flows(a, s)[e - 1])] = ++r.order;
 		}
 		if (step % 16 == 0)
@@ -210,14 +225,16 @@ static void deaths(void)
 		if (!have) {
 			struct ps_flow *room = ps_flow_room(a, s, 32, &recycled);
 
-			f.snat_port = room ? ps_port_find(a, s, 7, f.snat, f.backend, f.backend_port, f.flags & PS_FLOW_UDP) : 0;
+			f.snat_port =
+				room ? ps_port_find(a, s, 7, f.snat, f.backend, f.backend_port, f.flags & PS_FLOW_UDP)
+				     : 0;
 			if (f.snat_port)
 				ps_flow_insert(a, s, room, &f, timeout, i);
 			continue;
 		}
 		live = s->live;
 		switch (random_below(4)) {
-		case 0:		/* within the entry */
+		case 0: /* within the entry */
 			s->dirty = 1;
 			ps_flow_begin(have);
 			have->state = (uint8_t)random_below(256);
@@ -225,18 +242,18 @@ static void deaths(void)
 			CHECK(ps_shard_rebuild(a, s) == 1, "one entry was half written");
 			live--;
 			break;
-		case 1:		/* within an index */
+		case 1: /* within an index */
 			s->dirty = 1;
 			ps_index_remove(a, s, (uint32_t)(have - flows), random_below(2));
 			CHECK(ps_shard_rebuild(a, s) == 0, "no entry was half written");
 			break;
-		case 2:		/* within a list */
+		case 2: /* within a list */
 			s->dirty = 1;
 			if (have->flags & PS_FLOW_LISTED)
 				ps_list_remove(a, s, have);
 			CHECK(ps_shard_rebuild(a, s) == 0, "no entry was half written");
 			break;
-		default:	/* anywhere in what is derived */
+		default: /* anywhere in what is derived */
 			s->dirty = 1;
 			s->live = (uint16_t)random_below(65536);
 			s->free = (uint16_t)random_below(65536);
@@ -344,7 +361,8 @@ static void every_instruction(enum change change, uint64_t seed)
 		shard_check(copy, c, timeout);
 		for (uint32_t i = change == INSERT ? 0 : 1; i < n; i++) {
 			found = look(copy, c, &others[i]);
-			CHECK(found && found->snat_port == others[i].snat_port && !memcmp(found->backend, others[i].backend, 16),
+			CHECK(found && found->snat_port == others[i].snat_port &&
+				      !memcmp(found->backend, others[i].backend, 16),
 			      "change %d, seed %lu, instruction %u: flow %u is lost", change, seed, steps, i);
 		}
 		found = look(copy, c, &value);

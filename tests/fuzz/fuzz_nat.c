@@ -19,8 +19,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		t.config->mtu = 1400;
 	}
 	while (size > 5) {
-		struct ps_stamp stamp = { .magic = PS_STAMP_MAGIC, .epoch = 1, .flags = data[0], .bucket = data[1] & 3,
-					  .hash = data[2] };
+		struct ps_stamp stamp = {
+			.magic = PS_STAMP_MAGIC, .epoch = 1, .flags = data[0], .bucket = data[1] & 3, .hash = data[2]
+		};
 		uint32_t length = (uint32_t)data[3] | (uint32_t)(data[4] & 7) << 8;
 		uint8_t *frame, verdict;
 
@@ -45,7 +46,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 	}
 	for (int reason = PS_C_DROP_NO_STAMP; reason < PS_COUNTERS; reason++)
 		sum += t.counters[reason];
-	CHECK(t.counters[PS_C_FORWARDED] + sum == handled, "%lu forwarded, %lu dropped", t.counters[PS_C_FORWARDED], sum);
+	CHECK(t.counters[PS_C_FORWARDED] + sum == handled, "%lu forwarded, %lu dropped", t.counters[PS_C_FORWARDED],
+	      sum);
 	for (uint32_t b = 0; b < 4; b++) {
 		ps_shard_sweep(t.arena, ps_shard_at(t.arena, b), t.config->timeout, t.handler.now);
 		shard_check(t.arena, ps_shard_at(t.arena, b), t.config->timeout);

@@ -22,9 +22,16 @@ int main(int argc, char **argv)
 	stack_new(&t, 256, 16, 32);
 	for (uint32_t i = 0; i < 24; i++) {
 		bool v6 = i & 1;
-		struct build b = { .sport = htons(1234), .dport = htons(80), .protocol = i & 2 ? 17 : 6, .ttl = 64,
-				   .tcp_flags = TCP_SYN, .vlans = (uint8_t)(i / 4 % 3), .options = i & 8 ? 8 : 0,
-				   .mss_at = (uint8_t)(i % 5), .mss = 1460, .payload = (uint16_t)(i * 9) };
+		struct build b = { .sport = htons(1234),
+				   .dport = htons(80),
+				   .protocol = i & 2 ? 17 : 6,
+				   .ttl = 64,
+				   .tcp_flags = TCP_SYN,
+				   .vlans = (uint8_t)(i / 4 % 3),
+				   .options = i & 8 ? 8 : 0,
+				   .mss_at = (uint8_t)(i % 5),
+				   .mss = 1460,
+				   .payload = (uint16_t)(i * 9) };
 		FILE *out;
 
 		if (v6)
