@@ -1,0 +1,330 @@
+"""A running stack is changed: just that changes, and connections go on."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from packetstack_cli.client import CliError
+from packetstack_cli.lab import inside
+
+from .conftest import BACKENDS, VIP, VIP6, Node, ask, eventually, listener, stack
+
+CHECK = {"type": "TCP", "intervalSeconds": 1, "timeoutSeconds": 1, "unhealthyThreshold": 1, "healthyThreshold": 1}
+
+
+@pytest.fixture(autouse=True)
+def _up(node: Node) -> Iterator[None]:
+    """Each test finds and leaves the same stack, whose engines stay from test to test."""
+    node.up(stack())
+    yield
+    for address in {*BACKENDS} - set(node.backends):
+        node.start_backend(address)
+    node.up(stack())
+    eventually(lambda: all(b["healthy"] for b in node.status()["backends"]))
+
+
+def web(*backends: str, weights: tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    return [listener("web", VIP, backends, CHECK, weights=weights), *stack()["spec"]["listeners"][1:]]
+
+
+def pids(node: Node) -> list[int]:
+    return [e["pid"] for e in node.status()["engines"]]
+
+
+class Talk:
+    """Asks on a connection without pause; `end` tells how often it was answered."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.answers, self.backends = connection, 0, {ask(connection)}
+        self.problem: Exception | None = None
+        self._go = True
+        self._thread = threading.Thread(target=self._talk)
+        self._thread.start()
+
+    def _talk(self) -> None:
+        try:
+            while self._go:
+                self.backends.add(ask(self.connection))
+                self.answers += 1
+                time.sleep(0.002)
+        except Exception as e:
+            self.problem = e
+
+    def end(self) -> int:
+        self._go = False
+        self._thread.join(10)
+        self.connection.close()
+        assert self.problem is None
+        assert len(self.backends) == 1
+        return self.answers
+
+
+@pytest.fixture
+def talks(node: Node) -> Iterator[list[Talk]]:
+    """Connections that must live through the test."""
+    made = [Talk(node.connect(address)) for address in (VIP, VIP, VIP, VIP, VIP6)]
+    yield made
+    answers = [talk.end() for talk in made]
+    assert all(answers), answers
+
+
+@pytest.mark.parametrize("how", ["removed", "weight 0"])
+def test_a_backend_that_goes_keeps_its_connections_and_gets_no_new_ones(node: Node, how: str) -> None:
+    assert node.who() == set(BACKENDS)
+    before, engines = node.status(), pids(node)
+    with contextlib.ExitStack() as open_ones:
+        connections = {}
+        while len(connections) < 2:
+            connection = open_ones.enter_context(node.connect())
+            connections.setdefault(ask(connection), connection)
+        left = web(BACKENDS[0]) if how == "removed" else web(*BACKENDS, weights=(1, 0))
+        assert "changed" in node.up(stack(listeners=left))
+        assert node.who() == {BACKENDS[0]}
+        for backend, connection in connections.items():
+            assert ask(connection) == backend
+        node.up(stack())
+        assert node.who() == set(BACKENDS)
+        for backend, connection in connections.items():
+            assert ask(connection) == backend
+    after = node.status()
+    assert after["flowTableGeneration"] == before["flowTableGeneration"]
+    assert pids(node) == engines
+
+
+def test_a_listener_comes_and_goes(node: Node, talks: list[Talk]) -> None:
+    more = [*web(*BACKENDS), listener("more", VIP, (BACKENDS[1],), port=81), listener("x", "192.0.2.11", BACKENDS)]
+    node.up(stack(listeners=more))
+    assert node.who(VIP, 81) == {BACKENDS[1]}
+    assert node.who("192.0.2.11") == set(BACKENDS)
+    with node.connect(VIP, 81) as ending:
+        ask(ending)
+        done = node.command("up", "-o", "x")
+        assert done.returncode == 2, "wrong usage"
+        node.up(stack())
+        with pytest.raises(OSError):
+            node.connect(VIP, 81, timeout_seconds=0.5)
+        with pytest.raises(OSError):
+            node.connect("192.0.2.11", timeout_seconds=0.5)
+    assert node.who() == set(BACKENDS)
+
+
+def test_replicas_in_the_file_resize_the_pool(node: Node, talks: list[Talk]) -> None:
+    node.up(stack(replicas=3))
+    assert node.status()["readyReplicas"] == 3
+    node.up(stack(replicas=1))
+    assert set(node.status()["owners"].values()) == {256}
+
+
+def test_sizes_wished_faster_than_they_can_be_had_converge(node: Node, talks: list[Talk]) -> None:
+    for replicas in (4, 1, 3, 1, 4, 2, 3):
+        node.client.call("scale", name="web", replicas=replicas)
+        time.sleep(0.05)
+    status = eventually(lambda: (s := node.status())["ready"] and s)
+    assert status["readyReplicas"] == 3
+    assert sorted(status["owners"].values()) == [85, 85, 86]
+    eventually(lambda: len(node.status()["engines"]) == 3)
+
+
+def test_a_connection_outlives_a_pool_of_none(node: Node) -> None:
+    with node.connect(timeout_seconds=20) as connection:
+        backend = ask(connection)
+        node.lab.packetstack("scale", "web", "--replicas", "0")
+        assert node.status()["engines"] == []
+        node.lab.packetstack("scale", "web", "--replicas", "2")
+        assert ask(connection) == backend
+
+
+def test_buckets_that_were_moved_stay_where_they_are(node: Node, talks: list[Talk]) -> None:
+    first, second = (e["slot"] for e in node.status()["engines"])
+    for slot, other in ((first, second), (second, first)):
+        done = node.command("move", "web", "--buckets", "0-199", "--engine", str(slot))
+        assert "buckets to engine" in done.stdout
+        time.sleep(1.2)  # longer than the agent takes to look again
+        owners = node.status()["owners"]
+        assert owners[str(slot)] >= 200
+        assert owners[str(slot)] + owners.get(str(other), 0) == 256
+
+
+def test_a_queue_that_was_moved_stays_where_it_is(node: Node, talks: list[Talk]) -> None:
+    slot = node.status()["engines"][0]["slot"]
+
+    def queues() -> list[list[int]]:
+        cores = next(e for e in node.status()["engines"] if e["slot"] == slot)["cores"]
+        return [[q["queue"] for q in core["queues"]] for core in cores]
+
+    assert queues() == [[0], [1]]
+    assert "core 1 after" in node.lab.packetstack("move", "web", "--queue", f"{slot}:0", "--core", "1")
+    assert queues() == [[], [0, 1]]
+    time.sleep(1.2)
+    assert queues() == [[], [0, 1]]
+    node.lab.packetstack("move", "web", "--queue", f"{slot}:0", "--core", "0")
+    assert queues() == [[0], [1]]
+
+
+def test_a_backend_that_dies_gets_no_new_flows_until_it_is_back(node: Node) -> None:
+    node.stop_backend(BACKENDS[1])
+    eventually(lambda: any(not b["healthy"] for b in node.status()["backends"]), timeout_seconds=3)
+    assert node.who() == {BACKENDS[0]}
+    node.start_backend(BACKENDS[1])
+    eventually(lambda: all(b["healthy"] for b in node.status()["backends"]), timeout_seconds=4)
+    assert node.who() == set(BACKENDS)
+
+
+def test_without_any_backend_openers_are_dropped_and_counted(node: Node) -> None:
+    for address in BACKENDS:
+        node.stop_backend(address)
+    eventually(lambda: sum(not b["healthy"] for b in node.status()["backends"]) == 2)
+    before = node.status()["drops"]["engine"]["no_backend"]
+    with pytest.raises(OSError):
+        node.connect(timeout_seconds=0.5)
+    assert node.status()["drops"]["engine"]["no_backend"] > before
+    assert node.connect(VIP6).close() is None, "other listeners are as before"
+    for address in BACKENDS:
+        node.start_backend(address)
+    eventually(lambda: all(b["healthy"] for b in node.status()["backends"]))
+    assert node.who() == set(BACKENDS)
+
+
+def test_an_engine_that_cannot_be_made_is_a_condition_and_tried_again(node: Node, talks: list[Talk]) -> None:
+    taken = [node.status()["engines"][-1]["namespace"].rpartition("-")[0] + f"-{n}" for n in range(1, 60)]
+    free = [name for name in taken if name not in {e["namespace"] for e in node.status()["engines"]}]
+    node.lab.run("node", "sh", "-c", "; ".join(f"touch /run/netns/{name}" for name in free))
+    try:
+        node.client.call("scale", name="web", replicas=3)
+        condition = eventually(lambda: next((c for c in node.status()["conditions"] if c["message"]), None))
+        assert (condition["type"], condition["status"], condition["reason"]) == (
+            "CapacityAvailable", "False", "EngineFailed",
+        )  # fmt: skip
+        assert "exists already and is not ours" in condition["message"]
+        assert node.status()["readyReplicas"] == 2
+        tries = [e for e in node.client.call("events", name="web") if e["reason"] == "EngineFailed"]
+        assert len(tries) <= 2, "with pauses"
+    finally:
+        node.lab.run("node", "sh", "-c", "; ".join(f"rm -f /run/netns/{name}" for name in free))
+    status = eventually(lambda: (s := node.status())["ready"] and s)
+    assert status["readyReplicas"] == 3
+    assert all(c["status"] == "True" for c in status["conditions"] if c["type"] == "CapacityAvailable")
+
+
+def test_an_address_on_the_clients_own_link_is_answered_for(node: Node) -> None:
+    near = [listener("near", "10.71.1.99", BACKENDS), listener("near6", "fd71:1::99", ("fd71:5::1",))]
+    node.up(stack(listeners=[*web(*BACKENDS), *near]))
+    assert node.who("10.71.1.99") == set(BACKENDS)
+    assert node.who("fd71:1::99") == {"fd71:5::1"}
+    for address in ("10.71.1.99", "fd71:1::99"):
+        said = node.lab.run("client", "ping", "-c2", "-i0.05", "-W1", address).stdout
+        assert said.count("bytes from") == 2
+        assert "DUP" not in said
+    neighbours = node.lab.run("client", "ip", "neigh").stdout
+    assert "10.71.1.98" not in neighbours
+    node.up(stack())
+    assert node.lab.run("node", "ip", "neigh", "show", "proxy").stdout.strip() == ""
+
+
+# ---- faults -----------------------------------------------------------------------------------------------------
+
+
+def test_a_datapath_that_is_killed_comes_back_and_breaks_nothing(node: Node, talks: list[Talk]) -> None:
+    for _ in range(3):
+        engine = node.status()["engines"][0]
+        node.lab.run("node", "kill", "-9", str(engine["pid"]))
+        eventually(lambda old=engine["pid"]: (e := node.status()["engines"][0])["ready"] and e["pid"] not in (0, old))
+    assert node.who() == set(BACKENDS)
+    reasons = [e["reason"] for e in node.client.call("events", name="web")]
+    assert "DatapathDied" in reasons
+
+
+def test_the_supervisor_shows_health_and_counters_and_nobody_needs_it(node: Node, talks: list[Talk]) -> None:
+    engine = node.status()["engines"][0]
+    path = node.lab.run_directory / "engines" / str(engine["slot"]) / "supervisor.sock"
+
+    def fetch(what: str) -> str:
+        command = ["curl", "-sS", "--max-time", "2", "--unix-socket", str(path), f"http://engine/{what}"]
+        return node.lab.run("node", *command, check=False).stdout
+
+    eventually(lambda: fetch("healthz") == "ok\n")
+    assert 'packetstack_engine_core_packets_total{engine="' in fetch("metrics")
+    found = node.lab.run("node", "pgrep", "-f", f"packetstack_engine.main --directory {path.parent}").stdout.split()
+    assert len(found) == 1
+    assert "Uid:\t65534" in node.lab.run("node", "cat", f"/proc/{found[0]}/status").stdout
+    node.lab.run("node", "kill", "-9", found[0])
+    eventually(lambda: fetch("healthz") == "ok\n")
+    after = node.status()["engines"][0]
+    assert (after["pid"], after["ready"]) == (engine["pid"], True)
+
+
+def test_an_uplink_whose_program_is_detached_breaks_nothing(node: Node, talks: list[Talk]) -> None:
+    def program() -> Any:
+        return json.loads(node.lab.run("node", "ip", "-j", "link", "show", "up0").stdout)[0].get("xdp")
+
+    assert program()
+    links = json.loads(node.lab.run("node", "bpftool", "-j", "link").stdout)
+    with inside(node.lab.namespace("node")):
+        index = socket.if_nametoindex("up0")
+    ours = [i for i in links if i["type"] == "xdp" and i["ifindex"] == index and i.get("devname", "up0") == "up0"]
+    for link in ours:
+        node.lab.run("node", "bpftool", "link", "detach", "id", str(link["id"]))
+    assert not program()
+    answers = [talk.answers for talk in talks]
+    time.sleep(1)
+    assert all(talk.answers > n for talk, n in zip(talks, answers, strict=True)), "the kernel's way serves as well"
+    assert node.who() == set(BACKENDS)
+    eventually(program)
+
+
+def test_routes_and_the_pair_itself_come_back(node: Node, talks: list[Talk]) -> None:
+    for words in ("set ps0 down", "set ps0 up", "set ps1 down", "set ps0 down"):
+        node.lab.run("node", "ip", "link", *words.split())
+        time.sleep(0.1)
+    eventually(lambda: VIP in node.lab.run("node", "ip", "route", "show", "dev", "ps0").stdout)
+    node.lab.run("node", "ip", "link", "del", "ps0")
+    eventually(lambda: VIP in node.lab.run("node", "ip", "route", "show", "dev", "ps0", check=False).stdout)
+    assert node.who() == set(BACKENDS)
+
+
+HOSTILE = [
+    b"\n", b"null\n", b"[]\n", b"1\n", b'"verb"\n', b"{}\n", b'{"verb": 1}\n', b'{"verb": ["get"]}\n', b"\xff\xfe\n",
+    b'{"verb": "nosuch"}\n', b"[" * 200_000 + b"\n", b'{"verb": "get", "name": {}}\n', b'{"verb": "scale"}\n',
+    b'{"verb": "scale", "name": "web", "replicas": "many"}\n', b'{"verb": "scale", "name": "web", "replicas": -1}\n',
+    b'{"verb": "scale", "name": "web", "replicas": 1e99}\n', b'{"verb": "scale", "name": "web", "replicas": null}\n',
+    b'{"verb": "apply", "documents": 7}\n', b'{"verb": "apply", "documents": [7]}\n', b'{"verb": "apply"}\n',
+    b'{"verb": "apply", "documents": [], "uplinks": [1]}\n', b'{"verb": "apply", "documents": [{}]}\n',
+    b'{"verb": "apply", "documents": [], "uplinks": ["../../etc"]}\n', b'{"verb": "delete", "name": "../.."}\n',
+    b'{"verb": "move_buckets", "name": "web", "buckets": "all", "slot": 1}\n',
+    b'{"verb": "move_buckets", "name": "web", "buckets": [1.5, true], "slot": 1}\n',
+    b'{"verb": "move_queue", "name": "web", "slot": 1, "queue": -1, "core": 99999999999}\n',
+    b'{"verb": "explain", "name": "web", "protocol": 6, "source": [], "sport": 1, "destination": 0, "dport": 0}\n',
+]  # fmt: skip
+
+
+def test_hostile_requests_do_not_hurt_the_agent(node: Node, talks: list[Talk]) -> None:
+    before = node.status()
+    for request in HOSTILE:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(5)
+            connection.connect(str(node.lab.run_directory / "agent.sock"))
+            connection.sendall(request)
+            with connection.makefile("rb") as answers:
+                answer = json.loads(answers.readline())
+        assert "error" in answer, request
+        assert "\n" not in answer["error"]
+        assert len(answer["error"]) < 500
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(node.lab.run_directory / "agent.sock"))
+        with contextlib.suppress(OSError):
+            for _ in range(12):
+                connection.sendall(b"x" * (1 << 20))
+            assert connection.recv(1) == b""
+    after = node.status()
+    assert (after["flowTableGeneration"], pids(node)) == (
+        before["flowTableGeneration"], [e["pid"] for e in before["engines"]],
+    )  # fmt: skip
+    assert not [e for e in node.client.call("events") if e["reason"] == "InternalError"]
+    with pytest.raises(CliError, match="stack nosuch: not found; stacks of this agent: web"):
+        node.client.call("get", name="nosuch")
