@@ -596,7 +596,7 @@ class Agent:
 
     def get(self, name: str | None = None) -> list[dict[str, Any]]:
         """Stacks as they are, with status."""
-        chosen = [self._managed(name)] if name else [self.stacks[n] for n in sorted(self.stacks)]
+        chosen = [self._managed(name)] if name is not None else [self.stacks[n] for n in sorted(self.stacks)]
         return [self._status(m) for m in chosen]
 
     def _status(self, managed: Managed) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from packetstack_cli.client import CliError
-from packetstack_cli.lab import inside
 
 from .conftest import BACKENDS, VIP, VIP6, Node, ask, eventually, listener, stack
 
@@ -135,7 +134,8 @@ def test_a_connection_outlives_a_pool_of_none(node: Node) -> None:
     with node.connect(timeout_seconds=20) as connection:
         backend = ask(connection)
         node.lab.packetstack("scale", "web", "--replicas", "0")
-        assert node.status()["engines"] == []
+        assert node.status()["owners"] == {}
+        eventually(lambda: node.status()["engines"] == [])
         node.lab.packetstack("scale", "web", "--replicas", "2")
         assert ask(connection) == backend
 
@@ -250,7 +250,9 @@ def test_the_supervisor_shows_health_and_counters_and_nobody_needs_it(node: Node
 
     eventually(lambda: fetch("healthz") == "ok\n")
     assert 'packetstack_engine_core_packets_total{engine="' in fetch("metrics")
-    found = node.lab.run("node", "pgrep", "-f", f"packetstack_engine.main --directory {path.parent}").stdout.split()
+    found = node.lab.run(
+        "node", "pgrep", "-f", f"^[^ ]*python[^ ]* .*packetstack_engine.main --directory {path.parent}"
+    ).stdout.split()
     assert len(found) == 1
     assert "Uid:\t65534" in node.lab.run("node", "cat", f"/proc/{found[0]}/status").stdout
     node.lab.run("node", "kill", "-9", found[0])
@@ -264,12 +266,8 @@ def test_an_uplink_whose_program_is_detached_breaks_nothing(node: Node, talks: l
         return json.loads(node.lab.run("node", "ip", "-j", "link", "show", "up0").stdout)[0].get("xdp")
 
     assert program()
-    links = json.loads(node.lab.run("node", "bpftool", "-j", "link").stdout)
-    with inside(node.lab.namespace("node")):
-        index = socket.if_nametoindex("up0")
-    ours = [i for i in links if i["type"] == "xdp" and i["ifindex"] == index and i.get("devname", "up0") == "up0"]
-    for link in ours:
-        node.lab.run("node", "bpftool", "link", "detach", "id", str(link["id"]))
+    pin = node.lab.run_directory / "bpf/link_uplink_up0"
+    node.lab.run("node", "bpftool", "link", "detach", "pinned", str(pin))
     assert not program()
     answers = [talk.answers for talk in talks]
     time.sleep(1)
