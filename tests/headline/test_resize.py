@@ -17,7 +17,7 @@ UDP_TARGETS = ("192.0.2.10:53", "[2001:db8:1::10]:53")
 # Sizes 1 to 4: up, down, there and back at once (flapping), one engine in the middle of all.
 SIZES = (4, 1, 3, 2, 4, 1, 4, 1, 2, 3, 1, 4, 2, 1, 3, 4, 1, 2, 4, 3)
 # How long after one wish the next comes, in tenths of a second: most come while the last is still being carried out.
-PAUSES = (8, 3, 4, 2, 0, 5, 2, 3, 6, 1)
+PAUSES = (8, 2, 1, 0, 3, 2, 0, 5, 0, 1)
 
 # What a handover itself could cause. Never, however the load.
 HANDOVER_DROPS = ("park_full", "late", "not_owner")
@@ -66,7 +66,7 @@ def test_overlapping_resizes_break_no_connection_and_reorder_no_datagram(
     connections: int, udp_flows: int, sizes: tuple[int, ...]
 ) -> None:
     with Lab("pkl-resize") as lab:
-        servers = Servers(lab, cpu=1)
+        servers = Servers(lab)
         lab.packetstack("up", str(DEMO), "--uplink", NODE_UPLINK)
         client = Client(lab.run_directory)
         before = drops(client, lab)
@@ -79,7 +79,6 @@ def test_overlapping_resizes_break_no_connection_and_reorder_no_datagram(
             request_interval_ms=4000,
             udp_interval_ms=400,
             new_rate=20,
-            cpu=0,
         )
         traffic.wait_open()
         overlaps = resize_again_and_again(client, sizes)
@@ -90,7 +89,8 @@ def test_overlapping_resizes_break_no_connection_and_reorder_no_datagram(
         counted = servers.stop()
     dropped = {name: n - before.get(name, 0) for name, n in after.items() if n > before.get(name, 0)}
     print(f"{outcome}\ndropped: {dropped}\noverlaps: {overlaps}\nserver: {counted}\nhandover: {status['handover']}")
-    assert overlaps >= len(sizes) // 4, "the resizes were to overlap"
+    at_once = sum(PAUSES[i % len(PAUSES)] == 0 for i in range(len(sizes)))
+    assert overlaps >= at_once > 0, "the resizes were to overlap"
     assert outcome.never_opened == 0
     assert outcome.broken == 0, outcome.what_broke()
     assert outcome.datagrams_reordered == 0
