@@ -775,7 +775,7 @@ class Agent:
         wrong = [b for b in buckets if type(b) is not int or not 0 <= b < managed.stack.buckets]
         if wrong:
             raise AgentError(f"bucket {wrong[0]}: not there; stack {name} has buckets 0 to {managed.stack.buckets - 1}")
-        if queue is not None and not 0 <= queue < engine.blueprint.queues:
+        if queue is not None and (type(queue) is not int or not 0 <= queue < engine.blueprint.queues):
             raise AgentError(f"engine {slot}: has no queue {queue}; use 0 to {engine.blueprint.queues - 1}")
         owners = managed.stack.owners()
         moves = [
@@ -792,6 +792,9 @@ class Agent:
         engine = self._active(managed, slot)
         if not engine.ready:
             raise AgentError(f"engine {slot}: no datapath is attached; wait until it is ready")
+        for what, number, there in (("queue", queue, engine.blueprint.queues), ("core", core, engine.blueprint.cores)):
+            if type(number) is not int or not 0 <= number < there:
+                raise AgentError(f"engine {slot}: has no {what} {number}; use 0 to {there - 1}")
         took = ffi.new("uint64_t *")
         await asyncio.to_thread(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
         self.event(name, "QueueMoved", f"queue {queue} of engine {slot} to core {core} in {took[0] / 1000:.0f} us")

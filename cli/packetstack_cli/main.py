@@ -194,9 +194,9 @@ def scale(client: Client, name: str, replicas: int, wait: bool, timeout: float) 
 @_output
 @click.pass_obj
 def top(client: Client, name: str | None, once: bool, output: str | None) -> None:
-    """Engines, cores and queues with their load, live."""
+    """Engines, cores and queues with their load; live on a terminal."""
     items = client.call("get", name=name)
-    if once or output:
+    if once or output or not sys.stdout.isatty():
         _show(items, output, lambda: views.top(items))
         return
     with Live(views.top(items), console=views.console, screen=True) as live:
@@ -236,6 +236,8 @@ def move(
         first, last = _numbers(
             buckets if "-" in buckets else f"{buckets}-{buckets}", "-", "--buckets", "FIRST-LAST, as in 0-99"
         )
+        if first > last:
+            raise click.BadParameter(f'"{buckets}" is not a range; use {last}-{first}', param_hint="--buckets")
         result = client.call(
             "move_buckets", name=name, buckets=list(range(first, last + 1)), slot=engine, queue=to_queue
         )
