@@ -12,8 +12,8 @@
 #include "packetstack/hash.h"
 #include "packetstack/parse.h"
 
-#define NOINLINE static __attribute__((noinline))
-#define FRAGMENT_NS 5000000000ull	/* how long a datagram's later fragments are expected */
+#define NOINLINE    static __attribute__((noinline))
+#define FRAGMENT_NS 5000000000ull /* how long a datagram's later fragments are expected */
 
 struct fragment_key {
 	uint32_t src[4], dst[4];
@@ -33,7 +33,7 @@ struct counters {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS * PS_MAX_LISTENERS);
+	__uint(max_entries, PS_MAX_STACKS *PS_MAX_LISTENERS);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct ps_listener_key4);
 	__type(value, struct ps_target);
@@ -41,7 +41,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS * PS_MAX_LISTENERS);
+	__uint(max_entries, PS_MAX_STACKS *PS_MAX_LISTENERS);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct ps_listener_key6);
 	__type(value, struct ps_target);
@@ -49,7 +49,7 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS * PS_MAX_SNAT);
+	__uint(max_entries, PS_MAX_STACKS *PS_MAX_SNAT);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, uint32_t);
 	__type(value, struct ps_target);
@@ -61,7 +61,7 @@ struct address6 {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS * PS_MAX_SNAT);
+	__uint(max_entries, PS_MAX_STACKS *PS_MAX_SNAT);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct address6);
 	__type(value, struct ps_target);
@@ -105,10 +105,9 @@ struct {
 	__type(value, struct fragment);
 } fragments SEC(".maps");
 
-
 /* Stamps the frame for the bucket's owner and sends it there. */
-PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const struct ps_target *target,
-			    uint32_t bucket, uint32_t hash, uint32_t flags)
+PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const struct ps_target *target, uint32_t bucket,
+			    uint32_t hash, uint32_t flags)
 {
 	uint32_t at = target->offset + (bucket & target->mask), slot;
 	volatile uint64_t *word_at = bpf_map_lookup_elem(&words, &at);
@@ -119,7 +118,7 @@ PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const st
 
 	if (!word_at)
 		return XDP_ABORTED;
-	word = *word_at;	/* the only read */
+	word = *word_at; /* the only read */
 	slot = ps_word_slot(word);
 	if (!slot) {
 		count->value[PS_D_DROP_NO_OWNER]++;
@@ -180,41 +179,45 @@ PS_INLINE struct ps_target *snat_of(uint8_t family, const uint32_t address[4])
 PS_INLINE uint64_t hash_of(const struct ps_target *t, uint8_t family, const uint32_t source[4],
 			   const uint32_t destination[4], uint16_t sport, uint16_t dport, uint8_t protocol)
 {
-	return family == 4 ? ps_hash4(t->key0, t->key1, source[3], destination[3], sport, dport, protocol) :
-			     ps_hash6(t->key0, t->key1, source, destination, sport, dport, protocol);
+	return family == 4 ? ps_hash4(t->key0, t->key1, source[3], destination[3], sport, dport, protocol)
+			   : ps_hash6(t->key0, t->key1, source, destination, sport, dport, protocol);
 }
 
-/* Answers an echo request to a VIP where it came in. */
+PS_INLINE void checksum_change(uint16_t *check, uint16_t was, uint16_t is)
+{
+	uint32_t sum = (uint16_t) ~*check + (uint32_t)(uint16_t)~was + is; /* RFC 1624, equation 3 */
+
+	sum = (sum & 0xffff) + (sum >> 16);
+	sum = (sum & 0xffff) + (sum >> 16);
+	*check = (uint16_t)~sum;
+}
+
+/* An echo request to a VIP goes back as its reply. Headers with options or extensions: -1, nothing was changed. */
 PS_INLINE int echo_reply(struct xdp_md *ctx, const struct ps_packet *p)
 {
-	uint8_t *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end;
-	uint32_t l3 = p->l3 & 63, l4 = p->l4 & 255;
-	uint8_t *ip = data + l3, *icmp = data + l4, mac[6];
-	uint32_t sum;
+	uint8_t *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end, mac[6];
+	uint32_t l3 = p->l3 & 31;
+	uint8_t *ip = data + l3, *icmp;
+	uint16_t was;
 
-	if (data + 14 > end || ip + 40 > end || icmp + 8 > end) {
-		if (data + 14 > end || ip + 20 > end || icmp + 8 > end || p->family != 4)
-			return XDP_DROP;
-	}
-	__builtin_memcpy(mac, data, 6);
-	__builtin_memcpy(data, data + 6, 6);
-	__builtin_memcpy(data + 6, mac, 6);
 	if (p->family == 4) {
-		uint32_t address = *(uint32_t *)(ip + 12);
+		uint32_t address;
 
+		icmp = ip + 20;
+		if (data + 14 > end || icmp + 8 > end || ip[0] != 0x45)
+			return -1;
+		address = *(uint32_t *)(ip + 12);
 		*(uint32_t *)(ip + 12) = *(uint32_t *)(ip + 16);
 		*(uint32_t *)(ip + 16) = address;
-		sum = (uint16_t)~*(uint16_t *)(ip + 10) + (uint32_t)(uint16_t)~*(uint16_t *)(ip + 8);
+		was = *(uint16_t *)(ip + 8);
 		ip[8] = 64;
-		sum += *(uint16_t *)(ip + 8);
-		sum = (sum & 0xffff) + (sum >> 16);
-		sum = (sum & 0xffff) + (sum >> 16);
-		*(uint16_t *)(ip + 10) = (uint16_t)~sum;
-		sum = (uint16_t)~*(uint16_t *)(icmp + 2) + (uint32_t)(uint16_t)~*(uint16_t *)icmp;
+		checksum_change((uint16_t *)(ip + 10), was, *(uint16_t *)(ip + 8));
+		was = *(uint16_t *)icmp;
 		icmp[0] = 0;
 	} else {
-		if (ip + 40 > end)
-			return XDP_DROP;
+		icmp = ip + 40;
+		if (data + 14 > end || icmp + 8 > end || ip[6] != PS_ICMPV6)
+			return -1;
 		for (int i = 0; i < 4; i++) {
 			uint32_t word = *(uint32_t *)(ip + 8 + 4 * i);
 
@@ -222,13 +225,13 @@ PS_INLINE int echo_reply(struct xdp_md *ctx, const struct ps_packet *p)
 			*(uint32_t *)(ip + 24 + 4 * i) = word;
 		}
 		ip[7] = 64;
-		sum = (uint16_t)~*(uint16_t *)(icmp + 2) + (uint32_t)(uint16_t)~*(uint16_t *)icmp;
+		was = *(uint16_t *)icmp;
 		icmp[0] = 129;
 	}
-	sum += *(uint16_t *)icmp;
-	sum = (sum & 0xffff) + (sum >> 16);
-	sum = (sum & 0xffff) + (sum >> 16);
-	*(uint16_t *)(icmp + 2) = (uint16_t)~sum;
+	checksum_change((uint16_t *)(icmp + 2), was, *(uint16_t *)icmp);
+	__builtin_memcpy(mac, data, 6);
+	__builtin_memcpy(data, data + 6, 6);
+	__builtin_memcpy(data + 6, mac, 6);
 	return XDP_TX;
 }
 
@@ -259,8 +262,10 @@ NOINLINE int slow(struct xdp_md *ctx, int uplink)
 		 */
 		if (uplink || !listener_of(p.family, p.dst, 0, PS_ICMP))
 			goto pass;
+		if (echo_reply(ctx, &p) != XDP_TX)
+			goto pass;
 		count->value[PS_D_ECHO_REPLIED]++;
-		return echo_reply(ctx, &p);
+		return XDP_TX;
 	case PS_PKT_ICMP_ERROR:
 		/* Its embedded packet is one that we sent; else it is not about us. */
 		if (p.src[0] != p.outer_dst[0] || p.src[1] != p.outer_dst[1] || p.src[2] != p.outer_dst[2] ||
@@ -270,7 +275,8 @@ NOINLINE int slow(struct xdp_md *ctx, int uplink)
 		flags = PS_STAMP_ICMP;
 		if (target) {
 			hash = hash_of(target, p.family, p.dst, p.src, p.dport, p.sport, p.protocol);
-			return send_to_owner(ctx, count, target, (uint32_t)hash & target->mask, (uint32_t)(hash >> 32), flags);
+			return send_to_owner(ctx, count, target, (uint32_t)hash & target->mask, (uint32_t)(hash >> 32),
+					     flags);
 		}
 		target = snat_of(p.family, p.src);
 		if (!target)
@@ -278,10 +284,8 @@ NOINLINE int slow(struct xdp_md *ctx, int uplink)
 		bucket = PS_SWAP16(p.sport) & target->mask;
 		return send_to_owner(ctx, count, target, bucket, 0, flags | PS_STAMP_REPLY);
 	case PS_PKT_FLOW:
-	case PS_PKT_FRAGMENT:
-		break;
-	default:
-		goto pass;
+	case PS_PKT_FRAGMENT: break;
+	default: goto pass;
 	}
 	if (p.kind == PS_PKT_FRAGMENT || p.first_fragment) {
 		struct fragment *known, made = { 0 };
@@ -289,7 +293,8 @@ NOINLINE int slow(struct xdp_md *ctx, int uplink)
 		__builtin_memcpy(key.src, p.src, 16);
 		__builtin_memcpy(key.dst, p.dst, 16);
 		key.id = p.fragment_id;
-		key.protocol = p.protocol;
+		/* IPv6 identifies a packet without its protocol (RFC 8200, 4.5). */
+		key.protocol = p.family == 4 ? p.protocol : 0;
 		if (p.kind == PS_PKT_FRAGMENT) {
 			known = bpf_map_lookup_elem(&fragments, &key);
 			if (!known || known->expires_ns < bpf_ktime_get_ns()) {
@@ -322,8 +327,8 @@ NOINLINE int slow(struct xdp_md *ctx, int uplink)
 		bucket = PS_SWAP16(p.dport) & target->mask;
 		flags |= PS_STAMP_REPLY;
 	}
-	stamped = flags & PS_STAMP_FRAGMENT ? (uint32_t)PS_SWAP16(p.sport) << 16 | PS_SWAP16(p.dport) :
-					      (uint32_t)(hash >> 32);
+	stamped = flags & PS_STAMP_FRAGMENT ? (uint32_t)PS_SWAP16(p.sport) << 16 | PS_SWAP16(p.dport)
+					    : (uint32_t)(hash >> 32);
 	return send_to_owner(ctx, count, target, bucket, stamped, flags);
 pass:
 	count->value[uplink ? PS_D_PASSED : PS_D_DROP_NOT_OURS]++;
@@ -366,16 +371,10 @@ PS_INLINE int direct(struct xdp_md *ctx, int uplink)
 
 /* On ps1, behind the routed end: all that comes here was routed to one of our addresses. */
 SEC("xdp")
-int director_routed(struct xdp_md *ctx)
-{
-	return direct(ctx, 0);
-}
+int director_routed(struct xdp_md *ctx) { return direct(ctx, 0); }
 
 /* On an uplink, ahead of the kernel: what is not ours goes on untouched. */
 SEC("xdp")
-int director_uplink(struct xdp_md *ctx)
-{
-	return direct(ctx, 1);
-}
+int director_uplink(struct xdp_md *ctx) { return direct(ctx, 1); }
 
 char program_license[] SEC("license") = "Dual MIT/GPL";

@@ -29,7 +29,7 @@ struct {
 /* slot * PS_MAX_CPUS + CPU -> last fence whose egress marker came by */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, PS_MAX_SLOTS * PS_MAX_CPUS);
+	__uint(max_entries, PS_MAX_SLOTS *PS_MAX_CPUS);
 	__uint(map_flags, BPF_F_MMAPABLE);
 	__type(key, uint32_t);
 	__type(value, uint64_t);
@@ -106,9 +106,6 @@ int routed_ingress(struct __sk_buff *skb)
 
 /* A veth end takes what the other end sends back by XDP_TX (echo replies) only if it runs a program itself. */
 SEC("xdp")
-int routed_pass(struct xdp_md *ctx)
-{
-	return XDP_PASS;
-}
+int routed_pass(struct xdp_md *ctx) { return XDP_PASS; }
 
 char program_license[] SEC("license") = "Dual MIT/GPL";

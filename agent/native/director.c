@@ -30,7 +30,7 @@ struct ps_director {
 	int cpus;
 };
 
-static char last_line[256];	/* what libbpf said last */
+static char last_line[256]; /* what libbpf said last */
 
 static int remember(enum libbpf_print_level level, const char *format, va_list arguments)
 {
@@ -41,10 +41,7 @@ static int remember(enum libbpf_print_level level, const char *format, va_list a
 	return 0;
 }
 
-static int map_fd(struct bpf_object *o, const char *name)
-{
-	return bpf_object__find_map_fd_by_name(o, name);
-}
+static int map_fd(struct bpf_object *o, const char *name) { return bpf_object__find_map_fd_by_name(o, name); }
 
 static int mount_bpffs(const char *path, struct ps_error *e)
 {
@@ -73,7 +70,8 @@ static struct bpf_object *load(const char *objects, const char *file, const char
 		ps_fail(e, "%s: cannot open: %s", path, strerror(errno));
 		return NULL;
 	}
-	bpf_object__for_each_map(map, o) {
+	bpf_object__for_each_map(map, o)
+	{
 		if (!bpf_map__is_internal(map)) {
 			snprintf(path, sizeof(path), "%s%s", prefix, bpf_map__name(map));
 			bpf_map__set_pin_path(map, path);
@@ -82,7 +80,9 @@ static struct bpf_object *load(const char *objects, const char *file, const char
 	result = bpf_object__load(o);
 	if (result) {
 		if (result == -EPERM)
-			ps_fail(e, "%s: no permission to load BPF programs; run as root or with CAP_BPF and CAP_NET_ADMIN", file);
+			ps_fail(e,
+				"%s: no permission to load BPF programs; run as root or with CAP_BPF and CAP_NET_ADMIN",
+				file);
 		else
 			ps_fail(e, "%s: the kernel refused it: %s (%s)", file, strerror(-result), last_line);
 		bpf_object__close(o);
@@ -123,7 +123,8 @@ struct ps_director *ps_director_open(const char *objects, const char *pins, stru
 	d->host = d->director ? load(objects, "host.bpf.o", prefix, e) : NULL;
 	if (!d->host)
 		goto failed;
-	d->words = mmap(NULL, PS_TABLE_WORDS * 8ul, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd(d->director, "words"), 0);
+	d->words =
+		mmap(NULL, PS_TABLE_WORDS * 8ul, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd(d->director, "words"), 0);
 	d->egress = mmap(NULL, PS_MAX_SLOTS * PS_MAX_CPUS * 8ul, PROT_READ | PROT_WRITE, MAP_SHARED,
 			 map_fd(d->host, "egress"), 0);
 	if (d->words == MAP_FAILED || d->egress == MAP_FAILED) {
@@ -183,13 +184,16 @@ static int link_make(struct ps_director *d, int program, uint32_t ifindex, const
 	link_path(d, name, path, sizeof(path));
 	fd = bpf_obj_get(path);
 	if (fd >= 0) {
-		if (!bpf_obj_get_info_by_fd(fd, &info, &length) && info.xdp.ifindex == ifindex &&
-		    !bpf_link_update(fd, program, NULL)) {
-			close(fd);
-			return 0;
-		}
+		int same = !bpf_obj_get_info_by_fd(fd, &info, &length) && info.xdp.ifindex == ifindex;
+		int updated = same && !bpf_link_update(fd, program, NULL);
+		int why = errno;
+
 		close(fd);
-		link_remove(d, name);	/* its device is gone, or another one now */
+		if (updated)
+			return 0;
+		if (same) /* the old program goes on */
+			return ps_fail(e, "interface %u: cannot replace its XDP program: %s", ifindex, strerror(why));
+		link_remove(d, name); /* its device is gone, or another one now */
 	}
 	if_indextoname(ifindex, ifname);
 	fd = bpf_link_create(program, (int)ifindex, BPF_XDP, &options);
@@ -197,12 +201,15 @@ static int link_make(struct ps_director *d, int program, uint32_t ifindex, const
 		int why = errno;
 
 		if (!bpf_xdp_query_id((int)ifindex, 0, &other) && other)
-			return ps_fail(e, "interface %s: another XDP program (id %u) is attached; detach it first", ifname, other);
+			return ps_fail(e, "interface %s: another XDP program (id %u) is attached; detach it first",
+				       ifname, other);
 		if (why == EOPNOTSUPP)
-			return ps_fail(e, "interface %s: its driver has no native XDP; leave it out of --uplink", ifname);
+			return ps_fail(e, "interface %s: its driver has no native XDP; leave it out of --uplink",
+				       ifname);
 		if (why == ERANGE || why == EINVAL)
-			return ps_fail(e, "interface %s: its MTU or offloads do not allow XDP (%s); use an MTU up to 3498", ifname,
-				       strerror(why));
+			return ps_fail(e,
+				       "interface %s: its MTU or offloads do not allow XDP (%s); use an MTU up to 3498",
+				       ifname, strerror(why));
 		return ps_fail(e, "interface %s: cannot attach the XDP program: %s", ifname, strerror(why));
 	}
 	if (bpf_obj_pin(fd, path)) {
@@ -354,7 +361,8 @@ int ps_director_engine(struct ps_director *d, uint32_t slot, uint32_t ifindex, s
 	int result = ifindex ? bpf_map_update_elem(fd, &slot, &ifindex, BPF_ANY) : bpf_map_delete_elem(fd, &slot);
 
 	if (result && !(!ifindex && errno == ENOENT))
-		return ps_fail(e, "engine %u: cannot direct packets to interface %u: %s", slot, ifindex, strerror(errno));
+		return ps_fail(e, "engine %u: cannot direct packets to interface %u: %s", slot, ifindex,
+			       strerror(errno));
 	return 0;
 }
 
@@ -382,8 +390,8 @@ static int listener(struct ps_director *d, const uint8_t *address, uint16_t port
 
 	memcpy(&key4.address, address + 12, 4);
 	memcpy(key6.address, address, 16);
-	return is_v4(address) ? update(map_fd(d->director, "listeners4"), &key4, target, e, "listener") :
-				update(map_fd(d->director, "listeners6"), &key6, target, e, "listener");
+	return is_v4(address) ? update(map_fd(d->director, "listeners4"), &key4, target, e, "listener")
+			      : update(map_fd(d->director, "listeners6"), &key6, target, e, "listener");
 }
 
 /* Does any listener use this address still? */
@@ -397,8 +405,8 @@ static int address_used(struct ps_director *d, const uint8_t *address)
 	void *from = NULL;
 
 	while (!bpf_map_get_next_key(fd, from, &next)) {
-		if (v4 ? !memcmp(&next.v4.address, address + 12, 4) && next.v4.port :
-			 !memcmp(next.v6.address, address, 16) && next.v6.port)
+		if (v4 ? !memcmp(&next.v4.address, address + 12, 4) && next.v4.port
+		       : !memcmp(next.v6.address, address, 16) && next.v6.port)
 			return 1;
 		at = next;
 		from = &at;
@@ -417,11 +425,10 @@ int ps_director_listener(struct ps_director *d, const uint8_t *address, uint16_t
 	return address_used(d, address) ? 0 : listener(d, address, 0, 1, NULL, e);
 }
 
-int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct ps_target *target,
-		     struct ps_error *e)
+int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct ps_target *target, struct ps_error *e)
 {
-	return is_v4(address) ? update(map_fd(d->director, "snat4"), address + 12, target, e, "SNAT address") :
-				update(map_fd(d->director, "snat6"), address, target, e, "SNAT address");
+	return is_v4(address) ? update(map_fd(d->director, "snat4"), address + 12, target, e, "SNAT address")
+			      : update(map_fd(d->director, "snat6"), address, target, e, "SNAT address");
 }
 
 int ps_director_counters(struct ps_director *d, uint64_t *out, struct ps_error *e)

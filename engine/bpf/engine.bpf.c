@@ -28,8 +28,9 @@ int engine(struct xdp_md *ctx)
 	uint32_t zero = 0;
 	uint64_t *count;
 
-	if ((uint8_t *)(stamp + 1) <= data && stamp->magic == PS_STAMP_MAGIC)
-		return bpf_redirect_map(&queues, stamp->queue, XDP_DROP);
+	if ((uint8_t *)(stamp + 1) <= data && stamp->magic == PS_STAMP_MAGIC &&
+	    bpf_redirect_map(&queues, stamp->queue, XDP_DROP) == XDP_REDIRECT)
+		return XDP_REDIRECT;
 	if ((uint8_t *)(marker + 1) <= end && data[12] == PS_MARKER_ETHERTYPE >> 8 &&
 	    data[13] == (PS_MARKER_ETHERTYPE & 0xff) && marker->magic == PS_MARKER_MAGIC &&
 	    marker->kind == PS_MARKER_INGRESS)

@@ -19,7 +19,12 @@
 #ifdef __bpf__
 #define PS_LOAD(type, p) (*(const type *)(p))
 #else
-#define PS_LOAD(type, p) ({ type ps_value; __builtin_memcpy(&ps_value, (p), sizeof(type)); ps_value; })
+#define PS_LOAD(type, p)                                        \
+	({                                                      \
+		type ps_value;                                  \
+		__builtin_memcpy(&ps_value, (p), sizeof(type)); \
+		ps_value;                                       \
+	})
 #endif
 #define PS_LOAD16(p) PS_LOAD(uint16_t, p)
 #define PS_LOAD32(p) PS_LOAD(uint32_t, p)
@@ -28,18 +33,18 @@
 #define PS_SWAP16(x) ((uint16_t)((uint16_t)(x) << 8 | (uint16_t)(x) >> 8))
 
 enum ps_packet_kind {
-	PS_PKT_OTHER = 0,	/* nothing we handle: not IP, another protocol, ICMP that is neither error nor echo request */
-	PS_PKT_FLOW,		/* TCP or UDP with ports; may be a first fragment */
-	PS_PKT_FRAGMENT,	/* a later fragment: no ports */
-	PS_PKT_ICMP_ERROR,	/* about a TCP or UDP packet, whose tuple the fields hold */
-	PS_PKT_ECHO,		/* ICMP or ICMPv6 echo request */
-	PS_PKT_MALFORMED,	/* truncated, or lengths that contradict each other */
+	PS_PKT_OTHER = 0, /* nothing we handle: not IP, another protocol, ICMP that is neither error nor echo request */
+	PS_PKT_FLOW,	  /* TCP or UDP with ports; may be a first fragment */
+	PS_PKT_FRAGMENT,  /* a later fragment: no ports */
+	PS_PKT_ICMP_ERROR, /* about a TCP or UDP packet, whose tuple the fields hold */
+	PS_PKT_ECHO,	   /* ICMP or ICMPv6 echo request */
+	PS_PKT_MALFORMED,  /* truncated, or lengths that contradict each other */
 };
 
 enum ps_parse_limits {
 	PS_VLAN_TAGS = 2,
 #ifdef __bpf__
-	PS_EXTENSIONS = 2,	/* what the verifier can follow; more are not ours */
+	PS_EXTENSIONS = 2, /* what the verifier can follow; more are not ours */
 #else
 	PS_EXTENSIONS = 6,
 #endif
@@ -59,19 +64,19 @@ enum ps_protocol {
  */
 struct ps_packet {
 	/* always */
-	uint32_t src[4], dst[4];	/* ICMP_ERROR: of the embedded header */
-	uint8_t kind;		/* ps_packet_kind */
-	uint8_t family;		/* 4 or 6 */
-	uint8_t protocol;	/* FLOW, ICMP_ERROR (the embedded one): PS_TCP or PS_UDP; FRAGMENT: as announced */
-	uint8_t ttl;		/* hop limit, of the outer header */
-	uint8_t first_fragment;	/* 1: more fragments follow this one, at offset 0 */
-	uint8_t tcp_flags;	/* FLOW: TCP's flag byte; 0 for UDP */
-	uint16_t l3, l4;	/* l4: what follows the IP header and its extensions */
-	uint16_t end;		/* end of the IP packet, Ethernet padding excluded */
+	uint32_t src[4], dst[4]; /* ICMP_ERROR: of the embedded header */
+	uint8_t kind;		 /* ps_packet_kind */
+	uint8_t family;		 /* 4 or 6 */
+	uint8_t protocol;	 /* FLOW, ICMP_ERROR (the embedded one): PS_TCP or PS_UDP; FRAGMENT: as announced */
+	uint8_t ttl;		 /* hop limit, of the outer header */
+	uint8_t first_fragment;	 /* 1: more fragments follow this one, at offset 0 */
+	uint8_t tcp_flags;	 /* FLOW: TCP's flag byte; 0 for UDP */
+	uint16_t l3, l4;	 /* l4: what follows the IP header and its extensions */
+	uint16_t end;		 /* end of the IP packet, Ethernet padding excluded */
 	/* FLOW, ICMP_ERROR */
 	uint16_t sport, dport;
 	/* FRAGMENT, and first_fragment */
-	uint32_t fragment_id;	/* wire order; IPv4's 16 bits in the lower half */
+	uint32_t fragment_id; /* wire order; IPv4's 16 bits in the lower half */
 	/* ICMP_ERROR */
 	uint16_t inner_l3, inner_l4;
 	uint32_t outer_src[4], outer_dst[4];
@@ -81,7 +86,7 @@ PS_INLINE void ps_map4(uint32_t out[4], uint32_t address)
 {
 	out[0] = 0;
 	out[1] = 0;
-	out[2] = 0xffff0000;	/* ::ffff:a.b.c.d, loaded little-endian */
+	out[2] = 0xffff0000; /* ::ffff:a.b.c.d, loaded little-endian */
 	out[3] = address;
 }
 
@@ -166,8 +171,7 @@ PS_INLINE const uint8_t *ps_parse_extensions(const uint8_t *at, const uint8_t *d
 }
 
 /* The header embedded in an ICMP error, `room` bytes from `at` on. -> ps_packet_kind */
-PS_INLINE int ps_parse_embedded(const uint8_t *data, const uint8_t *at, const uint8_t *data_end,
-				struct ps_packet *p)
+PS_INLINE int ps_parse_embedded(const uint8_t *data, const uint8_t *at, const uint8_t *data_end, struct ps_packet *p)
 {
 	const uint8_t *l4;
 
