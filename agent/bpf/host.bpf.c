@@ -26,6 +26,17 @@ struct {
 	__type(value, struct routed);
 } routed SEC(".maps");
 
+struct host_counts {
+	uint64_t value[PS_H_COUNTERS];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, struct host_counts);
+} host_counters SEC(".maps");
+
 /* slot * PS_MAX_CPUS + CPU -> last fence whose egress marker came by */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -39,16 +50,21 @@ SEC("tc")
 int host_egress(struct __sk_buff *skb)
 {
 	struct bpf_fib_lookup fib = { .ifindex = skb->ingress_ifindex };
+	struct host_counts *count;
 	uint8_t *data, *end, *ip;
 	struct routed *r;
 	uint32_t zero = 0;
 	long result;
 
 	r = bpf_map_lookup_elem(&routed, &zero);
-	if (!r)
+	count = bpf_map_lookup_elem(&host_counters, &zero);
+	if (!r || !count)
 		return TC_ACT_SHOT;
-	if (skb->protocol == PS_SWAP16(PS_MARKER_ETHERTYPE))
+	count->value[PS_H_RECEIVED]++;
+	if (skb->protocol == PS_SWAP16(PS_MARKER_ETHERTYPE)) {
+		count->value[PS_H_MARKERS]++;
 		return bpf_redirect(r->ifindex, BPF_F_INGRESS);
+	}
 	data = (void *)(long)skb->data;
 	end = (void *)(long)skb->data_end;
 	ip = data + 14;
@@ -68,6 +84,7 @@ int host_egress(struct __sk_buff *skb)
 			fib.ipv6_dst[i] = *(uint32_t *)(ip + 24 + 4 * i);
 		}
 	} else {
+		count->value[PS_H_DROP_NOT_IP]++;
 		return TC_ACT_SHOT;
 	}
 	/* A lookup as for a packet that came in on the routed end: its forwarding settings are ours. */
@@ -76,10 +93,14 @@ int host_egress(struct __sk_buff *skb)
 	if (result == BPF_FIB_LKUP_RET_SUCCESS && fib.ifindex != r->ifindex) {
 		__builtin_memcpy(data, fib.dmac, 6);
 		__builtin_memcpy(data + 6, fib.smac, 6);
+		count->value[PS_H_FORWARDED]++;
 		return bpf_redirect(fib.ifindex, 0);
 	}
-	if (result == BPF_FIB_LKUP_RET_NO_NEIGH && fib.ifindex != r->ifindex)
+	if (result == BPF_FIB_LKUP_RET_NO_NEIGH && fib.ifindex != r->ifindex) {
+		count->value[PS_H_RESOLVED]++;
 		return bpf_redirect_neigh(fib.ifindex, 0, 0, 0);
+	}
+	count->value[PS_H_TO_KERNEL]++;
 	__builtin_memcpy(data, r->mac, 6);
 	return bpf_redirect(r->ifindex, BPF_F_INGRESS);
 }

@@ -431,19 +431,30 @@ int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct
 			      : update(map_fd(d->director, "snat6"), address, target, e, "SNAT address");
 }
 
-int ps_director_counters(struct ps_director *d, uint64_t *out, struct ps_error *e)
+/* The one per-CPU element of `map`, `n` counters, summed over CPUs. */
+static int read_counters(struct ps_director *d, int map, int n, uint64_t *out, struct ps_error *e)
 {
-	uint64_t *values = calloc((size_t)d->cpus, PS_D_COUNTERS * 8);
+	uint64_t *values = calloc((size_t)d->cpus, (size_t)n * 8);
 	uint32_t zero = 0;
 
-	if (!values || bpf_map_lookup_elem(map_fd(d->director, "counters"), &zero, values)) {
+	if (!values || bpf_map_lookup_elem(map, &zero, values)) {
 		free(values);
 		return ps_fail(e, "cannot read the director's counters: %s", strerror(errno));
 	}
-	for (int i = 0; i < PS_D_COUNTERS; i++)
-		out[i] = sum(d, values + i, PS_D_COUNTERS);
+	for (int i = 0; i < n; i++)
+		out[i] = sum(d, values + i, n);
 	free(values);
 	return 0;
+}
+
+int ps_director_counters(struct ps_director *d, uint64_t *out, struct ps_error *e)
+{
+	return read_counters(d, map_fd(d->director, "counters"), PS_D_COUNTERS, out, e);
+}
+
+int ps_host_counters(struct ps_director *d, uint64_t *out, struct ps_error *e)
+{
+	return read_counters(d, map_fd(d->host, "host_counters"), PS_H_COUNTERS, out, e);
 }
 
 int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t buckets, uint64_t *out,

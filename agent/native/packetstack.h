@@ -51,6 +51,8 @@ int ps_director_listener(struct ps_director *d, const uint8_t *address, uint16_t
 int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct ps_target *target, struct ps_error *e);
 int ps_director_counters(struct ps_director *d, uint64_t *out,
 			 struct ps_error *e); /* PS_D_COUNTERS, summed over CPUs */
+/* PS_H_COUNTERS, summed over CPUs */
+int ps_host_counters(struct ps_director *d, uint64_t *out, struct ps_error *e);
 int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t buckets, uint64_t *out,
 			       struct ps_error *e);
 

@@ -698,6 +698,7 @@ class Agent:
             kernel[name] = kernel.get(name, 0) + count
         return {
             "director": {n.removeprefix("drop_"): v for n, v in director.items() if n.startswith("drop_")},
+            "host": {n.removeprefix("drop_"): v for n, v in self.host_counters().items() if n.startswith("drop_")},
             "engine": engine,
             "kernel": kernel,
         }
@@ -708,6 +709,13 @@ class Agent:
         call(lib().ps_director_counters, self.director, out)
         names = abi.enum_names("ps_director_counter")
         return {names[i].removeprefix("PS_D_").lower(): int(out[i]) for i in range(len(out))}
+
+    def host_counters(self) -> dict[str, int]:
+        """What became of the engines' transmissions on this node."""
+        out = ffi.new("uint64_t[]", constant("PS_H_COUNTERS"))
+        call(lib().ps_host_counters, self.director, out)
+        names = abi.enum_names("ps_host_counter")
+        return {names[i].removeprefix("PS_H_").lower(): int(out[i]) for i in range(len(out))}
 
     def _backends(self, managed: Managed) -> list[dict[str, Any]]:
         stack = managed.stack

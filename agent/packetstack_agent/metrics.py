@@ -25,6 +25,12 @@ class AgentCollector(Collector):
         for name, count in agent.director_counters().items():
             director.add_metric([name], count)
         yield director
+        host = CounterMetricFamily(
+            "packetstack_host_packets", "Frames of engines by what became of them on the node", labels=["result"]
+        )
+        for name, count in agent.host_counters().items():
+            host.add_metric([name], count)
+        yield host
 
         engines = GaugeMetricFamily("packetstack_engines", "Engines by state", labels=["stack", "state"])
         replicas = GaugeMetricFamily("packetstack_desired_engines", "spec.replicas", labels=["stack"])
@@ -58,7 +64,7 @@ class AgentCollector(Collector):
             for b in status["status"]["backends"]:
                 backend.add_metric([name, f"{b['address']}|{b['port']}", str(b["healthy"]).lower()], b["flows"])
             for stage, reasons in status["status"]["drops"].items():
-                if stage != "director":
+                if stage not in ("director", "host"):
                     for reason, count in reasons.items():
                         drops.add_metric([name, stage, reason], count)
             for e in status["status"]["engines"]:

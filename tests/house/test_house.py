@@ -136,6 +136,7 @@ def drop_reasons() -> list[tuple[str, str]]:
     found = []
     for stage, enum, prefix in (
         ("director", "ps_director_counter", "PS_D_DROP_"),
+        ("host", "ps_host_counter", "PS_H_DROP_"),
         ("engine", "ps_counter", "PS_C_DROP_"),
     ):
         found += [
