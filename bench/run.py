@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, fields
 from pathlib import Path
 
+import director
 import handovers
 from rows import Row, Unavailable, yes
 
@@ -114,9 +115,16 @@ def planning(quick: bool) -> Iterator[Row]:
     yield Row("T8", "plan, 4096 buckets, up to 16 engines", round(statistics.median(times) * 1e3, 3), "ms")
 
 
+def director_cost(quick: bool) -> Iterator[Row]:
+    """T3, T4, T5a: the director alone, beside programs that do less."""
+    objects = (build("agent/director.bpf.o"), build("bench/bench_director.bpf.o"))
+    yield from director.director(build("bench/bench_director"), objects, quick)
+
+
 BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "memory": memory,
     "planning": planning,
+    "director": director_cost,
     "resizes": handovers.resizes,
     "moves": handovers.moves,
     "joining": handovers.joining,
