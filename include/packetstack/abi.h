@@ -125,53 +125,56 @@ enum ps_director_counter {
 	PS_D_COUNTERS
 };
 
-enum ps_host_counter {		      /* what engines transmitted, at the host side */
-		       PS_H_RECEIVED, /* frames */
-		       PS_H_MARKERS,
-		       PS_H_FORWARDED, /* next hop known, sent on */
-		       PS_H_RESOLVED,  /* sent on, the kernel resolves the next hop */
-		       PS_H_TO_KERNEL, /* left to the kernel: local processes, smaller MTU, no route */
-		       PS_H_DROP_NOT_IP,
-		       PS_H_COUNTERS
+/* What engines transmitted, at the host side */
+enum ps_host_counter {
+	PS_H_RECEIVED, /* frames */
+	PS_H_MARKERS,
+	PS_H_FORWARDED, /* next hop known, sent on */
+	PS_H_RESOLVED,	/* sent on, the kernel resolves the next hop */
+	PS_H_TO_KERNEL, /* left to the kernel: local processes, smaller MTU, no route */
+	PS_H_DROP_NOT_IP,
+	PS_H_COUNTERS
 };
 
 /* ---- engine file: one per engine, rings and queue objects -------------------------------------- */
 
-enum ps_counter {		  /* per core; frames unless said otherwise */
-		  PS_C_RECEIVED,  /* taken out of receive rings, markers excluded */
-		  PS_C_FORWARDED, /* put into transmit rings */
-		  PS_C_RECEIVED_BYTES,
-		  PS_C_FORWARDED_BYTES,
-		  PS_C_PARKED, /* put into a park ring (later also forwarded or dropped) */
-		  PS_C_UNPARKED,
-		  PS_C_LATE, /* stamped with an epoch that had been released: a fence was broken */
-		  PS_C_MARKERS,
-		  PS_C_FLOWS_CREATED,
-		  PS_C_FLOWS_ENDED,
-		  PS_C_FLOWS_RECYCLED, /* half-open or closing flows ended early to make room */
-		  PS_C_HANDOFFS,       /* queues acquired from another core */
-		  PS_C_SWEPT_SHARDS,
-		  PS_C_ICMP_TRANSLATED,
-		  PS_C_MSS_CLAMPED,
-		  PS_C_RESETS_SENT,
-		  PS_C_DROP_NO_STAMP,
-		  PS_C_DROP_MALFORMED,
-		  PS_C_DROP_BAD_CHECKSUM,
-		  PS_C_DROP_NO_LISTENER,
-		  PS_C_DROP_NO_BACKEND, /* the listener has no healthy backend */
-		  PS_C_DROP_NO_PORT,	/* all SNAT ports of the bucket are in use */
-		  PS_C_DROP_NO_FLOW,	/* TCP without state and without SYN, or a reply without a flow */
-		  PS_C_DROP_SHARD_FULL,
-		  PS_C_DROP_TTL,
-		  PS_C_DROP_PARK_FULL,
-		  PS_C_DROP_TX_FULL,
-		  PS_C_DROP_TOO_BIG,
-		  PS_C_DROP_NOT_OWNER, /* late and could not be handed on */
-		  PS_C_DROP_UNSUPPORTED,
-		  PS_COUNTERS
+/* Per core; frames unless said otherwise */
+enum ps_counter {
+	PS_C_RECEIVED,	/* taken out of receive rings, markers excluded */
+	PS_C_FORWARDED, /* put into transmit rings */
+	PS_C_RECEIVED_BYTES,
+	PS_C_FORWARDED_BYTES,
+	PS_C_PARKED, /* put into a park ring (later also forwarded or dropped) */
+	PS_C_UNPARKED,
+	PS_C_LATE, /* stamped with an epoch that had been released: a fence was broken */
+	PS_C_MARKERS,
+	PS_C_FLOWS_CREATED,
+	PS_C_FLOWS_ENDED,
+	PS_C_FLOWS_RECYCLED, /* half-open or closing flows ended early to make room */
+	PS_C_HANDOFFS,	     /* queues acquired from another core */
+	PS_C_SWEPT_SHARDS,
+	PS_C_ICMP_TRANSLATED,
+	PS_C_MSS_CLAMPED,
+	PS_C_RESETS_SENT,
+	PS_C_DROP_NO_STAMP,
+	PS_C_DROP_MALFORMED,
+	PS_C_DROP_BAD_CHECKSUM,
+	PS_C_DROP_NO_LISTENER,
+	PS_C_DROP_NO_BACKEND, /* the listener has no healthy backend */
+	PS_C_DROP_NO_PORT,    /* all SNAT ports of the bucket are in use */
+	PS_C_DROP_NO_FLOW,    /* TCP without state and without SYN, or a reply without a flow */
+	PS_C_DROP_SHARD_FULL,
+	PS_C_DROP_TTL,
+	PS_C_DROP_PARK_FULL,
+	PS_C_DROP_TX_FULL,
+	PS_C_DROP_TOO_BIG,
+	PS_C_DROP_NOT_OWNER, /* late and could not be handed on */
+	PS_C_DROP_UNSUPPORTED,
+	PS_COUNTERS
 };
 
-struct ps_core {	      /* written by its thread alone */
+/* Written by its thread alone */
+struct ps_core {
 	uint64_t heartbeat;   /* loop turns */
 	uint64_t busy_cycles; /* TSC spent in turns that handled frames */
 	uint64_t total_cycles;
@@ -213,7 +216,8 @@ struct ps_ring {
 	uint32_t pad1[15];
 };
 
-struct ps_descriptor { /* struct xdp_desc of linux/if_xdp.h */
+/* struct xdp_desc of linux/if_xdp.h */
+struct ps_descriptor {
 	uint64_t address;
 	uint32_t length;
 	uint32_t options;
@@ -290,7 +294,8 @@ enum ps_flow_flags {
 	PS_FLOW_LISTED = 16, /* on the shard's half-open or closed list */
 };
 
-struct ps_flow {	     /* 64 bytes, one cache line */
+/* 64 bytes, one cache line */
+struct ps_flow {
 	uint32_t version;    /* odd while being written */
 	uint32_t last_seen;  /* ticks of 1/PS_TICKS_PER_SECOND s */
 	uint32_t hash;	     /* upper half of the forward hash */
@@ -367,7 +372,8 @@ enum ps_listener_flags {
 	PS_LISTENER_CLIENT_IP = 1, /* sessionAffinity: ClientIP */
 };
 
-struct ps_listener { /* sorted by address, port, protocol (memcmp order) */
+/* Sorted by address, port, protocol (memcmp order) */
+struct ps_listener {
 	uint8_t address[16];
 	uint16_t port; /* wire order */
 	uint8_t protocol;

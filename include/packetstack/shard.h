@@ -19,7 +19,8 @@
 
 #define PS_BARRIER() __asm__ volatile("" ::: "memory")
 
-struct ps_key { /* a flow as its packets name it; wire order */
+/* A flow as its packets name it; wire order */
+struct ps_key {
 	uint8_t source[16], destination[16];
 	uint16_t sport, dport;
 	bool udp;
@@ -410,7 +411,7 @@ static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s
 				    const uint8_t *backend, uint16_t backend_port, bool udp)
 {
 	uint32_t n = ps_ports_per_bucket(a->buckets), first = ps_port_first(a->buckets);
-	struct ps_key k = {.sport = backend_port, .udp = udp};
+	struct ps_key k = { .sport = backend_port, .udp = udp };
 
 	memcpy(k.source, backend, 16);
 	memcpy(k.destination, a->address[snat].bytes, 16);
