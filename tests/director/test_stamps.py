@@ -1,0 +1,520 @@
+"""Packets through the director's program, one by one (BPF_PROG_TEST_RUN): what it does with each, and what it stamps.
+
+Frames are made here from scratch. The stamp is held against packetstack_core.hashing, the other implementation.
+"""
+
+import os
+import random
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Any
+
+import cffi
+import pytest
+
+from packetstack_core import abi
+from packetstack_core.hashing import flow_hash
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loading BPF programs needs root")
+
+LIBBPF = """
+struct bpf_object; struct bpf_program;
+struct bpf_object *bpf_object__open_file(const char *path, const void *opts);
+int bpf_object__load(struct bpf_object *o);
+void bpf_object__close(struct bpf_object *o);
+int bpf_object__find_map_fd_by_name(const struct bpf_object *o, const char *name);
+struct bpf_program *bpf_object__find_program_by_name(const struct bpf_object *o, const char *name);
+int bpf_program__fd(const struct bpf_program *p);
+int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
+int bpf_map_lookup_elem(int fd, const void *key, void *value);
+int libbpf_num_possible_cpus(void);
+struct bpf_test_run_opts {
+    size_t sz; const void *data_in; void *data_out; uint32_t data_size_in, data_size_out; const void *ctx_in;
+    void *ctx_out; uint32_t ctx_size_in, ctx_size_out, retval; int repeat; uint32_t duration, flags, cpu, batch_size;
+};
+int bpf_prog_test_run_opts(int fd, struct bpf_test_run_opts *o);
+"""
+ABORTED, DROP, PASS, TX, REDIRECT = range(5)
+TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
+REPLY, FRAGMENT, ICMP_FLAG = 1, 2, 4
+MAGIC = 0x50C5
+LOOPBACK = 1
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What the director knows of a stack."""
+
+    number: int
+    key0: int
+    key1: int
+    offset: int
+    buckets: int
+    vip: dict[int, str]
+    snat: dict[int, str]
+
+    def word(self, bucket: int) -> int:
+        """Each bucket has its own owner, so that a wrong bucket shows."""
+        return (1000 + bucket) << 32 | (1 + bucket % 3) << 22 | (bucket * 7 % 64) << 16 | (bucket % 64)
+
+    def stamp(self, bucket: int, flags: int, hash32: int) -> tuple[int, ...]:
+        word = self.word(bucket)
+        return MAGIC, flags, word >> 32, bucket, word >> 16 & 63, word & 63, hash32
+
+    def forward(self, family: int, source: str, sport: int, dport: int, protocol: int) -> tuple[int, int]:
+        """-> bucket, upper half of the hash"""
+        h = flow_hash(self.key0, self.key1, source, self.vip[family], sport, dport, protocol)
+        return h & (self.buckets - 1), h >> 32
+
+
+ONE = Stack(
+    0, 0x1122334455667788, 0x99AABBCCDDEEFF01, 0, 4096,
+    {4: "198.51.100.1", 6: "2001:db8:1::1"}, {4: "203.0.113.1", 6: "2001:db8:5::1"},
+)  # fmt: skip
+TWO = Stack(
+    1, 0xFEDCBA9876543210, 0x0F1E2D3C4B5A6978, 8192, 256,
+    {4: "198.51.100.2", 6: "2001:db8:1::2"}, {4: "203.0.113.2", 6: "2001:db8:5::2"},
+)  # fmt: skip
+CLIENT = {4: "192.0.2.77", 6: "2001:db8:9::77"}
+BACKEND = {4: "10.1.2.3", 6: "2001:db8:a::3"}
+
+
+@dataclass(frozen=True)
+class Result:
+    action: int
+    frame: bytes
+    stamp: tuple[int, ...] | None
+    counted: dict[str, int]
+
+
+class Director:
+    """The program and its maps, loaded for this test alone: nothing pinned, nothing attached."""
+
+    def __init__(self) -> None:
+        self.ffi = cffi.FFI()
+        self.ffi.cdef(LIBBPF)
+        self.bpf: Any = self.ffi.dlopen("libbpf.so.1")
+        self.object = self.bpf.bpf_object__open_file(str(abi.native("director.bpf.o")).encode(), self.ffi.NULL)
+        assert self.object != self.ffi.NULL
+        assert self.bpf.bpf_object__load(self.object) == 0
+        self.names = [n.removeprefix("PS_D_").lower() for n in abi.enum_names("ps_director_counter").values()][:-1]
+        for slot in (1, 2, 3):
+            self.put("engines", struct.pack("<I", slot), struct.pack("<I", LOOPBACK))
+        for stack in (ONE, TWO):
+            target = struct.pack("<QQIIII", stack.key0, stack.key1, stack.offset, stack.buckets - 1, stack.number, 0)
+            for family, vip in stack.vip.items():
+                for port, protocol in ((80, TCP), (53, UDP), (0, ICMP)):
+                    key = ip_address(vip).packed + struct.pack(">HBB", port, protocol, 0)
+                    self.put(f"listeners{family}", key, target)
+                self.put(f"snat{family}", ip_address(stack.snat[family]).packed, target)
+            for bucket in range(stack.buckets):
+                self.own(stack, bucket, stack.word(bucket))
+
+    def close(self) -> None:
+        self.bpf.bpf_object__close(self.object)
+
+    def _map(self, name: str) -> int:
+        fd = int(self.bpf.bpf_object__find_map_fd_by_name(self.object, name.encode()))
+        assert fd >= 0, name
+        return fd
+
+    def put(self, name: str, key: bytes, value: bytes) -> None:
+        assert self.bpf.bpf_map_update_elem(self._map(name), key, value, 0) == 0, name
+
+    def own(self, stack: Stack, bucket: int, word: int) -> None:
+        self.put("words", struct.pack("<I", stack.offset + bucket), struct.pack("<Q", word))
+
+    def per_cpu(self, name: str, index: int, words: int) -> list[int]:
+        cpus = self.bpf.libbpf_num_possible_cpus()
+        out = self.ffi.new("char[]", cpus * words * 8)
+        assert self.bpf.bpf_map_lookup_elem(self._map(name), struct.pack("<I", index), out) == 0
+        values = struct.unpack(f"<{cpus * words}Q", bytes(self.ffi.buffer(out)))
+        return [sum(values[i::words]) for i in range(words)]
+
+    def counters(self) -> dict[str, int]:
+        return dict(zip(self.names, self.per_cpu("counters", 0, len(self.names)), strict=True))
+
+    def run(self, frame: bytes, *, uplink: bool = False, metadata: bytes = b"") -> Result:
+        program = self.bpf.bpf_object__find_program_by_name(
+            self.object, b"director_uplink" if uplink else b"director_routed"
+        )
+        given = self.ffi.from_buffer(metadata + frame)
+        out = self.ffi.new("char[]", 4096)
+        context_in = self.ffi.new("uint32_t[6]", [len(metadata), len(metadata) + len(frame), 0, 0, 0, 0])
+        context = self.ffi.new("uint32_t[6]")
+        options = self.ffi.new("struct bpf_test_run_opts *")
+        options.sz = self.ffi.sizeof("struct bpf_test_run_opts")
+        options.data_in, options.data_size_in = given, len(metadata) + len(frame)
+        options.data_out, options.data_size_out = out, 4096
+        options.ctx_in, options.ctx_size_in = context_in, 24
+        options.ctx_out, options.ctx_size_out = context, 24
+        before = self.counters()
+        assert self.bpf.bpf_prog_test_run_opts(self.bpf.bpf_program__fd(program), options) == 0
+        after = self.counters()
+        counted = {name: after[name] - before[name] for name in self.names if after[name] != before[name]}
+        data = bytes(self.ffi.buffer(out, options.data_size_out))
+        size = context[0]
+        stamp = struct.unpack("<HHIHBBI", data[size - 16 : size]) if size == 16 else None
+        return Result(int(options.retval), data[size:], stamp, counted)
+
+
+@pytest.fixture(scope="module")
+def director() -> Iterator[Director]:
+    d = Director()
+    yield d
+    d.close()
+
+
+# ---- frames ------------------------------------------------------------------------------------------------
+
+
+def checksum(data: bytes) -> int:
+    data += b"\0" * (len(data) % 2)
+    total = sum(struct.unpack(f">{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def transport(protocol: int, sport: int, dport: int, payload: bytes = b"payload!") -> bytes:
+    if protocol == TCP:
+        return struct.pack(">HHIIBBHHH", sport, dport, 1, 2, 5 << 4, 2, 1000, 0, 0) + payload
+    return struct.pack(">HHHH", sport, dport, 8 + len(payload), 0) + payload
+
+
+def ip(
+    source: str,
+    destination: str,
+    protocol: int,
+    body: bytes,
+    *,
+    options: bytes = b"",
+    extensions: tuple[tuple[int, bytes], ...] = (),
+    ident: int = 0,
+    fragment: int | None = None,
+    ttl: int = 64,
+) -> bytes:
+    """`fragment`: the offset field as on the wire (IPv4: flags and offset; IPv6: offset << 3 | more)."""
+    src, dst = ip_address(source), ip_address(destination)
+    if src.version == 4:
+        head = struct.pack(
+            ">BBHHHBBH4s4s", 0x40 | (20 + len(options)) // 4, 0, 20 + len(options) + len(body), ident, fragment or 0, ttl,
+            protocol, 0, src.packed, dst.packed,
+        ) + options  # fmt: skip
+        head = head[:10] + struct.pack(">H", checksum(head)) + head[12:]
+        return head + body
+    chain = list(extensions)
+    if fragment is not None:
+        chain.append((44, struct.pack(">xxHI", fragment, ident)))
+    following = [kind for kind, _ in chain[1:]] + [protocol]
+    packed = b"".join(bytes([after]) + text[1:] for after, (_, text) in zip(following, chain, strict=False))
+    first = chain[0][0] if chain else protocol
+    return struct.pack(">IHBB16s16s", 6 << 28, len(packed + body), first, ttl, src.packed, dst.packed) + packed + body
+
+
+def options_header(length: int = 8) -> bytes:
+    """A hop-by-hop or destination options header full of padding."""
+    return bytes([0, length // 8 - 1]) + bytes(length - 2)
+
+
+def ethernet(packet: bytes, tags: tuple[int, ...] = ()) -> bytes:
+    kind = 0x0800 if packet[:1] and packet[0] >> 4 == 4 else 0x86DD
+    tagged = b"".join(struct.pack(">HH", tag, 100 + i) for i, tag in enumerate(tags))
+    return bytes.fromhex("020000000001020000000002") + tagged + struct.pack(">H", kind) + packet
+
+
+def icmp(family: int, kind: int, body: bytes, source: str, destination: str, code: int = 0) -> bytes:
+    message = struct.pack(">BBHI", kind, code, 0, 0) + body
+    pseudo = b""
+    if family == 6:
+        pseudo = (
+            ip_address(source).packed + ip_address(destination).packed + struct.pack(">IxxxB", len(message), ICMPV6)
+        )
+    message = message[:2] + struct.pack(">H", checksum(pseudo + message)) + message[4:]
+    return ip(source, destination, ICMP if family == 4 else ICMPV6, message)
+
+
+FAMILIES = pytest.mark.parametrize("family", [4, 6])
+PROTOCOLS = pytest.mark.parametrize(("protocol", "port"), [(TCP, 80), (UDP, 53)])
+
+
+# ---- forward and back --------------------------------------------------------------------------------------
+
+
+@FAMILIES
+@PROTOCOLS
+@pytest.mark.parametrize("stack", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("tags", [(), (0x8100,), (0x88A8, 0x8100)], ids=["untagged", "vlan", "qinq"])
+@pytest.mark.parametrize("uplink", [False, True], ids=["routed", "uplink"])
+def test_a_clients_packet_is_stamped_for_its_owner_and_left_as_it_is(
+    director: Director, family: int, protocol: int, port: int, stack: Stack, tags: tuple[int, ...], uplink: bool
+) -> None:
+    for sport in random.Random(port + family).sample(range(1, 65536), 20):
+        packet = ip(CLIENT[family], stack.vip[family], protocol, transport(protocol, sport, port))
+        frame = ethernet(packet, tags)
+        result = director.run(frame, uplink=uplink)
+        bucket, upper = stack.forward(family, CLIENT[family], sport, port, protocol)
+        assert result == Result(REDIRECT, frame, stack.stamp(bucket, 0, upper), {"received": 1, "forwarded": 1})
+
+
+@FAMILIES
+@PROTOCOLS
+@pytest.mark.parametrize("stack", [ONE, TWO], ids=["one", "two"])
+@pytest.mark.parametrize("tags", [(), (0x8100,)], ids=["untagged", "vlan"])
+def test_a_backends_packet_goes_to_the_bucket_in_its_port(
+    director: Director, family: int, protocol: int, port: int, stack: Stack, tags: tuple[int, ...]
+) -> None:
+    for snat_port in (4096, 4097, 12345, 65535):
+        frame = ethernet(ip(BACKEND[family], stack.snat[family], protocol, transport(protocol, port, snat_port)), tags)
+        result = director.run(frame)
+        bucket = snat_port & (stack.buckets - 1)
+        assert result == Result(REDIRECT, frame, stack.stamp(bucket, REPLY, 0), {"received": 1, "forwarded": 1})
+
+
+def test_packets_are_counted_per_bucket(director: Director) -> None:
+    bucket, _ = TWO.forward(4, CLIENT[4], 4242, 80, TCP)
+    before = director.per_cpu("bucket_packets", TWO.offset + bucket, 1)[0]
+    for _ in range(3):
+        director.run(ethernet(ip(CLIENT[4], TWO.vip[4], TCP, transport(TCP, 4242, 80))))
+    assert director.per_cpu("bucket_packets", TWO.offset + bucket, 1)[0] == before + 3
+
+
+@pytest.mark.parametrize("length", [4, 20, 40])
+def test_ipv4_options_do_not_matter(director: Director, length: int) -> None:
+    packet = ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 999, 80), options=b"\x01" * length)
+    result = director.run(ethernet(packet))
+    bucket, upper = ONE.forward(4, CLIENT[4], 999, 80, TCP)
+    assert (result.action, result.stamp) == (REDIRECT, ONE.stamp(bucket, 0, upper))
+
+
+CHAINS = {
+    "hop-by-hop": ((0, options_header()),),
+    "destination": ((60, options_header(24)),),
+    "two": ((0, options_header()), (60, options_header(64))),
+    "routing, done": ((43, bytes([0, 0, 0, 0]) + bytes(4)),),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS.keys())
+def test_ipv6_extension_headers_do_not_matter(director: Director, chain: tuple[tuple[int, bytes], ...]) -> None:
+    packet = ip(CLIENT[6], ONE.vip[6], UDP, transport(UDP, 999, 53), extensions=chain)
+    result = director.run(ethernet(packet))
+    bucket, upper = ONE.forward(6, CLIENT[6], 999, 53, UDP)
+    assert (result.action, result.stamp) == (REDIRECT, ONE.stamp(bucket, 0, upper))
+
+
+@pytest.mark.parametrize("size", [4, 8, 16, 32, 64])
+def test_metadata_that_a_frame_came_with_is_replaced(director: Director, size: int) -> None:
+    frame = ethernet(ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 5, 80)))
+    result = director.run(frame, metadata=b"\xee" * size)
+    bucket, upper = ONE.forward(4, CLIENT[4], 5, 80, TCP)
+    assert result == Result(REDIRECT, frame, ONE.stamp(bucket, 0, upper), {"received": 1, "forwarded": 1})
+
+
+# ---- fragments -----------------------------------------------------------------------------------------------
+
+
+@FAMILIES
+@pytest.mark.parametrize("reply", [False, True], ids=["client", "backend"])
+def test_later_fragments_follow_their_first(director: Director, family: int, reply: bool) -> None:
+    if reply:
+        source, destination, sport, dport = BACKEND[family], ONE.snat[family], 53, 5000
+        bucket, upper, flags = 5000 & 4095, 0, REPLY
+    else:
+        source, destination, sport, dport = CLIENT[family], ONE.vip[family], 3333, 53
+        bucket, upper = ONE.forward(family, source, sport, dport, UDP)
+        flags = 0
+    body = transport(UDP, sport, dport, bytes(100))
+    more, later = (0x2000, 13) if family == 4 else (1, 13 << 3)
+    ident = 700 + family + reply
+    first = ip(source, destination, UDP, body[:104], ident=ident, fragment=more)
+    last = ip(source, destination, UDP, body[104:] + bytes(4), ident=ident, fragment=later)
+    early = director.run(ethernet(last))
+    assert (early.action, early.stamp, early.counted) == (DROP, None, {"received": 1, "drop_fragment_early": 1})
+    assert director.run(ethernet(first)).stamp == ONE.stamp(bucket, flags, upper)
+    ports = sport << 16 | dport
+    assert director.run(ethernet(last)).stamp == ONE.stamp(bucket, flags | FRAGMENT, ports)
+    other = ip(source, destination, UDP, body[104:] + bytes(4), ident=ident + 10, fragment=later)
+    assert director.run(ethernet(other)).action == DROP
+
+
+def test_fragments_of_others_are_passed_on(director: Director) -> None:
+    frame = ethernet(ip(CLIENT[4], "192.0.2.200", UDP, bytes(16), ident=1, fragment=5))
+    assert director.run(frame, uplink=True).counted == {"received": 1, "passed": 1}
+
+
+# ---- ICMP ------------------------------------------------------------------------------------------------------
+
+ERRORS = [(4, 3), (4, 11), (4, 12), (6, 1), (6, 2), (6, 3), (6, 4)]
+ROUTER = {4: "192.0.2.254", 6: "2001:db8:9::fe"}
+
+
+@pytest.mark.parametrize(("family", "kind"), ERRORS)
+@PROTOCOLS
+def test_an_icmp_error_about_an_answer_to_a_client_follows_the_flow(
+    director: Director, family: int, kind: int, protocol: int, port: int
+) -> None:
+    for stack in (ONE, TWO):
+        ours = ip(stack.vip[family], CLIENT[family], protocol, transport(protocol, port, 2020)[:8])
+        frame = ethernet(icmp(family, kind, ours, ROUTER[family], stack.vip[family]))
+        bucket, upper = stack.forward(family, CLIENT[family], 2020, port, protocol)
+        result = director.run(frame)
+        assert result == Result(REDIRECT, frame, stack.stamp(bucket, ICMP_FLAG, upper), {"received": 1, "forwarded": 1})
+
+
+@pytest.mark.parametrize(("family", "kind"), ERRORS)
+@PROTOCOLS
+def test_an_icmp_error_about_a_packet_to_a_backend_follows_the_flow(
+    director: Director, family: int, kind: int, protocol: int, port: int
+) -> None:
+    for stack in (ONE, TWO):
+        ours = ip(stack.snat[family], BACKEND[family], protocol, transport(protocol, 23456, port))
+        frame = ethernet(icmp(family, kind, ours, ROUTER[family], stack.snat[family]))
+        bucket = 23456 & (stack.buckets - 1)
+        result = director.run(frame)
+        assert (result.action, result.stamp) == (REDIRECT, stack.stamp(bucket, ICMP_FLAG | REPLY, 0))
+
+
+@FAMILIES
+def test_an_icmp_error_that_quotes_a_packet_of_someone_else_is_not_ours(director: Director, family: int) -> None:
+    theirs = ip(BACKEND[family], CLIENT[family], TCP, transport(TCP, 80, 2020))
+    frame = ethernet(icmp(family, 3, theirs, ROUTER[family], ONE.vip[family]))
+    assert director.run(frame).counted == {"received": 1, "drop_not_ours": 1}
+    forged = ip(ONE.vip[family], CLIENT[family], TCP, transport(TCP, 80, 2020))
+    frame = ethernet(icmp(family, 3, forged, ROUTER[family], TWO.vip[family]))
+    assert director.run(frame, uplink=True).counted == {"received": 1, "passed": 1}
+
+
+@FAMILIES
+@pytest.mark.parametrize("tags", [(), (0x88A8, 0x8100)], ids=["untagged", "qinq"])
+def test_an_echo_request_to_a_virtual_address_is_answered(
+    director: Director, family: int, tags: tuple[int, ...]
+) -> None:
+    request, reply = (8, 0) if family == 4 else (128, 129)
+    asked = icmp(family, request, b"abcdefghijk", CLIENT[family], ONE.vip[family])
+    result = director.run(ethernet(asked, tags))
+    assert (result.action, result.counted) == (TX, {"received": 1, "echo_replied": 1})
+    answer = icmp(family, reply, b"abcdefghijk", ONE.vip[family], CLIENT[family])
+    frame = ethernet(answer, tags)
+    assert result.frame == frame[6:12] + frame[:6] + frame[12:]
+
+
+@FAMILIES
+def test_an_echo_request_is_left_to_the_kernel_on_an_uplink(director: Director, family: int) -> None:
+    asked = icmp(family, 8 if family == 4 else 128, b"abc", CLIENT[family], ONE.vip[family])
+    assert director.run(ethernet(asked), uplink=True).counted == {"received": 1, "passed": 1}
+
+
+def test_an_echo_request_behind_very_long_options_is_answered_right_or_not_at_all(director: Director) -> None:
+    for length in (8, 120, 192, 200, 256, 512):
+        message = icmp(6, 128, b"abc", CLIENT[6], ONE.vip[6])[40:]
+        frame = ethernet(ip(CLIENT[6], ONE.vip[6], ICMPV6, message, extensions=((60, options_header(length)),)))
+        result = director.run(frame)
+        if result.action == TX:
+            answer = icmp(6, 129, b"abc", ONE.vip[6], CLIENT[6])[40:]
+            assert result.frame[54 + length :] == answer, length
+        else:
+            assert result.frame == frame
+            assert result.counted == {"received": 1, "drop_not_ours": 1}
+    assert result.action == DROP
+
+
+# ---- what is not forwarded ---------------------------------------------------------------------------------------
+
+OTHERS = {
+    "another address": ip(CLIENT[4], "192.0.2.200", TCP, transport(TCP, 1, 80)),
+    "another port": ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 1, 81)),
+    "another protocol on the port": ip(CLIENT[4], ONE.vip[4], UDP, transport(UDP, 1, 80)),
+    "another address, v6": ip(CLIENT[6], "2001:db8:1::3", TCP, transport(TCP, 1, 80)),
+    "GRE": ip(CLIENT[4], ONE.vip[4], 47, bytes(20)),
+    "echo reply": icmp(4, 0, b"abc", CLIENT[4], ONE.vip[4]),
+    "echo to another": icmp(4, 8, b"abc", CLIENT[4], "192.0.2.200"),
+    "neighbour solicitation": icmp(6, 135, bytes(16), CLIENT[6], ONE.vip[6]),
+    "a route not yet at its end": ip(
+        CLIENT[6], ONE.vip[6], TCP, transport(TCP, 1, 80), extensions=((43, bytes([0, 2, 0, 1]) + bytes(20)),)
+    ),
+}
+
+
+@pytest.mark.parametrize("packet", OTHERS.values(), ids=OTHERS.keys())
+def test_what_is_not_ours_is_passed_on_untouched_or_dropped_on_the_pair(director: Director, packet: bytes) -> None:
+    frame = ethernet(packet)
+    assert director.run(frame, uplink=True) == Result(PASS, frame, None, {"received": 1, "passed": 1})
+    assert director.run(frame) == Result(DROP, frame, None, {"received": 1, "drop_not_ours": 1})
+
+
+def test_other_ethertypes_are_passed_on(director: Director) -> None:
+    for kind in (0x0806, 0x88B5, 0x8847, 0x0005):
+        frame = bytes(12) + struct.pack(">H", kind) + bytes(46)
+        assert director.run(frame, uplink=True).counted == {"received": 1, "passed": 1}
+
+
+def test_packets_of_a_bucket_without_owner_or_engine_are_dropped_by_name(director: Director) -> None:
+    frame = ethernet(ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 777, 80)))
+    bucket, _ = ONE.forward(4, CLIENT[4], 777, 80, TCP)
+    try:
+        director.own(ONE, bucket, 5 << 32)
+        assert director.run(frame).counted == {"received": 1, "drop_no_owner": 1}
+        director.own(ONE, bucket, 5 << 32 | 9 << 22)
+        assert director.run(frame).counted == {"received": 1, "drop_no_engine": 1}
+    finally:
+        director.own(ONE, bucket, ONE.word(bucket))
+    assert director.run(frame).action == REDIRECT
+
+
+WHOLE = {
+    "tcp": (ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 1, 80, b"")), 34),
+    "udp6": (ip(CLIENT[6], ONE.vip[6], UDP, transport(UDP, 1, 53, b"")), 54),
+    "options": (ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 1, 80, b""), options=b"\x01" * 12), 46),
+    "extensions": (ip(CLIENT[6], ONE.vip[6], TCP, transport(TCP, 1, 80, b""), extensions=CHAINS["two"]), 126),
+    "icmp": (icmp(4, 3, ip(ONE.vip[4], CLIENT[4], TCP, transport(TCP, 80, 1)[:8]), ROUTER[4], ONE.vip[4]), 0),
+    "icmp6": (icmp(6, 1, ip(ONE.vip[6], CLIENT[6], TCP, transport(TCP, 80, 1)[:8]), ROUTER[6], ONE.vip[6]), 0),
+    "echo": (icmp(4, 8, b"", CLIENT[4], ONE.vip[4]), 0),
+    "echo6": (icmp(6, 128, b"", CLIENT[6], ONE.vip[6]), 0),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("tags", [(), (0x8100,), (0x88A8, 0x8100)], ids=["untagged", "vlan", "qinq"])
+def test_a_packet_cut_off_anywhere_is_never_forwarded_without_its_ports(
+    director: Director, name: str, tags: tuple[int, ...]
+) -> None:
+    packet, transport_at = WHOLE[name]
+    frame = ethernet(packet, tags)
+    assert director.run(frame).action in (REDIRECT, TX)
+    for length in range(14, len(frame)):
+        for uplink in (False, True):
+            result = director.run(frame[:length], uplink=uplink)
+            # The engine checks what is behind the ports of a plain IPv4 packet; here its header is enough.
+            if result.action == REDIRECT:
+                assert name == "tcp"
+                assert length >= transport_at + 8
+                continue
+            assert result.action == (PASS if uplink else DROP), length
+            assert (result.frame, result.stamp) == (frame[:length], None)
+            assert len(result.counted) == 2
+
+
+def test_ethernet_padding_is_no_part_of_the_packet(director: Director) -> None:
+    packet = icmp(4, 3, ip(ONE.vip[4], CLIENT[4], TCP, transport(TCP, 80, 1)[:7]), ROUTER[4], ONE.vip[4])
+    assert director.run(ethernet(packet) + b"\1" * 16).action == DROP
+
+
+def test_every_frame_is_counted_once_whatever_is_in_it(director: Director) -> None:
+    chooser = random.Random(7)
+    packets = [packet for packet, _ in WHOLE.values()] + list(OTHERS.values())
+    before = director.counters()
+    rounds = 4000
+    for _ in range(rounds):
+        frame = bytearray(ethernet(chooser.choice(packets), chooser.choice([(), (0x8100,), (0x88A8, 0x8100)])))
+        for _ in range(chooser.choice([0, 1, 1, 2, 8])):
+            frame[chooser.randrange(len(frame))] = chooser.choice([0, 1, 255, chooser.randrange(256)])
+        result = director.run(bytes(frame[: chooser.randrange(14, len(frame) + 1)]), uplink=chooser.random() < 0.5)
+        assert result.action in (DROP, PASS, TX, REDIRECT)
+        assert (result.stamp is not None) == (result.action == REDIRECT)
+        assert sum(result.counted.values()) == 2, result
+    after = director.counters()
+    got = {name: after[name] - before[name] for name in after}
+    assert got.pop("received") == rounds == sum(got.values())
