@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.record = Record()
+        self._saving = threading.Lock()
         self.owner = f"packetstack {self.path}"
         with suppress(FileNotFoundError):
             self.record = Record(**json.loads(self._file.read_text()))
@@ -72,11 +74,13 @@ class RunDirectory:
         return f"pkst-{mark}{stack}-{slot}"
 
     def save(self) -> None:
-        """Write the record, whole or not at all."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        fresh = self._file.with_suffix(".new")
-        fresh.write_text(json.dumps(vars(self.record), indent=1))
-        fresh.replace(self._file)
+        """Write the record, whole or not at all. Called by the event loop and by worker threads."""
+        with self._saving:
+            self.path.mkdir(parents=True, exist_ok=True)
+            fresh = self._file.with_suffix(".new")
+            # Without indent: then the encoder is C, and no other thread changes the record meanwhile.
+            fresh.write_text(json.dumps(vars(self.record)))
+            fresh.replace(self._file)
 
     def next_slot(self) -> int:
         """A slot that was not used for the longest time: packets may still carry an old one."""

@@ -1,5 +1,6 @@
 """The agent's socket as the CLI sees it, and starting an agent in the background."""
 
+import fcntl
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ from typing import Any
 
 DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
 START_SECONDS = 20
+STOP_SECONDS = 60
 
 
 class CliError(Exception):
@@ -58,8 +60,11 @@ class Client:
             return False
         return True
 
-    def start_agent(self, metrics_listen: str | None) -> None:
-        """Start an agent in the background and wait until it answers; CliError with its last line if it does not."""
+    def start_agent(self, metrics_listen: str | None) -> bool:
+        """Start an agent in the background and wait until it answers; CliError with its last line if it does not.
+
+        Returns False if somebody else has started one at the same time: then it is theirs.
+        """
         if os.geteuid() != 0:
             raise CliError("packetstack up: needs root: it loads BPF programs and makes network namespaces")
         self.run_directory.mkdir(parents=True, exist_ok=True)
@@ -67,31 +72,40 @@ class Client:
         command = [*agent_command(), "--run-dir", str(self.run_directory)]
         if metrics_listen:
             command += ["--metrics-listen", metrics_listen]
-        with log.open("wb") as output:
+        with log.open("ab") as output:
             agent = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/"
             )
         deadline = time.monotonic() + START_SECONDS
         while not self.alive():
-            if agent.poll() is not None or time.monotonic() > deadline:
+            ended = agent.poll() is not None and not self._running()
+            if ended or time.monotonic() > deadline:
                 said = log.read_text(errors="replace").strip().splitlines()
                 self._forget()
                 raise CliError(said[-1] if said else f"the agent did not start; see {log}")
             time.sleep(0.05)
+        return agent.poll() is None
 
     def stop_agent(self) -> None:
         """Tell the agent to remove everything and end; wait until it has."""
-        try:
-            pid = int((self.run_directory / "agent.pid").read_text())
-        except (OSError, ValueError):
-            pid = 0
         self.call("stop")
-        deadline = time.monotonic() + START_SECONDS
-        while pid and _running(pid) and time.monotonic() < deadline:
+        deadline = time.monotonic() + STOP_SECONDS
+        while self._running():
+            if time.monotonic() > deadline:
+                raise CliError(f"the agent does not end; see {self.run_directory / 'agent.log'}")
             time.sleep(0.02)
-        if pid and _running(pid):
-            raise CliError(f"the agent (process {pid}) does not end; see {self.run_directory / 'agent.log'}")
         self._forget()
+
+    def _running(self) -> bool:
+        """Whether a process is the agent of this directory: it holds a lock on its file."""
+        try:
+            with (self.run_directory / "agent.pid").open() as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     def clean(self) -> str:
         """Remove what a dead agent left."""
@@ -112,13 +126,6 @@ class Client:
             (self.run_directory / "agent.log").unlink(missing_ok=True)
             with suppress(OSError):
                 self.run_directory.rmdir()
-
-
-def _running(pid: int) -> bool:
-    try:
-        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
 
 
 def agent_command() -> list[str]:

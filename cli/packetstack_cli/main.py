@@ -91,9 +91,7 @@ def up(
 ) -> None:
     """Make the stacks of FILES run; start the agent if there is none. Repeating it changes nothing."""
     wanted = [stack for file in files for stack in _load(file)]
-    started = not client.alive()
-    if started:
-        client.start_agent(metrics_listen)
+    started = not client.alive() and client.start_agent(metrics_listen)
     try:
         for result in client.call("apply", documents=[s.document() for s in wanted], uplinks=list(uplinks)):
             click.echo(f"stack {result['stack']}: {result['result']}")

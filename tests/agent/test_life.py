@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,37 @@ def test_down_leaves_nothing_after_a_crash(node: Node, clean: dict[str, Any], vi
         eventually(lambda: not Path(f"/proc/{agent}/exe").exists() or not node.client.alive())
     if "engine" in victims:
         os.kill(engines[0]["pid"], signal.SIGKILL)
-    assert node.curl() in BACKENDS, "engines serve without their agent"
+    if victims != ("agent", "engine"):
+        assert node.curl() in BACKENDS, "engines serve without their agent, and come back with it"
     if "agent" in victims:
         assert "packetstack down" in node.refused("up", str(node.lab.directory / "stack.yaml"))
     node.lab.packetstack("down")
     assert not differences(clean, node.traces())
+
+
+@pytest.mark.parametrize("pause_seconds", [0.0, 0.06, 0.12, 0.2])
+@pytest.mark.parametrize("crash", [False, True], ids=["stopped", "killed"])
+def test_down_leaves_nothing_of_engines_that_are_being_made(
+    node: Node, clean: dict[str, Any], pause_seconds: float, crash: bool
+) -> None:
+    node.up(stack(replicas=1))
+    node.client.call("scale", name="web", replicas=4)
+    time.sleep(pause_seconds)
+    if crash:
+        os.kill(int((node.lab.run_directory / "agent.pid").read_text()), signal.SIGKILL)
+    node.lab.packetstack("down", "--yes")
+    assert not differences(clean, node.traces())
+
+
+def test_two_ups_at_once_start_one_agent(node: Node, clean: dict[str, Any]) -> None:
+    file = node.lab.directory / "stack.yaml"
+    file.write_text(json.dumps(stack()))
+    line = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), "up", str(file)]
+    both = [node.lab.start("node", *line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    for command in both:
+        out, error = command.communicate(timeout=30)
+        assert (command.returncode, error) == (0, ""), out
+    assert node.curl() in BACKENDS
 
 
 def test_up_again_changes_nothing(node: Node, clean: dict[str, Any]) -> None:
