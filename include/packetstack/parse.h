@@ -44,7 +44,7 @@ enum ps_packet_kind {
 enum ps_parse_limits {
 	PS_VLAN_TAGS = 2,
 #ifdef __bpf__
-	PS_EXTENSIONS = 2, /* what the verifier can follow; more are not ours */
+	PS_EXTENSIONS = 4, /* what the verifier can follow; each more doubles its work. Longer chains are not ours */
 #else
 	PS_EXTENSIONS = 6,
 #endif

@@ -293,6 +293,7 @@ CHAINS = {
     "hop-by-hop": ((0, options_header()),),
     "destination": ((60, options_header(24)),),
     "two": ((0, options_header()), (60, options_header(64))),
+    "four": ((0, options_header()), (60, options_header()), (43, bytes(8)), (60, options_header(2048))),
     "routing, done": ((43, bytes([0, 0, 0, 0]) + bytes(4)),),
 }
 
