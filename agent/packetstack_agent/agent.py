@@ -37,7 +37,7 @@ from packetstack_core.reconciling import (
 from packetstack_core.resources import Network, PacketStack
 
 TICK_SECONDS = 1.0
-LOOK_SECONDS = 2.0
+LOOK_SECONDS = 5.0
 """How often routes and programs are looked after when nothing tells that they changed."""
 BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 EVENTS = 1000
@@ -253,17 +253,11 @@ class Agent:
         gone = {(li.address, li.port, li.protocol) for li in old.spec.listeners}
         gone -= {(li.address, li.port, li.protocol) for li in resource.spec.listeners}
         async with managed.busy:
-            managed.stack.resource = resource
-            self.run.record.documents[resource.name] = resource.document()
-            self.run.save()
-            self._watch_backends()
-            managed.stack.healthy = self.prober.healthy()
-            if (old.spec.listeners, old.spec.snat, old.spec.flow_table, old.spec.unknown_flow) != (
-                resource.spec.listeners, resource.spec.snat, resource.spec.flow_table, resource.spec.unknown_flow,
-            ):  # fmt: skip
-                await managed.stack.configure(list(managed.engines.values()))
-                managed.stack.direct()
-                await self._routes()
+            try:
+                await self._become(managed, resource)
+            except BaseException:
+                await self._become(managed, old)
+                raise
         managed.settled = False
         managed.changed.set()
         self.event(resource.name, "Changed", "the resource was changed")
@@ -271,6 +265,19 @@ class Agent:
             names = ", ".join(f"{protocol} {address} port {port}" for address, port, protocol in sorted(gone, key=str))
             return f"flows of the removed listener {names} end"
         return ""
+
+    async def _become(self, managed: Managed, resource: PacketStack) -> None:
+        old, managed.stack.resource = managed.stack.resource, resource
+        self.run.record.documents[resource.name] = resource.document()
+        self.run.save()
+        self._watch_backends()
+        managed.stack.healthy = self.prober.healthy()
+        if (old.spec.listeners, old.spec.snat, old.spec.flow_table, old.spec.unknown_flow) != (
+            resource.spec.listeners, resource.spec.snat, resource.spec.flow_table, resource.spec.unknown_flow,
+        ):  # fmt: skip
+            await managed.stack.configure(list(managed.engines.values()))
+            managed.stack.direct()
+            await self._routes()
 
     async def _routes(self) -> None:
         async with self._node:

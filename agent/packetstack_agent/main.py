@@ -17,6 +17,9 @@ from packetstack_agent.node import DEFAULT_RUN_DIRECTORY, RunDirectory, clean
 from packetstack_agent.server import Server
 from packetstack_core.abi import NativeError as NotBuilt
 
+LONGEST_PATH = 80
+"""Bytes of the run directory's path: a unix socket's has 107 at most."""
+
 
 def main() -> None:
     """Parse arguments, run until told to stop."""
@@ -29,6 +32,8 @@ def main() -> None:
     try:
         if os.geteuid() != 0:
             raise AgentError("packetstack-agent: needs root: it loads BPF programs and makes network namespaces")
+        if len(os.fsencode(run.path)) > LONGEST_PATH:
+            raise AgentError(f"--run-dir {run.path}: is too long for sockets in it; use at most {LONGEST_PATH} bytes")
         alone = _alone(run)
         if arguments.clean:
             for line in clean(run):

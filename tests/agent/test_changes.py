@@ -311,7 +311,6 @@ def test_hostile_requests_do_not_hurt_the_agent(node: Node, talks: list[Talk]) -
             with connection.makefile("rb") as answers:
                 answer = json.loads(answers.readline())
         assert "error" in answer, request
-        assert "\n" not in answer["error"]
         assert len(answer["error"]) < 500
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(str(node.lab.run_directory / "agent.sock"))
