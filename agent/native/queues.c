@@ -51,7 +51,7 @@ static void *netns_thread(void *argument)
 
 int ps_in_netns(int netns, int (*work)(void *), void *argument, struct ps_error *e)
 {
-	struct netns_call c = {netns, -1, work, argument, e};
+	struct netns_call c = { netns, -1, work, argument, e };
 	pthread_t thread;
 
 	if (netns < 0)
@@ -73,7 +73,7 @@ struct packet_call {
 static int packet_socket(void *argument)
 {
 	struct packet_call *c = argument;
-	struct sockaddr_ll address = {.sll_family = AF_PACKET};
+	struct sockaddr_ll address = { .sll_family = AF_PACKET };
 	int fd = socket(AF_PACKET, SOCK_RAW | SOCK_CLOEXEC, 0); /* protocol 0: sends only */
 	int one = 1;
 
@@ -92,7 +92,7 @@ static int packet_socket(void *argument)
 
 int ps_packet_socket(int netns, uint32_t ifindex, struct ps_error *e)
 {
-	struct packet_call c = {ifindex, NULL, e};
+	struct packet_call c = { ifindex, NULL, e };
 
 	return ps_in_netns(netns, packet_socket, &c, e);
 }
@@ -121,7 +121,7 @@ static int bind_socket(int fd, const struct sockaddr_xdp *address)
 {
 	/* An earlier socket on this queue may still be going away in the kernel: 30 to 40 ms. */
 	for (int i = 0; i < 50; i++) {
-		struct timespec pause = {0, 10000000};
+		struct timespec pause = { 0, 10000000 };
 
 		if (!bind(fd, (const struct sockaddr *)address, sizeof(*address)))
 			return 0;
@@ -137,12 +137,12 @@ static int create_sockets(void *argument)
 	struct create_call *c = argument;
 	struct ps_engine *n = c->engine;
 	struct ps_error *e = c->e;
-	struct xdp_umem_reg umem = {.chunk_size = PS_FRAME_BYTES};
-	struct sockaddr_xdp address = {.sxdp_family = AF_XDP};
+	struct xdp_umem_reg umem = { .chunk_size = PS_FRAME_BYTES };
+	struct sockaddr_xdp address = { .sxdp_family = AF_XDP };
 	struct xdp_mmap_offsets offsets;
 	socklen_t length = sizeof(offsets);
 	uint64_t bytes = (uint64_t)n->frames * PS_FRAME_BYTES, *slots;
-	struct packet_call packet = {0, c->ifname, e};
+	struct packet_call packet = { 0, c->ifname, e };
 	uint32_t *producer;
 	int buffer = 64 << 20;
 	uint8_t *at;
@@ -202,7 +202,7 @@ static int create_sockets(void *argument)
 
 void ps_queues_close(struct ps_queue_fds *fds)
 {
-	int *all[] = {&fds->engine, &fds->umem, &fds->egress};
+	int *all[] = { &fds->engine, &fds->umem, &fds->egress };
 
 	for (int i = 0; i < 3; i++) {
 		if (*all[i] >= 0)
@@ -226,9 +226,9 @@ static int is_ring_size(uint32_t n) { return n >= 64 && n <= 65536 && !(n & (n -
 int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap, const struct ps_queue_options *o,
 		     struct ps_queue_fds *out, struct ps_error *e)
 {
-	struct rlimit unlimited = {RLIM_INFINITY, RLIM_INFINITY};
-	struct ps_engine layout = {.layout = PS_LAYOUT_VERSION}, *n;
-	struct create_call c = {ifname, xskmap, o, out, NULL, e};
+	struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
+	struct ps_engine layout = { .layout = PS_LAYOUT_VERSION }, *n;
+	struct create_call c = { ifname, xskmap, o, out, NULL, e };
 
 	memset(out, 0xff, sizeof(*out));
 	if (o->queues < 1 || o->queues > PS_MAX_QUEUES || o->cores < 1 || o->cores > PS_MAX_CORES || o->slot < 1 ||
@@ -300,7 +300,7 @@ failed:
 
 int ps_queue_statistics(int socket, uint64_t *out, struct ps_error *e)
 {
-	struct xdp_statistics s = {0};
+	struct xdp_statistics s = { 0 };
 	socklen_t length = sizeof(s);
 
 	if (getsockopt(socket, SOL_XDP, XDP_STATISTICS, &s, &length))

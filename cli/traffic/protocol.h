@@ -42,20 +42,20 @@ struct answer {
 
 enum datagram_kind {
 	DATAGRAM_DATA = 1,
-	DATAGRAM_SUMMARY = 2,	/* asks for the server's counters; is not counted itself */
+	DATAGRAM_SUMMARY = 2, /* asks for the server's counters; is not counted itself */
 };
 
 /* The server sends it back with its own counters of the flow filled in. */
 struct datagram {
 	uint32_t magic;
 	uint32_t kind;
-	uint64_t run;		/* one run of the client: flow numbers start again with each */
+	uint64_t run; /* one run of the client: flow numbers start again with each */
 	uint32_t flow;
-	uint32_t reordered;	/* server: data that came after data with a higher sequence */
-	uint64_t sequence;	/* from 1 */
-	uint64_t sent_ns;	/* CLOCK_MONOTONIC of the client */
-	uint64_t arrival;	/* server: data received so far, this one included, without duplicates */
-	uint32_t duplicates;	/* server */
+	uint32_t reordered;  /* server: data that came after data with a higher sequence */
+	uint64_t sequence;   /* from 1 */
+	uint64_t sent_ns;    /* CLOCK_MONOTONIC of the client */
+	uint64_t arrival;    /* server: data received so far, this one included, without duplicates */
+	uint32_t duplicates; /* server */
 	uint32_t zero;
 };
 
@@ -122,7 +122,7 @@ static inline socklen_t endpoint_length(const union endpoint *endpoint)
 /* "192.0.2.1:80", "[2001:db8::1]:80"; without a port when `port` is 0. Exits on anything else. */
 static inline union endpoint endpoint_parse(const char *text, int port)
 {
-	union endpoint endpoint = {0};
+	union endpoint endpoint = { 0 };
 	char address[64];
 	const char *end = text + strlen(text), *colon = port ? strrchr(text, ':') : NULL;
 	long number = 0;
@@ -170,19 +170,18 @@ static inline double processor_seconds(void)
 	struct rusage usage;
 
 	getrusage(RUSAGE_SELF, &usage);
-	return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec +
-	       (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
+	return usage.ru_utime.tv_sec + usage.ru_stime.tv_sec + (usage.ru_utime.tv_usec + usage.ru_stime.tv_usec) / 1e6;
 }
 
 /* Datagrams that the socket had no room for. */
 static inline uint32_t socket_drops(int fd)
 {
-	uint32_t info[16] = {0};
+	uint32_t info[16] = { 0 };
 	socklen_t length = sizeof(info);
 
 	if (getsockopt(fd, SOL_SOCKET, 55 /* SO_MEMINFO */, info, &length))
 		return 0;
-	return info[8];		/* SK_MEMINFO_DROPS of linux/sock_diag.h */
+	return info[8]; /* SK_MEMINFO_DROPS of linux/sock_diag.h */
 }
 
 /* Descriptors for `least` sockets, or the reason why not; for `most` if that can be had. */

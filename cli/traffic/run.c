@@ -18,9 +18,9 @@ enum {
 	MAX_ENDPOINTS = 64,
 	MAX_SOURCES = 256,
 	CHUNK = 65536,
-	WHEEL = 8192,		/* slots of 1 ms; what is due later goes round */
+	WHEEL = 8192, /* slots of 1 ms; what is due later goes round */
 	KEPT_BREAKAGES = 50,
-	BINS = 64 * 16,		/* latencies: 16 bins for each power of two of nanoseconds */
+	BINS = 64 * 16, /* latencies: 16 bins for each power of two of nanoseconds */
 };
 
 static const uint64_t MS = 1000000;
@@ -29,7 +29,7 @@ enum kind { LONG, SHORT, FLOW, TICK, SIGNALS, INPUT };
 enum state { UNUSED, CONNECTING, IDLE, WAITING, BROKEN, CLOSED };
 enum breakage { RESET, TIMEOUT, WRONG, HUNG_UP, REFUSED, BREAKAGES };
 
-static const char *const breakage_names[] = {"reset", "timeout", "wrong", "closed", "refused"};
+static const char *const breakage_names[] = { "reset", "timeout", "wrong", "closed", "refused" };
 
 /* A TCP connection or a UDP flow. */
 struct item {
@@ -37,14 +37,14 @@ struct item {
 	enum state state;
 	int fd;
 	uint32_t number;
-	uint64_t due;		/* when its next turn is, ns */
-	uint64_t since;		/* when the request in progress was due, or connecting began */
-	uint64_t asked;		/* when it was sent */
+	uint64_t due;	/* when its next turn is, ns */
+	uint64_t since; /* when the request in progress was due, or connecting began */
+	uint64_t asked; /* when it was sent */
 	uint64_t sequence;
 	struct item *wheel_next;
-	struct item *older, *newer;	/* connections that wait for something, by `since` */
+	struct item *older, *newer; /* connections that wait for something, by `since` */
 	/* TCP */
-	uint32_t size, got;	/* of the answer, its header included */
+	uint32_t size, got; /* of the answer, its header included */
 	struct answer header;
 	/* UDP */
 	uint64_t received, highest_arrival, last_received, server_arrivals;
@@ -68,8 +68,15 @@ static struct {
 	long cpu;
 	int until_eof;
 } wish = {
-	.connections = 1000, .request_interval = 2000, .udp_interval = 100, .timeout = 10, .duration = 10,
-	.least_size = 64, .most_size = 2048, .datagram_size = 200, .cpu = -1,
+	.connections = 1000,
+	.request_interval = 2000,
+	.udp_interval = 100,
+	.timeout = 10,
+	.duration = 10,
+	.least_size = 64,
+	.most_size = 2048,
+	.datagram_size = 200,
+	.cpu = -1,
 };
 
 static struct {
@@ -89,7 +96,7 @@ static struct {
 } breakages[KEPT_BREAKAGES];
 
 static int poller;
-static uint64_t run_id, begin, stop_at, wheel_at;	/* wheel_at: ms since begin, handled so far */
+static uint64_t run_id, begin, stop_at, wheel_at; /* wheel_at: ms since begin, handled so far */
 static int stopping;
 static struct item *items, *flows, *wheel[WHEEL];
 static struct item *oldest, *newest;
@@ -178,7 +185,7 @@ static void close_connection(struct item *item, enum state state)
 
 static void break_connection(struct item *item, enum breakage how, int error)
 {
-	union endpoint local = {0};
+	union endpoint local = { 0 };
 	socklen_t length = sizeof(local);
 	uint64_t broken = count.broken + count.short_broken;
 
@@ -194,7 +201,7 @@ static void break_connection(struct item *item, enum breakage how, int error)
 		breakages[broken].error = error;
 		breakages[broken].short_lived = item->kind == SHORT;
 		breakages[broken].number = item->number;
-		breakages[broken].port = ntohs(local.v4.sin_port);	/* at the same place in IPv6 */
+		breakages[broken].port = ntohs(local.v4.sin_port); /* at the same place in IPv6 */
 		breakages[broken].at = (now_ns() - begin) / 1e9;
 	}
 	count.by_breakage[how]++;
@@ -226,7 +233,7 @@ static int open_socket(int type, uint64_t number, const union endpoint *target)
 
 static void watch(int fd, void *item, uint32_t events, int operation)
 {
-	struct epoll_event event = {.events = events, .data.ptr = item};
+	struct epoll_event event = { .events = events, .data.ptr = item };
 
 	if (epoll_ctl(poller, operation, fd, &event))
 		err(1, "epoll");
@@ -252,7 +259,7 @@ static void start_connecting(struct item *item, uint64_t now)
 
 static void send_request(struct item *item, uint64_t due)
 {
-	struct request request = {.magic = REQUEST_MAGIC, .sequence = ++item->sequence};
+	struct request request = { .magic = REQUEST_MAGIC, .sequence = ++item->sequence };
 	uint64_t spread = wish.most_size - wish.least_size + 1;
 
 	request.seed = run_id ^ (uint64_t)item->number << 32 ^ item->kind;
@@ -324,7 +331,7 @@ static void answered(struct item *item, uint64_t now)
 	}
 	uint64_t due = item->since + wish.request_interval;
 
-	if (now > due + wish.request_interval)	/* turns that passed while it waited are left out */
+	if (now > due + wish.request_interval) /* turns that passed while it waited are left out */
 		due += (now - due) / wish.request_interval * wish.request_interval;
 	if (due > now)
 		schedule(item, due);
@@ -347,7 +354,7 @@ static void readable(struct item *item, uint64_t now)
 	}
 	count.bytes += got;
 	if (item->state != WAITING || got > item->size - item->got) {
-		break_connection(item, WRONG, 0);	/* nobody asked for that */
+		break_connection(item, WRONG, 0); /* nobody asked for that */
 		return;
 	}
 	uint32_t header = 0;
@@ -415,8 +422,12 @@ static int send_datagram(struct item *item, enum datagram_kind kind, uint64_t no
 	static uint8_t bytes[MAX_DATAGRAM];
 	struct datagram *datagram = (struct datagram *)bytes;
 
-	*datagram = (struct datagram){.magic = DATAGRAM_MAGIC, .kind = kind, .run = run_id, .flow = item->number,
-				      .sequence = item->sequence + 1, .sent_ns = now};
+	*datagram = (struct datagram){ .magic = DATAGRAM_MAGIC,
+				       .kind = kind,
+				       .run = run_id,
+				       .flow = item->number,
+				       .sequence = item->sequence + 1,
+				       .sent_ns = now };
 	return send(item->fd, bytes, wish.datagram_size, MSG_NOSIGNAL) == (ssize_t)wish.datagram_size;
 }
 
@@ -428,7 +439,7 @@ static void flow_turn(struct item *item, uint64_t now)
 		item->sequence++;
 		count.sent++;
 	} else {
-		count.unsent++;		/* never left, so it is not lost; an ICMP error may be the reason */
+		count.unsent++; /* never left, so it is not lost; an ICMP error may be the reason */
 	}
 	uint64_t due = item->due + wish.udp_interval;
 
@@ -502,11 +513,10 @@ static void sample(uint64_t now)
 			(count.requests - requests) / seconds, (count.answers - answers) / seconds,
 			(count.bytes - bytes) / seconds, quantile_ms(&interval_latencies, 0.5),
 			quantile_ms(&interval_latencies, 0.99), oldest ? (now - oldest->since) / 1e6 : 0.0,
-			count.longest_gap / 1e6, (count.sent - sent) / seconds,
-			(count.received - received) / seconds, count.sent, count.received,
-			(count.short_done - done) / seconds, count.short_done, count.broken + count.short_broken,
-			count.reordered_back, count.open + count.broken >= wish.connections ? "true" : "false",
-			stopping ? "true" : "false");
+			count.longest_gap / 1e6, (count.sent - sent) / seconds, (count.received - received) / seconds,
+			count.sent, count.received, (count.short_done - done) / seconds, count.short_done,
+			count.broken + count.short_broken, count.reordered_back,
+			count.open + count.broken >= wish.connections ? "true" : "false", stopping ? "true" : "false");
 	if (series)
 		fflush(series);
 	last = now;
@@ -553,7 +563,8 @@ static void report(uint64_t traffic_ns)
 		fprintf(file, "%s\"%s\": %lu", how ? ", " : "", breakage_names[how], count.by_breakage[how]);
 	fprintf(file, "},\n  \"breakages\": [");
 	for (uint64_t i = 0; i < count.broken + count.short_broken && i < KEPT_BREAKAGES; i++)
-		fprintf(file, "%s\n    {\"how\": \"%s\", \"error\": \"%s\", \"short\": %s, \"connection\": %u,"
+		fprintf(file,
+			"%s\n    {\"how\": \"%s\", \"error\": \"%s\", \"short\": %s, \"connection\": %u,"
 			" \"port\": %u, \"at_seconds\": %.3f}",
 			i ? "," : "", breakage_names[breakages[i].how],
 			breakages[i].error ? strerror(breakages[i].error) : "",
@@ -576,8 +587,8 @@ static void report(uint64_t traffic_ns)
 		" \"worst_flow_lost\": %lu, \"flows_without_summary\": %lu, \"longest_gap_ms\": %.3f}\n}\n",
 		open, count.sent, count.unsent, arrivals, count.received, count.sent - count.received,
 		count.sent - arrivals, arrivals - count.received, reordered + count.reordered_back, reordered,
-		count.reordered_back, duplicates + count.duplicates_back, count.wrong_datagrams, drops, flows_with_loss, worst,
-		unsummarised, count.longest_datagram_gap / 1e6);
+		count.reordered_back, duplicates + count.duplicates_back, count.wrong_datagrams, drops, flows_with_loss,
+		worst, unsummarised, count.longest_datagram_gap / 1e6);
 	if (fflush(file) || (wish.report && fclose(file)))
 		err(1, "%s", wish.report ? wish.report : "standard output");
 }
@@ -609,7 +620,7 @@ static void turns(uint64_t now)
 			struct item *next = item->wheel_next;
 
 			if (item->due > begin + wheel_at * MS)
-				schedule(item, item->due);	/* another round */
+				schedule(item, item->due); /* another round */
 			else
 				turn(item, now);
 			item = next;
@@ -637,9 +648,7 @@ static void handle(const struct epoll_event *event)
 		else
 			readable(item, now);
 		break;
-	case FLOW:
-		flow_readable(item, now);
-		break;
+	case FLOW: flow_readable(item, now); break;
 	case TICK:
 		if (read(item->fd, &expirations, sizeof(expirations)) > 0)
 			turns(now);
@@ -679,20 +688,11 @@ static void serve_until(uint64_t until, int (*done)(void))
 	}
 }
 
-static int stop_asked(void)
-{
-	return now_ns() >= stop_at;
-}
+static int stop_asked(void) { return now_ns() >= stop_at; }
 
-static int nothing_waits(void)
-{
-	return !oldest;
-}
+static int nothing_waits(void) { return !oldest; }
 
-static int all_received(void)
-{
-	return count.received == count.sent;
-}
+static int all_received(void) { return count.received == count.sent; }
 
 static int all_summarised(void)
 {
@@ -759,7 +759,8 @@ static void usage(FILE *to)
 	      "  --series FILE                a line of JSON every 100 ms (standard output if --report is given)\n"
 	      "\n"
 	      "A connection is broken when it is reset, refused, closed by the server, without an answer for the\n"
-	      "timeout, or wrongly answered. Exit code: 0 if all were opened and none broke, 1 otherwise.\n", to);
+	      "timeout, or wrongly answered. Exit code: 0 if all were opened and none broke, 1 otherwise.\n",
+	      to);
 }
 
 static uint64_t number(const char *option, const char *text, uint64_t least, uint64_t most)
@@ -785,12 +786,25 @@ static uint64_t seconds(const char *option, const char *text)
 static void read_options(int argc, char **argv)
 {
 	static const struct option options[] = {
-		{"target", 1, NULL, 't'}, {"udp-target", 1, NULL, 'u'}, {"connections", 1, NULL, 'c'},
-		{"udp-flows", 1, NULL, 'f'}, {"request-interval-ms", 1, NULL, 'i'}, {"udp-interval-ms", 1, NULL, 'j'},
-		{"new-rate", 1, NULL, 'n'}, {"duration", 1, NULL, 'd'}, {"sources", 1, NULL, 's'},
-		{"timeout-s", 1, NULL, 'w'}, {"report", 1, NULL, 'r'}, {"series", 1, NULL, 'l'},
-		{"answer-bytes", 1, NULL, 'b'}, {"udp-bytes", 1, NULL, 'g'}, {"ramp-s", 1, NULL, 'a'},
-		{"cpu", 1, NULL, 'p'}, {"until-eof", 0, NULL, 'e'}, {"help", 0, NULL, 'h'}, {NULL, 0, NULL, 0},
+		{ "target", 1, NULL, 't' },
+		{ "udp-target", 1, NULL, 'u' },
+		{ "connections", 1, NULL, 'c' },
+		{ "udp-flows", 1, NULL, 'f' },
+		{ "request-interval-ms", 1, NULL, 'i' },
+		{ "udp-interval-ms", 1, NULL, 'j' },
+		{ "new-rate", 1, NULL, 'n' },
+		{ "duration", 1, NULL, 'd' },
+		{ "sources", 1, NULL, 's' },
+		{ "timeout-s", 1, NULL, 'w' },
+		{ "report", 1, NULL, 'r' },
+		{ "series", 1, NULL, 'l' },
+		{ "answer-bytes", 1, NULL, 'b' },
+		{ "udp-bytes", 1, NULL, 'g' },
+		{ "ramp-s", 1, NULL, 'a' },
+		{ "cpu", 1, NULL, 'p' },
+		{ "until-eof", 0, NULL, 'e' },
+		{ "help", 0, NULL, 'h' },
+		{ NULL, 0, NULL, 0 },
 	};
 	int option, index;
 	char *rest;
@@ -823,51 +837,21 @@ static void read_options(int argc, char **argv)
 			wish.least_size = number(name, optarg, 1, MAX_ANSWER);
 			wish.most_size = rest ? number(name, rest, wish.least_size, MAX_ANSWER) : wish.least_size;
 			break;
-		case 'c':
-			wish.connections = number(name, optarg, 0, 1000000);
-			break;
-		case 'f':
-			wish.flows = number(name, optarg, 0, 1000000);
-			break;
-		case 'i':
-			wish.request_interval = number(name, optarg, 1, 3600000);
-			break;
-		case 'j':
-			wish.udp_interval = number(name, optarg, 1, 3600000);
-			break;
-		case 'n':
-			wish.new_rate = number(name, optarg, 0, 100000);
-			break;
-		case 'g':
-			wish.datagram_size = number(name, optarg, sizeof(struct datagram), MAX_DATAGRAM);
-			break;
-		case 'd':
-			wish.duration = seconds(name, optarg);
-			break;
-		case 'a':
-			wish.ramp = seconds(name, optarg) + 1;
-			break;
-		case 'w':
-			wish.timeout = seconds(name, optarg);
-			break;
-		case 'r':
-			wish.report = optarg;
-			break;
-		case 'l':
-			wish.series = optarg;
-			break;
-		case 'p':
-			wish.cpu = number(name, optarg, 0, 1023);
-			break;
-		case 'e':
-			wish.until_eof = 1;
-			break;
-		case 'h':
-			usage(stdout);
-			exit(0);
-		default:
-			usage(stderr);
-			exit(2);
+		case 'c': wish.connections = number(name, optarg, 0, 1000000); break;
+		case 'f': wish.flows = number(name, optarg, 0, 1000000); break;
+		case 'i': wish.request_interval = number(name, optarg, 1, 3600000); break;
+		case 'j': wish.udp_interval = number(name, optarg, 1, 3600000); break;
+		case 'n': wish.new_rate = number(name, optarg, 0, 100000); break;
+		case 'g': wish.datagram_size = number(name, optarg, sizeof(struct datagram), MAX_DATAGRAM); break;
+		case 'd': wish.duration = seconds(name, optarg); break;
+		case 'a': wish.ramp = seconds(name, optarg) + 1; break;
+		case 'w': wish.timeout = seconds(name, optarg); break;
+		case 'r': wish.report = optarg; break;
+		case 'l': wish.series = optarg; break;
+		case 'p': wish.cpu = number(name, optarg, 0, 1023); break;
+		case 'e': wish.until_eof = 1; break;
+		case 'h': usage(stdout); exit(0);
+		default: usage(stderr); exit(2);
 		}
 	}
 	if (optind != argc)
@@ -900,8 +884,8 @@ static struct item *make_items(uint64_t wanted, enum kind kind)
 
 int run(int argc, char **argv)
 {
-	struct item tick = {.kind = TICK}, ends = {.kind = SIGNALS}, input = {.kind = INPUT, .fd = 0};
-	struct itimerspec every_ms = {{0, 1000000}, {0, 1000000}};
+	struct item tick = { .kind = TICK }, ends = { .kind = SIGNALS }, input = { .kind = INPUT, .fd = 0 };
+	struct itimerspec every_ms = { { 0, 1000000 }, { 0, 1000000 } };
 	sigset_t signals;
 
 	wish.duration *= 1000000000ull;
@@ -918,7 +902,7 @@ int run(int argc, char **argv)
 	sigaddset(&signals, SIGTERM);
 	sigaddset(&signals, SIGINT);
 	sigprocmask(SIG_BLOCK, &signals, NULL);
-	signal(SIGPIPE, SIG_IGN);	/* nobody reads the series any more: go on */
+	signal(SIGPIPE, SIG_IGN); /* nobody reads the series any more: go on */
 	poller = epoll_create1(EPOLL_CLOEXEC);
 	tick.fd = timerfd_create(CLOCK_MONOTONIC, TFD_NONBLOCK | TFD_CLOEXEC);
 	ends.fd = signalfd(-1, &signals, SFD_NONBLOCK | SFD_CLOEXEC);

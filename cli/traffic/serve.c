@@ -18,9 +18,9 @@ enum kind { LISTENER, CONNECTION, DATAGRAMS, SIGNALS };
 struct socket {
 	enum kind kind;
 	int fd;
-	uint32_t got;		/* bytes of `request` */
-	uint32_t left;		/* of the answer in progress, its header included */
-	int blocked;		/* waits for room in the socket */
+	uint32_t got;  /* bytes of `request` */
+	uint32_t left; /* of the answer in progress, its header included */
+	int blocked;   /* waits for room in the socket */
 	struct request request;
 };
 
@@ -44,7 +44,7 @@ static uint64_t flows_used, flows_size = 4096;
 
 static void watch(struct socket *socket, uint32_t events, int operation)
 {
-	struct epoll_event event = {.events = events, .data.ptr = socket};
+	struct epoll_event event = { .events = events, .data.ptr = socket };
 
 	if (epoll_ctl(poller, operation, socket->fd, &event))
 		err(1, "epoll");
@@ -79,7 +79,7 @@ static int answer(struct socket *socket)
 		uint32_t done = total - socket->left, fill = 0;
 
 		if (done < sizeof(struct answer)) {
-			struct answer header = {ANSWER_MAGIC, socket->request.size, socket->request.sequence};
+			struct answer header = { ANSWER_MAGIC, socket->request.size, socket->request.sequence };
 
 			fill = sizeof(header) - done;
 			memcpy(chunk, (uint8_t *)&header + done, fill);
@@ -112,8 +112,8 @@ static int answer(struct socket *socket)
 
 static void read_request(struct socket *socket)
 {
-	ssize_t got = recv(socket->fd, (uint8_t *)&socket->request + socket->got,
-			   sizeof(socket->request) - socket->got, 0);
+	ssize_t got =
+		recv(socket->fd, (uint8_t *)&socket->request + socket->got, sizeof(socket->request) - socket->got, 0);
 
 	if (got < 0 && errno == EAGAIN)
 		return;
@@ -170,14 +170,14 @@ static struct flow *find_flow(uint64_t run, uint32_t number)
 		slot = (slot + 1) & (flows_size - 1);
 	if (!flows[slot].used) {
 		flows_used++;
-		flows[slot] = (struct flow){.run = run, .flow = number, .used = 1};
+		flows[slot] = (struct flow){ .run = run, .flow = number, .used = 1 };
 	}
 	return &flows[slot];
 }
 
 static void count_datagram(struct datagram *datagram)
 {
-	if (flows_used >= MAX_FLOWS) {	/* a server that runs for days */
+	if (flows_used >= MAX_FLOWS) { /* a server that runs for days */
 		memset(flows, 0, flows_size * sizeof(*flows));
 		count.forgotten += flows_used;
 		flows_used = 0;
@@ -212,8 +212,8 @@ static void echo(int fd)
 	union endpoint peers[BATCH];
 
 	for (int i = 0; i < BATCH; i++) {
-		parts[i] = (struct iovec){bytes[i], sizeof(bytes[i])};
-		messages[i] = (struct mmsghdr){.msg_hdr = {&peers[i], sizeof(peers[i]), &parts[i], 1, NULL, 0, 0}};
+		parts[i] = (struct iovec){ bytes[i], sizeof(bytes[i]) };
+		messages[i] = (struct mmsghdr){ .msg_hdr = { &peers[i], sizeof(peers[i]), &parts[i], 1, NULL, 0, 0 } };
 	}
 	int got = recvmmsg(fd, messages, BATCH, MSG_DONTWAIT, NULL), good = 0;
 
@@ -232,7 +232,7 @@ static void echo(int fd)
 	for (int sent = 0; sent < good;) {
 		int more = sendmmsg(fd, messages + sent, good - sent, 0);
 
-		if (more <= 0) {	/* an earlier ICMP error is reported once: the datagram itself may go */
+		if (more <= 0) { /* an earlier ICMP error is reported once: the datagram itself may go */
 			if (errno == EAGAIN || errno == ENOBUFS || errno == EPERM) {
 				count.unsent++;
 				sent++;
@@ -292,15 +292,16 @@ static void usage(FILE *to)
 	      "  --cpu     run on this CPU\n"
 	      "  --report  write counts as JSON at the end (SIGTERM); default: standard output\n"
 	      "\n"
-	      "Prints \"ready\" when all sockets are open.\n", to);
+	      "Prints \"ready\" when all sockets are open.\n",
+	      to);
 }
 
 int serve(int argc, char **argv)
 {
 	static const struct option options[] = {
-		{"bind", required_argument, NULL, 'b'}, {"udp", required_argument, NULL, 'u'},
-		{"cpu", required_argument, NULL, 'c'}, {"report", required_argument, NULL, 'r'},
-		{"help", no_argument, NULL, 'h'}, {NULL, 0, NULL, 0},
+		{ "bind", required_argument, NULL, 'b' }, { "udp", required_argument, NULL, 'u' },
+		{ "cpu", required_argument, NULL, 'c' },  { "report", required_argument, NULL, 'r' },
+		{ "help", no_argument, NULL, 'h' },	  { NULL, 0, NULL, 0 },
 	};
 	const char *binds[MAX_LISTENERS], *udps[MAX_LISTENERS], *report_path = NULL;
 	int bind_count = 0, udp_count = 0, datagram_sockets[MAX_LISTENERS], option;
@@ -319,18 +320,10 @@ int serve(int argc, char **argv)
 				errx(2, "--udp: at most %d", MAX_LISTENERS);
 			udps[udp_count++] = optarg;
 			break;
-		case 'c':
-			pin(atol(optarg));
-			break;
-		case 'r':
-			report_path = optarg;
-			break;
-		case 'h':
-			usage(stdout);
-			return 0;
-		default:
-			usage(stderr);
-			return 2;
+		case 'c': pin(atol(optarg)); break;
+		case 'r': report_path = optarg; break;
+		case 'h': usage(stdout); return 0;
+		default: usage(stderr); return 2;
 		}
 	}
 	if (optind != argc || bind_count + udp_count == 0) {
@@ -362,21 +355,15 @@ int serve(int argc, char **argv)
 			struct socket *socket = events[i].data.ptr;
 
 			switch (socket->kind) {
-			case LISTENER:
-				accept_connections(socket->fd);
-				break;
+			case LISTENER: accept_connections(socket->fd); break;
 			case CONNECTION:
 				if (socket->left)
 					answer(socket);
 				else
 					read_request(socket);
 				break;
-			case DATAGRAMS:
-				echo(socket->fd);
-				break;
-			case SIGNALS:
-				report(report_path, datagram_sockets, udp_count);
-				return 0;
+			case DATAGRAMS: echo(socket->fd); break;
+			case SIGNALS: report(report_path, datagram_sockets, udp_count); return 0;
 			}
 		}
 	}

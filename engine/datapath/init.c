@@ -68,7 +68,7 @@ static void died(struct child *c, int status)
 
 int main(int argc, char **argv)
 {
-	struct child children[2] = {{.name = NULL}};
+	struct child children[2] = { { .name = NULL } };
 	int n = 0, events;
 	sigset_t set;
 	bool ending = false;
@@ -94,7 +94,7 @@ int main(int argc, char **argv)
 	for (int i = 0; i < n; i++)
 		start(&children[i]);
 	for (;;) {
-		struct pollfd p = {.fd = events, .events = POLLIN};
+		struct pollfd p = { .fd = events, .events = POLLIN };
 		struct signalfd_siginfo info;
 		int64_t wait = -1, now = now_ms();
 		int status, running = 0;

@@ -26,7 +26,7 @@ static struct datapath datapath;
 
 static int agent_connect(const char *path)
 {
-	struct sockaddr_un address = {.sun_family = AF_UNIX};
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 
 	if (strlen(path) >= sizeof(address.sun_path)) {
@@ -61,8 +61,10 @@ static int receive_message(int fd, struct ps_message *m, int *fds)
 		char bytes[CMSG_SPACE(sizeof(int) * MAX_FDS)];
 		struct cmsghdr align;
 	} control;
-	struct iovec io = {m, sizeof(*m)};
-	struct msghdr h = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
+	struct iovec io = { m, sizeof(*m) };
+	struct msghdr h = {
+		.msg_iov = &io, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)
+	};
 	ssize_t got = recvmsg(fd, &h, MSG_CMSG_CLOEXEC);
 	int n = 0;
 
@@ -80,8 +82,8 @@ static int receive_message(int fd, struct ps_message *m, int *fds)
 /* All that was privileged has been done by the agent: nothing is kept. */
 static int give_up_privileges(void)
 {
-	struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
-	struct __user_cap_data_struct data[2] = {{0, 0, 0}, {0, 0, 0}};
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct data[2] = { { 0, 0, 0 }, { 0, 0, 0 } };
 
 	if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
 		return -1;

@@ -81,7 +81,7 @@ static inline uint32_t ps_backend_choose(struct ps_handler *h, const struct ps_l
 	uint64_t hash = k->hash * 0x9e3779b97f4a7c15ull;
 
 	if (l->flags & PS_LISTENER_CLIENT_IP) {
-		uint32_t none[4] = {0}, client[4];
+		uint32_t none[4] = { 0 }, client[4];
 
 		memcpy(client, k->source, 16);
 		hash = ps_hash6(c->key0, c->key1, client, none, 0, 0, 0);
@@ -114,7 +114,7 @@ static inline uint32_t ps_backend_choose(struct ps_handler *h, const struct ps_l
 
 static inline bool ps_is_v6(const uint8_t *address)
 {
-	static const uint8_t mapped[12] = {0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff};
+	static const uint8_t mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
 
 	return memcmp(address, mapped, 12) != 0;
 }
@@ -125,7 +125,7 @@ static inline struct ps_flow *ps_flow_open(struct ps_handler *h, struct ps_shard
 {
 	const struct ps_config *c = h->config;
 	const struct ps_listener *l = ps_listener_find(c, k->destination, k->dport, k->udp ? 17 : 6);
-	struct ps_flow value = {.hash = k->hash, .client_port = k->sport, .vip_port = k->dport};
+	struct ps_flow value = { .hash = k->hash, .client_port = k->sport, .vip_port = k->dport };
 	uint16_t family = ps_is_v6(k->destination) ? 6 : 4;
 	uint32_t backend, recycled = 0;
 	struct ps_flow *room;
@@ -275,7 +275,7 @@ static inline uint64_t ps_clamp_mss(struct ps_handler *h, uint8_t *tcp, uint32_t
 			break;
 		if (tcp[at] == 2 && tcp[at + 1] == 4) {
 			uint32_t mss = (uint32_t)tcp[at + 2] << 8 | tcp[at + 3];
-			uint8_t word[2] = {(uint8_t)(most >> 8), (uint8_t)most};
+			uint8_t word[2] = { (uint8_t)(most >> 8), (uint8_t)most };
 
 			if (mss <= most)
 				return 0;
@@ -309,7 +309,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 	d = ps_set_addresses(ip, p->family, source, destination);
 	if (p->family == 4) {
 		uint64_t header = d;
-		uint8_t word[2] = {(uint8_t)(ip[8] - 1), ip[9]};
+		uint8_t word[2] = { (uint8_t)(ip[8] - 1), ip[9] };
 
 		header += ps_replace(ip + 8, word, 2);
 		if ((ip[6] & 0x3f) | ip[7]) {
@@ -325,7 +325,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 		ip[7]--;
 	}
 	if (p->kind != PS_PKT_FRAGMENT) {
-		uint16_t ports[2] = {reply ? f->vip_port : f->snat_port, reply ? f->client_port : f->backend_port};
+		uint16_t ports[2] = { reply ? f->vip_port : f->snat_port, reply ? f->client_port : f->backend_port };
 
 		d += ps_replace(l4, ports, 4);
 		if (p->protocol == 6) {
@@ -370,7 +370,7 @@ static inline uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_fl
 		changed += p->protocol == 6 ? ps_checksum_apply(l4 + check, addresses + inside)
 					    : ps_checksum_apply_udp(l4 + check, addresses + inside);
 	if (p->family == 4) {
-		uint8_t word[2] = {(uint8_t)(ip[8] - 1), ip[9]};
+		uint8_t word[2] = { (uint8_t)(ip[8] - 1), ip[9] };
 
 		ps_checksum_apply(ip + 10, outer + ps_replace(ip + 8, word, 2));
 		ps_checksum_apply(icmp + 2, changed);
@@ -445,7 +445,7 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	struct ps_shard *s = ps_shard_at(h->arena, stamp->bucket);
 	bool reply = stamp->flags & PS_STAMP_REPLY;
 	struct ps_flow *f;
-	struct ps_packet p = {0};
+	struct ps_packet p = { 0 };
 	struct ps_key k;
 	uint32_t touched;
 
