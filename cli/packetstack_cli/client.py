@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
+ANSWER_SECONDS = 60
 START_SECONDS = 20
 STOP_SECONDS = 60
 
@@ -35,12 +36,17 @@ class Client:
         path = self.run_directory / "agent.sock"
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(ANSWER_SECONDS)
                 connection.connect(str(path))
                 connection.sendall(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
                 with connection.makefile("rb") as answers:
                     line = answers.readline()
         except PermissionError:
             raise CliError(f"{path}: no permission; run as root") from None
+        except TimeoutError:
+            raise CliError(
+                f"{path}: the agent has not answered for {ANSWER_SECONDS} s; see {self.run_directory / 'agent.log'}"
+            ) from None
         except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError):
             raise NoAgent(
                 f"{path}: no agent answers; start one with: packetstack up FILE (or name its --run-dir)"
