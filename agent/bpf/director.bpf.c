@@ -67,6 +67,17 @@ struct {
 	__type(value, struct ps_target);
 } snat6 SEC(".maps");
 
+/*
+ * Copies of listeners4, each at one place only. A listener whose place is taken by another is found in
+ * listeners4, at about 20 ns more.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PS_DIRECT_SLOTS);
+	__type(key, uint32_t);
+	__type(value, struct ps_direct);
+} direct4 SEC(".maps");
+
 /* The flow table. Written by the agent through its mapping, one atomic store a word. */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -340,9 +351,10 @@ PS_INLINE int direct(struct xdp_md *ctx, int uplink)
 	uint8_t *data = (void *)(long)ctx->data, *end = (void *)(long)ctx->data_end, *ip = data + 14;
 	struct ps_listener_key4 key = { 0 };
 	struct ps_target *target;
+	struct ps_direct *at;
 	struct counters *count;
-	uint32_t zero = 0, source;
-	uint64_t hash;
+	uint32_t zero = 0, source, slot;
+	uint64_t hash, wide;
 	uint16_t sport;
 
 	count = bpf_map_lookup_elem(&counters, &zero);
@@ -357,7 +369,13 @@ PS_INLINE int direct(struct xdp_md *ctx, int uplink)
 	key.address = *(uint32_t *)(ip + 16);
 	key.port = *(uint16_t *)(ip + 22);
 	key.protocol = ip[9];
-	target = bpf_map_lookup_elem(&listeners4, &key);
+	wide = ps_direct_key(key.address, key.port, key.protocol);
+	slot = ps_direct_slot(wide);
+	at = bpf_map_lookup_elem(&direct4, &slot);
+	if (at && at->key == wide)
+		target = &at->target;
+	else
+		target = bpf_map_lookup_elem(&listeners4, &key);
 	if (target) {
 		hash = ps_hash4(target->key0, target->key1, source, key.address, sport, key.port, key.protocol);
 		return send_to_owner(ctx, count, target, (uint32_t)hash & target->mask, (uint32_t)(hash >> 32), 0);

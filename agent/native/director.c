@@ -382,6 +382,31 @@ static int update(int fd, const void *key, const void *value, struct ps_error *e
 	return 0;
 }
 
+/*
+ * Keeps the copy in the direct table. The kernel copies a value word by word while packets read it: the key
+ * stands there only while the target is whole. A failure costs speed alone.
+ */
+static void direct(struct ps_director *d, const struct ps_listener_key4 *key, const struct ps_target *target)
+{
+	uint64_t wide = ps_direct_key(key->address, key->port, key->protocol);
+	uint32_t slot = ps_direct_slot(wide);
+	int fd = map_fd(d->director, "direct4");
+	struct ps_direct at;
+
+	if (bpf_map_lookup_elem(fd, &slot, &at) || (at.key && at.key != wide))
+		return;
+	if (at.key && target && !memcmp(&at.target, target, sizeof(*target)))
+		return;
+	at.key = 0;
+	bpf_map_update_elem(fd, &slot, &at, BPF_ANY);
+	if (!target)
+		return;
+	at.target = *target;
+	bpf_map_update_elem(fd, &slot, &at, BPF_ANY);
+	at.key = wide;
+	bpf_map_update_elem(fd, &slot, &at, BPF_ANY);
+}
+
 static int listener(struct ps_director *d, const uint8_t *address, uint16_t port, uint8_t protocol,
 		    const struct ps_target *target, struct ps_error *e)
 {
@@ -390,8 +415,15 @@ static int listener(struct ps_director *d, const uint8_t *address, uint16_t port
 
 	memcpy(&key4.address, address + 12, 4);
 	memcpy(key6.address, address, 16);
-	return is_v4(address) ? update(map_fd(d->director, "listeners4"), &key4, target, e, "listener")
-			      : update(map_fd(d->director, "listeners6"), &key6, target, e, "listener");
+	if (!is_v4(address))
+		return update(map_fd(d->director, "listeners6"), &key6, target, e, "listener");
+	if (!target && port)
+		direct(d, &key4, NULL);
+	if (update(map_fd(d->director, "listeners4"), &key4, target, e, "listener"))
+		return -1;
+	if (target && port)
+		direct(d, &key4, target);
+	return 0;
 }
 
 /* Does any listener use this address still? */

@@ -532,7 +532,11 @@ class Agent:
         engine.tasks.clear()
         if engine.view is not None:
             add_drops(engine, managed.gone["engine"], managed.gone["kernel"])
-        await asyncio.to_thread(engines.destroy, engine)
+        # Before the memory goes: nothing here may read it from now on.
+        engine.ready = False
+        view, engine.view = engine.view, None
+        fds, engine.fds = engine.fds, None
+        await asyncio.to_thread(engines.destroy, engine, view, fds)
         managed.engines.pop(engine.slot, None)
         self.run.record.engines.pop(str(engine.slot), None)
         self.run.save()
@@ -811,7 +815,9 @@ class Agent:
             if type(number) is not int or not 0 <= number < there:
                 raise AgentError(f"engine {slot}: has no {what} {number}; use 0 to {there - 1}")
         took = ffi.new("uint64_t *")
-        await asyncio.to_thread(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
+        async with managed.busy:  # the engine's memory stays while the thread looks into it
+            self._active(managed, slot)
+            await asyncio.to_thread(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
         self.event(name, "QueueMoved", f"queue {queue} of engine {slot} to core {core} in {took[0] / 1000:.0f} us")
         return {"microseconds": took[0] / 1000}
 

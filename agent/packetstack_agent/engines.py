@@ -236,9 +236,15 @@ def _spawn(b: Blueprint, cgroup: Path | None) -> subprocess.Popen[bytes]:
         os.close(namespace)
 
 
-def destroy(engine: Engine) -> None:
-    """End the processes and remove all that `make` made; whatever is missing is fine. Blocks."""
+def destroy(engine: Engine, view: Any = None, fds: Any = None) -> None:
+    """End the processes and remove all that `make` made; whatever is missing is fine. Blocks.
+
+    `view` and `fds` are the engine's, when the caller has taken them away from it before other threads could
+    meet them half gone.
+    """
     b = engine.blueprint
+    view, engine.view = view or engine.view, None
+    fds, engine.fds = fds or engine.fds, None
     if engine.init is not None:
         end_process(engine.init.pid, engine.init.poll)
         engine.init = None
@@ -249,12 +255,10 @@ def destroy(engine: Engine) -> None:
         error = ffi.new("struct ps_error *")
         lib().ps_director_engine(engine.director, b.slot, 0, error)
         lib().ps_engine_detach(engine.director, text(engine.link), error)
-    if engine.view is not None:
-        lib().ps_unmap(engine.view)
-        engine.view = None
-    if engine.fds is not None:
-        lib().ps_queues_close(engine.fds)
-        engine.fds = None
+    if view is not None:
+        lib().ps_unmap(view)
+    if fds is not None:
+        lib().ps_queues_close(fds)
     for fd in engine.files:
         with suppress(OSError):
             os.close(fd)
