@@ -181,6 +181,8 @@ static void set_up(void)
 {
 	struct ps_listener_key4 key = { .address = inet_addr("198.51.100.1"), .port = htons(80), .protocol = 17 };
 	struct ps_target target = { .key0 = 0x0123456789abcdef, .key1 = 0xfedcba9876543210, .mask = BUCKETS - 1 };
+	struct ps_direct at;
+	uint32_t place;
 
 	if (unshare(CLONE_NEWNET))
 		fail("network namespace: %s; needs root", strerror(errno));
@@ -196,7 +198,11 @@ static void set_up(void)
 		fail("flow table: %s", strerror(errno));
 	for (uint32_t b = 0; b < BUCKETS; b++)
 		words[b] = ps_word(1, 1, 0, 0, 0);
+	at.key = ps_direct_key(key.address, key.port, key.protocol);
+	at.target = target;
+	place = ps_direct_slot(at.key);
 	put(director, "listeners4", &key, &target);
+	put(director, "direct4", &place, &at);
 	for (uint32_t slot = 1; slot <= 2; slot++)
 		put(director, "engines", &slot, &eng0);
 	put(tools, "out", &(uint32_t){ 0 }, &gen0);

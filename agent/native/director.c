@@ -56,6 +56,26 @@ static int mount_bpffs(const char *path, struct ps_error *e)
 	return 0;
 }
 
+/*
+ * A device map that is pinned at `path` is taken as it is: the kernel adds a flag to those, and libbpf would
+ * refuse them for it. -> 0, also when there is none
+ */
+static int reuse_devices(struct bpf_map *map, const char *path)
+{
+	struct bpf_map_info info = { 0 };
+	uint32_t size = sizeof(info);
+	int fd = bpf_obj_get(path), result = -EINVAL;
+
+	if (fd < 0)
+		return errno == ENOENT ? 0 : -errno;
+	if (!bpf_obj_get_info_by_fd(fd, &info, &size) && info.type == bpf_map__type(map) &&
+	    info.key_size == bpf_map__key_size(map) && info.value_size == bpf_map__value_size(map) &&
+	    info.max_entries == bpf_map__max_entries(map))
+		result = bpf_map__reuse_fd(map, fd);
+	close(fd);
+	return result;
+}
+
 /* Maps of the object that are pinned as `prefix`NAME are used again; others are pinned there. */
 static struct bpf_object *load(const char *objects, const char *file, const char *prefix, struct ps_error *e)
 {
@@ -75,6 +95,11 @@ static struct bpf_object *load(const char *objects, const char *file, const char
 		if (!bpf_map__is_internal(map)) {
 			snprintf(path, sizeof(path), "%s%s", prefix, bpf_map__name(map));
 			bpf_map__set_pin_path(map, path);
+			if (bpf_map__type(map) == BPF_MAP_TYPE_DEVMAP && reuse_devices(map, path)) {
+				ps_fail(e, "%s: is a map of another version; bring that one down first", path);
+				bpf_object__close(o);
+				return NULL;
+			}
 		}
 	}
 	result = bpf_object__load(o);

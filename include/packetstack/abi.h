@@ -29,6 +29,7 @@ enum ps_limits {
 	PS_MAX_BACKENDS = 4096,	 /* backends (address, port) a stack has ever had */
 	PS_MAX_LISTENERS = 256,
 	PS_MAX_SNAT = 1024,
+	PS_DIRECT_SLOTS = 1024,	 /* of the director's direct table; 2^10, see ps_direct_slot */
 	PS_MAX_LOOKUP = 1048576, /* Maglev entries of all listeners */
 	PS_MAX_FENCES = 16,	 /* open fences of a stack */
 	PS_BATCH = 64,		 /* frames of one ring transaction */
@@ -108,6 +109,12 @@ struct ps_target {
 	uint32_t mask;	     /* buckets - 1 */
 	uint32_t stack;	     /* 0 .. PS_MAX_STACKS-1 */
 	uint32_t flags;
+};
+
+/* An IPv4 listener at its place in the director's direct table, which most packets are found in at once. */
+struct ps_direct {
+	uint64_t key; /* ps_direct_key; 0 = free */
+	struct ps_target target;
 };
 
 enum ps_director_counter {
@@ -460,6 +467,15 @@ static inline uint32_t ps_word_slot(uint64_t word) { return (uint32_t)(word >> 2
 static inline uint32_t ps_word_queue(uint64_t word) { return (uint32_t)(word >> 16) & 63; }
 static inline uint32_t ps_word_prev_slot(uint64_t word) { return (uint32_t)(word >> 6) & 1023; }
 static inline uint32_t ps_word_prev_queue(uint64_t word) { return (uint32_t)word & 63; }
+
+/* Address and port as loaded from the wire. Never 0, for no protocol is. */
+static inline uint64_t ps_direct_key(uint32_t address, uint16_t port, uint8_t protocol)
+{
+	return (uint64_t)address | (uint64_t)port << 32 | (uint64_t)protocol << 48;
+}
+
+/* Its place among the PS_DIRECT_SLOTS: the upper bits of a product (Knuth's multiplicative hashing). */
+static inline uint32_t ps_direct_slot(uint64_t key) { return (uint32_t)(key * 0x9e3779b97f4a7c15ull >> 54); }
 
 /* The owner in a shard header that belongs to a flow-table word: its upper 48 bits. */
 static inline uint64_t ps_owner(uint64_t word) { return word & ~(uint64_t)0xffff; }

@@ -5,10 +5,13 @@ Frames are made here from scratch. The stamp is held against packetstack_core.ha
 
 import os
 import random
+import socket
 import struct
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
 import cffi
@@ -20,7 +23,11 @@ from packetstack_core.hashing import flow_hash
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loading BPF programs needs root")
 
 LIBBPF = """
-struct bpf_object; struct bpf_program;
+struct bpf_object; struct bpf_program; struct bpf_map;
+struct bpf_map *bpf_object__next_map(const struct bpf_object *o, const struct bpf_map *m);
+const char *bpf_map__name(const struct bpf_map *m);
+int bpf_map__reuse_fd(struct bpf_map *m, int fd);
+int bpf_obj_get(const char *path);
 struct bpf_object *bpf_object__open_file(const char *path, const void *opts);
 int bpf_object__load(struct bpf_object *o);
 void bpf_object__close(struct bpf_object *o);
@@ -90,24 +97,36 @@ class Result:
 
 
 class Director:
-    """The program and its maps, loaded for this test alone: nothing pinned, nothing attached."""
+    """The program, loaded for this test alone and attached to nothing, with maps of its own or those below `pins`."""
 
-    def __init__(self) -> None:
+    def __init__(self, pins: Path | None = None) -> None:
         self.ffi = cffi.FFI()
         self.ffi.cdef(LIBBPF)
         self.bpf: Any = self.ffi.dlopen("libbpf.so.1")
         self.object = self.bpf.bpf_object__open_file(str(abi.native("director.bpf.o")).encode(), self.ffi.NULL)
         assert self.object != self.ffi.NULL
+        at = self.bpf.bpf_object__next_map(self.object, self.ffi.NULL)
+        while pins and at != self.ffi.NULL:
+            name = self.ffi.string(self.bpf.bpf_map__name(at)).decode()
+            if "." not in name:  # not the compiler's own
+                assert self.bpf.bpf_map__reuse_fd(at, self.bpf.bpf_obj_get(str(pins / name).encode())) == 0
+            at = self.bpf.bpf_object__next_map(self.object, at)
         assert self.bpf.bpf_object__load(self.object) == 0
         self.names = [n.removeprefix("PS_D_").lower() for n in abi.enum_names("ps_director_counter").values()][:-1]
         for slot in (1, 2, 3):
             self.put("engines", struct.pack("<I", slot), struct.pack("<I", LOOPBACK))
-        for stack in (ONE, TWO):
+        for stack in () if pins else (ONE, TWO):
             target = struct.pack("<QQIIII", stack.key0, stack.key1, stack.offset, stack.buckets - 1, stack.number, 0)
             for family, vip in stack.vip.items():
                 for port, protocol in ((80, TCP), (53, UDP), (0, ICMP)):
                     key = ip_address(vip).packed + struct.pack(">HBB", port, protocol, 0)
                     self.put(f"listeners{family}", key, target)
+                    # Stack one is found at once, stack two only behind a place that another listener took.
+                    if family == 4 and port:
+                        wide = int.from_bytes(key, "little")
+                        place = (wide * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 54
+                        taken = struct.pack("<Q", wide if stack is ONE else wide ^ 1 << 63)
+                        self.put("direct4", struct.pack("<I", place), taken + target)
                 self.put(f"snat{family}", ip_address(stack.snat[family]).packed, target)
             for bucket in range(stack.buckets):
                 self.own(stack, bucket, stack.word(bucket))
@@ -519,3 +538,40 @@ def test_every_frame_is_counted_once_whatever_is_in_it(director: Director) -> No
     after = director.counters()
     got = {name: after[name] - before[name] for name in after}
     assert got.pop("received") == rounds == sum(got.values())
+
+
+def test_listeners_are_found_until_they_are_removed_whatever_takes_their_place(tmp_path: Path) -> None:
+    """Through libpacketstack: thousands of listeners share the places of the direct table, and outlive an agent."""
+    ffi, lib = abi.ffi, abi.lib()
+    error = ffi.new("struct ps_error *")
+    pins = tmp_path / "bpf"
+    d = lib.ps_director_open(str(abi.NATIVE).encode(), str(pins).encode(), error)
+    assert d != ffi.NULL, ffi.string(error.text)
+    try:
+        chooser = random.Random(3)
+        target = ffi.new("struct ps_target *", {"key0": 1, "key1": 2, "mask": 255})
+        address = bytes(10) + b"\xff\xff" + ip_address(ONE.vip[4]).packed
+        ports = chooser.sample(range(1, 65536), 2000)
+        here = Director(pins)
+        for bucket in range(256):
+            here.own(ONE, bucket, 1 << 22)
+
+        def found(port: int) -> bool:
+            frame = ethernet(ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 1, port)))
+            return here.run(frame).action == REDIRECT
+
+        for port in ports:
+            assert lib.ps_director_listener(d, address, socket.htons(port), TCP, target, error) == 0
+        assert all(found(port) for port in ports)
+        # What the next agent does.
+        lib.ps_director_close(d)
+        d = lib.ps_director_open(str(abi.NATIVE).encode(), str(pins).encode(), error)
+        assert d != ffi.NULL, ffi.string(error.text)
+        gone = set(chooser.sample(ports, 1000))
+        for port in gone:
+            assert lib.ps_director_listener(d, address, socket.htons(port), TCP, ffi.NULL, error) == 0
+        assert [port for port in ports if found(port) == (port in gone)] == []
+        here.close()
+    finally:
+        lib.ps_director_close(d)
+        subprocess.run(["umount", str(pins)], check=True)
