@@ -28,6 +28,8 @@ class View:
         if self.engine == abi.ffi.NULL:
             raise SystemExit(abi.ffi.string(error.text).decode())
         self._beats: dict[int, tuple[int, float]] = {}
+        # Read now: without privileges the declarations may be out of reach.
+        self._names = abi.enum_names("ps_counter")
 
     def core(self, index: int) -> Any:
         """`struct ps_core *`"""
@@ -51,10 +53,9 @@ class View:
         """Counters of all cores as Prometheus text."""
         slot = int(self.engine.slot)
         lines = ["# TYPE packetstack_engine_core_packets_total counter"]
-        names = abi.enum_names("ps_counter")
         for c in range(self.engine.cores):
             core = self.core(c)
-            for value, name in names.items():
+            for value, name in self._names.items():
                 event = name.removeprefix("PS_C_").lower()
                 if name != "PS_COUNTERS":
                     labels = f'engine="{slot}",core="{c}",event="{event}"'

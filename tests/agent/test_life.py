@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,10 +162,17 @@ def test_an_uplink_with_another_program_is_refused(node: Node, clean: dict[str, 
 
 
 def test_nobody_may_neither_start_nor_ask(node: Node, clean: dict[str, Any]) -> None:
-    file = str(Path(__file__).parents[2] / "examples/demo.yaml")
-    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", sys.executable, "-m"]
-    nobody += ["packetstack_cli.main", "--run-dir", str(node.lab.run_directory)]
-    done = node.lab.run("node", *nobody, "up", file, check=False)
+    # Imported first: nobody may not be allowed to read where the package lies.
+    as_nobody = (
+        "import os, packetstack_cli.main as cli; os.setgroups([]); os.setresgid(*[65534] * 3);"
+        " os.setresuid(*[65534] * 3); cli.main(prog_name='packetstack')"
+    )
+    nobody = [sys.executable, "-c", as_nobody, "--run-dir", str(node.lab.run_directory)]
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write((Path(__file__).parents[2] / "examples/demo.yaml").read_text())
+        file.flush()
+        Path(file.name).chmod(0o644)
+        done = node.lab.run("node", *nobody, "up", file.name, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "needs root" in done.stderr
     node.up(stack())

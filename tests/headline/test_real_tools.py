@@ -142,7 +142,7 @@ def test_files_of_200_megabytes_arrive_intact_by_both_families(lab: Lab, tmp_pat
 @pytest.mark.parametrize("host", [VIP, f"[{VIP6}]"])
 def test_wrk_sees_no_error(lab: Lab, host: str) -> None:
     with resizing(lab) as sizes:
-        said = lab.run("client", "wrk", "-t1", "-c50", "-d4s", "--timeout", "10s", f"http://{host}/small").stdout
+        said = lab.run("client", "wrk", "-t1", "-c50", "-d4s", "--timeout", "10s", f"http://{host}:80/small").stdout
     print(said)
     assert len(sizes) >= 3
     assert "Socket errors" not in said
