@@ -100,11 +100,11 @@ def clean(run: RunDirectory) -> list[str]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     for slot, name in list(record.engines.items()):
-        for pid in processes_of(NAMESPACES / name):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
         deadline = time.monotonic() + 3
-        while processes_of(NAMESPACES / name) and time.monotonic() < deadline:
+        while (left := processes_of(NAMESPACES / name)) and time.monotonic() < deadline:
+            for pid in left:  # each time: one may have been forked by another before that one died
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             time.sleep(0.01)
         networks.remove_engine_link(int(slot), run.owner)
         namespaces.remove(NAMESPACES / name)
@@ -124,7 +124,7 @@ def clean(run: RunDirectory) -> list[str]:
         namespaces.unmount(run.pins)
         removed.append("programs and maps")
     if run.path.is_dir():
-        for name in ("state.json", "agent.sock", "agent.pid"):
+        for name in ("state.json", "state.new", "agent.sock", "agent.pid"):
             (run.path / name).unlink(missing_ok=True)
         for name in ("engines", "stacks", "bpf"):
             shutil.rmtree(run.path / name, ignore_errors=True)

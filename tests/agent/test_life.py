@@ -76,6 +76,14 @@ def test_down_leaves_nothing_of_engines_that_are_being_made(
     assert not differences(clean, node.traces())
 
 
+def test_down_leaves_nothing_of_an_agent_that_died_while_it_wrote_its_record(node: Node, clean: dict[str, Any]) -> None:
+    node.up(stack())
+    os.kill(int((node.lab.run_directory / "agent.pid").read_text()), signal.SIGKILL)
+    (node.lab.run_directory / "state.new").write_text("{")
+    node.lab.packetstack("down", "--yes")
+    assert not differences(clean, node.traces())
+
+
 def test_two_ups_at_once_start_one_agent(node: Node, clean: dict[str, Any]) -> None:
     file = node.lab.directory / "stack.yaml"
     file.write_text(json.dumps(stack()))
