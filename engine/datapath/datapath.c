@@ -555,7 +555,7 @@ static void *run(void *argument)
 			w->core->pinned_cpu = (uint32_t)d->pin[w->index];
 	}
 	w->swept_ns = clock_ns();
-	while (!d->stop) {
+	while (!LOAD(&d->stop)) {
 		uint32_t done = 0;
 		uint64_t cycles;
 
@@ -716,4 +716,13 @@ int datapath_start(struct datapath *d, char *error, int size)
 		}
 	}
 	return 0;
+}
+
+void datapath_stop(struct datapath *d)
+{
+	STORE(&d->stop, true);
+	for (uint32_t i = 0; i < d->cores; i++)
+		wake(d, i);
+	for (uint32_t i = 0; i < d->cores; i++)
+		pthread_join(d->thread[i], NULL);
 }

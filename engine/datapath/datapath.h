@@ -36,12 +36,14 @@ struct datapath {
 	uint32_t generation;
 	uint32_t queues, cores;
 	pthread_t thread[PS_MAX_CORES];
-	volatile bool stop;
+	bool stop; /* atomic */
 };
 
 /* Maps what the agent handed over. fds: arena, engine, configuration, UMEM, sockets, events. -> 0 or -1 */
 int datapath_map(struct datapath *d, const struct ps_message *attach, const int *fds, int n, char *error, int size);
-/* Takes over every queue whose server is gone (first start: all of them), then runs the cores. */
+/* Takes over all queues, whose server is gone (or never was), then runs the cores. */
 int datapath_start(struct datapath *d, char *error, int size);
+/* Every core finishes its batch and ends; then nothing here touches the rings any more. */
+void datapath_stop(struct datapath *d);
 
 #endif

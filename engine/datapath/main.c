@@ -20,21 +20,20 @@
 
 #include "datapath.h"
 
-enum { NOBODY = 65534, MAX_FDS = 4 + PS_MAX_QUEUES + PS_MAX_CORES };
+enum { NOBODY = 65534, MAX_FDS = 4 + PS_MAX_QUEUES + PS_MAX_CORES, SHARED_FILES = 3 };
 
 static struct datapath datapath;
 
-static int agent_connect(const char *path)
+/*
+ * The socket lies in the directory this process was started for. It is reached from there, since later, without
+ * privileges, the way to that directory is closed.
+ */
+static int agent_connect(const char *name)
 {
 	struct sockaddr_un address = { .sun_family = AF_UNIX };
 	int fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
 
-	if (strlen(path) >= sizeof(address.sun_path)) {
-		fprintf(stderr, "packetstack-datapath: --socket %s: path too long; at most %zu bytes\n", path,
-			sizeof(address.sun_path) - 1);
-		exit(2);
-	}
-	strcpy(address.sun_path, path);
+	strcpy(address.sun_path, name);
 	if (fd >= 0 && connect(fd, (struct sockaddr *)&address, sizeof(address))) {
 		close(fd);
 		return -1;
@@ -42,7 +41,26 @@ static int agent_connect(const char *path)
 	return fd;
 }
 
-static int send_message(int fd, uint32_t kind, uint32_t generation)
+static const char *enter_directory(char *path)
+{
+	char *slash = strrchr(path, '/'), *name = slash ? slash + 1 : path;
+
+	if (strlen(name) >= sizeof(((struct sockaddr_un *)0)->sun_path)) {
+		fprintf(stderr, "packetstack-datapath: --socket %s: its name is too long\n", path);
+		exit(2);
+	}
+	if (slash) {
+		*slash = 0;
+		if (chdir(*path ? path : "/")) {
+			fprintf(stderr, "packetstack-datapath: --socket: directory %s: %s\n", path, strerror(errno));
+			exit(1);
+		}
+	}
+	return name;
+}
+
+/* With `n` descriptors, if there are any. -> 0 or -1 */
+static int send_message(int fd, uint32_t kind, uint32_t generation, const int *fds, int n)
 {
 	struct ps_message m = {
 		.kind = kind,
@@ -50,8 +68,24 @@ static int send_message(int fd, uint32_t kind, uint32_t generation)
 		.pid = (uint32_t)getpid(),
 		.generation = generation,
 	};
+	union {
+		char bytes[CMSG_SPACE(sizeof(int) * MAX_FDS)];
+		struct cmsghdr align;
+	} control = { { 0 } };
+	struct iovec io = { &m, sizeof(m) };
+	struct msghdr h = { .msg_iov = &io, .msg_iovlen = 1 };
 
-	return send(fd, &m, sizeof(m), MSG_NOSIGNAL) == sizeof(m) ? 0 : -1;
+	if (n) {
+		struct cmsghdr *c = &control.align;
+
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN((size_t)n * sizeof(int));
+		memcpy(CMSG_DATA(c), fds, (size_t)n * sizeof(int));
+		h.msg_control = control.bytes;
+		h.msg_controllen = CMSG_SPACE((size_t)n * sizeof(int));
+	}
+	return sendmsg(fd, &h, MSG_NOSIGNAL) == sizeof(m) ? 0 : -1;
 }
 
 /* -> number of descriptors, or -1 */
@@ -68,6 +102,7 @@ static int receive_message(int fd, struct ps_message *m, int *fds)
 	ssize_t got = recvmsg(fd, &h, MSG_CMSG_CLOEXEC);
 	int n = 0;
 
+	m->text[sizeof(m->text) - 1] = 0;
 	if (got != sizeof(*m) || h.msg_flags & (MSG_CTRUNC | MSG_TRUNC))
 		return -1;
 	for (struct cmsghdr *c = CMSG_FIRSTHDR(&h); c; c = CMSG_NXTHDR(&h, c)) {
@@ -98,11 +133,26 @@ static int give_up_privileges(void)
 
 static void end(int signal) { _exit(signal == SIGTERM ? 0 : 1); }
 
+/* The next message, which has to be of this kind; ends the process if it is not. -> number of descriptors */
+static int expect(int agent, uint32_t kind, struct ps_message *m, int *fds)
+{
+	int n = receive_message(agent, m, fds);
+
+	if (n >= 0 && m->kind == kind)
+		return n;
+	if (n >= 0 && m->kind == PS_MSG_REFUSED)
+		fprintf(stderr, "packetstack-datapath: the agent refused: %s\n", m->text);
+	else
+		fprintf(stderr, "packetstack-datapath: the agent went away\n");
+	exit(1);
+}
+
 int main(int argc, char **argv)
 {
-	struct ps_message m;
-	int fds[MAX_FDS], n, agent;
+	struct ps_message m, order;
+	int fds[MAX_FDS], none[MAX_FDS], n, agent;
 	char error[256] = "";
+	const char *name;
 
 	if (argc != 3 || strcmp(argv[1], "--socket")) {
 		fprintf(stderr, "usage: packetstack-datapath --socket PATH\n");
@@ -110,41 +160,46 @@ int main(int argc, char **argv)
 	}
 	signal(SIGTERM, end);
 	signal(SIGPIPE, SIG_IGN);
-	for (int i = 0; (agent = agent_connect(argv[2])) < 0; i++) {
+	name = enter_directory(argv[2]);
+	for (int i = 0; (agent = agent_connect(name)) < 0; i++) {
 		if (i == 100) {
-			fprintf(stderr, "packetstack-datapath: %s: no agent there: %s\n", argv[2], strerror(errno));
+			fprintf(stderr, "packetstack-datapath: %s: no agent there: %s\n", name, strerror(errno));
 			return 1;
 		}
 		usleep(100000);
 	}
-	if (send_message(agent, PS_MSG_HELLO, 0)) {
-		fprintf(stderr, "packetstack-datapath: %s: the agent hung up\n", argv[2]);
-		return 1;
-	}
-	n = receive_message(agent, &m, fds);
-	if (n < 0 || m.kind != PS_MSG_ATTACH) {
-		m.text[sizeof(m.text) - 1] = 0;
-		fprintf(stderr, "packetstack-datapath: the agent refused: %s\n",
-			n >= 0 && m.kind == PS_MSG_REFUSED ? m.text : "no valid answer");
-		return 1;
-	}
-	if (datapath_map(&datapath, &m, fds, n, error, sizeof(error)) || give_up_privileges() ||
-	    datapath_start(&datapath, error, sizeof(error))) {
+	send_message(agent, PS_MSG_HELLO, 0, NULL, 0);
+	n = expect(agent, PS_MSG_ATTACH, &m, fds);
+	if (datapath_map(&datapath, &m, fds, n, error, sizeof(error)) || give_up_privileges()) {
 		fprintf(stderr, "packetstack-datapath: %s\n", *error ? error : strerror(errno));
 		return 1;
 	}
+	send_message(agent, PS_MSG_PREPARED, m.generation, NULL, 0);
+	expect(agent, PS_MSG_GO, &order, none);
+	if (datapath_start(&datapath, error, sizeof(error))) {
+		fprintf(stderr, "packetstack-datapath: %s\n", error);
+		return 1;
+	}
 	__atomic_store_n(&datapath.engine->ready, m.generation, __ATOMIC_RELEASE);
-	send_message(agent, PS_MSG_READY, m.generation);
+	send_message(agent, PS_MSG_READY, m.generation, NULL, 0);
 	for (;;) {
-		char byte;
-		ssize_t got = recv(agent, &byte, 1, 0);
-
-		if (got > 0 || (got < 0 && errno == EINTR))
+		if (receive_message(agent, &order, none) >= 0) {
+			if (order.kind == PS_MSG_STOP) {
+				datapath_stop(&datapath);
+				send_message(agent, PS_MSG_STOPPED, m.generation, NULL, 0);
+				return 0;
+			}
+			if (order.kind == PS_MSG_REFUSED) {
+				fprintf(stderr, "packetstack-datapath: the agent refused: %s\n", order.text);
+				return 1;
+			}
 			continue;
-		/* The agent is gone. Packets go on; tell the next one who we are. */
+		}
+		/* The agent is gone. Packets go on; tell the next one who we are, and give it what we hold. */
 		close(agent);
-		while ((agent = agent_connect(argv[2])) < 0)
-			usleep(200000);
-		send_message(agent, PS_MSG_HELLO, m.generation);
+		do {
+			usleep(50000); /* also when it hung up at once */
+		} while ((agent = agent_connect(name)) < 0);
+		send_message(agent, PS_MSG_HELLO, m.generation, fds + SHARED_FILES, n - SHARED_FILES);
 	}
 }

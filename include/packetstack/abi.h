@@ -432,14 +432,27 @@ struct ps_config_file {
 	struct ps_config buffer[2];
 };
 
-/* ---- the datapath's socket to the agent (SOCK_SEQPACKET, path based) ------------------------------ */
+/*
+ * ---- the datapath's socket to the agent (SOCK_SEQPACKET, path based) ------------------------------
+ *
+ *   a new process:                          HELLO (generation 0) -> ATTACH -> PREPARED -> GO -> READY
+ *   one that serves, to a restarted agent:  HELLO (its generation, with its descriptors)
+ *   one that has a successor:               STOP -> STOPPED
+ *
+ * PREPARED: everything is mapped, nothing is touched yet. A successor waits there until the process that
+ * serves has stopped or died, so the pause of a change is that between STOP and GO.
+ */
 
 enum ps_message_kind {
-	PS_MSG_HELLO = 1,   /* datapath -> agent: layout, pid */
+	PS_MSG_HELLO = 1,   /* datapath -> agent: layout, pid, generation; descriptors as in ATTACH from the UMEM on */
 	PS_MSG_ATTACH = 2,  /* agent -> datapath, with descriptors: arena, engine file, configuration,
 				   UMEM, one AF_XDP socket a queue, one eventfd a core */
 	PS_MSG_REFUSED = 3, /* agent -> datapath: text says why */
 	PS_MSG_READY = 4,   /* datapath -> agent: it serves its queues */
+	PS_MSG_PREPARED = 5,
+	PS_MSG_GO = 6,	    /* agent -> datapath: whoever served before is gone; take over and serve */
+	PS_MSG_STOP = 7,    /* agent -> datapath: finish the batches at hand and serve no more */
+	PS_MSG_STOPPED = 8, /* datapath -> agent: nothing here touches the rings any more */
 };
 
 struct ps_message {
