@@ -195,14 +195,6 @@ struct ps_shard *ps_arena_shard(struct ps_arena *a, uint32_t bucket)
 	return bucket < a->buckets ? ps_shard_at(a, bucket) : NULL;
 }
 
-void ps_arena_first_owner(struct ps_arena *a, uint32_t bucket, uint64_t word)
-{
-	uint64_t none = 0;
-
-	__atomic_compare_exchange_n(&ps_shard_at(a, bucket)->owner, &none, ps_owner(word), 0, __ATOMIC_ACQ_REL,
-				    __ATOMIC_RELAXED);
-}
-
 int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int max)
 {
 	struct ps_shard *s = ps_shard_at(a, bucket);

@@ -69,8 +69,6 @@ void ps_unmap(void *map); /* any of the above */
 /* Index of the address in the arena's table, adding it if it is new; -1 if the table is full. */
 int ps_arena_address(struct ps_arena *a, const uint8_t *address);
 int ps_arena_backend(struct ps_arena *a, const uint8_t *address, uint16_t port);
-/* Makes the shard's owner what `word` says; only for buckets that never had an owner. */
-void ps_arena_first_owner(struct ps_arena *a, uint32_t bucket, uint64_t word);
 struct ps_shard *ps_arena_shard(struct ps_arena *a, uint32_t bucket);
 /* Copies up to `max` live flows of a bucket; -> how many. Safe beside the writer (version words). */
 int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int max);
@@ -104,11 +102,11 @@ int ps_queue_statistics(int socket, uint64_t *out, struct ps_error *e);
 
 struct ps_fence_engine { /* an engine that a fence may have to visit */
 	uint32_t slot;
-	uint32_t ifindex; /* host end */
-	int ingress;	  /* AF_PACKET socket in the node's namespace */
-	int egress;	  /* AF_PACKET socket on the engine's interface */
-	int events[32];	  /* wake its cores */
-	struct ps_engine *engine;
+	uint32_t ifindex;	  /* host end */
+	int ingress;		  /* AF_PACKET socket in the node's namespace */
+	int egress;		  /* AF_PACKET socket on the engine's interface */
+	int events[32];		  /* wake its cores */
+	struct ps_engine *engine; /* NULL: it is gone, its processes have ended and its interface does not exist */
 };
 
 struct ps_move {
@@ -118,9 +116,10 @@ struct ps_move {
 struct ps_transfer_report {
 	uint32_t moved, skipped; /* skipped: there already, or its queues take part on the other side of this fence */
 	uint32_t markers, resent;
-	uint64_t total_ns;     /* word stored -> last shard released */
-	uint64_t acked_ns;     /* word stored -> last source has acknowledged */
-	uint32_t stalled_slot; /* not 0: this engine has not acknowledged in limit_ms; call again */
+	uint64_t total_ns; /* word stored -> last shard released */
+	uint64_t acked_ns; /* word stored -> last source has acknowledged */
+	uint32_t
+		stalled_slot; /* not 0: this engine has not acknowledged in limit_ms, or is not in `engines`; call again */
 	uint32_t cpus;
 };
 
@@ -134,9 +133,6 @@ int ps_packet_socket(int netns, uint32_t ifindex, struct ps_error *e); /* for ma
 int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *egress, struct ps_fence_engine *engines,
 		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms,
 		struct ps_transfer_report *report, struct ps_error *e);
-/* First owners of a new stack's buckets: no fence, there was no owner. */
-int ps_assign(struct ps_arena *a, uint64_t *words, uint32_t offset, const struct ps_move *moves, int n_moves,
-	      struct ps_error *e);
 /* Gives a queue to another core of the same engine; returns when it has it, or after limit_ms with -1. */
 int ps_queue_to_core(struct ps_fence_engine *engine, uint32_t queue, uint32_t core, uint32_t limit_ms,
 		     uint64_t *took_ns, struct ps_error *e);

@@ -12,7 +12,8 @@
  *   5. Every CPU is visited once more: what the egress programs redirected has left.
  *   6. The shards are released to the new owners, which are woken.
  *
- * Nothing is released by a timer. Markers are sent again until they are answered.
+ * Nothing is released by a timer. Markers are sent again until they are answered. Of an engine that is gone,
+ * processes and interface, nothing can be under way: its buckets need no markers, but its shards may be torn.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -71,6 +72,8 @@ static int engine_at(const struct transfer *t, uint32_t slot)
 			return i;
 	return -1;
 }
+
+static int is_gone(const struct ps_fence_engine *f) { return !f->engine; }
 
 static struct ps_queue *queue_of(const struct ps_fence_engine *f, uint32_t queue)
 {
@@ -223,10 +226,12 @@ static int add_source(struct transfer *t, struct ps_fence *fence, uint32_t bucke
 	if (ps_owner(word) == ps_owner(owner))
 		return 0; /* fenced without a new word: not ours to release */
 	at = engine_at(t, ps_word_slot(owner));
-	if (at < 0)
-		return ps_fail(t->e, "bucket %u: engine %u that owns it is not known to this call", bucket,
-			       ps_word_slot(owner));
-	t->sources[at] |= 1ull << ps_word_queue(owner);
+	if (at < 0) { /* it may still be handling packets: left open until it is known again, or gone */
+		t->report->stalled_slot = ps_word_slot(owner);
+		return 0;
+	}
+	if (!is_gone(&t->engines[at]))
+		t->sources[at] |= 1ull << ps_word_queue(owner);
 	fence->bitmap[bucket / 8] |= (uint8_t)(1 << bucket % 8);
 	fence->buckets++;
 	return 1;
@@ -236,7 +241,7 @@ static uint64_t *side(struct transfer *t, uint64_t *queues, uint64_t word)
 {
 	int at = engine_at(t, ps_word_slot(word));
 
-	return at < 0 ? NULL : &queues[at];
+	return at < 0 || is_gone(&t->engines[at]) ? NULL : &queues[at];
 }
 
 static uint64_t queue_bit(uint64_t word) { return 1ull << ps_word_queue(word); }
@@ -262,13 +267,22 @@ static int may_take_part(struct transfer *t, uint64_t from, uint64_t to)
 	return !(gets && *gets & queue_bit(from)) && !(gives && *gives & queue_bit(to));
 }
 
+/* A shard whose owner is gone, and died while it changed it. */
+static void repair(const struct transfer *t, struct ps_shard *s)
+{
+	int at = engine_at(t, ps_word_slot(LOAD(&s->owner)));
+
+	if (at >= 0 && is_gone(&t->engines[at]) && s->dirty)
+		ps_shard_rebuild(t->arena, s);
+}
+
 static int transfer_run(struct transfer *t)
 {
 	struct ps_transfer_report *r = t->report;
 	uint8_t touched[PS_MAX_SLOTS / 8] = { 0 };
 	struct ps_fence *fence;
 	uint64_t begun;
-	uint32_t open = 0;
+	uint32_t open = 0, unknown;
 
 	t->id = t->arena->next_fence++;
 	fence = &t->arena->fences[t->id % PS_MAX_FENCES];
@@ -282,7 +296,7 @@ static int transfer_run(struct transfer *t)
 
 		if (m->bucket >= t->arena->buckets)
 			return ps_fail(t->e, "bucket %u: there are only %u", m->bucket, t->arena->buckets);
-		if (m->slot && (at < 0 || m->queue >= t->engines[at].engine->queues))
+		if (m->slot && (at < 0 || is_gone(&t->engines[at]) || m->queue >= t->engines[at].engine->queues))
 			return ps_fail(t->e, "bucket %u: no queue %u of engine %u", m->bucket, m->queue, m->slot);
 	}
 	begun = clock_ns();
@@ -319,6 +333,7 @@ static int transfer_run(struct transfer *t)
 		return 0;
 	STORE(&fence->id, t->id);
 
+	unknown = r->stalled_slot;
 	r->stalled_slot = fence_side(t, PS_MARKER_INGRESS);
 	r->acked_ns = clock_ns() - begun;
 	if (!r->stalled_slot)
@@ -327,6 +342,7 @@ static int transfer_run(struct transfer *t)
 		r->total_ns = clock_ns() - begun;
 		return 0;
 	}
+	r->stalled_slot = unknown;
 	visit(t, 0);
 	for (uint32_t b = 0; b < t->arena->buckets; b++) {
 		uint64_t word;
@@ -334,12 +350,13 @@ static int transfer_run(struct transfer *t)
 		if (!(fence->bitmap[b / 8] >> (b % 8) & 1))
 			continue;
 		word = LOAD(&t->words[t->offset + b]);
+		repair(t, ps_shard_at(t->arena, b));
 		STORE(&ps_shard_at(t->arena, b)->owner, ps_owner(word));
 		touched[ps_word_slot(word) / 8] |= (uint8_t)(1 << ps_word_slot(word) % 8);
 	}
 	r->total_ns = clock_ns() - begun;
 	for (int i = 0; i < t->n_engines; i++)
-		if (touched[t->engines[i].slot / 8] >> (t->engines[i].slot % 8) & 1)
+		if (touched[t->engines[i].slot / 8] >> (t->engines[i].slot % 8) & 1 && !is_gone(&t->engines[i]))
 			wake_engine(&t->engines[i]);
 	return 0;
 }
@@ -392,22 +409,6 @@ int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *
 		return ps_fail(e, "cannot start the fence thread: %s", strerror(errno));
 	pthread_join(thread, &result);
 	return (int)(intptr_t)result;
-}
-
-int ps_assign(struct ps_arena *a, uint64_t *words, uint32_t offset, const struct ps_move *moves, int n_moves,
-	      struct ps_error *e)
-{
-	for (int i = 0; i < n_moves; i++) {
-		const struct ps_move *m = &moves[i];
-		struct ps_shard *s = ps_arena_shard(a, m->bucket);
-		uint64_t word = ps_word(1, m->slot, m->queue, 0, 0);
-
-		if (!s || s->owner || ps_word_slot(LOAD(&words[offset + m->bucket])))
-			return ps_fail(e, "bucket %u: it has an owner; move it instead", m->bucket);
-		STORE(&s->owner, ps_owner(word));
-		STORE(&words[offset + m->bucket], word);
-	}
-	return 0;
 }
 
 int ps_queue_to_core(struct ps_fence_engine *f, uint32_t queue, uint32_t core, uint32_t limit_ms, uint64_t *took_ns,

@@ -241,20 +241,25 @@ class Stack:
     def open_fences(self) -> frozenset[int]:
         """Buckets whose word and shard disagree: their handover is not finished."""
         words = self.words()
-        return frozenset(
-            b for b in range(self.buckets) if lib().ps_arena_shard(self.arena, b).owner != words[b] & ~0xFFFF
-        )
+        return frozenset(b for b, owner in enumerate(self._shard_owners()) if owner != words[b] & ~0xFFFF)
+
+    def _shard_owners(self) -> list[int]:
+        return [lib().ps_arena_shard(self.arena, b).owner for b in range(self.buckets)]
 
     def transfer(self, engines: Sequence[Engine], moves: Sequence[Move]) -> Report:
         """Move buckets, in batches of one fence each. Stops at an engine that does not answer. Blocks.
 
-        With no moves it finishes what an interrupted call left open.
+        With no moves it finishes what an interrupted call left open. `engines`: all of the stack; one that a shard
+        names and that is not among them is gone for good.
         """
         report = Report()
         present = [e for e in engines if e.view is not None]
-        fence = ffi.new("struct ps_fence_engine[]", max(1, len(present)))
+        gone = {owner >> 22 & 1023 for owner in self._shard_owners()} - {0} - {e.slot for e in engines}
+        fence = ffi.new("struct ps_fence_engine[]", len(present) + len(gone) + 1)
         for i, engine in enumerate(present):
             fence[i] = engine.fence[0]
+        for i, slot in enumerate(gone, len(present)):
+            fence[i].slot = slot
         out = ffi.new("struct ps_transfer_report *")
         batches = [list(moves[i : i + BATCH]) for i in range(0, len(moves), BATCH)] or [[]]
         for batch in batches:
@@ -263,8 +268,8 @@ class Stack:
             while moved and not report.stalled:
                 wanted = ffi.new("struct ps_move[]", [(m.bucket, m.to.slot, m.to.queue) for m in batch] or 1)
                 call(
-                    lib().ps_transfer, self.arena, self._words, self._offset, self._egress, fence, len(present), wanted,
-                    len(batch), FENCE_LIMIT_MS, out,
+                    lib().ps_transfer, self.arena, self._words, self._offset, self._egress, fence, len(present) + len(gone),
+                    wanted, len(batch), FENCE_LIMIT_MS, out,
                 )  # fmt: skip
                 moved = int(out.moved)
                 report.moved += moved
