@@ -8,14 +8,17 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from ipaddress import ip_address, ip_network
+from itertools import islice
 from typing import Any
 
-from packetstack_agent import devices, engines, networks
+from packetstack_agent import devices, engines, networks, processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, packed, text, unpacked, wire
@@ -39,6 +42,18 @@ from packetstack_core.resources import Network, PacketStack
 TICK_SECONDS = 1.0
 LOOK_SECONDS = 5.0
 """How often routes and programs are looked after when nothing tells that they changed."""
+WATCH_SECONDS = 0.1
+HANG_SECONDS = 0.5
+"""A core's loop turns at least every 0.1 s, also when it sleeps."""
+STARVED_SECONDS = 5.0
+"""The same for a core that is ready to run and gets no CPU: killing it would not help."""
+STALLS = 4
+"""Fences of 0.5 s in a row, not answered by an engine whose cores turn."""
+SILENT_SECONDS = 3.0
+"""How long init may take to bring a datapath."""
+UPGRADE_SECONDS = 10.0
+REGAIN_SECONDS = 2.0
+"""How long running datapaths may take to find a restarted agent."""
 BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 EVENTS = 1000
 
@@ -77,8 +92,7 @@ class Agent:
         self.director: Any = None
         self._attached: tuple[networks.Pair, dict[str, int]] | None = None
         """Pair and uplinks (name -> interface index) that the director was last put on."""
-        self._watch: asyncio.Task[None] | None = None
-        self._measure: asyncio.Task[None] | None = None
+        self._watches: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
         self._node = asyncio.Lock()
         """Held while routes, proxied addresses and attached programs are being changed."""
@@ -86,36 +100,103 @@ class Agent:
     # ---- life ------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Load the programs and make the routed pair. AgentError with one line if that cannot be."""
+        """Load the programs, make the routed pair, go on with what an earlier agent left. AgentError if that cannot be."""
         self.run.path.mkdir(parents=True, exist_ok=True)
         self.run.save()
         self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
         await asyncio.to_thread(self._attach)
-        self._watch = asyncio.create_task(self._watch_node())
-        self._measure = asyncio.create_task(self._measure_rates())
+        await self._take_over()
+        for work in (self._watch_node, self._measure_rates, self._watch_engines):
+            self._watches.append(asyncio.create_task(work()))
+
+    async def _take_over(self) -> None:
+        """Stacks and engines of the record, as they are: packets flow by the pinned table meanwhile."""
+        record = self.run.record
+        for address, port in record.unhealthy:
+            self.prober.expect_unhealthy((ip_address(address), port))
+        for name, document in record.documents.items():
+            resource = resources.parse(document)
+            directory = self.run.stack(name)
+            stack = await asyncio.to_thread(Stack, resource, record.indexes[name], directory, self.director)
+            managed = self.stacks[name] = Managed(stack)
+            managed.pinned = {int(b): slot for b, slot in record.pinned.get(name, {}).items()}
+        for slot, known in list(record.engines.items()):
+            if known["stack"] in self.stacks:
+                await self._regain(self.stacks[known["stack"]], int(slot), known)
+        if not self.stacks:
+            return
+        self._watch_backends()
+        deadline = time.monotonic() + REGAIN_SECONDS
+        for engine in [e for m in self.stacks.values() for e in m.engines.values()]:
+            if engine.attachments is not None and await asyncio.to_thread(engines.populated, engine):
+                await engine.attachments.until(partial(_is_ready, engine), deadline - time.monotonic())
+        for managed in self.stacks.values():
+            for engine in list(managed.engines.values()):
+                if engine.view is None and engine.making is None:
+                    await self._rebuild(managed, engine, "no process has its descriptors any more")
+            managed.stack.healthy = self.prober.healthy()
+            await managed.stack.configure(list(managed.engines.values()))
+            managed.stack.direct()
+        await self._routes()
+        for name, managed in self.stacks.items():
+            managed.task = asyncio.create_task(self._keep(managed))
+            self.event(name, "AgentStarted", f"took over {len(managed.engines)} engines")
+
+    async def _regain(self, managed: Managed, slot: int, known: dict[str, Any]) -> None:
+        stack = managed.stack
+        engine = Engine(self._blueprint(stack, known), self.director)
+        engine.state = State(known["state"])
+        managed.engines[slot] = engine
+        if engine.state is State.PENDING:  # it was being made
+            await self._destroy(managed, engine)
+            return
+        try:
+            await asyncio.to_thread(engines.regain, engine, tuple(known["init"]))
+        except AgentError as e:
+            await self._rebuild(managed, engine, str(e))
+        else:
+            self._attend(engine)
 
     async def stop(self) -> None:
         """Remove everything, in the order in which nothing is missed."""
         for name in list(self.stacks):
             await self._remove_stack(name)
+        await self._halt()
+        await asyncio.to_thread(clean, self.run)
+
+    async def leave(self) -> None:
+        """End, and leave all as it is: engines go on, and the next agent takes them over."""
+        for managed in self.stacks.values():
+            if managed.task is not None:
+                managed.task.cancel()
+                await asyncio.gather(managed.task, return_exceptions=True)
+        await self._halt()
+        for managed in self.stacks.values():
+            for engine in managed.engines.values():
+                if engine.making is not None:
+                    await asyncio.wait([engine.making])
+                if engine.attachments is not None:
+                    await engine.attachments.close()
+
+    async def _halt(self) -> None:
         await asyncio.gather(*self._background, return_exceptions=True)
         self.prober.close()
         async with self._node:  # so that no thread is using the director
-            for task in (self._watch, self._measure):
-                if task is not None:
-                    task.cancel()
+            for task in self._watches:
+                task.cancel()
+            await asyncio.gather(*self._watches, return_exceptions=True)
         if self.director is not None:
             lib().ps_director_close(self.director)
             self.director = None
-        await asyncio.to_thread(clean, self.run)
 
     def event(self, stack: str, reason: str, message: str, kind: str = "Normal") -> None:
         """Something a person may want to read later."""
         what = {"stack": stack, "type": kind, "reason": reason, "message": message}
-        last = self.events[-1] if self.events else {}
-        if what.items() <= last.items():
-            last |= {"time": time.time(), "count": last["count"] + 1}
-            return
+        for last in islice(reversed(self.events), 8):
+            if what.items() <= last.items():
+                self.events.remove(last)
+                self.events.append(last | {"time": time.time(), "count": last["count"] + 1})
+                return
         self.events.append({"time": time.time(), **what, "count": 1})
         print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind} {stack} {reason}: {message}", flush=True)
 
@@ -231,6 +312,7 @@ class Agent:
     async def _add_stack(self, resource: PacketStack) -> None:
         used = {m.stack.index for m in self.stacks.values()}
         index = min(i for i in range(constant("PS_MAX_STACKS")) if i not in used)
+        self.run.record.indexes[resource.name] = index
         stack = await asyncio.to_thread(Stack, resource, index, self.run.stack(resource.name), self.director)
         managed = Managed(stack)
         self.stacks[resource.name] = managed
@@ -329,7 +411,8 @@ class Agent:
             managed.stack.close()
             del self.stacks[name]
         self._watch_backends()
-        self.run.record.documents.pop(name, None)
+        for part in (self.run.record.documents, self.run.record.indexes, self.run.record.pinned):
+            part.pop(name, None)
         try:
             await self._routes()
         except Exception as e:  # the stack is gone all the same
@@ -356,6 +439,8 @@ class Agent:
                 self.event(name, reason, f"{place[0]} port {place[1]}", kind)
                 managed.stack.healthy = self.prober.healthy()
                 self._spawn(self._reconfigure(managed))
+        self.run.record.unhealthy = [[str(a), p] for (a, p), well in self.prober.healthy().items() if not well]
+        self.run.save()
 
     async def _reconfigure(self, managed: Managed) -> None:
         async with managed.busy:
@@ -413,9 +498,15 @@ class Agent:
             if not e.removing
         ]
         stay = {e.slot for e in seen if e.state is State.ACTIVE}
-        managed.pinned = {b: slot for b, slot in managed.pinned.items() if slot in stay}
+        if any(slot not in stay for slot in managed.pinned.values()):
+            managed.pinned = {b: slot for b, slot in managed.pinned.items() if slot in stay}
+            self._note_pinned(managed)
         fixed = managed.pinned if len(seen) <= stack.resource.spec.replicas else {}
         return Observed(seen, stack.owners(), frozenset(fixed) | stack.open_fences(), managed.create_after)
+
+    def _note_pinned(self, managed: Managed) -> None:
+        self.run.record.pinned[managed.stack.name] = {str(b): slot for b, slot in managed.pinned.items()}
+        self.run.save()
 
     async def _act(self, managed: Managed, action: reconciling.Action) -> bool:
         """Carry out one action; returns whether its effect comes later."""
@@ -427,9 +518,9 @@ class Agent:
             case ActivateEngine(slot):
                 engine = managed.engines[slot]
                 self.event(name, "EngineActive", f"engine {slot} was {engine.state}")
-                engine.state = State.ACTIVE
+                self._become_state(engine, State.ACTIVE)
             case DrainEngine(slot):
-                managed.engines[slot].state = State.DRAINING
+                self._become_state(managed.engines[slot], State.DRAINING)
                 self.event(name, "EngineDraining", f"engine {slot} hands its buckets over")
             case AssignBuckets(moves):
                 await self._transfer(managed, moves)
@@ -438,6 +529,19 @@ class Agent:
                 engine.removing = True
                 self._spawn(self._remove(managed, engine))
         return False
+
+    def _become_state(self, engine: Engine, state: State) -> None:
+        engine.state = state
+        self._note(engine)
+
+    def _note(self, engine: Engine) -> None:
+        """Write down what the next agent must know about the engine."""
+        init = engine.init
+        self.run.record.engines[str(engine.slot)] = engine.blueprint.record() | {
+            "state": str(engine.state),
+            "init": [init.pid, init.started] if init is not None else [0, 0],
+        }
+        self.run.save()
 
     def _create(self, managed: Managed, action: CreateEngine) -> None:
         stack = managed.stack
@@ -451,25 +555,31 @@ class Agent:
                 self._failed(managed, slot, f"NoExclusiveCPU: {len(free)} CPUs are free, it needs {shape.cores}")
                 return
             cpus = tuple(free[: shape.cores])
-        blueprint = engines.Blueprint(
-            stack=stack.name,
-            slot=slot,
-            template=action.template,
-            queues=action.queues,
-            cores=shape.cores,
-            cpu_policy=shape.cpu_policy,
-            cpus=cpus,
-            memory_bytes=shape.memory_bytes,
-            namespace=self.run.namespace(stack.name, slot),
+        known = {
+            "stack": stack.name,
+            "slot": slot,
+            "template": action.template,
+            "queues": action.queues,
+            "cores": shape.cores,
+            "cpu_policy": shape.cpu_policy,
+            "cpus": cpus,
+            "memory_bytes": shape.memory_bytes,
+            "namespace": self.run.namespace(stack.name, slot),
+        }
+        engine = managed.engines[slot] = Engine(self._blueprint(stack, known), self.director)
+        self._note(engine)
+        engine.making = asyncio.create_task(self._make(managed, engine))
+
+    def _blueprint(self, stack: Stack, known: dict[str, Any]) -> engines.Blueprint:
+        kept = {name: value for name, value in known.items() if name not in ("state", "init", "cpus")}
+        return engines.Blueprint(
+            **kept,
+            cpus=tuple(known["cpus"]),
             owner=self.run.owner,
-            directory=self.run.engine(slot),
+            directory=self.run.engine(known["slot"]),
             arena=stack.arena_path,
             config=stack.config_path,
         )
-        self.run.record.engines[str(slot)] = blueprint.namespace
-        self.run.save()
-        engine = managed.engines[slot] = Engine(blueprint, self.director)
-        engine.making = asyncio.create_task(self._make(managed, engine))
 
     async def _make(self, managed: Managed, engine: Engine) -> None:
         b = engine.blueprint
@@ -484,8 +594,28 @@ class Agent:
             return
         if engine.removing:
             return
-        engine.state = State.STARTING
-        engine.tasks.append(asyncio.create_task(engines.attend(engine, self._engine_changed)))
+        engine.silent_since = time.monotonic()
+        if engine.state is State.PENDING:
+            engine.state = State.STARTING
+        self._note(engine)
+        self._attend(engine)
+
+    def _attend(self, engine: Engine) -> None:
+        engine.silent_since = time.monotonic()
+        engines.attend(engine, lambda what: self._engine_changed(engine, what))
+
+    async def _rebuild(self, managed: Managed, engine: Engine, why: str) -> None:
+        """Make the engine again in its slot. It keeps its buckets and their flows, which are in the arena."""
+        self.event(managed.stack.name, "EngineLost", f"engine {engine.slot}: {why}; it is made again", "Warning")
+        async with managed.busy:
+            if managed.engines.get(engine.slot) is not engine or engine.removing:
+                return
+            await self._tear_down(managed, engine)
+            fresh = managed.engines[engine.slot] = Engine(engine.blueprint, self.director)
+            fresh.state = engine.state
+        fresh.making = asyncio.create_task(self._make(managed, fresh))
+        await asyncio.wait([fresh.making])
+        managed.changed.set()
 
     def _failed(self, managed: Managed, slot: int, problem: str) -> None:
         """An engine could not be made: say why, and wait longer each time before the next try."""
@@ -500,16 +630,30 @@ class Agent:
         managed = self.stacks.get(engine.blueprint.stack)
         if managed is None or engine.removing:
             return
-        if what == "ready":
-            call(lib().ps_director_engine, self.director, engine.slot, engine.ifindex)
+        name, slot = managed.stack.name, engine.slot
+        if what == "resumed":
+            try:
+                if engine.view is None:
+                    engines.complete(engine)
+            except AgentError as e:
+                self._spawn(self._rebuild(managed, engine, str(e)))
+                return
+        if what in ("ready", "resumed"):
+            call(lib().ps_director_engine, self.director, slot, engine.ifindex)
             managed.failures, managed.problem = 0, ""
-            self.event(
-                managed.stack.name, "EngineReady", f"engine {engine.slot}: datapath {engine.pid} serves its queues"
-            )
+            engine.beats.clear()
+            engine.silent_since, engine.stalls = 0.0, 0
+            self.event(name, "EngineReady", f"engine {slot}: datapath {engine.pid} serves its queues")
+            if engine.orphans:
+                engine.orphans = False
+                self._spawn(asyncio.to_thread(engines.end_orphans, engine))
         elif what == "died":
-            self.event(managed.stack.name, "DatapathDied", f"engine {engine.slot}: its init starts another", "Warning")
+            engine.silent_since = time.monotonic()
+            self.event(name, "DatapathDied", f"engine {slot}: its init starts another", "Warning")
+        elif what == "lost":
+            self._spawn(self._rebuild(managed, engine, "no process has its descriptors any more"))
         else:
-            self.event(managed.stack.name, "DatapathRefused", f"engine {engine.slot}: {what}", "Warning")
+            self.event(name, "DatapathRefused", f"engine {slot}: {what}", "Warning")
         managed.changed.set()
 
     async def _remove(self, managed: Managed, engine: Engine) -> None:
@@ -526,36 +670,39 @@ class Agent:
         engine.removing = True
         if engine.making is not None:
             await asyncio.wait([engine.making])
-        for task in engine.tasks:
-            task.cancel()
-        await asyncio.gather(*engine.tasks, return_exceptions=True)
-        engine.tasks.clear()
-        if engine.view is not None:
-            add_drops(engine, managed.gone["engine"], managed.gone["kernel"])
-        # Before the memory goes: nothing here may read it from now on.
-        engine.ready = False
-        view, engine.view = engine.view, None
-        fds, engine.fds = engine.fds, None
-        await asyncio.to_thread(engines.destroy, engine, view, fds)
+        await self._tear_down(managed, engine)
         managed.engines.pop(engine.slot, None)
         self.run.record.engines.pop(str(engine.slot), None)
         self.run.save()
 
+    async def _tear_down(self, managed: Managed, engine: Engine) -> None:
+        if engine.attachments is not None:
+            await engine.attachments.close()
+            engine.attachments = None
+        if engine.view is not None:
+            add_drops(engine, managed.gone["engine"], managed.gone["kernel"])
+        engine.view = None  # nothing here may read it from now on: its memory goes
+        await asyncio.to_thread(engines.destroy, engine)
+
     async def _transfer(self, managed: Managed, moves: Sequence[Move]) -> dict[str, Any]:
         async with managed.busy:
-            serving = [e for e in managed.engines.values() if e.view is not None]
-            report = await asyncio.to_thread(managed.stack.transfer, serving, moves)
+            report = await asyncio.to_thread(managed.stack.transfer, list(managed.engines.values()), moves)
         managed.moved += report.moved
         managed.holds_ns.extend(report.hold_ns)
         longest = max(report.hold_ns, default=0) / 1e6
         if report.moved:
             message = f"{report.moved} buckets by {report.fences} fences, the longest {longest:.2f} ms"
             self.event(managed.stack.name, "BucketsMoved", message)
+        engine = managed.engines.get(report.stalled)
         if report.stalled:
             self.event(
                 managed.stack.name, "EngineDoesNotAnswer",
                 f"engine {report.stalled} has not answered its markers; nothing is released until it does", "Warning",
             )  # fmt: skip
+            if engine is not None:
+                engine.stalls += 1
+                if engine.stalls >= STALLS and engine.ready:
+                    self._kill(engine, f"has not answered {engine.stalls} fences")
         return {
             "moved": report.moved,
             "fences": report.fences,
@@ -593,6 +740,51 @@ class Agent:
                         self.event("-", "RoutesRestored", ", ".join(str(p) for p in added), "Warning")
         finally:
             watcher.close()
+
+    async def _watch_engines(self) -> None:
+        """Engines that hang, or whose init or interface is gone."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            now = time.monotonic()
+            for managed in list(self.stacks.values()):
+                for engine in list(managed.engines.values()):
+                    if engine.removing or engine.view is None or (engine.making and not engine.making.done()):
+                        continue
+                    try:
+                        await self._look_at(managed, engine, now)
+                    except Exception as e:
+                        self.event(managed.stack.name, "Failed", f"engine {engine.slot}: {e}", "Warning")
+
+    async def _look_at(self, managed: Managed, engine: Engine, now: float) -> None:
+        b = engine.blueprint
+        if not networks.is_there(engine.ifindex):
+            await self._rebuild(managed, engine, f"interface {networks.engine_device(b.slot)} is gone")
+            return
+        if engine.init is None or not engine.init.alive():
+            await self._start_again(managed, engine, "its init has ended")
+        elif engine.silent_since and now - engine.silent_since > SILENT_SECONDS:
+            await self._start_again(managed, engine, f"no datapath has come for {SILENT_SECONDS:g} s")
+        elif engine.ready and (core := hung(engine, now)) is not None:
+            self._kill(engine, f"its core {core} has not turned for {HANG_SECONDS:g} s")
+
+    async def _start_again(self, managed: Managed, engine: Engine, why: str) -> None:
+        """Init and all it starts, in the namespace that is there: the next datapath takes the queues over."""
+        self.event(managed.stack.name, "EngineRestarted", f"engine {engine.slot}: {why}", "Warning")
+        engine.orphans = True
+        engine.silent_since = 0.0 if engine.ready else time.monotonic()
+        async with managed.busy:
+            if not engine.removing and engine.view is not None:
+                await asyncio.to_thread(engines.start_again, engine)
+                self._note(engine)
+
+    def _kill(self, engine: Engine, why: str) -> None:
+        """End a datapath that hangs. Its init starts another, which adopts the queues."""
+        serving = engine.attachments.serving if engine.attachments is not None else None
+        if serving is not None:
+            self.event(engine.blueprint.stack, "EngineHung", f"engine {engine.slot}: {why}; killed", "Warning")
+            engine.beats.clear()
+            engine.stalls = 0
+            serving.kill()
 
     async def _measure_rates(self) -> None:
         while True:
@@ -662,6 +854,7 @@ class Agent:
             "buckets": buckets.get(b.slot, 0),
             "flows": flows.get(b.slot, 0),
             "pid": engine.pid,
+            "initPid": engine.init.pid if engine.init is not None else 0,
             "namespace": b.namespace,
             "packetsPerSecond": 0.0,
             "busy": 0.0,
@@ -803,6 +996,7 @@ class Agent:
             if queue is not None or (owner := owners[b]) is None or owner.slot != slot
         ]
         managed.pinned |= dict.fromkeys(buckets, slot)
+        self._note_pinned(managed)
         return await self._transfer(managed, moves)
 
     async def move_queue(self, name: str, slot: int, queue: int, core: int) -> dict[str, Any]:
@@ -820,6 +1014,24 @@ class Agent:
             await asyncio.to_thread(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
         self.event(name, "QueueMoved", f"queue {queue} of engine {slot} to core {core} in {took[0] / 1000:.0f} us")
         return {"microseconds": took[0] / 1000}
+
+    async def upgrade(self, name: str, slot: int) -> dict[str, Any]:
+        """Let a new datapath process, of the build that is installed now, follow the one that serves."""
+        managed = self._managed(name)
+        engine = self._active(managed, slot)
+        before = engine.attachments.serving if engine.attachments is not None else None
+        if before is None or engine.init is None or engine.attachments is None:
+            raise AgentError(f"engine {slot}: no datapath is attached; wait until it is ready")
+        attachments, old = engine.attachments, before.pid
+        engine.init.signal(signal.SIGHUP)
+        if not await attachments.until(lambda: attachments.serving not in (None, before), UPGRADE_SECONDS):
+            raise AgentError(
+                f"engine {slot}: no new datapath came within {UPGRADE_SECONDS:g} s, process {old} goes on; "
+                f"see packetstack logs {slot}"
+            )
+        pause = attachments.pause_seconds * 1000
+        self.event(name, "EngineUpgraded", f"engine {slot}: datapath {engine.pid} follows {old} after {pause:.2f} ms")
+        return {"from": old, "to": engine.pid, "pauseMilliseconds": round(pause, 3)}
 
     def _active(self, managed: Managed, slot: int) -> Engine:
         engine = managed.engines.get(slot)
@@ -891,6 +1103,10 @@ class Agent:
         return result
 
 
+def _is_ready(engine: Engine) -> bool:
+    return engine.ready
+
+
 def _pin(uplink: str) -> bytes:
     """Name of the pin of an uplink's program. Dots, as of VLANs, are not allowed in it."""
     return text(f"uplink_{uplink}".replace(".", "_"))
@@ -917,6 +1133,23 @@ def sample(engine: Engine, now: float) -> None:
         "cores": busy,
         "busy": sum(busy.values()) / len(busy),
     }
+
+
+def hung(engine: Engine, now: float) -> int | None:
+    """The first core whose loop has not turned for too long, by itself: one that gets no CPU has more time."""
+    for c in range(engine.blueprint.cores):
+        core = engine.core(c)
+        beat, thread = int(core.heartbeat), int(core.thread)
+        last, since, ran = engine.beats.get(c, (-1, now, ()))
+        if beat != last:
+            engine.beats[c] = (beat, now, ())
+        elif now - since > HANG_SECONDS / 2 and not ran:
+            engine.beats[c] = (beat, since, processes.run_time(engine.pid, thread))
+        elif now - since > HANG_SECONDS and (
+            now - since > STARVED_SECONDS or not processes.starved(engine.pid, thread, ran)
+        ):
+            return c
+    return None
 
 
 def add_drops(engine: Engine, by_engine: dict[str, int], by_kernel: dict[str, int]) -> None:

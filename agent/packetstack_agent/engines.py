@@ -4,25 +4,23 @@ The agent makes everything that needs a privilege and keeps the descriptors, so 
 serves them; the datapath gets copies over its socket. Functions that block are run in worker threads.
 """
 
-import array
 import asyncio
 import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent import namespaces, networks
+from packetstack_agent import namespaces, networks, processes
+from packetstack_agent.attachments import NOBODY, Attachments, Changed, Shared
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
+from packetstack_agent.processes import Process
 from packetstack_core import abi
 from packetstack_core.reconciling import State
 
@@ -52,6 +50,11 @@ class Blueprint:
     arena: Path
     config: Path
 
+    def record(self) -> dict[str, Any]:
+        """What an agent that comes later cannot know otherwise."""
+        kept = ("stack", "slot", "template", "queues", "cores", "cpu_policy", "cpus", "memory_bytes", "namespace")
+        return {name: getattr(self, name) for name in kept}
+
 
 @dataclass(eq=False)
 class Engine:
@@ -61,14 +64,16 @@ class Engine:
     director: Any = None
     """`struct ps_director *`."""
     state: State = State.PENDING
-    ready: bool = False
-    pid: int = 0
-    """Of the datapath, 0 = none is attached."""
-    init: subprocess.Popen[bytes] | None = None
+    init: Process | None = None
     ifindex: int = 0
-    generation: int = 0
+    """Of its interface's host end."""
+    peer: int = 0
+    """Of its interface, in its own namespace."""
+    shared: Shared | None = None
+    """What its datapath processes get; there from `make` or `regain` on."""
+    attachments: Attachments | None = None
     view: Any = None
-    """`struct ps_engine *`, shared with the datapath."""
+    """`struct ps_engine *`, shared with the datapath. None until all of the engine may be used."""
     fds: Any = None
     fence: Any = None
     """`struct ps_fence_engine *`."""
@@ -76,11 +81,29 @@ class Engine:
     """Done when `make` is, whatever came of it: until then nothing of the engine may be removed."""
     removing: bool = False
     listener: socket.socket | None = None
-    tasks: list[asyncio.Task[None]] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     """Arena, configuration, marker socket."""
     samples: dict[str, Any] = field(default_factory=dict)
     """Last rates; see `measuring`."""
+    beats: dict[int, tuple[int, float, tuple[int, ...]]] = field(default_factory=dict)
+    """Core -> (heartbeat, when it was first seen, the thread's run time then)."""
+    silent_since: float = 0.0
+    """No datapath serves it since then, 0 = one does."""
+    orphans: bool = False
+    """Its namespace has processes of an init that has ended."""
+    stalls: int = 0
+    """Fences in a row that it has not answered in time."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether a datapath serves its queues."""
+        return self.view is not None and self.attachments is not None and self.attachments.serving is not None
+
+    @property
+    def pid(self) -> int:
+        """Of the datapath, 0 = none serves."""
+        serving = self.attachments.serving if self.attachments is not None else None
+        return serving.pid if serving is not None else 0
 
     @property
     def slot(self) -> int:
@@ -171,15 +194,48 @@ def _make(engine: Engine, path: Path) -> None:
         ffi.memmove(options.mac, mac, 6)
         ffi.memmove(options.gateway_mac, link.host_mac, 6)
         b.directory.mkdir(parents=True, exist_ok=True)
-        engine.fds = ffi.new("struct ps_queue_fds *")
-        ffi.memmove(engine.fds, b"\xff" * ffi.sizeof("struct ps_queue_fds"), ffi.sizeof("struct ps_queue_fds"))
+        engine.fds = _no_descriptors()
         try:
             call(lib().ps_queues_create, text(b.directory / "queues"), namespace, b"eth0", queues, options, engine.fds)
         finally:
             os.close(queues)
     finally:
         os.close(namespace)
-    engine.files = [os.open(p, os.O_RDWR | os.O_CLOEXEC) for p in (b.arena, b.config)]
+    view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
+    _share(engine, view, engine.fds.engine, _rings(b, engine.fds))
+    engine.init = spawn(b)
+    complete(engine)
+
+
+def _rings(b: Blueprint, fds: Any) -> list[int]:
+    return [fds.umem, *(fds.sockets[q] for q in range(b.queues)), *(fds.events[c] for c in range(b.cores))]
+
+
+def _share(engine: Engine, view: Any, engine_file: int, rings: list[int]) -> None:
+    b = engine.blueprint
+    arena, config = (os.open(p, os.O_RDWR | os.O_CLOEXEC) for p in (b.arena, b.config))
+    engine.files += [arena, config]
+    engine.shared = Shared(b.slot, b.cores, b.cpus, (arena, config), engine_file, rings, b.queues, view)
+    engine.listener = _listen(b.directory / "engine.sock")
+
+
+def complete(engine: Engine) -> None:
+    """All descriptors are there: from now on fences may include the engine."""
+    b, shared = engine.blueprint, engine.shared
+    assert shared is not None
+    if engine.fds is None:
+        engine.fds = _no_descriptors()
+        namespace = os.open(namespaces.NAMESPACES / b.namespace, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            engine.fds.egress = call(lib().ps_packet_socket, namespace, engine.peer)
+        finally:
+            os.close(namespace)
+        engine.fds.engine, engine.fds.umem, *rest = shared.engine, *shared.rings
+        for i, fd in enumerate(rest):
+            if i < b.queues:
+                engine.fds.sockets[i] = fd
+            else:
+                engine.fds.events[i - b.queues] = fd
     ingress = call(lib().ps_packet_socket, -1, engine.ifindex)
     engine.files.append(ingress)
     engine.fence = ffi.new("struct ps_fence_engine *")
@@ -189,25 +245,65 @@ def _make(engine: Engine, path: Path) -> None:
     engine.fence.egress = engine.fds.egress
     for i in range(len(engine.fence.events)):
         engine.fence.events[i] = engine.fds.events[i]
-    cgroup = _limited(b)
-    engine.listener = _listen(b.directory / "engine.sock")
-    engine.init = _spawn(b, cgroup)
+    engine.fence.engine = shared.view
+    engine.view = shared.view
+
+
+def _no_descriptors() -> Any:
+    fds = ffi.new("struct ps_queue_fds *")
+    ffi.memmove(fds, b"\xff" * ffi.sizeof("struct ps_queue_fds"), ffi.sizeof("struct ps_queue_fds"))
+    return fds
+
+
+def regain(engine: Engine, init: tuple[int, int]) -> None:
+    """Take over an engine that an earlier agent has made. AgentError if something of it is missing. Blocks.
+
+    `init`: its pid and start time. The descriptors of its queues are with its datapath, which brings them when it
+    finds the new socket; until then the engine serves, and nothing can be moved to or from it.
+    """
+    b = engine.blueprint
+    path = namespaces.NAMESPACES / b.namespace
+    if not path.exists():
+        raise AgentError(f"network namespace {b.namespace}: is gone")
+    engine.ifindex, engine.peer = networks.engine_link(b.slot, b.owner)
     view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
-    engine.fence.engine = view
-    engine.view = view
+    if (view.slot, view.queues, view.cores) != (b.slot, b.queues, b.cores):
+        lib().ps_unmap(view)
+        raise AgentError(f"{b.directory}/queues: is of another engine than the record says")
+    engine.init = Process.known(*init)
+    namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # The programs of this build, in place: no packet is without one.
+        os.close(call(lib().ps_engine_attach, engine.director, namespace, b"eth0", text(engine.link)))
+        call(lib().ps_host_attach, engine.director, engine.ifindex)
+    finally:
+        os.close(namespace)
+    _share(engine, view, os.open(b.directory / "queues", os.O_RDWR | os.O_CLOEXEC), [])
+
+
+def attend(engine: Engine, changed: Changed) -> None:
+    """Answer the engine's datapath processes until `destroy` or `let_go`."""
+    assert engine.listener is not None
+    assert engine.shared is not None
+    engine.attachments = Attachments(engine.listener, engine.shared, changed)
 
 
 def _listen(path: Path) -> socket.socket:
+    # To be reached from inside the directory alone, also by a datapath that has given up its privileges.
+    path.parent.parent.chmod(0o700)
+    path.parent.chmod(0o711)
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     listener.bind(str(path))
+    os.chown(path, NOBODY, NOBODY)
     path.chmod(0o600)
     listener.listen(4)
     return listener
 
 
-def _spawn(b: Blueprint, cgroup: Path | None) -> subprocess.Popen[bytes]:
-    """Start the engine's init in its namespace, in a session of its own: the agent's end is not its end."""
+def spawn(b: Blueprint) -> Process:
+    """Start the engine's init in its namespace, in a session of its own: the agent's end is not its end. Blocks."""
+    cgroup = _limited(b)
     namespace = os.open(namespaces.NAMESPACES / b.namespace, os.O_RDONLY | os.O_CLOEXEC)
 
     def prepare() -> None:
@@ -222,7 +318,7 @@ def _spawn(b: Blueprint, cgroup: Path | None) -> subprocess.Popen[bytes]:
     command += ["--supervisor", sys.executable, "-P", "-m", "packetstack_engine.main", "--directory", str(b.directory)]
     try:
         with (b.directory / "log").open("ab") as log:
-            return subprocess.Popen(
+            child = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -230,58 +326,70 @@ def _spawn(b: Blueprint, cgroup: Path | None) -> subprocess.Popen[bytes]:
                 start_new_session=True,
                 preexec_fn=prepare,
             )
+        return Process(child.pid, child)
     except OSError as e:
         raise AgentError(f"engine {b.slot}: cannot start {command[0]}: {e.strerror}") from None
     finally:
         os.close(namespace)
 
 
-def destroy(engine: Engine, view: Any = None, fds: Any = None) -> None:
+def start_again(engine: Engine) -> None:
+    """A new init. A datapath that still serves goes on until its successor takes over. Blocks."""
+    if engine.init is not None:
+        engine.init.signal(signal.SIGKILL)
+        engine.init.wait(2.0)
+        engine.init.close()
+    engine.init = spawn(engine.blueprint)
+
+
+def populated(engine: Engine) -> bool:
+    """Whether any process is in its namespace. Blocks."""
+    return bool(processes.in_namespace(namespaces.NAMESPACES / engine.blueprint.namespace))
+
+
+def end_orphans(engine: Engine) -> None:
+    """Kill what earlier inits of the engine have started. Blocks."""
+    if engine.init is not None:
+        processes.clear(namespaces.NAMESPACES / engine.blueprint.namespace, engine.init.pid)
+
+
+def destroy(engine: Engine) -> None:
     """End the processes and remove all that `make` made; whatever is missing is fine. Blocks.
 
-    `view` and `fds` are the engine's, when the caller has taken them away from it before other threads could
-    meet them half gone.
+    Nobody may use the engine's memory any more, and its `attachments` are closed.
     """
     b = engine.blueprint
-    view, engine.view = view or engine.view, None
-    fds, engine.fds = fds or engine.fds, None
+    shared, fds = engine.shared, engine.fds
+    engine.view = engine.fds = engine.shared = None
     if engine.init is not None:
-        end_process(engine.init.pid, engine.init.poll)
+        engine.init.end()
         engine.init = None
-    if engine.listener is not None:
-        engine.listener.close()
-        engine.listener = None
+    processes.clear(namespaces.NAMESPACES / b.namespace)
     if engine.director is not None:
         error = ffi.new("struct ps_error *")
         lib().ps_director_engine(engine.director, b.slot, 0, error)
         lib().ps_engine_detach(engine.director, text(engine.link), error)
-    if view is not None:
-        lib().ps_unmap(view)
+    if shared is not None:
+        lib().ps_unmap(shared.view)
     if fds is not None:
         lib().ps_queues_close(fds)
-    for fd in engine.files:
-        with suppress(OSError):
-            os.close(fd)
-    engine.files.clear()
+    elif shared is not None:
+        engine.files += [shared.engine, *shared.rings]
+    _close(engine)
     networks.remove_engine_link(b.slot, b.owner)
     namespaces.remove(namespaces.NAMESPACES / b.namespace)
     shutil.rmtree(b.directory, ignore_errors=True)
     remove_cgroups(b.namespace)
 
 
-def end_process(pid: int, poll: Callable[[], int | None]) -> None:
-    """Terminate; kill what does not end within two seconds. `poll` tells (and reaps) the end."""
-    for sig, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 2.0)):
-        if poll() is not None:
-            break
-        with suppress(ProcessLookupError):
-            # Init's session: it and what it started.
-            os.killpg(pid, sig)
-        deadline = time.monotonic() + seconds
-        while poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
+def _close(engine: Engine) -> None:
+    if engine.listener is not None:
+        engine.listener.close()
+        engine.listener = None
+    for fd in engine.files:
+        with suppress(OSError):
+            os.close(fd)
+    engine.files.clear()
 
 
 # ---- memory limit -----------------------------------------------------------------------------------------------
@@ -323,82 +431,3 @@ def remove_cgroups(name: str) -> None:
         for group in (root / "packetstack" / name, root / "packetstack"):
             with suppress(OSError):
                 group.rmdir()
-
-
-# ---- the datapath's socket --------------------------------------------------------------------------------------
-
-
-async def attend(engine: Engine, changed: Callable[[Engine, str], None]) -> None:
-    """Answer the engine's datapath processes, one after the other, until cancelled.
-
-    `changed` is called with "ready", "died" or a reason for refusing.
-    """
-    loop = asyncio.get_running_loop()
-    assert engine.listener is not None
-    while True:
-        connection, _ = await loop.sock_accept(engine.listener)
-        with connection:
-            connection.setblocking(False)
-            pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-            hello = await _receive(loop, connection)
-            if hello is None or hello.kind != constant("PS_MSG_HELLO") or uid != 0:
-                changed(engine, f"refused process {pid}: not a datapath")
-                continue
-            if hello.layout != constant("PS_LAYOUT_VERSION"):
-                reason = f"LayoutMismatch: datapath has layout {hello.layout}, agent {constant('PS_LAYOUT_VERSION')}"
-                await _send(loop, connection, _message("PS_MSG_REFUSED", reason))
-                changed(engine, reason)
-                continue
-            try:
-                _attach(engine, connection)
-            except OSError:
-                continue  # it died meanwhile; its successor will ask
-            ready = await _receive(loop, connection)
-            if ready is not None and ready.kind == constant("PS_MSG_READY"):
-                engine.pid, engine.ready = pid, True
-                changed(engine, "ready")
-                while await _receive(loop, connection) is not None:
-                    pass
-            engine.pid, engine.ready = 0, False
-            changed(engine, "died")
-
-
-def _message(kind: str, reason: str = "") -> Any:
-    message = ffi.new("struct ps_message *")
-    message.kind = constant(kind)
-    message.layout = constant("PS_LAYOUT_VERSION")
-    message.text = reason.encode()[:127]
-    return message
-
-
-def _attach(engine: Engine, connection: socket.socket) -> None:
-    b = engine.blueprint
-    engine.generation += 1
-    engine.view.generation = engine.generation
-    message = _message("PS_MSG_ATTACH")
-    message.slot, message.queues, message.cores, message.generation = b.slot, b.queues, b.cores, engine.generation
-    for i in range(len(message.pin)):
-        message.pin[i] = b.cpus[i] if i < len(b.cpus) else -1
-    fds = [engine.files[0], engine.fds.engine, engine.files[1], engine.fds.umem]
-    fds += [engine.fds.sockets[q] for q in range(b.queues)] + [engine.fds.events[c] for c in range(b.cores)]
-    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-    connection.sendmsg([bytes(ffi.buffer(message))], control)
-
-
-async def _receive(loop: asyncio.AbstractEventLoop, connection: socket.socket) -> Any:
-    """One message, None at the end of the connection."""
-    size = ffi.sizeof("struct ps_message")
-    try:
-        data = await loop.sock_recv(connection, size + 1)
-    except OSError:
-        return None
-    if len(data) != size:
-        return None
-    message = ffi.new("struct ps_message *")
-    ffi.memmove(message, data, size)
-    return message
-
-
-async def _send(loop: asyncio.AbstractEventLoop, connection: socket.socket, message: Any) -> None:
-    with suppress(OSError):
-        await loop.sock_sendall(connection, bytes(ffi.buffer(message)))

@@ -28,8 +28,8 @@ def main() -> None:
     parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve Prometheus metrics over HTTP")
     parser.add_argument("--clean", action="store_true", help="remove what a dead agent left, and exit")
     arguments = parser.parse_args()
-    run = RunDirectory(arguments.run_dir)
     try:
+        run = RunDirectory(arguments.run_dir)
         if os.geteuid() != 0:
             raise AgentError("packetstack-agent: needs root: it loads BPF programs and makes network namespaces")
         if len(os.fsencode(run.path)) > LONGEST_PATH:
@@ -39,13 +39,9 @@ def main() -> None:
             for line in clean(run):
                 print(f"removed {line}")
             return
-        if run.record.engines or run.pins.is_mount():
-            raise AgentError(
-                f"{run.path}: an earlier agent ended without cleaning up; its engines still serve. "
-                "Remove them with: packetstack down --all"
-            )
         alone.write_text(str(os.getpid()))
-        asyncio.run(_serve(run, arguments.metrics_listen))
+        run.record.metrics_listen = arguments.metrics_listen or run.record.metrics_listen
+        asyncio.run(_serve(run))
     except (AgentError, NotBuilt) as e:
         sys.exit(str(e))
 
@@ -64,22 +60,26 @@ def _alone(run: RunDirectory) -> Path:
     return path
 
 
-async def _serve(run: RunDirectory, metrics_listen: str | None) -> None:
+async def _serve(run: RunDirectory) -> None:
+    first = not run.record.documents
     agent = Agent(run)
     server = Server(agent)
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(sig, server.stopped.set)
+        # Whatever ends the agent, it does not end the stacks: `packetstack down` does.
+        loop.add_signal_handler(sig, server.leave)
     try:
         await agent.start()
-        http = await _metrics(agent, metrics_listen) if metrics_listen else None
+        http = await _metrics(agent, run.record.metrics_listen) if run.record.metrics_listen else None
         listener = await server.listen()
-        await server.stopped.wait()
-        listener.close()
-        if http is not None:
-            await http.cleanup()
-    finally:
-        await agent.stop()
+    except BaseException:
+        await (agent.stop() if first else agent.leave())
+        raise
+    await server.stopped.wait()
+    listener.close()
+    if http is not None:
+        await http.cleanup()
+    await (agent.leave() if server.leaving else agent.stop())
 
 
 async def _metrics(agent: Agent, listen: str) -> web.AppRunner:

@@ -67,6 +67,14 @@ def index_of(name: str) -> int:
         raise AgentError(f"interface {name}: not found; this node has {names}") from None
 
 
+def is_there(index: int) -> bool:
+    """Whether this namespace has an interface with this index."""
+    try:
+        return bool(socket.if_indextoname(index))
+    except OSError:
+        return False
+
+
 def engine_device(slot: int) -> str:
     """Name of the host end of an engine's veth pair."""
     return f"pe{slot}"
@@ -138,6 +146,15 @@ def make_engine_link(slot: int, namespace: int, owner: str) -> EngineLink:
         devices.switch(name, False, "tx", "tso", "gso", "gro")
         ip.link("set", index=link["index"], state="up")
         return EngineLink(link["index"], _mac(link), b"")
+
+
+def engine_link(slot: int, owner: str) -> tuple[int, int]:
+    """Indexes of an engine's host end here and of its interface in its namespace; AgentError if that pair is gone."""
+    with IPRoute() as ip:
+        link = _find(ip, engine_device(slot))
+    if link is None or link.get("IFLA_IFALIAS") != owner:
+        raise AgentError(f"interface {engine_device(slot)}: is gone")
+    return link["index"], link.get("IFLA_LINK")
 
 
 def set_up_engine_end() -> bytes:

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import threading
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -13,10 +12,13 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent import devices, engines, namespaces, networks
+from packetstack_agent import devices, engines, namespaces, networks, processes
+from packetstack_agent.errors import AgentError
 from packetstack_agent.namespaces import NAMESPACES
 
 DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
+RECORD_LAYOUT = 2
+"""Of state.json. Another one is not understood, and left alone."""
 
 
 @dataclass
@@ -24,15 +26,23 @@ class Record:
     """What must be known to clean up after a dead agent. Written before the thing it names is made."""
 
     uplinks: list[str] = field(default_factory=list)
-    engines: dict[str, str] = field(default_factory=dict)
-    """Slot -> namespace."""
+    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Slot -> `Blueprint.record`, and `state`, `init`."""
     proxied: dict[str, list[str]] = field(default_factory=dict)
     """Device -> addresses answered for."""
     sysctls: dict[str, str] = field(default_factory=dict)
     """Values to put back."""
     documents: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stacks as last applied."""
+    indexes: dict[str, int] = field(default_factory=dict)
+    """Stack -> its place in the flow tables."""
+    pinned: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Stack -> bucket -> slot, where a person put it."""
+    unhealthy: list[list[Any]] = field(default_factory=list)
+    """Backends, [address, port]."""
     last_slot: int = 0
+    metrics_listen: str = ""
+    layout: int = RECORD_LAYOUT
 
 
 class RunDirectory:
@@ -44,7 +54,7 @@ class RunDirectory:
         self._saving = threading.Lock()
         self.owner = f"packetstack {self.path}"
         with suppress(FileNotFoundError):
-            self.record = Record(**json.loads(self._file.read_text()))
+            self.record = _read(self._file)
 
     @property
     def _file(self) -> Path:
@@ -92,20 +102,29 @@ class RunDirectory:
         raise RuntimeError("no engine slot is free")
 
 
+def _read(path: Path) -> Record:
+    try:
+        content = json.loads(path.read_text())
+        if content.get("layout") == RECORD_LAYOUT:
+            return Record(**content)
+        problem = f"has layout {content.get('layout')}, this agent knows {RECORD_LAYOUT}"
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        problem = f"cannot be read ({e})"
+    raise AgentError(f"LayoutMismatch: {path}: {problem}; start the agent that wrote it, or restore the file")
+
+
 def clean(run: RunDirectory) -> list[str]:
     """Remove everything that the record names, whoever is dead or alive; returns what was removed. May be repeated."""
     removed: list[str] = []
     record = run.record
-    for pid in processes_naming(run.path / "engines"):
+    for pid in processes.naming(run.path / "engines"):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    for slot, name in list(record.engines.items()):
-        deadline = time.monotonic() + 3
-        while (left := processes_of(NAMESPACES / name)) and time.monotonic() < deadline:
-            for pid in left:  # each time: one may have been forked by another before that one died
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.01)
+    for slot, engine in list(record.engines.items()):
+        name = engine["namespace"]
+        processes.clear(NAMESPACES / name)
         networks.remove_engine_link(int(slot), run.owner)
         namespaces.remove(NAMESPACES / name)
         engines.remove_cgroups(name)
@@ -132,35 +151,3 @@ def clean(run: RunDirectory) -> list[str]:
             run.path.rmdir()
     run.record = Record()
     return removed
-
-
-def processes_of(namespace: Path) -> list[int]:
-    """Processes in a network namespace; none when it does not exist."""
-    try:
-        wanted = namespace.stat()
-        own = Path("/proc/self/ns/net").stat()
-    except OSError:
-        return []
-    if (wanted.st_ino, wanted.st_dev) == (own.st_ino, own.st_dev):
-        return []
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                there = (entry / "ns/net").stat()
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if (there.st_ino, there.st_dev) == (wanted.st_ino, wanted.st_dev) and state not in "ZX":
-                    found.append(int(entry.name))
-    return found
-
-
-def processes_naming(directory: Path) -> list[int]:
-    """Processes with a file of this directory on their command line: engines whose record or namespace is lost."""
-    mark = bytes(directory) + b"/"
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            with suppress(OSError):
-                if mark in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-    return found

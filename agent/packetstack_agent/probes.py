@@ -50,6 +50,10 @@ class Prober:
                 self.verdicts.setdefault(place, Verdict())
                 self._tasks[place] = (check, asyncio.create_task(self._probe(place, check)))
 
+    def expect_unhealthy(self, place: Place) -> None:
+        """It was when it was last known: it has to prove that it is healthy again."""
+        self.verdicts[place] = Verdict(healthy=False)
+
     def healthy(self) -> dict[Place, bool]:
         """Verdict by backend."""
         return {place: v.healthy for place, v in self.verdicts.items()}

@@ -21,7 +21,14 @@ class Server:
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.stopped = asyncio.Event()
+        self.leaving = False
+        """The agent ends without removing anything."""
         self._applying = asyncio.Lock()
+
+    def leave(self) -> None:
+        """End, and let the stacks go on."""
+        self.leaving = True
+        self.stopped.set()
 
     async def listen(self) -> asyncio.Server:
         """Open the socket, for root and the agent's own user alone."""
@@ -87,5 +94,11 @@ class Server:
                 async with self._applying:
                     self.stopped.set()
                 return None
+            case "leave":
+                async with self._applying:
+                    self.leave()
+                return None
+            case "upgrade":
+                return await agent.upgrade(r["name"], r["slot"])
             case _:
                 raise AgentError(f"verb {verb}: unknown to this agent")

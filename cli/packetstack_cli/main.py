@@ -91,7 +91,8 @@ def up(
 ) -> None:
     """Make the stacks of FILES run; start the agent if there is none. Repeating it changes nothing."""
     wanted = [stack for file in files for stack in _load(file)]
-    started = not client.alive() and client.start_agent(metrics_listen)
+    # An agent that found stacks to go on with stays, whatever becomes of FILES.
+    started = not client.alive() and client.start_agent(metrics_listen) and not client.call("get")
     try:
         for result in client.call("apply", documents=[s.document() for s in wanted], uplinks=list(uplinks)):
             click.echo(f"stack {result['stack']}: {result['result']}")

@@ -1,0 +1,292 @@
+"""The datapath processes of an engine: who serves its queues, who takes over next.
+
+One conversation per process on the engine's socket, as include/packetstack/abi.h describes it. The end of the
+connection says that the process is gone, every thread of it: only then may another one touch its queues.
+"""
+
+import array
+import asyncio
+import os
+import signal
+import socket
+import struct
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from packetstack_agent.errors import AgentError
+from packetstack_agent.natives import constant, ffi
+
+NOBODY = 65534
+AF_XDP = 44
+"""Of <linux/socket.h>; Python's socket module does not know it."""
+HELLO_SECONDS = 5.0
+ANSWER_SECONDS = 10.0
+"""For mapping the shared memory, or starting the cores, on a busy machine. Then the process is killed."""
+STOP_SECONDS = 0.5
+CONVERSATIONS = 8
+"""Open at once; more than a datapath, its successor and a few that are ending is nonsense."""
+MOST_FDS = 4 + 64 + 32
+
+Changed = Callable[[str], None]
+"""Called with "ready", "resumed", "died", "lost" or a reason for refusing."""
+
+
+@dataclass(eq=False)
+class Link:
+    """A datapath process that serves queues."""
+
+    pid: int
+    pidfd: int
+    generation: int
+    connection: socket.socket
+    stopped: asyncio.Event = field(default_factory=asyncio.Event)
+    """It touches the queues no more."""
+
+    def kill(self) -> None:
+        """The process, and no other that may have its number later."""
+        if self.pidfd >= 0:
+            with suppress(OSError):
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+
+@dataclass
+class Shared:
+    """What datapath processes of an engine are given."""
+
+    slot: int
+    cores: int
+    pin: tuple[int, ...]
+    files: tuple[int, int]
+    """Arena, configuration."""
+    engine: int
+    """The engine file."""
+    rings: list[int]
+    """UMEM, a socket per queue, an eventfd per core. Empty while only a running datapath has them."""
+    queues: int
+    view: Any
+    """`struct ps_engine *`."""
+
+
+class Attachments:
+    """Listens on an engine's socket. All methods run on the event loop."""
+
+    def __init__(self, listener: socket.socket, shared: Shared, changed: Changed) -> None:
+        self.serving: Link | None = None
+        self._listener = listener
+        self._shared = shared
+        self.pause_seconds = 0.0
+        """How long nobody served while the last process followed one that could be told to stop."""
+        self._report = changed
+        self._happened = asyncio.Event()
+        self._generation = int(shared.view.generation)
+        self._turn = asyncio.Lock()
+        """Held while one process follows another."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._accepting = asyncio.create_task(self._accept())
+
+    async def close(self) -> None:
+        """Hang up. The processes go on without us."""
+        self._accepting.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(self._accepting, *self._tasks, return_exceptions=True)
+
+    def _changed(self, what: str) -> None:
+        self._report(what)
+        self._happened.set()
+        self._happened = asyncio.Event()
+
+    async def until(self, true: Callable[[], bool], seconds: float) -> bool:
+        """Wait for something that changes with who serves; False if it does not come true in time."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not true():
+                    await self._happened.wait()
+        return true()
+
+    async def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(self._listener)
+            if len(self._tasks) >= CONVERSATIONS:
+                connection.close()
+                continue
+            task = asyncio.create_task(self._talk(connection))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _talk(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        pid, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        fds: list[int] = []
+        pidfd = -1
+        link: Link | None = None
+        try:
+            pidfd = os.pidfd_open(pid)
+            hello = await _receive(connection, HELLO_SECONDS, fds)
+            # A process that serves has given up its privileges, and comes from inside the engine's directory.
+            ours = hello is not None and (uid == 0 or (uid == NOBODY and hello.generation != 0))
+            if not ours or hello.kind != constant("PS_MSG_HELLO"):
+                self._changed(f"refused process {pid}: not a datapath")
+                return
+            if hello.layout != constant("PS_LAYOUT_VERSION"):
+                reason = f"LayoutMismatch: datapath has layout {hello.layout}, agent {constant('PS_LAYOUT_VERSION')}"
+                _send(connection, "PS_MSG_REFUSED", reason)
+                self._changed(reason)
+                return
+            link = Link(pid, pidfd, int(hello.generation), connection)
+            if not (self._resume(link, fds) if link.generation else await self._follow(link)):
+                return
+            while (message := await _receive(connection)) is not None:
+                if message.kind == constant("PS_MSG_STOPPED"):
+                    link.stopped.set()
+        except OSError:
+            return  # it died meanwhile; its successor will ask
+        finally:
+            connection.close()
+            if link is not None:
+                link.pidfd = -1
+                link.stopped.set()
+                if self.serving is link:
+                    self.serving = None
+                    self._changed("died")
+            for fd in (*fds, pidfd):
+                if fd >= 0:
+                    os.close(fd)
+
+    def _resume(self, link: Link, fds: list[int]) -> bool:
+        """A process that served before this agent came. It brings what an earlier agent gave it."""
+        s = self._shared
+        if self.serving is not None or link.generation != s.view.generation:
+            return False  # the one before it is not gone yet, or it is not the one: it asks again
+        if not s.rings:
+            if len(fds) != 1 + s.queues + s.cores or any(not _is_xdp(fd) for fd in fds[1 : 1 + s.queues]):
+                self._changed(f"refused process {link.pid}: it brings other descriptors than a datapath has")
+                return False
+            s.rings = fds[:]
+            fds.clear()
+        self.serving = link
+        self._changed("resumed")
+        return True
+
+    async def _follow(self, link: Link) -> bool:
+        """A new process: takes over from the one that serves, or from a dead one."""
+        s = self._shared
+        if not s.rings:
+            _send(link.connection, "PS_MSG_REFUSED", "the engine's descriptors are lost; it is being made again")
+            self._changed("lost")
+            return False
+        self._generation += 1
+        link.generation = self._generation
+        message = _message("PS_MSG_ATTACH")
+        message.slot, message.queues, message.cores, message.generation = s.slot, s.queues, s.cores, link.generation
+        for i in range(len(message.pin)):
+            message.pin[i] = s.pin[i] if i < len(s.pin) else -1
+        fds = [s.files[0], s.engine, s.files[1], *s.rings]
+        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        link.connection.sendmsg([bytes(ffi.buffer(message))], control)
+        if not await self._said(link, "PS_MSG_PREPARED"):
+            return False
+        async with self._turn:
+            before, self.serving = self.serving, None
+            began = time.monotonic()
+            if before is not None:
+                await stop(before)
+            s.view.generation = link.generation
+            _send(link.connection, "PS_MSG_GO")
+            if not await self._said(link, "PS_MSG_READY"):
+                self._changed("died")
+                return False
+            if before is not None:
+                self.pause_seconds = time.monotonic() - began
+            self.serving = link
+            self._changed("ready")
+        return True
+
+    async def _said(self, link: Link, kind: str) -> bool:
+        message = await _receive(link.connection, ANSWER_SECONDS)
+        if message is None or message.kind != constant(kind):
+            link.kill()  # it may hang, and must not wake up later
+            return False
+        return True
+
+
+async def stop(link: Link) -> None:
+    """Until this process touches the queues no more; it is killed if it does not stop by itself."""
+    with suppress(OSError):
+        _send(link.connection, "PS_MSG_STOP")
+    try:
+        async with asyncio.timeout(STOP_SECONDS):
+            await link.stopped.wait()
+    except TimeoutError:
+        link.kill()
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await link.stopped.wait()
+        except TimeoutError:
+            raise AgentError(f"datapath {link.pid}: was killed and does not end; see its state in ps") from None
+
+
+def _is_xdp(fd: int) -> bool:
+    try:
+        with socket.socket(AF_XDP, socket.SOCK_RAW, fileno=os.dup(fd)) as s:
+            return s.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == AF_XDP
+    except OSError:
+        return False
+
+
+def _message(kind: str, reason: str = "") -> Any:
+    message = ffi.new("struct ps_message *")
+    message.kind = constant(kind)
+    message.layout = constant("PS_LAYOUT_VERSION")
+    message.text = reason.encode()[:127]
+    return message
+
+
+def _send(connection: socket.socket, kind: str, reason: str = "") -> None:
+    """Small and rare: there is always room for it, or the process is beyond help."""
+    connection.send(bytes(ffi.buffer(_message(kind, reason))), socket.MSG_NOSIGNAL)
+
+
+async def _receive(connection: socket.socket, seconds: float | None = None, fds: list[int] | None = None) -> Any:
+    """One message, None at the end of the connection or when there is none in time. Descriptors go into `fds`."""
+    size = ffi.sizeof("struct ps_message")
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                try:
+                    data, control, _, _ = connection.recvmsg(
+                        size + 1, socket.CMSG_SPACE(4 * MOST_FDS), socket.MSG_CMSG_CLOEXEC
+                    )
+                    break
+                except BlockingIOError:
+                    await _readable(connection)
+    except (OSError, TimeoutError):
+        return None
+    came = array.array("i")
+    for level, kind, content in control:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            came.frombytes(content[: len(content) - len(content) % 4])
+    if fds is not None:
+        fds.extend(came)
+    else:
+        for fd in came:
+            os.close(fd)
+    if len(data) != size:
+        return None
+    message = ffi.new("struct ps_message *")
+    ffi.memmove(message, data, size)
+    return message
+
+
+async def _readable(connection: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(connection.fileno(), ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(connection.fileno())

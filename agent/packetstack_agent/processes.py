@@ -1,0 +1,141 @@
+"""Processes as the agent must know them: by something that cannot come to mean another process."""
+
+import os
+import select
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+
+class Process:
+    """A process this agent has started, or one before it. Leads a session of its own."""
+
+    def __init__(self, pid: int, child: subprocess.Popen[bytes] | None = None) -> None:
+        self.pid = pid
+        self._child = child
+        self._pidfd = os.pidfd_open(pid)
+        self.started = start_time(pid)
+        """In clock ticks since the machine's start: with the pid, it names this process alone."""
+
+    @classmethod
+    def known(cls, pid: int, started: int) -> "Process | None":
+        """The process with this pid and start, if it still runs."""
+        try:
+            process = cls(pid)
+        except OSError:
+            return None
+        if process.started != started or not process.alive():
+            process.close()
+            return None
+        return process
+
+    def alive(self) -> bool:
+        """Whether it has not ended."""
+        if self._pidfd < 0:
+            return False
+        ended = bool(select.select([self._pidfd], [], [], 0)[0])
+        if ended and self._child is not None:
+            self._child.poll()  # reaps it
+        return not ended
+
+    def signal(self, number: int) -> None:
+        """Send it a signal; one that has ended gets none."""
+        with suppress(ProcessLookupError):
+            if self._pidfd >= 0:
+                signal.pidfd_send_signal(self._pidfd, number)
+
+    def wait(self, seconds: float) -> bool:
+        """Whether it has ended within this time. Blocks."""
+        if self._pidfd >= 0:
+            select.select([self._pidfd], [], [], seconds)
+        return not self.alive()
+
+    def end(self) -> None:
+        """Terminate it; kill it if it does not end within two seconds. Blocks."""
+        self.signal(signal.SIGTERM)
+        if not self.wait(2.0):
+            self.signal(signal.SIGKILL)
+            self.wait(2.0)
+        self.close()
+
+    def close(self) -> None:
+        """Forget it."""
+        if self._pidfd >= 0:
+            self.alive()
+            os.close(self._pidfd)
+            self._pidfd = -1
+
+
+def start_time(pid: int) -> int:
+    """Field 22 of /proc/PID/stat; OSError if there is no such process."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
+def starved(pid: int, thread: int, since: tuple[int, ...]) -> bool:
+    """Whether a thread that does not progress is ready to run and gets no CPU: the machine's fault, not its own.
+
+    `since`: what `run_time` gave about a quarter of a second ago.
+    """
+    now = run_time(pid, thread)
+    # A loop that never ends burns what it is given; one that starves has hardly got any.
+    return bool(now and since and now[0] == ord("R") and now[1] - since[1] <= 2)
+
+
+def run_time(pid: int, thread: int) -> tuple[int, ...]:
+    """(state as a character code, clock ticks of CPU used) of a thread; () if it cannot be read."""
+    try:
+        fields = Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ()
+    return ord(fields[0]), int(fields[11]) + int(fields[12])
+
+
+def in_namespace(namespace: Path) -> list[int]:
+    """Processes in a network namespace other than our own; none when it does not exist."""
+    try:
+        wanted = namespace.stat()
+        own = Path("/proc/self/ns/net").stat()
+    except OSError:
+        return []
+    if (wanted.st_ino, wanted.st_dev) == (own.st_ino, own.st_dev):
+        return []
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                there = (entry / "ns/net").stat()
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if (there.st_ino, there.st_dev) == (wanted.st_ino, wanted.st_dev) and state not in "ZX":
+                    found.append(int(entry.name))
+    return found
+
+
+def clear(namespace: Path, spare_session: int = 0, seconds: float = 3.0) -> None:
+    """Kill the processes in a network namespace, except those of one session, and wait until they are gone. Blocks."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        left = []
+        for pid in in_namespace(namespace):
+            with suppress(ProcessLookupError):
+                if not spare_session or os.getsid(pid) != spare_session:
+                    left.append(pid)
+        if not left:
+            return
+        for pid in left:  # each time: one may have been forked by another before that one died
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def naming(directory: Path) -> list[int]:
+    """Processes with a file of this directory on their command line: engines whose record or namespace is lost."""
+    mark = bytes(directory) + b"/"
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                if mark in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+    return found

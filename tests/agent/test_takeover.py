@@ -1,0 +1,207 @@
+"""An agent, a datapath or a whole engine ends, and another one goes on with what is there."""
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import BACKENDS, Node, ask, eventually, stack
+
+
+@pytest.fixture
+def served(node: Node) -> Iterator[Any]:
+    """A connection through a fresh stack; it must still work in the end."""
+    node.up(stack())
+    with node.connect() as connection:
+        first = ask(connection)
+        yield connection
+        assert ask(connection) == first
+    node.command("down", "--all", "--yes")
+
+
+def agent_pid(node: Node) -> int:
+    return int((node.lab.run_directory / "agent.pid").read_text())
+
+
+def kill_agent(node: Node) -> None:
+    pid = agent_pid(node)
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: not node.client.alive())
+
+
+def same(node: Node) -> dict[str, Any]:
+    """What a restart of the agent must not change."""
+    status = node.status()
+    found = {key: status[key] for key in ("owners", "flowTableGeneration", "replicas", "readyReplicas")}
+    return found | {"processes": [(e["slot"], e["state"], e["pid"], e["initPid"]) for e in status["engines"]]}
+
+
+def again(node: Node) -> str:
+    """`packetstack up` with the same file."""
+    return node.lab.packetstack("up", str(node.lab.directory / "stack.yaml"))
+
+
+def kill_engine(engine: dict[str, Any]) -> None:
+    """Init and all it has started."""
+    os.killpg(engine["initPid"], signal.SIGKILL)
+
+
+def test_a_restarted_agent_goes_on_with_engines_and_table(node: Node, served: Any) -> None:
+    before = same(node)
+    kill_agent(node)
+    ask(served)
+    assert "unchanged" in again(node)
+    assert same(node) == before
+
+
+def test_an_agent_that_is_terminated_leaves_everything_running(node: Node, served: Any) -> None:
+    before, pid = same(node), agent_pid(node)
+    os.kill(pid, signal.SIGTERM)
+    eventually(lambda: not Path(f"/proc/{pid}/fd").exists() or not node.client.alive())
+    ask(served)
+    again(node)
+    assert same(node) == before
+
+
+def test_what_a_person_moved_stays_where_it_is_after_a_restart(node: Node, served: Any) -> None:
+    slot = node.status()["engines"][0]["slot"]
+    node.lab.packetstack("move", "web", "--buckets", "0-199", "--engine", str(slot))
+    before = same(node)
+    kill_agent(node)
+    again(node)
+    assert same(node) == before
+
+
+def test_a_restarted_agent_moves_buckets_and_queues_and_resizes(node: Node, served: Any) -> None:
+    kill_agent(node)
+    again(node)
+    slot = node.status()["engines"][0]["slot"]
+    node.lab.packetstack("move", "web", "--buckets", "0-15", "--engine", str(slot))
+    node.lab.packetstack("move", "web", "--queue", f"{slot}:0", "--core", "1")
+    node.lab.packetstack("scale", "web", "--replicas", "3")
+    ask(served)
+    node.lab.packetstack("scale", "web", "--replicas", "1")
+    assert node.curl() in BACKENDS
+
+
+def test_a_backend_that_was_down_gets_no_flow_after_a_restart(node: Node, served: Any) -> None:
+    down = next(b for b in BACKENDS if b != ask(served))
+    node.stop_backend(down)
+    try:
+        eventually(lambda: any(not b["healthy"] for b in node.status()["backends"]))
+        kill_agent(node)
+        again(node)
+        assert down not in node.who()
+    finally:
+        node.start_backend(down)
+        eventually(lambda: all(b["healthy"] for b in node.status()["backends"]))
+
+
+def test_a_datapath_that_died_while_there_was_no_agent_is_followed(node: Node, served: Any) -> None:
+    victim = node.status()["engines"][0]
+    kill_agent(node)
+    os.kill(victim["pid"], signal.SIGKILL)
+    again(node)
+    assert ask(served) in BACKENDS
+
+
+def test_agent_and_all_engines_killed_together_come_back_with_their_flows(node: Node, served: Any) -> None:
+    before = node.status()
+    for engine in before["engines"]:
+        kill_engine(engine)
+    kill_agent(node)
+    again(node)
+    after = node.status()
+    assert ask(served) in BACKENDS
+    assert (after["owners"], after["flows"]) == (before["owners"], before["flows"])
+
+
+@pytest.mark.parametrize("victims", [1, 2], ids=["one of two", "all"])
+def test_a_killed_engine_is_started_again_in_place(node: Node, served: Any, victims: int) -> None:
+    before = node.status()
+    for engine in before["engines"][:victims]:
+        kill_engine(engine)
+    assert ask(served) in BACKENDS
+    eventually(lambda: all(e["ready"] for e in node.status()["engines"]))
+    after = node.status()
+    assert after["owners"] == before["owners"]
+    assert [e["slot"] for e in after["engines"]] == [e["slot"] for e in before["engines"]]
+
+
+def test_init_alone_killed_loses_nothing_and_leaves_no_orphan(node: Node, served: Any) -> None:
+    engine = node.status()["engines"][0]
+    os.kill(engine["initPid"], signal.SIGKILL)
+
+    def renewed() -> bool:
+        new = node.status()["engines"][0]
+        return new["initPid"] != engine["initPid"] and new["pid"] not in (0, engine["pid"])
+
+    eventually(renewed)
+    ask(served)
+    mark = f"{node.lab.run_directory}/engines/{engine['slot']}"
+    eventually(lambda: sum(f"{mark} " in f"{p} " or f"{mark}/" in p for p in node.traces()["processes"]) == 3)
+
+
+@pytest.mark.parametrize("hung", ["all", "during a resize"])
+def test_a_hung_datapath_is_killed_and_followed(node: Node, served: Any, hung: str) -> None:
+    engines = node.status()["engines"]
+    if hung == "all":
+        for engine in engines:
+            os.kill(engine["pid"], signal.SIGSTOP)
+    else:
+        os.kill(engines[0]["pid"], signal.SIGSTOP)
+        node.lab.packetstack("scale", "web", "--replicas", "3")
+    assert ask(served) in BACKENDS
+    eventually(lambda: all(e["ready"] for e in node.status()["engines"]))
+    assert any(e["reason"] == "EngineHung" for e in node.client.call("events", name="web"))
+
+
+def test_an_engine_whose_interface_is_deleted_is_made_again_in_its_slot(node: Node, served: Any) -> None:
+    before = node.status()
+    slot = before["engines"][0]["slot"]
+    node.lab.run("node", "ip", "link", "del", f"pe{slot}")
+    eventually(lambda: any(e["reason"] == "EngineLost" for e in node.client.call("events", name="web")))
+    eventually(lambda: all(e["ready"] for e in node.status()["engines"]))
+    assert ask(served) in BACKENDS
+    assert node.status()["owners"] == before["owners"]
+
+
+def test_an_engine_that_cannot_be_made_again_gives_its_buckets_to_the_others(node: Node, served: Any) -> None:
+    slot = node.status()["engines"][0]["slot"]
+    # Something else takes the place of its interface.
+    node.lab.run("node", "ip", "link", "del", f"pe{slot}")
+    node.lab.run("node", "ip", "link", "add", f"pe{slot}", "type", "bridge")
+    try:
+        eventually(lambda: str(slot) not in node.status()["owners"])
+        assert ask(served) in BACKENDS
+        eventually(lambda: node.status()["ready"])
+        assert sum(node.status()["owners"].values()) == 256
+    finally:
+        node.lab.run("node", "ip", "link", "del", f"pe{slot}", check=False)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", json.dumps({"layout": 1})])
+def test_a_record_that_is_not_understood_is_left_alone(node: Node, served: Any, content: str) -> None:
+    kill_agent(node)
+    record = node.lab.run_directory / "state.json"
+    good = record.read_text()
+    record.write_text(content)
+    try:
+        assert node.refused("up", str(node.lab.directory / "stack.yaml")).startswith(f"LayoutMismatch: {record}:")
+        assert ask(served) in BACKENDS
+    finally:
+        record.write_text(good)
+    again(node)
+
+
+def test_a_bad_file_after_a_restart_ends_nothing(node: Node, served: Any) -> None:
+    kill_agent(node)
+    other = node.lab.directory / "other.yaml"
+    other.write_text(json.dumps(stack(name="other", snat={"addresses": ["198.51.100.0/31", "2001:db8:2::/127"]})))
+    assert "AddressConflict" in node.refused("up", str(other))
+    assert ask(served) in BACKENDS
+    assert node.status()["ready"]
