@@ -92,15 +92,31 @@ class Client:
             time.sleep(0.05)
         return agent.poll() is None
 
+    def restart_agent(self) -> None:
+        """Let the agent end and another one take over; one that is dead is just followed."""
+        if not (self.run_directory / "state.json").exists():
+            raise NoAgent(f"{self.run_directory}: there is no agent to follow; start one with: packetstack up FILE")
+        with suppress(NoAgent):
+            self.call("leave")
+        self._wait_until_gone()
+        self.start_agent(None)
+
+    def agent_pid(self) -> int:
+        """Of the agent of this directory."""
+        return int((self.run_directory / "agent.pid").read_text())
+
     def stop_agent(self) -> None:
         """Tell the agent to remove everything and end; wait until it has."""
         self.call("stop")
+        self._wait_until_gone()
+        self._forget()
+
+    def _wait_until_gone(self) -> None:
         deadline = time.monotonic() + STOP_SECONDS
         while self._running():
             if time.monotonic() > deadline:
                 raise CliError(f"the agent does not end; see {self.run_directory / 'agent.log'}")
             time.sleep(0.02)
-        self._forget()
 
     def _running(self) -> bool:
         """Whether a process is the agent of this directory: it holds a lock on its file."""

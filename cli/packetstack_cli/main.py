@@ -246,6 +246,29 @@ def move(
     _show(result, output, lambda: text)
 
 
+@main.command()
+@click.argument("engine", required=False)
+@click.option("--agent", is_flag=True, help="Restart the agent; engines go on meanwhile.")
+@_output
+@click.pass_obj
+def upgrade(client: Client, engine: str | None, agent: bool, output: str | None) -> None:
+    """Replace a running part by the build that is installed now: ENGINE's datapath (as in web-1), or the agent."""
+    if agent == (engine is not None):
+        raise click.UsageError("use ENGINE, as `packetstack top` shows it, or --agent")
+    if agent:
+        client.restart_agent()
+        result: dict[str, Any] = {"agent": client.agent_pid()}
+        text = f"agent: process {result['agent']} has taken over"
+    else:
+        engines = [e | {"stack": s["metadata"]["name"]} for s in client.call("get") for e in s["status"]["engines"]]
+        found = next((e for e in engines if engine in (e["name"], str(e["slot"]))), None)
+        if found is None:
+            raise CliError(f"engine {engine}: not found; there are {', '.join(e['name'] for e in engines) or 'none'}")
+        result = client.call("upgrade", name=found["stack"], slot=found["slot"])
+        text = f"engine {found['name']}: process {result['to']} serves after a pause of {result['pauseMilliseconds']:.2f} ms"
+    _show(result, output, lambda: text)
+
+
 def _numbers(value: str, separator: str, option: str, right: str) -> tuple[int, int]:
     first, _, second = value.partition(separator)
     if not (first.isdecimal() and second.isdecimal()):

@@ -3,12 +3,14 @@
  * packetstack-init --datapath COMMAND ARGS... [--supervisor COMMAND ARGS...]
  *
  * First process of an engine's container. Starts the datapath and the supervisor as siblings, reaps
- * whatever dies, and starts the one that died again (at once, then with growing pauses up to 5 s). The
- * death of one never ends the other. SIGTERM ends both.
+ * whatever dies, and starts the one that died again: at once if it had run for a second, else with growing
+ * pauses up to half a second. The death of one never ends the other.
+ *
+ * SIGHUP starts a second datapath, of the build that is installed now. The agent lets it take over from the
+ * first, which then ends. SIGTERM ends all; what does not end by itself within two seconds is killed.
  */
 #include <errno.h>
 #include <signal.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,9 +24,11 @@
 struct child {
 	const char *name;
 	char **argv;
-	pid_t pid;
+	pid_t pid, successor;
 	int64_t started_ms, next_ms, pause_ms;
 };
+
+enum { LONG_MS = 1000, PAUSE_MS = 50, LONGEST_PAUSE_MS = 500, TERM_MS = 2000 };
 
 static int64_t now_ms(void)
 {
@@ -34,14 +38,13 @@ static int64_t now_ms(void)
 	return t.tv_sec * 1000 + t.tv_nsec / 1000000;
 }
 
-static void start(struct child *c)
+static pid_t start(const struct child *c)
 {
 	sigset_t none;
+	pid_t pid = fork();
 
-	c->started_ms = now_ms();
-	c->pid = fork();
-	if (c->pid)
-		return;
+	if (pid)
+		return pid > 0 ? pid : 0; /* out of processes or memory: tried again after a pause */
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
 	execv(c->argv[0], c->argv);
@@ -49,21 +52,45 @@ static void start(struct child *c)
 	_exit(127);
 }
 
-static void died(struct child *c, int status)
+static void wait_before_start(struct child *c)
 {
 	int64_t now = now_ms();
 
+	if (now - c->started_ms > LONG_MS)
+		c->pause_ms = 0;
+	c->next_ms = now + c->pause_ms;
+	c->pause_ms = c->pause_ms ? c->pause_ms * 2 : PAUSE_MS;
+	if (c->pause_ms > LONGEST_PAUSE_MS)
+		c->pause_ms = LONGEST_PAUSE_MS;
+}
+
+static void died(struct child *c, pid_t pid, int status)
+{
+	const char *then = c->pid != pid  ? "; the one before goes on"
+			   : c->successor ? "; the next one is there"
+					  : "; starting it again";
+
 	if (WIFSIGNALED(status))
-		fprintf(stderr, "packetstack-init: %s (pid %d) was killed by signal %d; starting it again\n", c->name,
-			c->pid, WTERMSIG(status));
+		fprintf(stderr, "packetstack-init: %s (pid %d) was killed by signal %d%s\n", c->name, pid,
+			WTERMSIG(status), then);
 	else
-		fprintf(stderr, "packetstack-init: %s (pid %d) exited with %d; starting it again\n", c->name, c->pid,
-			WEXITSTATUS(status));
-	c->pid = 0;
-	c->pause_ms = now - c->started_ms > 10000 ? 0 : c->pause_ms ? c->pause_ms * 2 : 100;
-	if (c->pause_ms > 5000)
-		c->pause_ms = 5000;
-	c->next_ms = now + (c->pause_ms > 100 ? c->pause_ms : 0);
+		fprintf(stderr, "packetstack-init: %s (pid %d) exited with %d%s\n", c->name, pid, WEXITSTATUS(status),
+			then);
+	if (c->pid == pid)
+		c->pid = c->successor;
+	c->successor = 0;
+	if (!c->pid)
+		wait_before_start(c);
+}
+
+static void signal_all(const struct child *children, int n, int number)
+{
+	for (int i = 0; i < n; i++) {
+		if (children[i].pid)
+			kill(children[i].pid, number);
+		if (children[i].successor)
+			kill(children[i].successor, number);
+	}
 }
 
 int main(int argc, char **argv)
@@ -71,7 +98,7 @@ int main(int argc, char **argv)
 	struct child children[2] = { { .name = NULL } };
 	int n = 0, events;
 	sigset_t set;
-	bool ending = false;
+	int64_t kill_ms = 0; /* ending: when what still runs is killed */
 
 	for (int i = 1; i < argc; i++) {
 		if (n < 2 && (!strcmp(argv[i], "--datapath") || !strcmp(argv[i], "--supervisor")) && i + 1 < argc) {
@@ -89,10 +116,9 @@ int main(int argc, char **argv)
 	sigaddset(&set, SIGCHLD);
 	sigaddset(&set, SIGTERM);
 	sigaddset(&set, SIGINT);
+	sigaddset(&set, SIGHUP);
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	events = signalfd(-1, &set, SFD_CLOEXEC);
-	for (int i = 0; i < n; i++)
-		start(&children[i]);
 	for (;;) {
 		struct pollfd p = { .fd = events, .events = POLLIN };
 		struct signalfd_siginfo info;
@@ -101,28 +127,41 @@ int main(int argc, char **argv)
 		pid_t pid;
 
 		for (int i = 0; i < n; i++) {
-			if (!children[i].pid && !ending) {
-				int64_t left = children[i].next_ms - now;
+			struct child *c = &children[i];
 
-				if (left <= 0)
-					start(&children[i]);
-				else if (wait < 0 || left < wait)
-					wait = left;
+			if (!c->pid && !kill_ms) {
+				if (c->next_ms <= now) {
+					c->started_ms = now;
+					c->pid = start(c);
+					if (!c->pid)
+						wait_before_start(c);
+				}
+				if (!c->pid && (wait < 0 || c->next_ms - now < wait))
+					wait = c->next_ms - now;
 			}
-			running += children[i].pid > 0;
+			running += c->pid > 0;
 		}
-		if (ending && !running)
-			return 0;
-		if (poll(&p, 1, (int)wait) > 0 && read(events, &info, sizeof(info)) == sizeof(info) &&
-		    info.ssi_signo != SIGCHLD) {
-			ending = true;
-			for (int i = 0; i < n; i++)
-				if (children[i].pid > 0)
-					kill(children[i].pid, SIGTERM);
+		if (kill_ms) {
+			if (!running)
+				return 0;
+			if (now >= kill_ms)
+				signal_all(children, n, SIGKILL);
+			wait = now < kill_ms ? kill_ms - now : 100;
+		}
+		if (poll(&p, 1, (int)wait) > 0 && read(events, &info, sizeof(info)) == sizeof(info)) {
+			if (info.ssi_signo == SIGHUP) {
+				for (int i = 0; i < n && !kill_ms; i++)
+					if (!strcmp(children[i].name, "datapath") && children[i].pid &&
+					    !children[i].successor)
+						children[i].successor = start(&children[i]);
+			} else if (info.ssi_signo != SIGCHLD && !kill_ms) {
+				kill_ms = now_ms() + TERM_MS;
+				signal_all(children, n, SIGTERM);
+			}
 		}
 		while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
 			for (int i = 0; i < n; i++)
-				if (children[i].pid == pid)
-					died(&children[i], status);
+				if (children[i].pid == pid || children[i].successor == pid)
+					died(&children[i], pid, status);
 	}
 }
