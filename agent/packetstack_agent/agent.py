@@ -1023,12 +1023,14 @@ class Agent:
         if before is None or engine.init is None or engine.attachments is None:
             raise AgentError(f"engine {slot}: no datapath is attached; wait until it is ready")
         attachments, old = engine.attachments, before.pid
+        attachments.refused = ""
         engine.init.signal(signal.SIGHUP)
-        if not await attachments.until(lambda: attachments.serving not in (None, before), UPGRADE_SECONDS):
-            raise AgentError(
-                f"engine {slot}: no new datapath came within {UPGRADE_SECONDS:g} s, process {old} goes on; "
-                f"see packetstack logs {slot}"
-            )
+        await attachments.until(
+            lambda: attachments.serving not in (None, before) or bool(attachments.refused), UPGRADE_SECONDS
+        )
+        if attachments.serving in (None, before):
+            why = attachments.refused or f"no new datapath came within {UPGRADE_SECONDS:g} s"
+            raise AgentError(f"engine {slot}: {why}; process {old} goes on; see packetstack logs {slot}")
         pause = attachments.pause_seconds * 1000
         self.event(name, "EngineUpgraded", f"engine {slot}: datapath {engine.pid} follows {old} after {pause:.2f} ms")
         return {"from": old, "to": engine.pid, "pauseMilliseconds": round(pause, 3)}

@@ -24,7 +24,7 @@ AF_XDP = 44
 """Of <linux/socket.h>; Python's socket module does not know it."""
 HELLO_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
-"""For mapping the shared memory, or starting the cores, on a busy machine. Then the process is killed."""
+"""For mapping the shared memory, or starting the cores, on a busy machine."""
 STOP_SECONDS = 0.5
 CONVERSATIONS = 8
 """Open at once; more than a datapath, its successor and a few that are ending is nonsense."""
@@ -79,6 +79,8 @@ class Attachments:
         self._shared = shared
         self.pause_seconds = 0.0
         """How long nobody served while the last process followed one that could be told to stop."""
+        self.refused = ""
+        """Why the last process that was not let in was not."""
         self._report = changed
         self._happened = asyncio.Event()
         self._generation = int(shared.view.generation)
@@ -135,6 +137,7 @@ class Attachments:
             if hello.layout != constant("PS_LAYOUT_VERSION"):
                 reason = f"LayoutMismatch: datapath has layout {hello.layout}, agent {constant('PS_LAYOUT_VERSION')}"
                 _send(connection, "PS_MSG_REFUSED", reason)
+                self.refused = reason
                 self._changed(reason)
                 return
             link = Link(pid, pidfd, int(hello.generation), connection)
@@ -198,6 +201,7 @@ class Attachments:
             s.view.generation = link.generation
             _send(link.connection, "PS_MSG_GO")
             if not await self._said(link, "PS_MSG_READY"):
+                link.kill()  # it may hang, and must not wake up later
                 self._changed("died")
                 return False
             if before is not None:
@@ -208,10 +212,7 @@ class Attachments:
 
     async def _said(self, link: Link, kind: str) -> bool:
         message = await _receive(link.connection, ANSWER_SECONDS)
-        if message is None or message.kind != constant(kind):
-            link.kill()  # it may hang, and must not wake up later
-            return False
-        return True
+        return message is not None and message.kind == constant(kind)
 
 
 async def stop(link: Link) -> None:

@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from packetstack_core import abi
 
 from .conftest import BACKENDS, Node, ask, eventually, stack
 
@@ -205,3 +208,50 @@ def test_a_bad_file_after_a_restart_ends_nothing(node: Node, served: Any) -> Non
     assert "AddressConflict" in node.refused("up", str(other))
     assert ask(served) in BACKENDS
     assert node.status()["ready"]
+
+
+def test_a_hot_restart_changes_the_process_and_nothing_else(node: Node, served: Any) -> None:
+    before = same(node)
+    for name in ("web-1", "web-2", "1"):
+        said = json.loads(node.lab.packetstack("upgrade", name, "-o", "json"))
+        assert said["from"] != said["to"]
+        assert said["pauseMilliseconds"] < 500, "the old process had to be killed"
+    after = same(node)
+    assert after["owners"] == before["owners"]
+    assert after["flowTableGeneration"] == before["flowTableGeneration"]
+    assert not {p[2] for p in after["processes"]} & {p[2] for p in before["processes"]}
+    node.lab.packetstack("upgrade", "--agent")
+    assert same(node) == after
+
+
+def test_a_datapath_of_another_layout_is_refused_and_the_one_that_serves_goes_on(node: Node, served: Any) -> None:
+    engine = node.status()["engines"][0]
+    hello = abi.ffi.new("struct ps_message *", {"kind": abi.lib().PS_MSG_HELLO, "layout": 999})
+    answer = abi.ffi.new("struct ps_message *")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        connection.settimeout(5)
+        connection.connect(str(node.lab.run_directory / f"engines/{engine['slot']}/engine.sock"))
+        connection.send(bytes(abi.ffi.buffer(hello)))
+        abi.ffi.memmove(answer, connection.recv(1024), abi.ffi.sizeof("struct ps_message"))
+    assert answer.kind == abi.lib().PS_MSG_REFUSED
+    assert abi.ffi.string(answer.text).startswith(b"LayoutMismatch: datapath has layout 999, agent ")
+    assert node.status()["engines"][0]["pid"] == engine["pid"]
+
+
+@pytest.mark.parametrize("what", ["nothing", "rubbish", "another kind", "a generation that does not serve", "many"])
+def test_strangers_on_an_engines_socket_change_nothing(node: Node, served: Any, what: str) -> None:
+    engine = node.status()["engines"][0]
+    lib, size = abi.lib(), abi.ffi.sizeof("struct ps_message")
+    message = abi.ffi.new("struct ps_message *", {"kind": lib.PS_MSG_HELLO, "layout": lib.PS_LAYOUT_VERSION})
+    if what == "another kind":
+        message.kind = lib.PS_MSG_READY
+    message.generation = 77 if what == "a generation that does not serve" else 0
+    sent = {"nothing": b"", "rubbish": os.urandom(size)}.get(what, bytes(abi.ffi.buffer(message)))
+    for _ in range(40 if what == "many" else 1):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            connection.settimeout(5)
+            connection.connect(str(node.lab.run_directory / f"engines/{engine['slot']}/engine.sock"))
+            connection.send(sent)
+    ask(served)
+    eventually(lambda: node.status()["engines"][0]["ready"])
+    assert node.status()["engines"][0]["pid"] == engine["pid"]
