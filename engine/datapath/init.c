@@ -28,7 +28,7 @@ struct child {
 	int64_t started_ms, next_ms, pause_ms;
 };
 
-enum { LONG_MS = 1000, PAUSE_MS = 50, LONGEST_PAUSE_MS = 500, TERM_MS = 2000 };
+enum { LONG_MS = 1000, PAUSE_MS = 10, LONGEST_PAUSE_MS = 500, TERM_MS = 2000 };
 
 static int64_t now_ms(void)
 {
