@@ -91,6 +91,7 @@ class Attachments:
 
     async def close(self) -> None:
         """Hang up. The processes go on without us."""
+        self._report = _say_nothing
         self._accepting.cancel()
         for task in list(self._tasks):
             task.cancel()
@@ -213,6 +214,10 @@ class Attachments:
     async def _said(self, link: Link, kind: str) -> bool:
         message = await _receive(link.connection, ANSWER_SECONDS)
         return message is not None and message.kind == constant(kind)
+
+
+def _say_nothing(_: str) -> None:
+    """Whoever hangs up knows why."""
 
 
 async def stop(link: Link) -> None:

@@ -4,7 +4,8 @@
  *
  * First process of an engine's container. Starts the datapath and the supervisor as siblings, reaps
  * whatever dies, and starts the one that died again: at once if it had run for a second, else with growing
- * pauses up to half a second. The death of one never ends the other.
+ * pauses, up to 0.1 s for one that was killed, which may happen again and again to a good program, and up to
+ * half a second for one that ended by itself. The death of one never ends the other.
  *
  * SIGHUP starts a second datapath, of the build that is installed now. The agent lets it take over from the
  * first, which then ends. SIGTERM ends all; what does not end by itself within two seconds is killed.
@@ -28,7 +29,7 @@ struct child {
 	int64_t started_ms, next_ms, pause_ms;
 };
 
-enum { LONG_MS = 1000, PAUSE_MS = 10, LONGEST_PAUSE_MS = 500, TERM_MS = 2000 };
+enum { LONG_MS = 1000, PAUSE_MS = 10, KILLED_PAUSE_MS = 100, LONGEST_PAUSE_MS = 500, TERM_MS = 2000 };
 
 static int64_t now_ms(void)
 {
@@ -52,7 +53,7 @@ static pid_t start(const struct child *c)
 	_exit(127);
 }
 
-static void wait_before_start(struct child *c)
+static void wait_before_start(struct child *c, int longest_ms)
 {
 	int64_t now = now_ms();
 
@@ -60,8 +61,8 @@ static void wait_before_start(struct child *c)
 		c->pause_ms = 0;
 	c->next_ms = now + c->pause_ms;
 	c->pause_ms = c->pause_ms ? c->pause_ms * 2 : PAUSE_MS;
-	if (c->pause_ms > LONGEST_PAUSE_MS)
-		c->pause_ms = LONGEST_PAUSE_MS;
+	if (c->pause_ms > longest_ms)
+		c->pause_ms = longest_ms;
 }
 
 static void died(struct child *c, pid_t pid, int status)
@@ -80,7 +81,7 @@ static void died(struct child *c, pid_t pid, int status)
 		c->pid = c->successor;
 	c->successor = 0;
 	if (!c->pid)
-		wait_before_start(c);
+		wait_before_start(c, WIFSIGNALED(status) ? KILLED_PAUSE_MS : LONGEST_PAUSE_MS);
 }
 
 static void signal_all(const struct child *children, int n, int number)
@@ -134,7 +135,7 @@ int main(int argc, char **argv)
 					c->started_ms = now;
 					c->pid = start(c);
 					if (!c->pid)
-						wait_before_start(c);
+						wait_before_start(c, LONGEST_PAUSE_MS);
 				}
 				if (!c->pid && (wait < 0 || c->next_ms - now < wait))
 					wait = c->next_ms - now;
