@@ -1,4 +1,4 @@
-"""`packetstack demo`: a pool is resized and rebalanced under live traffic, and what breaks is counted.
+"""`packetstack demo`: a pool is resized, rebalanced, killed and upgraded under live traffic; what breaks is counted.
 
 Everything is real: the command, the agent, engines, packets. Only the network is made of namespaces.
 """
@@ -6,11 +6,15 @@ Everything is real: the command, the agent, engines, packets. Only the network i
 from __future__ import annotations
 
 import json
+import os
+import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -23,6 +27,7 @@ from rich.text import Text
 
 from packetstack_cli.client import Client, CliError
 from packetstack_cli.lab import NODE_UPLINK, Lab, LabError
+from packetstack_cli.outage import Outage
 from packetstack_cli.traffic import Outcome, Servers, Traffic
 
 STACK = "demo"
@@ -35,17 +40,33 @@ COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b
 COLOURS_OF_TERMINAL = ("blue", "dark_orange", "green", "red", "cyan", "yellow", "magenta", "orange4")
 
 
+class Kind(Enum):
+    """What a step does."""
+
+    RESIZE = "resize"
+    MOVE = "move"
+    KILL = "kill"
+    HANG = "hang"
+    AGENT_RESTART = "agent restart"
+    UPGRADE = "upgrade"
+
+
+FAULTS = (Kind.KILL, Kind.HANG, Kind.AGENT_RESTART)
+
+
 @dataclass
 class Step:
     """One planned change."""
 
     title: str
-    act: Callable[[], str]
-    resize: bool = False
+    act: Callable[[], str | float]
+    """Returns what happened; after a fault, for how many milliseconds the engine's flows were not answered."""
+    kind: Kind
     began: float = 0.0
     """Seconds since the traffic began; so is `ended`."""
     ended: float = 0.0
     said: str = ""
+    outage_ms: float | None = None
     failed: bool = False
 
 
@@ -76,7 +97,7 @@ class Show:
             self.statuses.append((self.now(), status))
 
 
-def run_demo(build_dir: Path, connections: int = 2000, udp_flows: int = 200, seconds: int = 60) -> int:
+def run_demo(build_dir: Path, connections: int = 2000, udp_flows: int = 200, seconds: int = 75) -> int:
     """Run the demo for about `seconds` seconds of traffic; 0 only when no connection broke and every step succeeded.
 
     Writes `report.json` and `demo.png` into `build_dir`.
@@ -139,7 +160,8 @@ def _perform(
         ramp_seconds=ramp_seconds,
         seconds=seconds + 120,
     )
-    show = Show(lab, client, traffic, _plan(lab, client))
+    outage = Outage(lab, client, STACK, ("192.0.2.10", 53))
+    show = Show(lab, client, traffic, _plan(lab, client, outage))
     over = threading.Event()
     observer = threading.Thread(target=show.observe, args=(over,), daemon=True)
     observer.start()
@@ -160,10 +182,11 @@ def _perform(
     finally:
         over.set()
         observer.join(5)
+        outage.close()
     return show, outcome, drops
 
 
-def _plan(lab: Lab, client: Client) -> list[Step]:
+def _plan(lab: Lab, client: Client, outage: Outage) -> list[Step]:
     def scale(replicas: int) -> Callable[[], str]:
         return lambda: lab.packetstack("scale", STACK, "--replicas", str(replicas))
 
@@ -182,12 +205,35 @@ def _plan(lab: Lab, client: Client) -> list[Step]:
         slot = engines()[-1]["slot"]
         return lab.packetstack("move", STACK, "--buckets", "0-1023", "--engine", str(slot))
 
+    def kill_datapath() -> float:
+        engine = engines()[0]
+        return outage.after(engine["slot"], lambda: os.kill(engine["pid"], signal.SIGKILL))
+
+    def kill_engine() -> float:
+        engine = engines()[-1]
+        return outage.after(engine["slot"], lambda: os.killpg(engine["initPid"], signal.SIGKILL))
+
+    def hang() -> float:
+        engine = engines()[0]
+        return outage.after(engine["slot"], lambda: os.kill(engine["pid"], signal.SIGSTOP))
+
+    def restart_agent() -> str:
+        agent = client.agent_pid()
+        os.kill(agent, signal.SIGKILL)
+        time.sleep(2)  # engines serve without an agent
+        return lab.packetstack("upgrade", "--agent")
+
     return [
-        Step("scale 2 → 4", scale(4), resize=True),
-        Step("queue to another core", move_queue),
-        Step("1,024 buckets to one engine", move_buckets),
-        Step("scale 4 → 1", scale(1), resize=True),
-        Step("scale 1 → 3", scale(3), resize=True),
+        Step("scale 2 → 4", scale(4), Kind.RESIZE),
+        Step("queue to another core", move_queue, Kind.MOVE),
+        Step("1,024 buckets to one engine", move_buckets, Kind.MOVE),
+        Step("scale 4 → 1", scale(1), Kind.RESIZE),
+        Step("scale 1 → 3", scale(3), Kind.RESIZE),
+        Step("kill -9 a datapath", kill_datapath, Kind.KILL),
+        Step("kill -9 a whole engine", kill_engine, Kind.KILL),
+        Step("hang a datapath", hang, Kind.HANG),
+        Step("kill -9 the agent, restart", restart_agent, Kind.AGENT_RESTART),
+        Step("upgrade a datapath", lambda: lab.packetstack("upgrade", engines()[0]["name"]), Kind.UPGRADE),
     ]
 
 
@@ -202,8 +248,12 @@ def _take(console: Console, show: Show, step: Step) -> None:
     show.phase = step.title
     step.began = show.now()
     try:
-        step.said = step.act().strip()
-    except (LabError, CliError, StopIteration, IndexError) as e:
+        result = step.act()
+        if isinstance(result, str):
+            step.said = result.strip()
+        else:
+            step.outage_ms, step.said = result, f"its flows were answered again after {result:.0f} ms"
+    except (LabError, CliError, StopIteration, IndexError, ProcessLookupError) as e:
         step.said, step.failed = str(e) or "the pool has no engine for it", True
     step.ended = show.now()
     if not console.is_terminal:
@@ -299,18 +349,31 @@ def _longest_wait(show: Show, began: float, ended: float) -> float:
     return max((max(s["rtt_p99_ms"], s["waiting_ms"]) for s in spans), default=0.0)
 
 
+def _done(show: Show, kind: Kind) -> int:
+    return sum(step.kind is kind and not step.failed and step.ended > 0 for step in show.steps)
+
+
+def _outage(show: Show, kind: Kind) -> float | None:
+    """Median over the steps of this kind, in milliseconds; None if there was none."""
+    found = [step.outage_ms for step in show.steps if step.kind is kind and step.outage_ms is not None]
+    return round(statistics.median(found), 1) if found else None
+
+
 def _report(show: Show, outcome: Outcome, drops: dict[str, int]) -> dict[str, Any]:
     return {
         "connections": outcome.connections,
         "broken": outcome.broken,
-        "resizes": sum(step.resize and not step.failed and step.ended > 0 for step in show.steps),
-        "kills": 0,
-        "agent_restarts": 0,
+        "resizes": _done(show, Kind.RESIZE),
+        "kills": _done(show, Kind.KILL),
+        "hangs": _done(show, Kind.HANG),
+        "agent_restarts": _done(show, Kind.AGENT_RESTART),
+        "hot_restarts": _done(show, Kind.UPGRADE),
         "datagrams_sent": outcome.datagrams_sent,
         "datagrams_lost": outcome.datagrams_lost,
         "datagrams_reordered": outcome.datagrams_reordered,
         "longest_gap_ms": outcome.longest_gap_ms,
-        "served_again_ms": None,
+        "served_again_ms": _outage(show, Kind.KILL),
+        "served_again_after_hang_ms": _outage(show, Kind.HANG),
         "steps": [
             {
                 "title": step.title,
@@ -342,7 +405,7 @@ def draw(show: Show, outcome: Outcome, path: Path) -> Path | None:
     style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
     with plt.rc_context(style):
         figure, (served, waits, pool) = plt.subplots(
-            3, 1, sharex=True, figsize=(12, 8.5), height_ratios=(2.2, 1.5, 2.6), layout="constrained"
+            3, 1, sharex=True, figsize=(14, 8.5), height_ratios=(2.2, 1.5, 2.6), layout="constrained"
         )
         at = [s["elapsed"] for s in samples]
         answers = _smooth([s["answers_per_second"] for s in samples])
@@ -383,15 +446,21 @@ def draw(show: Show, outcome: Outcome, path: Path) -> Path | None:
         count.spines["right"].set_visible(True)
         for step in show.steps:
             for axes in (served, waits, pool):
-                axes.axvline(step.began, color="#333333", linewidth=0.9, linestyle=(0, (4, 3)))
+                axes.axvline(
+                    step.began,
+                    color="#d62728" if step.kind in FAULTS else "#333333",
+                    linewidth=1.2 if step.kind in FAULTS else 0.9,
+                    linestyle=(0, (4, 3)),
+                )
             served.annotate(
-                fill(step.title, 14),
+                fill(step.title, 11),
                 (step.began, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(4, -4),
                 textcoords="offset points",
                 va="top",
-                fontsize=9,
+                fontsize=8,
+                color="#d62728" if step.kind in FAULTS else "#000000",
             )
         figure.suptitle(
             f"{outcome.broken} of {outcome.connections:,} connections broken, {outcome.datagrams_lost} of"

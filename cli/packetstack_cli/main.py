@@ -361,10 +361,10 @@ def check(files: tuple[str, ...]) -> None:
 @main.command()
 @click.option("--connections", default=2000, show_default=True)
 @click.option("--udp-flows", default=200, show_default=True)
-@click.option("--seconds", default=60, show_default=True)
+@click.option("--seconds", default=75, show_default=True)
 @click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
 def demo(connections: int, udp_flows: int, seconds: int, build_dir: Path) -> None:
-    """Resize a pool under live traffic in network namespaces of its own, and count what breaks."""
+    """Resize, kill and upgrade a pool under live traffic in network namespaces of its own, and count what breaks."""
     sys.exit(run_demo(build_dir, connections, udp_flows, seconds))
 
 

@@ -33,6 +33,10 @@ class Outage:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the flows' sockets."""
         for used in self._sockets:
             used.close()
 
