@@ -18,6 +18,7 @@
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -31,6 +32,24 @@
 #define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
 
 enum { RESEND_NS = 20000000 };
+
+/*
+ * Where tests let the agent die: PACKETSTACK_DIE_AT=STEP:PASS. The shipped library has no such place.
+ */
+#ifdef PS_INJECT
+static void step(const char *name)
+{
+	static int passes;
+	const char *wanted = getenv("PACKETSTACK_DIE_AT");
+	size_t length = strlen(name);
+
+	if (wanted && !strncmp(wanted, name, length) && wanted[length] == ':' && ++passes >= atoi(wanted + length + 1))
+		kill(getpid(), SIGKILL);
+}
+#define STEP(name) step(name)
+#else
+#define STEP(name) ((void)0)
+#endif
 
 struct transfer {
 	struct ps_arena *arena;
@@ -181,6 +200,7 @@ static uint32_t fence_side(struct transfer *t, int kind)
 	long pause = 20000;
 
 	visit(t, kind);
+	STEP(kind == PS_MARKER_INGRESS ? "ingress" : "egress");
 	while ((slot = unanswered(t, kind))) {
 		uint64_t now = clock_ns();
 
@@ -321,6 +341,7 @@ static int transfer_run(struct transfer *t)
 		take_part(t, word, next);
 		STORE(at, next);
 		r->moved++;
+		STEP("word");
 	}
 	for (uint32_t b = 0; b < t->arena->buckets; b++) {
 		int added = add_source(t, fence, b);
@@ -331,10 +352,13 @@ static int transfer_run(struct transfer *t)
 	}
 	if (!open)
 		return 0;
+	STEP("described");
 	STORE(&fence->id, t->id);
+	STEP("opened");
 
 	unknown = r->stalled_slot;
 	r->stalled_slot = fence_side(t, PS_MARKER_INGRESS);
+	STEP("acknowledged");
 	r->acked_ns = clock_ns() - begun;
 	if (!r->stalled_slot)
 		r->stalled_slot = fence_side(t, PS_MARKER_EGRESS);
@@ -343,18 +367,22 @@ static int transfer_run(struct transfer *t)
 		return 0;
 	}
 	r->stalled_slot = unknown;
+	STEP("fenced");
 	visit(t, 0);
+	STEP("visited");
 	for (uint32_t b = 0; b < t->arena->buckets; b++) {
 		uint64_t word;
 
 		if (!(fence->bitmap[b / 8] >> (b % 8) & 1))
 			continue;
 		word = LOAD(&t->words[t->offset + b]);
+		STEP("release");
 		repair(t, ps_shard_at(t->arena, b));
 		STORE(&ps_shard_at(t->arena, b)->owner, ps_owner(word));
 		touched[ps_word_slot(word) / 8] |= (uint8_t)(1 << ps_word_slot(word) % 8);
 	}
 	r->total_ns = clock_ns() - begun;
+	STEP("released");
 	for (int i = 0; i < t->n_engines; i++)
 		if (touched[t->engines[i].slot / 8] >> (t->engines[i].slot % 8) & 1 && !is_gone(&t->engines[i]))
 			wake_engine(&t->engines[i]);
