@@ -32,9 +32,11 @@ void *ps_file_create(const char *path, uint64_t bytes, int *keep, struct ps_erro
 		ps_fail(e, "%s: cannot create: %s", path, strerror(errno));
 		return NULL;
 	}
-	if (ftruncate(fd, (off_t)bytes) ||
-	    (at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)) == MAP_FAILED) {
-		ps_fail(e, "%s: cannot make it %lu bytes: %s", path, (unsigned long)bytes, strerror(errno));
+	/* All of it now: a file system that is full later would end whoever touches a new page by SIGBUS. */
+	errno = posix_fallocate(fd, 0, (off_t)bytes);
+	if (errno || (at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)) == MAP_FAILED) {
+		ps_fail(e, "%s: cannot take %lu MiB for it: %s", path, (unsigned long)(bytes + (1 << 20) - 1) >> 20,
+			strerror(errno));
 		unlink(path);
 		close(fd);
 		return NULL;

@@ -101,8 +101,7 @@ class Agent:
 
     async def start(self) -> None:
         """Load the programs, make the routed pair, go on with what an earlier agent left. AgentError if that cannot be."""
-        self.run.path.mkdir(parents=True, exist_ok=True)
-        self.run.save()
+        self.run.save(must=True)
         self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
         await asyncio.to_thread(self._attach)
         await self._take_over()
@@ -198,7 +197,8 @@ class Agent:
                 self.events.append(last | {"time": time.time(), "count": last["count"] + 1})
                 return
         self.events.append({"time": time.time(), **what, "count": 1})
-        print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind} {stack} {reason}: {message}", flush=True)
+        with contextlib.suppress(OSError):  # the log's file system is full
+            print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind} {stack} {reason}: {message}", flush=True)
 
     def _managed(self, name: str) -> Managed:
         try:
@@ -282,7 +282,7 @@ class Agent:
             raise AgentError(f"interface {uplink}: is the agent's own; name one that leads to the network")
         call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), _pin(uplink))
         self.run.record.uplinks.append(uplink)
-        self.run.save()
+        self.run.save(must=True)
         if self._attached is not None:
             self._attached[1][uplink] = index
 
@@ -318,7 +318,7 @@ class Agent:
         self.stacks[resource.name] = managed
         try:
             self.run.record.documents[resource.name] = resource.document()
-            self.run.save()
+            self.run.save(must=True)
             self._watch_backends()
             stack.healthy = self.prober.healthy()
             await stack.configure([])
@@ -534,14 +534,14 @@ class Agent:
         engine.state = state
         self._note(engine)
 
-    def _note(self, engine: Engine) -> None:
+    def _note(self, engine: Engine, must: bool = False) -> None:
         """Write down what the next agent must know about the engine."""
         init = engine.init
         self.run.record.engines[str(engine.slot)] = engine.blueprint.record() | {
             "state": str(engine.state),
             "init": [init.pid, init.started] if init is not None else [0, 0],
         }
-        self.run.save()
+        self.run.save(must)
 
     def _create(self, managed: Managed, action: CreateEngine) -> None:
         stack = managed.stack
@@ -566,8 +566,14 @@ class Agent:
             "memory_bytes": shape.memory_bytes,
             "namespace": self.run.namespace(stack.name, slot),
         }
-        engine = managed.engines[slot] = Engine(self._blueprint(stack, known), self.director)
-        self._note(engine)
+        engine = Engine(self._blueprint(stack, known), self.director)
+        try:
+            self._note(engine, must=True)
+        except AgentError as e:
+            self.run.record.engines.pop(str(slot))
+            self._failed(managed, slot, str(e))
+            return
+        managed.engines[slot] = engine
         engine.making = asyncio.create_task(self._make(managed, engine))
 
     def _blueprint(self, stack: Stack, known: dict[str, Any]) -> engines.Blueprint:
@@ -787,8 +793,17 @@ class Agent:
             serving.kill()
 
     async def _measure_rates(self) -> None:
+        told = ""
         while True:
             now = time.monotonic()
+            if self.run.unsaved:
+                self.run.save()
+            if self.run.unsaved != told:
+                told = self.run.unsaved
+                message = told or "is written again"
+                self.event(
+                    "-", "RecordNotWritten" if told else "RecordWritten", message, "Warning" if told else "Normal"
+                )
             for managed in self.stacks.values():
                 for engine in managed.engines.values():
                     if engine.view is not None and not engine.removing:

@@ -44,6 +44,8 @@ def main() -> None:
         asyncio.run(_serve(run))
     except (AgentError, NotBuilt) as e:
         sys.exit(str(e))
+    except OSError as e:
+        sys.exit(f"{e.filename or arguments.run_dir}: {e.strerror}; the agent needs to write there")
 
 
 def _alone(run: RunDirectory) -> Path:

@@ -52,6 +52,8 @@ class RunDirectory:
         self.path = path.resolve()
         self.record = Record()
         self._saving = threading.Lock()
+        self.unsaved = ""
+        """Why the record could not be written, empty when it is."""
         self.owner = f"packetstack {self.path}"
         with suppress(FileNotFoundError):
             self.record = _read(self._file)
@@ -83,14 +85,24 @@ class RunDirectory:
         mark = "" if self.path == DEFAULT_RUN_DIRECTORY else sha256(bytes(self.path)).hexdigest()[:6] + "-"
         return f"pkst-{mark}{stack}-{slot}"
 
-    def save(self) -> None:
-        """Write the record, whole or not at all. Called by the event loop and by worker threads."""
+    def save(self, must: bool = False) -> None:
+        """Write the record, whole or not at all. Called by the event loop and by worker threads.
+
+        If that fails, `unsaved` says why, and the caller of the next `save` tries again; with `must` it is an
+        AgentError, for what must not be made before it is written down.
+        """
         with self._saving:
-            self.path.mkdir(parents=True, exist_ok=True)
-            fresh = self._file.with_suffix(".new")
-            # Without indent: then the encoder is C, and no other thread changes the record meanwhile.
-            fresh.write_text(json.dumps(vars(self.record)))
-            fresh.replace(self._file)
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                fresh = self._file.with_suffix(".new")
+                # Without indent: then the encoder is C, and no other thread changes the record meanwhile.
+                fresh.write_text(json.dumps(vars(self.record)))
+                fresh.replace(self._file)
+                self.unsaved = ""
+            except OSError as e:
+                self.unsaved = f"{self._file}: cannot be written: {e.strerror}"
+        if must and self.unsaved:
+            raise AgentError(self.unsaved)
 
     def next_slot(self) -> int:
         """A slot that was not used for the longest time: packets may still carry an old one."""

@@ -73,15 +73,18 @@ class Client:
         """
         if os.geteuid() != 0:
             raise CliError("packetstack up: needs root: it loads BPF programs and makes network namespaces")
-        self.run_directory.mkdir(parents=True, exist_ok=True)
         log = self.run_directory / "agent.log"
         command = [*agent_command(), "--run-dir", str(self.run_directory)]
         if metrics_listen:
             command += ["--metrics-listen", metrics_listen]
-        with log.open("ab") as output:
-            agent = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/"
-            )
+        try:
+            self.run_directory.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as output:
+                agent = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, cwd="/"
+                )
+        except OSError as e:
+            raise CliError(f"{e.filename}: {e.strerror}; the agent needs to write to {self.run_directory}") from None
         deadline = time.monotonic() + START_SECONDS
         while not self.alive():
             ended = agent.poll() is not None and not self._running()
