@@ -18,7 +18,7 @@ from ipaddress import ip_address, ip_network
 from itertools import islice
 from typing import Any
 
-from packetstack_agent import devices, engines, networks, processes
+from packetstack_agent import devices, engines, namespaces, networks, processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, packed, text, unpacked, wire
@@ -101,6 +101,12 @@ class Agent:
 
     async def start(self) -> None:
         """Load the programs, make the routed pair, go on with what an earlier agent left. AgentError if that cannot be."""
+        record, here = self.run.record, namespaces.own_inode()
+        if record.documents and record.network != here:
+            raise AgentError(
+                f"{self.run.path}: its stacks are in another network namespace; start the agent there, as in nsenter --net"
+            )
+        record.network = here
         self.run.save(must=True)
         self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
         await asyncio.to_thread(self._attach)

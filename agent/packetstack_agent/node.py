@@ -41,6 +41,8 @@ class Record:
     unhealthy: list[list[Any]] = field(default_factory=list)
     """Backends, [address, port]."""
     last_slot: int = 0
+    network: int = 0
+    """Inode of the node's network namespace."""
     metrics_listen: str = ""
     layout: int = RECORD_LAYOUT
 

@@ -43,8 +43,8 @@ class Prober:
         wanted = {place: check for place, check in backends if check.type == "TCP"}
         for place in [p for p, (check, _) in self._tasks.items() if wanted.get(p) != check]:
             self._tasks.pop(place)[1].cancel()
-            if place not in wanted:
-                self.verdicts.pop(place, None)
+        for place in [p for p in self.verdicts if p not in wanted]:
+            del self.verdicts[place]
         for place, check in wanted.items():
             if place not in self._tasks:
                 self.verdicts.setdefault(place, Verdict())

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -200,6 +201,18 @@ def test_a_record_that_is_not_understood_is_left_alone(node: Node, served: Any, 
     finally:
         record.write_text(good)
     again(node)
+
+
+def test_an_agent_in_another_network_namespace_is_refused(node: Node, served: Any) -> None:
+    before = same(node)
+    kill_agent(node)
+    file = str(node.lab.directory / "stack.yaml")
+    line = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), "up", file]
+    done = node.lab.run("client", *line, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "its stacks are in another network namespace" in done.stderr
+    again(node)
+    assert same(node) == before
 
 
 def test_a_bad_file_after_a_restart_ends_nothing(node: Node, served: Any) -> None:

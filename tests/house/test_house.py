@@ -168,3 +168,10 @@ def test_every_condition_reason_is_explained() -> None:
     for row in rows:
         for word in re.findall(r'"([A-Z]\w+)"', row):
             assert f"`{word}`" in text, f"docs/troubleshoot.md does not explain {word}"
+
+
+def test_every_test_that_the_documents_name_exists() -> None:
+    there = set(re.findall(r"^def (test_\w+)", "\n".join(p.read_text() for p in ROOT.glob("tests/*/*.py")), re.M))
+    for path in DOCUMENTS:
+        for name in re.findall(r"`(test_\w+)`", path.read_text()):
+            assert name in there, f"{path.relative_to(ROOT)}: no test is called {name}"
