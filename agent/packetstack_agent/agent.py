@@ -1018,7 +1018,10 @@ class Agent:
         ]
         managed.pinned |= dict.fromkeys(buckets, slot)
         self._note_pinned(managed)
-        return await self._transfer(managed, moves)
+        result = await self._transfer(managed, moves)
+        managed.settled = False  # the others are evened out around them
+        managed.changed.set()
+        return result
 
     async def move_queue(self, name: str, slot: int, queue: int, core: int) -> dict[str, Any]:
         """Let another core of the engine serve the queue."""

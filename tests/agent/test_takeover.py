@@ -75,6 +75,7 @@ def test_an_agent_that_is_terminated_leaves_everything_running(node: Node, serve
 def test_what_a_person_moved_stays_where_it_is_after_a_restart(node: Node, served: Any) -> None:
     slot = node.status()["engines"][0]["slot"]
     node.lab.packetstack("move", "web", "--buckets", "0-199", "--engine", str(slot))
+    eventually(lambda: node.status()["ready"])
     before = same(node)
     kill_agent(node)
     again(node)
