@@ -1,16 +1,20 @@
-"""T1, T10, T12: what handovers cost live traffic. Real packets in namespaces of the lab's own."""
+"""T1, T2, T10, T12, T15: what handovers, kills and restarts cost live traffic. Real packets in namespaces of the lab's own."""
 
+import os
 import random
+import signal
 import statistics
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab
+from packetstack_cli.outage import Outage
 from packetstack_cli.traffic import Servers, Traffic
 from rows import Row, yes
 
@@ -63,6 +67,40 @@ def resizes(quick: bool) -> Iterator[Row]:
     reordered = outcome.datagrams_reordered
     yield Row("T1", "datagrams reordered", reordered, "", goal="0", met=yes(reordered == 0))
     yield Row("T1", "longest time to an answer", outcome.longest_gap_ms, "ms")
+
+
+def kills(quick: bool) -> Iterator[Row]:
+    """T2, T15: outages as a client of the engine sees them, and what is lost meanwhile."""
+    took: dict[str, list[float]] = {"datapath": [], "engine": [], "hang": []}
+    pauses: list[float] = []
+    with running("pkb-kills", 2) as (lab, client, servers), Outage(lab, client, "demo", ("192.0.2.10", 53)) as outage:
+        traffic = Traffic(lab, (TCP,), (UDP,), connections=2000, udp_flows=200, request_interval_ms=1000)
+        traffic.wait_open()
+        for i in range(5 if quick else 20):
+            for fault, number in (("datapath", signal.SIGKILL), ("engine", signal.SIGKILL), ("hang", signal.SIGSTOP)):
+                engine = settled(client)["engines"][i % 2]
+                if fault == "engine":
+                    took[fault].append(outage.after(engine["slot"], partial(os.killpg, engine["initPid"], number)))
+                else:
+                    took[fault].append(outage.after(engine["slot"], partial(os.kill, engine["pid"], number)))
+            slot = settled(client)["engines"][i % 2]["slot"]
+            pauses.append(client.call("upgrade", name="demo", slot=slot)["pauseMilliseconds"])
+            if i % 5 == 4:
+                lab.packetstack("upgrade", "--agent")
+        settled(client)
+        outcome = traffic.stop()
+        servers.stop()
+    n = len(pauses)
+    what = f"{outcome.connections} connections, {3 * n} kills and hangs, {n} hot restarts, {n // 5} agent restarts"
+    yield Row("T2", f"broken of {what}", outcome.broken, "", goal="0", met=yes(outcome.broken == 0))
+    for fault, goal in (("datapath", 1000), ("engine", 1000), ("hang", 1500)):
+        name = {"datapath": "kill -9 of a datapath", "engine": "kill -9 of a whole engine", "hang": "a hang"}[fault]
+        median = statistics.median(took[fault])
+        yield Row("T2", f"{name} -> its flows answered again, median of {n}", round(median, 1), "ms",
+                  goal=f"< {goal}", met=yes(median < goal))  # fmt: skip
+    lost = outcome.datagrams_lost
+    yield Row("T15", f"datagrams lost of {outcome.datagrams_sent} meanwhile", lost, "", goal="0", met=yes(lost == 0))
+    yield Row("T15", f"hot restart, nobody serves, median of {n}", round(statistics.median(pauses), 2), "ms")
 
 
 def moves(quick: bool) -> Iterator[Row]:

@@ -126,6 +126,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "planning": planning,
     "director": director_cost,
     "resizes": handovers.resizes,
+    "kills": handovers.kills,
     "moves": handovers.moves,
     "joining": handovers.joining,
 }

@@ -12,19 +12,19 @@ import signal
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from itertools import islice
 from typing import Any
 
-from packetstack_agent import devices, engines, namespaces, networks, processes
+from packetstack_agent import engines, namespaces, networks, processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
-from packetstack_agent.natives import call, constant, ffi, lib, packed, text, unpacked, wire
+from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
-from packetstack_agent.stacks import Stack
+from packetstack_agent.stacks import Managed, Stack
+from packetstack_agent.status import Status, add_drops, explain, sample
 from packetstack_core import abi, reconciling, resources
 from packetstack_core.planning import Move, Owner
 from packetstack_core.reconciling import (
@@ -58,29 +58,6 @@ BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 EVENTS = 1000
 
 
-@dataclass
-class Managed:
-    """A stack with its engines and its task."""
-
-    stack: Stack
-    engines: dict[int, Engine] = field(default_factory=dict)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-    failures: int = 0
-    create_after: float = 0.0
-    problem: str = ""
-    """Why the last engine could not be made, empty when it could."""
-    pinned: dict[int, int] = field(default_factory=dict)
-    """Bucket -> slot, where a person put it; kept while that engine stays."""
-    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while the flow table or the configuration is being changed."""
-    settled: bool = False
-    gone: dict[str, dict[str, int]] = field(default_factory=lambda: {"engine": {}, "kernel": {}})
-    """Drops counted by engines that have left."""
-    holds_ns: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
-    moved: int = 0
-
-
 class Agent:
     """All verbs run on the event loop; what blocks runs in worker threads."""
 
@@ -90,6 +67,8 @@ class Agent:
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self.prober = Prober(self._health_changed)
         self.director: Any = None
+        self.status: Status
+        """There from `start` on."""
         self._attached: tuple[networks.Pair, dict[str, int]] | None = None
         """Pair and uplinks (name -> interface index) that the director was last put on."""
         self._watches: list[asyncio.Task[None]] = []
@@ -109,6 +88,7 @@ class Agent:
         record.network = here
         self.run.save(must=True)
         self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
+        self.status = Status(self.director, self.prober)
         await asyncio.to_thread(self._attach)
         await self._take_over()
         for work in (self._watch_node, self._measure_rates, self._watch_engines):
@@ -276,11 +256,7 @@ class Agent:
             if old is not None:
                 resources.check_change(old.stack.resource, resource)
             networks.check_forwarding(a.version for a in resource.virtual_addresses())
-            networks.check_not_local(self._prefixes(resource))
-
-    @staticmethod
-    def _prefixes(resource: PacketStack) -> list[resources.Network]:
-        return [*(ip_network(a) for a in resource.virtual_addresses()), *resource.spec.snat.addresses]
+            networks.check_not_local(resource.prefixes())
 
     def _attach_uplink(self, uplink: str) -> None:
         index = networks.index_of(uplink)
@@ -338,8 +314,7 @@ class Agent:
 
     async def _change_stack(self, managed: Managed, resource: PacketStack) -> str:
         old = managed.stack.resource
-        gone = {(li.address, li.port, li.protocol) for li in old.spec.listeners}
-        gone -= {(li.address, li.port, li.protocol) for li in resource.spec.listeners}
+        gone = old.listening() - resource.listening()
         async with managed.busy:
             try:
                 await self._become(managed, resource)
@@ -373,7 +348,7 @@ class Agent:
 
     def _route(self) -> list[Network]:
         """Routes, and answers to ARP and neighbour discovery, for exactly the addresses of the stacks. Blocks."""
-        prefixes = {p for m in self.stacks.values() for p in m.stack.prefixes()}
+        prefixes = {p for m in self.stacks.values() for p in m.stack.resource.prefixes()}
         added = networks.ensure_routes(prefixes)
         addresses = {
             a
@@ -821,169 +796,7 @@ class Agent:
     def get(self, name: str | None = None) -> list[dict[str, Any]]:
         """Stacks as they are, with status."""
         chosen = [self._managed(name)] if name is not None else [self.stacks[n] for n in sorted(self.stacks)]
-        return [self._status(m) for m in chosen]
-
-    def _status(self, managed: Managed) -> dict[str, Any]:
-        stack = managed.stack
-        owners = stack.owners()
-        flows = stack.flows_by_slot()
-        buckets: dict[int, int] = {}
-        for owner in owners:
-            if owner is not None and owner.slot:
-                buckets[owner.slot] = buckets.get(owner.slot, 0) + 1
-        shown = [self._engine_status(e, buckets, flows) for _, e in sorted(managed.engines.items())]
-        staying = [e for e in managed.engines.values() if e.state in (State.PENDING, State.STARTING, State.ACTIVE)]
-        active = [e for e in staying if e.state is State.ACTIVE and e.ready]
-        wanted = stack.resource.spec.replicas
-        ready = managed.settled and len(active) == wanted and (not wanted or sum(buckets.values()) == stack.buckets)
-        status = {
-            "replicas": len(staying),
-            "readyReplicas": len(active),
-            "drainingReplicas": sum(e.state is State.DRAINING for e in managed.engines.values()),
-            "flowTableGeneration": stack.epochs(),
-            "configurationGeneration": int(stack.config.generation),
-            "flows": stack.live(),
-            "ready": ready,
-            "conditions": self._conditions(managed, ready, len(active)),
-            "engines": shown,
-            "owners": {str(slot): n for slot, n in sorted(buckets.items())},
-            "drops": self._drops(managed),
-            "backends": self._backends(managed),
-            "capacity": self._capacity(managed),
-            "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
-        }
-        return {**stack.resource.document(), "status": status}
-
-    def _conditions(self, managed: Managed, ready: bool, active: int) -> list[dict[str, str]]:
-        problem = managed.problem
-        reason = (
-            "EnoughCapacity" if not problem else "NoExclusiveCPU" if "NoExclusiveCPU" in problem else "EngineFailed"
-        )
-        return [
-            _condition("Available", active > 0, "MinimumEnginesAvailable" if active else "EnginesStarting"),
-            _condition("Progressing", not ready, "Settled" if ready else "EnginesStarting"),
-            _condition("CapacityAvailable", not problem, reason, problem),
-        ]
-
-    def _engine_status(self, engine: Engine, buckets: dict[int, int], flows: dict[int, int]) -> dict[str, Any]:
-        b = engine.blueprint
-        status: dict[str, Any] = {
-            "slot": b.slot,
-            "name": f"{b.stack}-{b.slot}",
-            "state": str(engine.state),
-            "ready": engine.ready,
-            "buckets": buckets.get(b.slot, 0),
-            "flows": flows.get(b.slot, 0),
-            "pid": engine.pid,
-            "initPid": engine.init.pid if engine.init is not None else 0,
-            "namespace": b.namespace,
-            "packetsPerSecond": 0.0,
-            "busy": 0.0,
-            "cores": [],
-        }
-        if engine.view is None:
-            return status
-        rates = engine.samples
-        status["packetsPerSecond"] = round(rates.get("packets_per_second", 0.0), 1)
-        status["busy"] = round(rates.get("busy", 0.0), 4)
-        queues: dict[int, list[dict[str, Any]]] = {}
-        for q in range(b.queues):
-            view = engine.queue(q)
-            queues.setdefault((view.cur & 0xFF) - 1, []).append(
-                {
-                    "queue": q,
-                    "received": int(view.received),
-                    "forwarded": int(view.forwarded),
-                    "packetsPerSecond": round(rates.get("queues", {}).get(q, 0.0), 1),
-                    "parked": (view.park.producer - view.park.consumer) & 0xFFFFFFFF,
-                    "holds": int(view.holds),
-                    "holdNanoseconds": int(view.hold_ns),
-                    "holdMaximumMicroseconds": view.hold_max_ns / 1000,
-                }
-            )
-        for c in range(b.cores):
-            core = engine.core(c)
-            status["cores"].append(
-                {
-                    "core": c,
-                    "cpu": int(core.cpu),
-                    "busy": round(rates.get("cores", {}).get(c, 0.0), 4),
-                    "queues": queues.get(c, []),
-                }
-            )
-        return status
-
-    def _drops(self, managed: Managed) -> dict[str, dict[str, int]]:
-        director = self.director_counters()
-        engine, kernel = dict(managed.gone["engine"]), dict(managed.gone["kernel"])
-        for e in managed.engines.values():
-            if e.view is not None and not e.removing:
-                add_drops(e, engine, kernel)
-        for name, count in link_drops().items():
-            kernel[name] = kernel.get(name, 0) + count
-        return {
-            "director": {n.removeprefix("drop_"): v for n, v in director.items() if n.startswith("drop_")},
-            "host": {n.removeprefix("drop_"): v for n, v in self.host_counters().items() if n.startswith("drop_")},
-            "engine": engine,
-            "kernel": kernel,
-        }
-
-    def director_counters(self) -> dict[str, int]:
-        """All counters of the node's director."""
-        out = ffi.new("uint64_t[]", constant("PS_D_COUNTERS"))
-        call(lib().ps_director_counters, self.director, out)
-        names = abi.enum_names("ps_director_counter")
-        return {names[i].removeprefix("PS_D_").lower(): int(out[i]) for i in range(len(out))}
-
-    def host_counters(self) -> dict[str, int]:
-        """What became of the engines' transmissions on this node."""
-        out = ffi.new("uint64_t[]", constant("PS_H_COUNTERS"))
-        call(lib().ps_host_counters, self.director, out)
-        names = abi.enum_names("ps_host_counter")
-        return {names[i].removeprefix("PS_H_").lower(): int(out[i]) for i in range(len(out))}
-
-    def _backends(self, managed: Managed) -> list[dict[str, Any]]:
-        stack = managed.stack
-        healthy = self.prober.healthy()
-        weights = {
-            (e.address, e.port): e.weight for li in stack.resource.spec.listeners for e in li.backends.endpoints or ()
-        }
-        shown = []
-        for i in range(stack.arena.backends):
-            entry = stack.arena.backend[i]
-            place = (unpacked(bytes(ffi.buffer(entry.address))), wire(entry.port))
-            if place in weights or entry.live > 0:
-                shown.append(
-                    {
-                        "address": str(place[0]),
-                        "port": place[1],
-                        "weight": weights.get(place),
-                        "healthy": healthy.get(place, True),
-                        "flows": max(0, int(entry.live)),
-                        "flowsTotal": int(entry.created),
-                    }
-                )
-        return shown
-
-    def _capacity(self, managed: Managed) -> dict[str, int]:
-        """Flows that SNAT ports allow: about 15 a bucket for each pair of SNAT address and backend at 4,096 buckets."""
-        stack = managed.stack
-        per_bucket = 65536 // stack.buckets - max(1, 1024 // stack.buckets)
-        pairs = 0
-        for family in (4, 6):
-            snat = sum(a.version == family for a in stack.resource.snat_addresses())
-            places = {
-                place
-                for li in stack.resource.spec.listeners
-                if li.address.version == family
-                for place, _ in stack.usable(li)
-            }
-            pairs += snat * len(places)
-        return {
-            "pairs": pairs,
-            "flows": pairs * per_bucket * stack.buckets,
-            "maxFlows": stack.resource.spec.flow_table.max_flows,
-        }
+        return [self.status.of(m) for m in chosen]
 
     async def scale(self, name: str, replicas: int) -> dict[str, Any]:
         """Set spec.replicas, as the scale subresource does."""
@@ -1059,74 +872,18 @@ class Agent:
         self.event(name, "EngineUpgraded", f"engine {slot}: datapath {engine.pid} follows {old} after {pause:.2f} ms")
         return {"from": old, "to": engine.pid, "pauseMilliseconds": round(pause, 3)}
 
+    def explain(
+        self, name: str, protocol: str, source: str, sport: int, destination: str, dport: int
+    ) -> dict[str, Any]:
+        """Where a packet of this flow goes, and why."""
+        return explain(self._managed(name).stack, protocol, source, sport, destination, dport)
+
     def _active(self, managed: Managed, slot: int) -> Engine:
         engine = managed.engines.get(slot)
         if engine is None or engine.state is not State.ACTIVE or engine.view is None:
             known = ", ".join(str(s) for s, e in sorted(managed.engines.items()) if e.state is State.ACTIVE) or "none"
             raise AgentError(f"engine {slot}: is not an active engine of stack {managed.stack.name}; active: {known}")
         return engine
-
-    def explain(
-        self, name: str, protocol: str, source: str, sport: int, destination: str, dport: int
-    ) -> dict[str, Any]:
-        """Where a packet of this flow goes, and why."""
-        stack = self._managed(name).stack
-        try:
-            client, vip = ip_address(source), ip_address(destination)
-            number = {"tcp": 6, "udp": 17}[protocol.lower()]
-        except (ValueError, KeyError):
-            raise AgentError(
-                f'flow "{protocol} {source} {destination}": not a flow; use "tcp 10.0.0.1:40000 192.0.2.10:80"'
-            ) from None
-        listener = next(
-            (
-                li
-                for li in stack.resource.spec.listeners
-                if (li.address, li.port, li.protocol.lower()) == (vip, dport, protocol.lower())
-            ),
-            None,
-        )
-        if listener is None:
-            return {
-                "why": f"no listener of stack {name} has {protocol.upper()} {destination} port {dport}; not our traffic"
-            }
-        value = int(lib().ps_flow_hash(*stack.key, packed(client), packed(vip), wire(sport), wire(dport), number))
-        bucket = value & (stack.buckets - 1)
-        word = stack.words()[bucket]
-        result: dict[str, Any] = {
-            "hash": f"{value:016x}",
-            "bucket": bucket,
-            "owner": {"slot": word >> 22 & 1023, "queue": word >> 16 & 63, "epoch": word >> 32},
-            "listener": listener.name,
-            "flow": None,
-        }
-        names = abi.enum_names("ps_flow_state")
-        for flow in stack.flows(bucket):
-            if (
-                unpacked(bytes(ffi.buffer(flow.client))) == client
-                and wire(flow.client_port) == sport
-                and wire(flow.vip_port) == dport
-                and bool(flow.flags & 1) == (number == 17)
-                and unpacked(bytes(ffi.buffer(stack.arena.address[flow.vip].bytes))) == vip
-            ):
-                snat = unpacked(bytes(ffi.buffer(stack.arena.address[flow.snat].bytes)))
-                result["flow"] = {
-                    "state": names[flow.state].removeprefix("PS_FLOW_").lower(),
-                    "backend": f"{unpacked(bytes(ffi.buffer(flow.backend)))} port {wire(flow.backend_port)}",
-                    "snat": f"{snat} port {wire(flow.snat_port)}",
-                }
-        slot = word >> 22 & 1023
-        if not slot:
-            result["why"] = f"bucket {bucket} has no owner: packets are dropped as no_owner"
-        elif result["flow"]:
-            result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {slot}, which keeps this flow"
-        else:
-            usable = stack.usable(listener)
-            result["why"] = (
-                f"hash {value:016x} -> bucket {bucket} -> engine {slot}; no such flow yet, "
-                f"{listener.balancing} would choose one of {len(usable)} backends"
-            )
-        return result
 
 
 def _is_ready(engine: Engine) -> bool:
@@ -1136,29 +893,6 @@ def _is_ready(engine: Engine) -> bool:
 def _pin(uplink: str) -> bytes:
     """Name of the pin of an uplink's program. Dots, as of VLANs, are not allowed in it."""
     return text(f"uplink_{uplink}".replace(".", "_"))
-
-
-def _condition(kind: str, status: bool, reason: str, message: str = "") -> dict[str, str]:
-    return {"type": kind, "status": str(status), "reason": reason, "message": message}
-
-
-def sample(engine: Engine, now: float) -> None:
-    """Rates since the last call: packets by queue, busy share by core."""
-    b, last = engine.blueprint, engine.samples.get("last")
-    packets = {q: int(engine.queue(q).received) for q in range(b.queues)}
-    cycles = {c: (int(engine.core(c).busy_cycles), int(engine.core(c).total_cycles)) for c in range(b.cores)}
-    engine.samples["last"] = (now, packets, cycles)
-    if last is None or now <= last[0]:
-        return
-    seconds = now - last[0]
-    rates = {q: (packets[q] - last[1][q]) / seconds for q in packets}
-    busy = {c: (cycles[c][0] - last[2][c][0]) / max(1, cycles[c][1] - last[2][c][1]) for c in cycles}
-    engine.samples |= {
-        "queues": rates,
-        "packets_per_second": sum(rates.values()),
-        "cores": busy,
-        "busy": sum(busy.values()) / len(busy),
-    }
 
 
 def hung(engine: Engine, now: float) -> int | None:
@@ -1176,29 +910,3 @@ def hung(engine: Engine, now: float) -> int | None:
         ):
             return c
     return None
-
-
-def add_drops(engine: Engine, by_engine: dict[str, int], by_kernel: dict[str, int]) -> None:
-    """Add what this engine, and the kernel in front of it, have dropped."""
-    for name, count in engine.counters().items():
-        if name.startswith("drop_") or name == "late":
-            name = name.removeprefix("drop_")
-            by_engine[name] = by_engine.get(name, 0) + count
-    for name, count in engine.kernel_drops().items():
-        by_kernel[name] = by_kernel.get(name, 0) + count
-    for name, count in link_drops([engine.slot]).items():
-        by_kernel[name] = by_kernel.get(name, 0) + count
-
-
-def link_drops(slots: Sequence[int] = ()) -> dict[str, int]:
-    """Frames lost on the way to these engines (none named: on the routed pair): full veth rings and backlogs."""
-    total = {"xdp_xmit_errors": 0, "link_dropped": 0}
-    names = [networks.engine_device(s) for s in slots] or [networks.ROUTED, networks.DIRECTOR]
-    dropped = networks.drops()
-    for name in names:
-        for counter, count in devices.statistics(name).items():
-            if counter.endswith("xdp_xmit_errors"):
-                total["xdp_xmit_errors"] += count
-        if name in dropped:
-            total["link_dropped"] += sum(dropped[name])
-    return total

@@ -22,13 +22,13 @@ class AgentCollector(Collector):
         director = CounterMetricFamily(
             "packetstack_director_packets", "Packets by what the director did with them", labels=["result"]
         )
-        for name, count in agent.director_counters().items():
+        for name, count in agent.status.director_counters().items():
             director.add_metric([name], count)
         yield director
         host = CounterMetricFamily(
             "packetstack_host_packets", "Frames of engines by what became of them on the node", labels=["result"]
         )
-        for name, count in agent.host_counters().items():
+        for name, count in agent.status.host_counters().items():
             host.add_metric([name], count)
         yield host
 

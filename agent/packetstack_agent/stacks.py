@@ -9,11 +9,11 @@ import os
 import secrets
 import time
 from array import array
+from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, wire
 from packetstack_core import maglev
 from packetstack_core.planning import NOBODY, Move, Owner
-from packetstack_core.resources import Address, Listener, Network, PacketStack
+from packetstack_core.resources import Address, Listener, PacketStack
 
 BATCH = 512
 """Buckets of one fence: what arrives for them meanwhile must fit into a quarter of a park ring."""
@@ -93,11 +93,6 @@ class Stack:
         """Size of the flow table."""
         return int(self.arena.buckets)
 
-    def prefixes(self) -> list[Network]:
-        """What is routed into the director."""
-        hosts = [ip_network(a) for a in self.resource.virtual_addresses()]
-        return [*hosts, *self.resource.spec.snat.addresses]
-
     # ---- director and configuration ---------------------------------------------------------------------------
 
     def direct(self) -> None:
@@ -112,7 +107,7 @@ class Stack:
                 "stack": self.index,
             },
         )
-        listeners: set[Listening] = {(li.address, li.port, li.protocol) for li in self.resource.spec.listeners}
+        listeners = self.resource.listening()
         snat = set(self.resource.snat_addresses())
         for address in snat - self._snat:
             call(lib().ps_director_snat, self.director, packed(address), target)
@@ -318,6 +313,29 @@ class Stack:
             self._words[self._offset + b] = 0
         lib().ps_unmap(self.arena)
         lib().ps_unmap(self.config)
+
+
+@dataclass
+class Managed:
+    """A stack with its engines and its task."""
+
+    stack: Stack
+    engines: dict[int, Engine] = field(default_factory=dict)
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+    failures: int = 0
+    create_after: float = 0.0
+    problem: str = ""
+    """Why the last engine could not be made, empty when it could."""
+    pinned: dict[int, int] = field(default_factory=dict)
+    """Bucket -> slot, where a person put it; kept while that engine stays."""
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the flow table or the configuration is being changed."""
+    settled: bool = False
+    gone: dict[str, dict[str, int]] = field(default_factory=lambda: {"engine": {}, "kernel": {}})
+    """Drops counted by engines that have left."""
+    holds_ns: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
+    moved: int = 0
 
 
 def wake(engines: Iterable[Engine]) -> None:

@@ -883,6 +883,14 @@ class PacketStack(Model):
         """The listeners' addresses, each once, in the order written."""
         return tuple(dict.fromkeys(listener.address for listener in self.spec.listeners))
 
+    def prefixes(self) -> tuple[Network, ...]:
+        """What has to be routed to the stack: its virtual addresses and its SNAT prefixes."""
+        return (*(ip_network(a) for a in self.virtual_addresses()), *self.spec.snat.addresses)
+
+    def listening(self) -> set[tuple[Address, int, str]]:
+        """Address, port and protocol of each listener."""
+        return {(listener.address, listener.port, listener.protocol) for listener in self.spec.listeners}
+
     def document(self) -> dict[str, Any]:
         """The resource as YAML or JSON would hold it, defaults filled in; `parse` gives the same value back."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -1,0 +1,298 @@
+"""How a stack is: read from shared memory, maps and counters when somebody asks. Changes nothing."""
+
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import Any
+
+from packetstack_agent import devices, networks
+from packetstack_agent.engines import Engine
+from packetstack_agent.errors import AgentError
+from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
+from packetstack_agent.probes import Prober
+from packetstack_agent.stacks import Managed, Stack
+from packetstack_core import abi
+from packetstack_core.reconciling import State
+
+
+class Status:
+    """What the agent shows. `director`: `struct ps_director *`."""
+
+    def __init__(self, director: Any, prober: Prober) -> None:
+        self._director = director
+        self._prober = prober
+
+    def of(self, managed: Managed) -> dict[str, Any]:
+        """The resource with its `status`."""
+        stack = managed.stack
+        owners = stack.owners()
+        flows = stack.flows_by_slot()
+        buckets: dict[int, int] = {}
+        for owner in owners:
+            if owner is not None and owner.slot:
+                buckets[owner.slot] = buckets.get(owner.slot, 0) + 1
+        shown = [engine_status(e, buckets, flows) for _, e in sorted(managed.engines.items())]
+        staying = [e for e in managed.engines.values() if e.state in (State.PENDING, State.STARTING, State.ACTIVE)]
+        active = [e for e in staying if e.state is State.ACTIVE and e.ready]
+        wanted = stack.resource.spec.replicas
+        ready = managed.settled and len(active) == wanted and (not wanted or sum(buckets.values()) == stack.buckets)
+        status = {
+            "replicas": len(staying),
+            "readyReplicas": len(active),
+            "drainingReplicas": sum(e.state is State.DRAINING for e in managed.engines.values()),
+            "flowTableGeneration": stack.epochs(),
+            "configurationGeneration": int(stack.config.generation),
+            "flows": stack.live(),
+            "ready": ready,
+            "conditions": conditions(managed, ready, len(active)),
+            "engines": shown,
+            "owners": {str(slot): n for slot, n in sorted(buckets.items())},
+            "drops": self._drops(managed),
+            "backends": self._backends(managed),
+            "capacity": capacity(managed),
+            "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
+        }
+        return {**stack.resource.document(), "status": status}
+
+    def _drops(self, managed: Managed) -> dict[str, dict[str, int]]:
+        director = self.director_counters()
+        engine, kernel = dict(managed.gone["engine"]), dict(managed.gone["kernel"])
+        for e in managed.engines.values():
+            if e.view is not None and not e.removing:
+                add_drops(e, engine, kernel)
+        for name, count in link_drops().items():
+            kernel[name] = kernel.get(name, 0) + count
+        return {
+            "director": {n.removeprefix("drop_"): v for n, v in director.items() if n.startswith("drop_")},
+            "host": {n.removeprefix("drop_"): v for n, v in self.host_counters().items() if n.startswith("drop_")},
+            "engine": engine,
+            "kernel": kernel,
+        }
+
+    def director_counters(self) -> dict[str, int]:
+        """All counters of the node's director."""
+        out = ffi.new("uint64_t[]", constant("PS_D_COUNTERS"))
+        call(lib().ps_director_counters, self._director, out)
+        names = abi.enum_names("ps_director_counter")
+        return {names[i].removeprefix("PS_D_").lower(): int(out[i]) for i in range(len(out))}
+
+    def host_counters(self) -> dict[str, int]:
+        """What became of the engines' transmissions on this node."""
+        out = ffi.new("uint64_t[]", constant("PS_H_COUNTERS"))
+        call(lib().ps_host_counters, self._director, out)
+        names = abi.enum_names("ps_host_counter")
+        return {names[i].removeprefix("PS_H_").lower(): int(out[i]) for i in range(len(out))}
+
+    def _backends(self, managed: Managed) -> list[dict[str, Any]]:
+        stack = managed.stack
+        healthy = self._prober.healthy()
+        weights = {
+            (e.address, e.port): e.weight for li in stack.resource.spec.listeners for e in li.backends.endpoints or ()
+        }
+        shown = []
+        for i in range(stack.arena.backends):
+            entry = stack.arena.backend[i]
+            place = (unpacked(bytes(ffi.buffer(entry.address))), wire(entry.port))
+            if place in weights or entry.live > 0:
+                shown.append(
+                    {
+                        "address": str(place[0]),
+                        "port": place[1],
+                        "weight": weights.get(place),
+                        "healthy": healthy.get(place, True),
+                        "flows": max(0, int(entry.live)),
+                        "flowsTotal": int(entry.created),
+                    }
+                )
+        return shown
+
+
+def conditions(managed: Managed, ready: bool, active: int) -> list[dict[str, str]]:
+    """Kubernetes-style conditions."""
+    problem = managed.problem
+    reason = "EnoughCapacity" if not problem else "NoExclusiveCPU" if "NoExclusiveCPU" in problem else "EngineFailed"
+    return [
+        _condition("Available", active > 0, "MinimumEnginesAvailable" if active else "EnginesStarting"),
+        _condition("Progressing", not ready, "Settled" if ready else "EnginesStarting"),
+        _condition("CapacityAvailable", not problem, reason, problem),
+    ]
+
+
+def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]) -> dict[str, Any]:
+    """One engine: its cores and their queues."""
+    b = engine.blueprint
+    status: dict[str, Any] = {
+        "slot": b.slot,
+        "name": f"{b.stack}-{b.slot}",
+        "state": str(engine.state),
+        "ready": engine.ready,
+        "buckets": buckets.get(b.slot, 0),
+        "flows": flows.get(b.slot, 0),
+        "pid": engine.pid,
+        "initPid": engine.init.pid if engine.init is not None else 0,
+        "namespace": b.namespace,
+        "packetsPerSecond": 0.0,
+        "busy": 0.0,
+        "cores": [],
+    }
+    if engine.view is None:
+        return status
+    rates = engine.samples
+    status["packetsPerSecond"] = round(rates.get("packets_per_second", 0.0), 1)
+    status["busy"] = round(rates.get("busy", 0.0), 4)
+    queues: dict[int, list[dict[str, Any]]] = {}
+    for q in range(b.queues):
+        view = engine.queue(q)
+        queues.setdefault((view.cur & 0xFF) - 1, []).append(
+            {
+                "queue": q,
+                "received": int(view.received),
+                "forwarded": int(view.forwarded),
+                "packetsPerSecond": round(rates.get("queues", {}).get(q, 0.0), 1),
+                "parked": (view.park.producer - view.park.consumer) & 0xFFFFFFFF,
+                "holds": int(view.holds),
+                "holdNanoseconds": int(view.hold_ns),
+                "holdMaximumMicroseconds": view.hold_max_ns / 1000,
+            }
+        )
+    for c in range(b.cores):
+        core = engine.core(c)
+        status["cores"].append(
+            {
+                "core": c,
+                "cpu": int(core.cpu),
+                "busy": round(rates.get("cores", {}).get(c, 0.0), 4),
+                "queues": queues.get(c, []),
+            }
+        )
+    return status
+
+
+def capacity(managed: Managed) -> dict[str, int]:
+    """Flows that SNAT ports allow: about 15 a bucket for each pair of SNAT address and backend at 4,096 buckets."""
+    stack = managed.stack
+    per_bucket = 65536 // stack.buckets - max(1, 1024 // stack.buckets)
+    pairs = 0
+    for family in (4, 6):
+        snat = sum(a.version == family for a in stack.resource.snat_addresses())
+        places = {
+            place
+            for li in stack.resource.spec.listeners
+            if li.address.version == family
+            for place, _ in stack.usable(li)
+        }
+        pairs += snat * len(places)
+    return {
+        "pairs": pairs,
+        "flows": pairs * per_bucket * stack.buckets,
+        "maxFlows": stack.resource.spec.flow_table.max_flows,
+    }
+
+
+def explain(stack: Stack, protocol: str, source: str, sport: int, destination: str, dport: int) -> dict[str, Any]:
+    """Where a packet of this flow goes, and why."""
+    name = stack.name
+    try:
+        client, vip = ip_address(source), ip_address(destination)
+        number = {"tcp": 6, "udp": 17}[protocol.lower()]
+    except (ValueError, KeyError):
+        raise AgentError(
+            f'flow "{protocol} {source} {destination}": not a flow; use "tcp 10.0.0.1:40000 192.0.2.10:80"'
+        ) from None
+    listener = next(
+        (
+            li
+            for li in stack.resource.spec.listeners
+            if (li.address, li.port, li.protocol.lower()) == (vip, dport, protocol.lower())
+        ),
+        None,
+    )
+    if listener is None:
+        return {
+            "why": f"no listener of stack {name} has {protocol.upper()} {destination} port {dport}; not our traffic"
+        }
+    value = int(lib().ps_flow_hash(*stack.key, packed(client), packed(vip), wire(sport), wire(dport), number))
+    bucket = value & (stack.buckets - 1)
+    word = stack.words()[bucket]
+    result: dict[str, Any] = {
+        "hash": f"{value:016x}",
+        "bucket": bucket,
+        "owner": {"slot": word >> 22 & 1023, "queue": word >> 16 & 63, "epoch": word >> 32},
+        "listener": listener.name,
+        "flow": None,
+    }
+    names = abi.enum_names("ps_flow_state")
+    for flow in stack.flows(bucket):
+        if (
+            unpacked(bytes(ffi.buffer(flow.client))) == client
+            and wire(flow.client_port) == sport
+            and wire(flow.vip_port) == dport
+            and bool(flow.flags & 1) == (number == 17)
+            and unpacked(bytes(ffi.buffer(stack.arena.address[flow.vip].bytes))) == vip
+        ):
+            snat = unpacked(bytes(ffi.buffer(stack.arena.address[flow.snat].bytes)))
+            result["flow"] = {
+                "state": names[flow.state].removeprefix("PS_FLOW_").lower(),
+                "backend": f"{unpacked(bytes(ffi.buffer(flow.backend)))} port {wire(flow.backend_port)}",
+                "snat": f"{snat} port {wire(flow.snat_port)}",
+            }
+    slot = word >> 22 & 1023
+    if not slot:
+        result["why"] = f"bucket {bucket} has no owner: packets are dropped as no_owner"
+    elif result["flow"]:
+        result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {slot}, which keeps this flow"
+    else:
+        usable = stack.usable(listener)
+        result["why"] = (
+            f"hash {value:016x} -> bucket {bucket} -> engine {slot}; no such flow yet, "
+            f"{listener.balancing} would choose one of {len(usable)} backends"
+        )
+    return result
+
+
+def _condition(kind: str, status: bool, reason: str, message: str = "") -> dict[str, str]:
+    return {"type": kind, "status": str(status), "reason": reason, "message": message}
+
+
+def sample(engine: Engine, now: float) -> None:
+    """Rates since the last call: packets by queue, busy share by core."""
+    b, last = engine.blueprint, engine.samples.get("last")
+    packets = {q: int(engine.queue(q).received) for q in range(b.queues)}
+    cycles = {c: (int(engine.core(c).busy_cycles), int(engine.core(c).total_cycles)) for c in range(b.cores)}
+    engine.samples["last"] = (now, packets, cycles)
+    if last is None or now <= last[0]:
+        return
+    seconds = now - last[0]
+    rates = {q: (packets[q] - last[1][q]) / seconds for q in packets}
+    busy = {c: (cycles[c][0] - last[2][c][0]) / max(1, cycles[c][1] - last[2][c][1]) for c in cycles}
+    engine.samples |= {
+        "queues": rates,
+        "packets_per_second": sum(rates.values()),
+        "cores": busy,
+        "busy": sum(busy.values()) / len(busy),
+    }
+
+
+def add_drops(engine: Engine, by_engine: dict[str, int], by_kernel: dict[str, int]) -> None:
+    """Add what this engine, and the kernel in front of it, have dropped."""
+    for name, count in engine.counters().items():
+        if name.startswith("drop_") or name == "late":
+            name = name.removeprefix("drop_")
+            by_engine[name] = by_engine.get(name, 0) + count
+    for name, count in engine.kernel_drops().items():
+        by_kernel[name] = by_kernel.get(name, 0) + count
+    for name, count in link_drops([engine.slot]).items():
+        by_kernel[name] = by_kernel.get(name, 0) + count
+
+
+def link_drops(slots: Sequence[int] = ()) -> dict[str, int]:
+    """Frames lost on the way to these engines (none named: on the routed pair): full veth rings and backlogs."""
+    total = {"xdp_xmit_errors": 0, "link_dropped": 0}
+    names = [networks.engine_device(s) for s in slots] or [networks.ROUTED, networks.DIRECTOR]
+    dropped = networks.drops()
+    for name in names:
+        for counter, count in devices.statistics(name).items():
+            if counter.endswith("xdp_xmit_errors"):
+                total["xdp_xmit_errors"] += count
+        if name in dropped:
+            total["link_dropped"] += sum(dropped[name])
+    return total
