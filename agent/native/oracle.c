@@ -46,7 +46,7 @@ uint64_t ps_size_of(const char *structure)
 		SIZE(ps_engine),	 SIZE(ps_flow),		 SIZE(ps_shard),	 SIZE(ps_fence),
 		SIZE(ps_address),	 SIZE(ps_backend_count), SIZE(ps_arena),	 SIZE(ps_listener),
 		SIZE(ps_config_backend), SIZE(ps_config_snat),	 SIZE(ps_config),	 SIZE(ps_config_file),
-		SIZE(ps_message),
+		SIZE(ps_message),	 SIZE(ps_capture),	 SIZE(ps_census),
 	};
 
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)

@@ -43,6 +43,8 @@ SHARED = (
     "ps_config",
     "ps_config_file",
     "ps_message",
+    "ps_capture",
+    "ps_census",
 )
 """Structures that lie in shared memory, in BPF maps or on a socket."""
 

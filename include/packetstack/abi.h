@@ -36,6 +36,8 @@ enum ps_limits {
 	PS_UNDO_BYTES = 128,	 /* all that rewriting one frame may touch */
 	PS_FRAME_BYTES = 2048,
 	PS_TICKS_PER_SECOND = 10, /* unit of ps_flow.last_seen, CLOCK_MONOTONIC */
+	PS_CAPTURES = 8,
+	PS_CAPTURE_BYTES = 256,
 };
 
 enum ps_magic {
@@ -177,6 +179,11 @@ enum ps_counter {
 	PS_C_DROP_TOO_BIG,
 	PS_C_DROP_NOT_OWNER, /* late and could not be handed on */
 	PS_C_DROP_UNSUPPORTED,
+	PS_C_DROP_POISON,	  /* the process died twice while it rewrote this frame */
+	PS_C_DROP_BAD_DESCRIPTOR, /* a ring named memory that is no frame: not followed */
+	PS_C_JOURNALS_REFUSED,	  /* what a dead process left of a journal or ring made no sense */
+	PS_C_FRAMES_RECOVERED,	  /* were in no ring at an adoption: given back */
+	PS_C_SHARDS_REBUILT,
 	PS_COUNTERS
 };
 
@@ -203,7 +210,8 @@ struct ps_core {
  * a torn rewrite.
  */
 struct ps_progress {
-	uint32_t begin, end; /* ~0u initially */
+	uint32_t begin;	     /* last frame whose rewriting began; ~0u initially */
+	uint32_t end;	     /* frames before this one are finished; published when the consumer is here */
 	uint8_t verdict[64]; /* by source index & 63: ps_verdict | shift/4 << 4 */
 	uint8_t undo[128];   /* PS_UNDO_BYTES */
 };
@@ -211,7 +219,10 @@ struct ps_progress {
 struct ps_journal {
 	uint32_t commit;
 	uint32_t rx, tx, park_prod, park_cons, free_prod;
-	uint32_t spare[10];
+	uint32_t check;		/* over the five above: rubbish is not published */
+	uint32_t torn[2];	/* by source: index of the frame whose rewrite was found torn, */
+	uint32_t torn_times[2]; /* and how often */
+	uint32_t spare[5];
 	struct ps_progress progress[2]; /* source: receive ring, park ring */
 };
 
@@ -257,6 +268,22 @@ struct ps_recycle {
 	uint32_t free_consumer[64]; /* PS_MAX_QUEUES */
 };
 
+/* A frame that killed its process twice, as it came in. */
+struct ps_capture {
+	uint64_t time_ns; /* CLOCK_MONOTONIC */
+	uint32_t bucket, queue;
+	uint32_t length; /* of the frame */
+	uint32_t spare;
+	uint8_t bytes[256]; /* PS_CAPTURE_BYTES */
+};
+
+/* What a walk through all rings of an engine found. */
+struct ps_census {
+	uint32_t missing; /* frames in no ring */
+	uint32_t twice;	  /* frames in more than one place */
+	uint32_t bad;	  /* slots that name no frame, rings whose indexes make no sense */
+};
+
 struct ps_engine {
 	uint32_t magic, layout;
 	uint32_t slot;
@@ -270,13 +297,94 @@ struct ps_engine {
 	uint32_t generation; /* raised whenever a datapath process attaches */
 	uint32_t ready;	     /* generation that serves packets */
 	uint32_t mtu;
-	uint32_t spin_us; /* how long a core polls empty queues before it sleeps */
-	uint32_t work_ns; /* test builds: artificial cost of a packet */
-	uint32_t spare0[5];
+	uint32_t spin_us;	  /* how long a core polls empty queues before it sleeps */
+	uint32_t work_ns;	  /* test builds: artificial cost of a packet */
+	uint32_t captures_offset; /* ps_capture[PS_CAPTURES] */
+	uint32_t captured;	  /* poison frames ever; the last PS_CAPTURES are kept */
+	/* packetstack-datapath-inject only: die at this ps_point, at which pass; ps_protection bits to leave out */
+	uint32_t die_at, die_after, protection_off;
 	uint8_t mac[8];		/* of the engine's interface */
 	uint8_t gateway_mac[8]; /* destination of all that it sends */
 	uint32_t lock;		/* generation << 8 | core + 1 of the holder; 0 = free */
 	struct ps_recycle recycle;
+};
+
+/* ---- injected deaths (packetstack-datapath-inject) ---------------------------------------------- */
+
+/* Where ps_engine.die_at can kill the process; named after what has just been done. */
+enum ps_point {
+	PS_AT_NOWHERE,
+	PS_AT_BATCH_SIZED,
+	PS_AT_MARKER,
+	PS_AT_UNDO_RESTORED,
+	PS_AT_TORN_COUNTED,
+	PS_AT_UNDO_HALF_SAVED,
+	PS_AT_UNDO_SAVED,
+	PS_AT_REWRITE_BEGUN,
+	PS_AT_REWRITE_ADDRESSES,
+	PS_AT_REWRITE_PORTS,
+	PS_AT_REWRITE_CHECKSUMS,
+	PS_AT_REWRITE_DONE,
+	PS_AT_VERDICT,
+	PS_AT_FRAME_DONE,
+	PS_AT_SLOT_WRITTEN,
+	PS_AT_JOURNAL_WRITTEN,
+	PS_AT_COMMITTED,
+	PS_AT_PUBLISHED_TX,
+	PS_AT_PUBLISHED_PARKED,
+	PS_AT_PUBLISHED_FREE,
+	PS_AT_PUBLISHED_UNPARKED,
+	PS_AT_PUBLISHED_RX,
+	PS_AT_BATCH_DONE,
+	PS_AT_KICKED,
+	PS_AT_FENCE_EMPTY,
+	PS_AT_FENCE_SHARD,
+	PS_AT_FENCE_SHARDS,
+	PS_AT_RECYCLE_LOCKED,
+	PS_AT_RECYCLE_SLOT,
+	PS_AT_RECYCLE_WRITTEN,
+	PS_AT_RECYCLE_COMMITTED,
+	PS_AT_RECYCLE_FILL,
+	PS_AT_RECYCLE_COMPLETION,
+	PS_AT_RECYCLE_FREE,
+	PS_AT_RECYCLE_CLEARED,
+	PS_AT_INSERT_TAKEN,
+	PS_AT_INSERT_WRITING,
+	PS_AT_INSERT_WRITTEN,
+	PS_AT_INSERT_FORWARD,
+	PS_AT_INSERT_REPLY,
+	PS_AT_INSERT_LISTED,
+	PS_AT_INSERT_COUNTED,
+	PS_AT_REMOVE_UNLISTED,
+	PS_AT_REMOVE_FORWARD,
+	PS_AT_REMOVE_REPLY,
+	PS_AT_REMOVE_WRITING,
+	PS_AT_REMOVE_WRITTEN,
+	PS_AT_REMOVE_FREED,
+	PS_AT_STATE_UNLISTED,
+	PS_AT_STATE_SET,
+	PS_AT_STATE_LISTED,
+	PS_AT_SWEPT,
+	PS_AT_HANDED,
+	PS_AT_REBUILD_EMPTIED, /* from here on: points of a process that takes over */
+	PS_AT_REBUILD_ENTRIES,
+	PS_AT_REBUILD_HALF,
+	PS_AT_ADOPT_BEGUN,
+	PS_AT_ADOPT_RECYCLED,
+	PS_AT_ADOPT_UNLOCKED,
+	PS_AT_ADOPT_PUBLISHED,
+	PS_AT_ADOPT_CLEARED,
+	PS_AT_ADOPT_COUNTED,
+	PS_AT_ADOPT_PARKED,
+	PS_AT_ADOPT_TAKEN,
+	PS_POINTS
+};
+
+/* Bits of ps_engine.protection_off: a test that sees nothing with these set would see nothing at all. */
+enum ps_protection {
+	PS_WITHOUT_REDO = 1,	/* the adopter clears a commit without publishing it */
+	PS_WITHOUT_UNDO = 2,	/* a torn rewrite is not undone, a finished one not remembered */
+	PS_WITHOUT_REBUILD = 4, /* shards are taken as they are */
 };
 
 /* ---- arena: one per stack, live flows ----------------------------------------------------------- */
@@ -298,7 +406,8 @@ enum ps_flow_flags {
 	PS_FLOW_FIN_CLIENT = 2,
 	PS_FLOW_FIN_BACKEND = 4,
 	PS_FLOW_V6 = 8,
-	PS_FLOW_LISTED = 16, /* on the shard's half-open or closed list */
+	PS_FLOW_LISTED = 16,  /* on the shard's half-open or closed list */
+	PS_FLOW_COUNTED = 32, /* in its backend's `live` */
 };
 
 /* 64 bytes, one cache line */
