@@ -19,6 +19,14 @@
 
 #define PS_BARRIER() __asm__ volatile("" ::: "memory")
 
+/* Where tests let the process die; see enum ps_point. */
+#ifdef PS_INJECT
+void ps_point(enum ps_point at);
+#define PS_POINT(name) ps_point(PS_AT_##name)
+#else
+#define PS_POINT(name) ((void)0)
+#endif
+
 /* A flow as its packets name it; wire order */
 struct ps_key {
 	uint8_t source[16], destination[16];
@@ -239,12 +247,31 @@ static inline void ps_flow_set_state(const struct ps_arena *a, struct ps_shard *
 	if (f->state == state)
 		return;
 	ps_shard_begin(s);
+	ps_shard_expect(s, now + timeout[state]);
 	ps_list_remove(a, s, f);
+	PS_POINT(STATE_UNLISTED);
 	f->state = state;
+	PS_POINT(STATE_SET);
 	if (ps_state_listed(state))
 		ps_list_add(a, s, f);
+	PS_POINT(STATE_LISTED);
 	ps_shard_end(s);
-	ps_shard_expect(s, now + timeout[state]);
+}
+
+/* The flag is set after the counter and cleared before it: a rebuild counts whoever has none. */
+static inline void ps_backend_add(struct ps_arena *a, struct ps_flow *f)
+{
+	__atomic_fetch_add(&a->backend[f->backend_id].live, 1, __ATOMIC_RELAXED);
+	f->flags |= PS_FLOW_COUNTED;
+}
+
+static inline void ps_backend_subtract(struct ps_arena *a, struct ps_flow *f)
+{
+	if (!(f->flags & PS_FLOW_COUNTED))
+		return;
+	f->flags &= (uint8_t)~PS_FLOW_COUNTED;
+	PS_BARRIER();
+	__atomic_fetch_sub(&a->backend[f->backend_id].live, 1, __ATOMIC_RELAXED);
 }
 
 static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct ps_flow *f)
@@ -254,17 +281,23 @@ static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct
 
 	ps_shard_begin(s);
 	ps_list_remove(a, s, f);
+	PS_POINT(REMOVE_UNLISTED);
 	ps_index_remove(a, s, entry, false);
+	PS_POINT(REMOVE_FORWARD);
 	ps_index_remove(a, s, entry, true);
+	PS_POINT(REMOVE_REPLY);
+	ps_backend_subtract(a, f);
 	ps_flow_begin(f);
+	PS_POINT(REMOVE_WRITING);
 	f->state = PS_FLOW_FREE;
 	f->flags = 0;
 	f->next = s->free;
 	f->prev = 0;
 	ps_flow_end(f);
+	PS_POINT(REMOVE_WRITTEN);
 	s->free = (uint16_t)(entry + 1);
 	s->live--;
-	__atomic_fetch_sub(&a->backend[f->backend_id].live, 1, __ATOMIC_RELAXED);
+	PS_POINT(REMOVE_FREED);
 	ps_shard_end(s);
 }
 
@@ -302,26 +335,33 @@ static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct
 	struct ps_flow copy = *value;
 
 	ps_shard_begin(s);
+	ps_shard_expect(s, now + timeout[copy.state]);
 	if (s->free == entry + 1)
 		s->free = room->next;
 	else
 		s->high = (uint16_t)(entry + 1);
+	PS_POINT(INSERT_TAKEN);
 	ps_flow_begin(room);
+	PS_POINT(INSERT_WRITING);
 	/* The version stays odd throughout: it must never be overwritten by what `value` holds there. */
 	copy.version = room->version;
 	copy.prev = copy.next = 0;
 	copy.last_seen = now;
 	*room = copy;
 	ps_flow_end(room);
+	PS_POINT(INSERT_WRITTEN);
 	ps_index_add(a, ps_shard_forward(s), ps_home_of(a, room, false), entry);
+	PS_POINT(INSERT_FORWARD);
 	ps_index_add(a, ps_shard_reply(a, s), ps_home_of(a, room, true), entry);
+	PS_POINT(INSERT_REPLY);
 	if (ps_state_listed(room->state))
 		ps_list_add(a, s, room);
+	PS_POINT(INSERT_LISTED);
 	s->live++;
-	__atomic_fetch_add(&a->backend[room->backend_id].live, 1, __ATOMIC_RELAXED);
 	__atomic_fetch_add(&a->backend[room->backend_id].created, 1, __ATOMIC_RELAXED);
+	ps_backend_add(a, room);
+	PS_POINT(INSERT_COUNTED);
 	ps_shard_end(s);
-	ps_shard_expect(s, now + timeout[room->state]);
 }
 
 /* Removes what has timed out. -> flows removed. Cheap when nothing can have expired. */
@@ -350,10 +390,30 @@ static inline uint32_t ps_shard_sweep(struct ps_arena *a, struct ps_shard *s, co
 	return removed;
 }
 
+/* Could this entry be a flow at all? What else is wrong with it harms only itself. */
+static inline bool ps_flow_sane(const struct ps_flow *f)
+{
+	return f->state != PS_FLOW_FREE && f->state < PS_FLOW_STATES && f->vip < PS_MAX_ADDRESSES &&
+	       f->snat < PS_MAX_ADDRESSES && f->backend_id < PS_MAX_BACKENDS;
+}
+
+static inline struct ps_flow *ps_find_twin(const struct ps_arena *a, struct ps_shard *s, const struct ps_flow *f,
+					   bool reply)
+{
+	struct ps_key k = { .udp = f->flags & PS_FLOW_UDP, .hash = f->hash };
+
+	memcpy(k.source, reply ? f->backend : f->client, 16);
+	memcpy(k.destination, a->address[reply ? f->snat : f->vip].bytes, 16);
+	k.sport = reply ? f->backend_port : f->client_port;
+	k.dport = reply ? f->snat_port : f->vip_port;
+	return reply ? ps_find_reply(a, s, &k) : ps_find_forward(a, s, &k);
+}
+
 /*
  * Builds indexes, lists and counts again from the entries, after the writer died while `dirty` was set
- * or an entry was half written. Half-written entries are dropped. Backend counters are not touched.
- * -> entries dropped.
+ * or left anything else behind. Half-written entries are dropped, and those that cannot be flows or
+ * are there twice. Whatever bytes the shard holds, the result is whole (ps_shard_check) and nothing
+ * outside of it is touched. -> entries dropped.
  */
 static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 {
@@ -365,6 +425,7 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 	s->live = s->high = s->free = s->half_open = s->closed = 0;
 	s->half_head = s->half_tail = s->closed_head = s->closed_tail = 0;
 	s->next_expiry = 0;
+	PS_POINT(REBUILD_EMPTIED);
 	for (uint32_t i = 0; i < a->entries; i++) {
 		struct ps_flow *f = &flows[i];
 
@@ -373,16 +434,21 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 			f->version++;
 			dropped++;
 		}
-		if (f->version)
+		if (f->version || f->state != PS_FLOW_FREE)
 			s->high = (uint16_t)(i + 1);
 	}
+	PS_POINT(REBUILD_ENTRIES);
 	for (uint32_t i = s->high; i-- > 0;) {
 		struct ps_flow *f = &flows[i];
 
 		f->flags &= (uint8_t)~PS_FLOW_LISTED;
 		f->prev = f->next = 0;
-		if (f->state == PS_FLOW_FREE || f->state >= PS_FLOW_STATES) {
+		if (!ps_flow_sane(f) || ps_find_twin(a, s, f, false) || ps_find_twin(a, s, f, true)) {
+			dropped += f->state != PS_FLOW_FREE;
+			if (f->backend_id < PS_MAX_BACKENDS)
+				ps_backend_subtract(a, f);
 			f->state = PS_FLOW_FREE;
+			f->flags = 0;
 			f->next = s->free;
 			s->free = (uint16_t)(i + 1);
 			continue;
@@ -391,10 +457,93 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 		ps_index_add(a, ps_shard_reply(a, s), ps_home_of(a, f, true), i);
 		if (ps_state_listed(f->state))
 			ps_list_add(a, s, f);
+		if (!(f->flags & PS_FLOW_COUNTED))
+			ps_backend_add(a, f);
 		s->live++;
+		PS_POINT(REBUILD_HALF);
 	}
 	ps_shard_end(s);
 	return dropped;
+}
+
+/* ---- is a shard what its writer would have left? ---------------------------------------------------- */
+
+/*
+ * The cheap part: no link leads out of the shard and every search ends. Reads indexes, not entries.
+ * -> what is wrong, or NULL.
+ */
+static inline const char *ps_shard_sane(const struct ps_arena *a, struct ps_shard *s)
+{
+	const uint16_t *index = ps_shard_forward(s);
+	uint32_t links[] = { s->free, s->half_head, s->half_tail, s->closed_head, s->closed_tail };
+
+	if (s->dirty)
+		return "its writer died inside a change";
+	if (s->high > a->entries || s->live > s->high || s->half_open + s->closed > s->live)
+		return "its counts are impossible";
+	for (size_t i = 0; i < sizeof(links) / sizeof(links[0]); i++)
+		if (links[i] > s->high)
+			return "the end of a list is no entry";
+	for (int reply = 0; reply < 2; reply++, index += a->index_slots) {
+		uint32_t used = 0, most = 0;
+
+		for (uint32_t i = 0; i < a->index_slots; i++) {
+			used += index[i] != 0;
+			most = index[i] > most ? index[i] : most;
+		}
+		if (used != s->live || most > s->high)
+			return "an index is not that of its flows";
+	}
+	return NULL;
+}
+
+/* All of it: what can be derived from the entries is there, and nothing else. -> what is wrong, or NULL. */
+static inline const char *ps_shard_check(const struct ps_arena *a, struct ps_shard *s)
+{
+	const char *wrong = ps_shard_sane(a, s);
+	struct ps_flow *flows = ps_shard_flows(a, s);
+	uint32_t live = 0, half = 0, closed = 0, on_free = 0;
+
+	if (wrong)
+		return wrong;
+	for (uint32_t i = 0; i < a->entries; i++) {
+		struct ps_flow *f = &flows[i];
+
+		if (f->version & 1)
+			return "an entry is half written";
+		if (f->state == PS_FLOW_FREE)
+			continue;
+		if (!ps_flow_sane(f) || i >= s->high)
+			return "an entry cannot be a flow";
+		if (!!(f->flags & PS_FLOW_LISTED) != ps_state_listed(f->state) || f->prev > s->high ||
+		    f->next > s->high)
+			return "an entry's links are not those of its state";
+		if (!(f->flags & PS_FLOW_COUNTED))
+			return "a flow is not counted";
+		live++;
+		half += ps_state_half_open(f->state);
+		closed += f->state == PS_FLOW_CLOSED;
+	}
+	if (live != s->live || half != s->half_open || closed != s->closed)
+		return "its counts are not those of its flows";
+	for (uint32_t i = 0; i < s->high; i++)
+		if (flows[i].state != PS_FLOW_FREE && (ps_find_twin(a, s, &flows[i], false) != &flows[i] ||
+						       ps_find_twin(a, s, &flows[i], true) != &flows[i]))
+			return "a flow is not found, or another one in its place";
+	for (int list = 0; list < 2; list++) {
+		uint32_t n = 0, before = 0, at = list ? s->closed_head : s->half_head;
+
+		for (; at; before = at, at = flows[at - 1].next)
+			if (flows[at - 1].prev != before || (flows[at - 1].state == PS_FLOW_CLOSED) != list ||
+			    !ps_state_listed(flows[at - 1].state) || ++n > live)
+				return "a list is broken";
+		if (before != (list ? s->closed_tail : s->half_tail) || n != (list ? closed : half))
+			return "a list is not whole";
+	}
+	for (uint32_t at = s->free; at; at = flows[at - 1].next)
+		if (flows[at - 1].state != PS_FLOW_FREE || flows[at - 1].next > s->high || ++on_free > s->high)
+			return "the free list is broken";
+	return on_free + live == s->high ? NULL : "the free list is not whole";
 }
 
 /* ---- SNAT ports: the port names the bucket, port & (buckets - 1) == bucket ---------------------------- */
