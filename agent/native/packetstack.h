@@ -97,6 +97,11 @@ int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap
 void ps_queues_close(struct ps_queue_fds *fds);
 /* Drops the kernel counted for a queue: {rx_dropped, rx_ring_full, rx_fill_ring_empty, tx_invalid, ...} (6). */
 int ps_queue_statistics(int socket, uint64_t *out, struct ps_error *e);
+/* Walks all rings: each frame is in exactly one. Exact while no packets flow. */
+int ps_queues_census(struct ps_engine *engine, const struct ps_queue_fds *fds, struct ps_census *out,
+		     struct ps_error *e);
+/* Are a shard's indexes, lists and counts those of its flows? Nobody may be changing it. */
+int ps_arena_check(struct ps_arena *a, uint32_t bucket, struct ps_error *e);
 
 /* ---- transfer.c: moves of ownership ------------------------------------------------------------------ */
 

@@ -17,6 +17,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
@@ -26,6 +27,8 @@
 #include <unistd.h>
 
 #include "native.h"
+#include "packetstack/census.h"
+#include "packetstack/shard.h"
 
 #ifndef SOL_XDP
 #define SOL_XDP 283
@@ -253,7 +256,8 @@ int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap
 	layout.spin_us = o->spin_us;
 	memcpy(layout.mac, o->mac, 8);
 	memcpy(layout.gateway_mac, o->gateway_mac, 8);
-	layout.cores_offset = (sizeof(layout) + 4095) & ~4095ull;
+	layout.captures_offset = (sizeof(layout) + 63) & ~63u;
+	layout.cores_offset = (layout.captures_offset + PS_CAPTURES * sizeof(struct ps_capture) + 4095) & ~4095ull;
 	layout.queues_offset = (layout.cores_offset + o->cores * sizeof(struct ps_core) + 4095) & ~4095ull;
 	layout.queue_stride = (sizeof(struct ps_queue) + layout.park_slots * sizeof(struct ps_descriptor) +
 			       layout.free_slots * 8ull + 4095) &
@@ -268,8 +272,8 @@ int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap
 		struct ps_queue *q = (struct ps_queue *)((uint8_t *)n + n->queues_offset + i * n->queue_stride);
 
 		for (int p = 0; p < 2; p++)
-			q->journal.progress[p].begin = q->journal.progress[p].end = ~0u;
-		q->want = i % o->cores + 1; /* generation 0: nobody serves it yet */
+			q->journal.progress[p].begin = ~0u; /* 0 would be a torn rewrite of the first frame */
+		q->want = i % o->cores + 1;		    /* generation 0: nobody serves it yet */
 	}
 	c.engine = n;
 	setrlimit(RLIMIT_MEMLOCK, &unlimited);
@@ -312,4 +316,82 @@ int ps_queue_statistics(int socket, uint64_t *out, struct ps_error *e)
 	out[4] = s.tx_invalid_descs;
 	out[5] = s.tx_ring_empty_descs;
 	return 0;
+}
+
+/* ---- what became of the frames ------------------------------------------------------------------------ */
+
+struct census_ring {
+	uint8_t *at;
+	size_t bytes;
+	const uint32_t *producer, *consumer;
+	const void *slots;
+};
+
+static int census_map(struct census_ring *r, int socket, const struct xdp_ring_offset *o, uint32_t slots,
+		      uint32_t stride, off_t page)
+{
+	r->bytes = o->desc + (size_t)slots * stride;
+	r->at = mmap(NULL, r->bytes, PROT_READ, MAP_SHARED, socket, page);
+	if (r->at == MAP_FAILED)
+		return -1;
+	r->producer = (const uint32_t *)(r->at + o->producer);
+	r->consumer = (const uint32_t *)(r->at + o->consumer);
+	r->slots = r->at + o->desc;
+	return 0;
+}
+
+/* One kernel ring: mapped, counted, unmapped. */
+static int census_kernel(uint8_t *times, uint32_t frames, int socket, const struct xdp_ring_offset *o, uint32_t slots,
+			 uint32_t stride, off_t page, struct ps_census *out)
+{
+	struct census_ring r;
+	uint32_t consumer;
+
+	if (census_map(&r, socket, o, slots, stride, page))
+		return -1;
+	consumer = __atomic_load_n(r.consumer, __ATOMIC_ACQUIRE);
+	ps_census_ring(times, frames, r.slots, slots - 1, stride, consumer,
+		       __atomic_load_n(r.producer, __ATOMIC_ACQUIRE), out);
+	munmap(r.at, r.bytes);
+	return 0;
+}
+
+int ps_queues_census(struct ps_engine *n, const struct ps_queue_fds *fds, struct ps_census *out, struct ps_error *e)
+{
+	struct xdp_mmap_offsets o;
+	socklen_t length = sizeof(o);
+	uint8_t *times = calloc(1, n->frames);
+	int failed;
+
+	memset(out, 0, sizeof(*out));
+	failed = !times || getsockopt(fds->sockets[0], SOL_XDP, XDP_MMAP_OFFSETS, &o, &length) ||
+		 census_kernel(times, n->frames, fds->sockets[0], &o.fr, n->fill_slots, 8, XDP_UMEM_PGOFF_FILL_RING,
+			       out);
+	for (uint32_t i = 0; i < n->queues && !failed; i++) {
+		const struct ps_queue *q =
+			(const struct ps_queue *)((uint8_t *)n + n->queues_offset + i * n->queue_stride);
+		const struct ps_descriptor *park = (const struct ps_descriptor *)(q + 1);
+
+		failed = census_kernel(times, n->frames, fds->sockets[i], &o.rx, n->rx_slots, sizeof(struct xdp_desc),
+				       XDP_PGOFF_RX_RING, out) ||
+			 census_kernel(times, n->frames, fds->sockets[i], &o.tx, n->tx_slots, sizeof(struct xdp_desc),
+				       XDP_PGOFF_TX_RING, out);
+		ps_census_ring(times, n->frames, park, n->park_slots - 1, sizeof(*park), q->park.consumer,
+			       q->park.producer, out);
+		ps_census_ring(times, n->frames, park + n->park_slots, n->free_slots - 1, 8, q->free.consumer,
+			       q->free.producer, out);
+	}
+	failed = failed || census_kernel(times, n->frames, fds->sockets[0], &o.cr, n->completion_slots, 8,
+					 XDP_UMEM_PGOFF_COMPLETION_RING, out);
+	if (!failed)
+		ps_census_sum(times, n->frames, out);
+	free(times);
+	return failed ? ps_fail(e, "engine %u: cannot map its rings: %s", n->slot, strerror(errno)) : 0;
+}
+
+int ps_arena_check(struct ps_arena *a, uint32_t bucket, struct ps_error *e)
+{
+	const char *wrong = ps_shard_check(a, ps_shard_at(a, bucket));
+
+	return wrong ? ps_fail(e, "bucket %u: %s", bucket, wrong) : 0;
 }

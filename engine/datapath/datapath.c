@@ -12,6 +12,7 @@
 #include <linux/if_xdp.h>
 #include <poll.h>
 #include <sched.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,6 +24,7 @@
 #include <unistd.h>
 #include <x86intrin.h>
 
+#include "packetstack/census.h"
 #include "nat.h"
 
 #define LOAD(p)	    __atomic_load_n(p, __ATOMIC_ACQUIRE)
@@ -51,6 +53,26 @@ static uint64_t clock_ns(void)
 
 static uint32_t ring_used(const struct kernel_ring *r) { return LOAD(r->producer) - LOAD(r->consumer); }
 
+/* ---- deaths that a test orders ----------------------------------------------------------------------- */
+
+#ifdef PS_INJECT
+static struct ps_engine *ordered_by;
+
+void ps_point(enum ps_point at)
+{
+	struct ps_engine *e = ordered_by;
+
+	if (e && LOAD(&e->die_at) == at && __atomic_sub_fetch(&e->die_after, 1, __ATOMIC_ACQ_REL) == 0) {
+		STORE(&e->die_at, PS_AT_NOWHERE);
+		raise(SIGKILL);
+	}
+}
+
+static bool without(enum ps_protection what) { return ordered_by->protection_off & what; }
+#else
+static bool without(enum ps_protection what) { return false; }
+#endif
+
 /* ---- transmission ---------------------------------------------------------------------------------- */
 
 /* Copy mode sends at most 32 frames a call. -> true when the transmit ring is empty */
@@ -78,9 +100,23 @@ static void recycle_publish(struct datapath *d)
 	struct ps_recycle *r = &d->engine->recycle;
 
 	STORE(d->fill.producer, r->fill);
+	PS_POINT(RECYCLE_FILL);
 	STORE(d->completion.consumer, r->completion);
-	for (uint32_t i = 0; i < d->queues; i++)
+	PS_POINT(RECYCLE_COMPLETION);
+	for (uint32_t i = 0; i < d->queues; i++) {
 		STORE(&d->queue[i].shared->free.consumer, r->free_consumer[i]);
+		PS_POINT(RECYCLE_FREE);
+	}
+}
+
+/* Writes the frame of `address` into the fill slot `at`. What is no frame goes nowhere. -> slots written */
+static uint32_t recycle_frame(const struct datapath *d, uint32_t at, uint64_t address)
+{
+	if (address >= d->umem_bytes)
+		return 0;
+	((uint64_t *)d->fill.slots)[at & d->fill.mask] = address & ~(uint64_t)(PS_FRAME_BYTES - 1);
+	PS_POINT(RECYCLE_SLOT);
+	return 1;
 }
 
 /* Completed and dropped frames of all queues become fill descriptors. Somebody else at it: go on. */
@@ -88,7 +124,7 @@ static uint32_t recycle(struct worker *w, uint32_t at_least)
 {
 	struct datapath *d = w->d;
 	struct ps_recycle *r = &d->engine->recycle;
-	uint64_t *fill = d->fill.slots, *completion = d->completion.slots;
+	const uint64_t *completion = d->completion.slots;
 	uint32_t available = ring_used(&d->completion), zero = 0, n = 0, room, producer, consumer;
 
 	for (uint32_t i = 0; i < d->queues; i++)
@@ -97,38 +133,34 @@ static uint32_t recycle(struct worker *w, uint32_t at_least)
 		return 0;
 	if (!__atomic_compare_exchange_n(&d->engine->lock, &zero, w->me, false, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
 		return 0;
+	PS_POINT(RECYCLE_LOCKED);
 	producer = LOAD(d->fill.producer);
 	room = d->fill.mask + 1 - (producer - LOAD(d->fill.consumer));
 	if (room > 256)
 		room = 256;
 	consumer = LOAD(d->completion.consumer);
-	while (n < room && consumer != LOAD(d->completion.producer)) {
-		fill[(producer + n) & d->fill.mask] = completion[consumer & d->completion.mask] &
-						      ~(uint64_t)(PS_FRAME_BYTES - 1);
-		consumer++;
-		n++;
-	}
+	while (n < room && consumer != LOAD(d->completion.producer))
+		n += recycle_frame(d, producer + n, completion[consumer++ & d->completion.mask]);
 	r->completion = consumer;
 	for (uint32_t i = 0; i < d->queues; i++) {
 		struct ps_ring *f = &d->queue[i].shared->free;
 		uint32_t mask = d->engine->free_slots - 1;
 
 		consumer = LOAD(&f->consumer);
-		while (n < room && consumer != LOAD(&f->producer)) {
-			fill[(producer + n) & d->fill.mask] = d->queue[i].free[consumer & mask] &
-							      ~(uint64_t)(PS_FRAME_BYTES - 1);
-			consumer++;
-			n++;
-		}
+		while (n < room && consumer != LOAD(&f->producer))
+			n += recycle_frame(d, producer + n, d->queue[i].free[consumer++ & mask]);
 		r->free_consumer[i] = consumer;
 	}
 	r->fill = producer + n;
+	PS_POINT(RECYCLE_WRITTEN);
 	PS_BARRIER();
 	r->commit = 1;
 	PS_BARRIER();
+	PS_POINT(RECYCLE_COMMITTED);
 	recycle_publish(d);
 	PS_BARRIER();
 	r->commit = 0;
+	PS_POINT(RECYCLE_CLEARED);
 	STORE(&d->engine->lock, 0);
 	return n;
 }
@@ -141,10 +173,20 @@ static void journal_publish(struct queue *q)
 	struct ps_journal *j = &s->journal;
 
 	STORE(q->tx.producer, j->tx);
+	PS_POINT(PUBLISHED_TX);
 	STORE(&s->park.producer, j->park_prod);
+	PS_POINT(PUBLISHED_PARKED);
 	STORE(&s->free.producer, j->free_prod);
+	PS_POINT(PUBLISHED_FREE);
 	STORE(&s->park.consumer, j->park_cons);
+	PS_POINT(PUBLISHED_UNPARKED);
 	STORE(q->rx.consumer, j->rx);
+	PS_POINT(PUBLISHED_RX);
+}
+
+static uint32_t journal_check(const struct ps_journal *j)
+{
+	return ((((j->tx * 31 + j->park_prod) * 31 + j->free_prod) * 31 + j->park_cons) * 31 + j->rx) ^ 0x504b4a4c;
 }
 
 static const struct ps_stamp *stamp_of(const uint8_t *frame)
@@ -182,6 +224,7 @@ static void marker_received(struct worker *w, struct queue *q, const uint8_t *fr
 		seen += (uint32_t)__builtin_popcountll(s->fence_cpus[i]);
 	if (seen >= m.cpus)
 		s->fence_complete = m.fence; /* acknowledged when everything before it has left */
+	PS_POINT(MARKER);
 }
 
 /*
@@ -199,8 +242,12 @@ static void fence_acknowledge(struct worker *w, struct queue *q)
 
 	if (id <= s->fence_acked || LOAD(&f->id) != id)
 		return;
+	/* A predecessor may have seen the last marker in a batch that it did not publish: that comes first. */
+	if (s->journal.progress[SOURCE_RX].end != LOAD(q->rx.consumer))
+		return;
 	if (!kick(q))
 		return;
+	PS_POINT(FENCE_EMPTY);
 	for (int pass = 0; pass < 2; pass++) {
 		for (uint32_t b = 0; b < d->arena->buckets; b++) {
 			struct ps_shard *shard;
@@ -214,16 +261,42 @@ static void fence_acknowledge(struct worker *w, struct queue *q)
 				continue;
 			if (!pass && q->parked[b])
 				return;
-			if (pass)
+			if (pass) {
+				d->trusted[b] = UNKNOWN;
 				STORE(&shard->owner, ps_owner(owner) | PS_FENCED);
+				PS_POINT(FENCE_SHARD);
+			}
 		}
 	}
+	PS_POINT(FENCE_SHARDS);
 	STORE(&s->fence_acked, id);
 }
 
 static void park_count(struct queue *q, uint32_t bucket, int change)
 {
-	q->parked[bucket & (PS_MAX_BUCKETS - 1)] = (uint16_t)(q->parked[bucket & (PS_MAX_BUCKETS - 1)] + change);
+	uint16_t *parked = &q->parked[bucket & (PS_MAX_BUCKETS - 1)];
+
+	if (change > 0 || *parked)
+		*parked = (uint16_t)(*parked + change);
+}
+
+/*
+ * No shard is used that this process has not looked at: its last writer may have died in a change, or
+ * worse. What the owner's first packet needs is cheap; the sweep, which reads all entries anyway, looks
+ * at the rest.
+ */
+static void look_at_shard(struct worker *w, uint32_t bucket, struct ps_shard *s, enum trust wanted)
+{
+	struct datapath *d = w->d;
+
+	if (without(PS_WITHOUT_REBUILD))
+		return;
+	if (wanted == WHOLE ? ps_shard_check(d->arena, s) : ps_shard_sane(d->arena, s)) {
+		ps_shard_rebuild(d->arena, s);
+		w->core->counters[PS_C_SHARDS_REBUILT]++;
+		wanted = WHOLE;
+	}
+	d->trusted[bucket] = (uint8_t)wanted;
 }
 
 /* What is to be done with a frame, before anything is rewritten: its own bucket, or wait, or too late? */
@@ -238,13 +311,60 @@ static uint8_t admit(struct worker *w, struct queue *q, const struct ps_stamp *s
 	}
 	mine = ps_word(stamp->epoch, d->engine->slot, (uint32_t)(q - d->queue), 0, 0);
 	owner = LOAD(&ps_shard_at(d->arena, stamp->bucket)->owner);
-	if (owner == mine)
-		return !from_park && q->parked[stamp->bucket] ? PS_PARK : PS_TRANSMIT;
+	if (owner == mine) {
+		if (!from_park && q->parked[stamp->bucket])
+			return PS_PARK;
+		if (__builtin_expect(d->trusted[stamp->bucket] == UNKNOWN, 0))
+			look_at_shard(w, stamp->bucket, ps_shard_at(d->arena, stamp->bucket), LINKS);
+		return PS_TRANSMIT;
+	}
 	if (ps_epoch_newer(stamp->epoch, ps_word_epoch(owner)) || !owner)
 		return PS_PARK;
 	w->core->counters[PS_C_LATE]++;
 	w->core->counters[PS_C_DROP_NOT_OWNER]++;
 	return PS_DROP;
+}
+
+/* Does the descriptor name a frame of ours, with its stamp and all that a rewrite may touch? */
+static bool in_umem(const struct datapath *d, const struct ps_descriptor *in)
+{
+	uint32_t offset = in->address & (PS_FRAME_BYTES - 1);
+	uint32_t length = in->length > PS_UNDO_BYTES ? in->length : PS_UNDO_BYTES;
+
+	return in->address < d->umem_bytes && offset >= sizeof(struct ps_stamp) && length <= PS_FRAME_BYTES - offset;
+}
+
+/*
+ * The process died while it rewrote this frame. Once may be chance; after the second time the frame is
+ * to blame: it is kept for whoever wants to know, and dropped. -> whether it is to be dropped
+ */
+static bool poison(struct worker *w, struct queue *q, int source, uint32_t at, const uint8_t *frame, uint32_t length)
+{
+	struct ps_journal *j = &q->shared->journal;
+	struct ps_engine *e = w->d->engine;
+	struct ps_capture *c = (struct ps_capture *)((uint8_t *)e + e->captures_offset);
+	uint32_t bucket = stamp_of(frame)->bucket;
+
+	if (j->torn[source] != at)
+		j->torn_times[source] = 0;
+	PS_BARRIER();
+	j->torn[source] = at;
+	PS_BARRIER();
+	j->torn_times[source]++;
+	PS_POINT(TORN_COUNTED);
+	if (bucket < w->d->arena->buckets)
+		look_at_shard(w, bucket, ps_shard_at(w->d->arena, bucket), WHOLE);
+	if (j->torn_times[source] < 2)
+		return false;
+	c += __atomic_fetch_add(&e->captured, 1, __ATOMIC_ACQ_REL) % PS_CAPTURES;
+	c->time_ns = clock_ns();
+	c->bucket = bucket;
+	c->queue = (uint32_t)(q - w->d->queue);
+	c->length = length;
+	memset(c->bytes, 0, sizeof(c->bytes));
+	memcpy(c->bytes, frame, length < sizeof(c->bytes) ? length : sizeof(c->bytes));
+	w->core->counters[PS_C_DROP_POISON]++;
+	return true;
 }
 
 /* The descriptor that sends a rewritten frame: begins at the Ethernet header, ends with the IP packet. */
@@ -286,6 +406,7 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 		n = free_room;
 	if (n > tx_room)
 		n = tx_room;
+	PS_POINT(BATCH_SIZED);
 	for (i = 0; i < n; i++) {
 		const struct ps_descriptor *desc = &in[(consumer + i) & in_mask];
 
@@ -293,10 +414,13 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 		__builtin_prefetch(d->umem + desc->address - 16);
 	}
 	for (i = 0; i < n; i++) {
-		const struct ps_stamp *stamp = stamp_of(d->umem + in[(consumer + i) & in_mask].address);
-		uint32_t bucket = stamp->bucket & (d->arena->buckets - 1);
-		struct ps_shard *shard = ps_shard_at(d->arena, bucket);
+		const struct ps_descriptor *desc = &in[(consumer + i) & in_mask];
+		const struct ps_stamp *stamp = stamp_of(d->umem + desc->address);
+		struct ps_shard *shard;
 
+		if (!in_umem(d, desc))
+			continue;
+		shard = ps_shard_at(d->arena, stamp->bucket & (d->arena->buckets - 1));
 		__builtin_prefetch(shard);
 		__builtin_prefetch((uint8_t *)(shard + 1) + 2 * ps_home_forward(d->arena, stamp->hash));
 	}
@@ -306,14 +430,25 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 		uint8_t *frame = d->umem + desc->address;
 		uint8_t verdict;
 
-		if (p->begin != ~0u && (int32_t)(p->end - at) > 0) {
+		if (__builtin_expect(!in_umem(d, desc), 0)) {
+			w->core->counters[PS_C_DROP_BAD_DESCRIPTOR]++;
+			p->end = at + 1; /* whose frame it was, the next census finds out */
+			continue;
+		}
+		if (__builtin_expect(p->end != at, 0) && !without(PS_WITHOUT_UNDO)) {
 			verdict = p->verdict[at & 63]; /* the predecessor finished this one and did not publish */
 		} else {
-			if (p->begin == at)
+			bool torn = p->begin == at && !without(PS_WITHOUT_UNDO);
+
+			if (__builtin_expect(torn, 0)) {
 				memcpy(frame, p->undo, PS_UNDO_BYTES); /* it died inside this rewrite */
+				PS_POINT(UNDO_RESTORED);
+			}
 			if (source == SOURCE_RX && marker_of(frame, desc->length)) {
 				marker_received(w, q, frame);
 				verdict = PS_CONSUMED;
+			} else if (__builtin_expect(torn, 0) && poison(w, q, source, at, frame, desc->length)) {
+				verdict = PS_DROP;
 			} else {
 				verdict = admit(w, q, stamp_of(frame), source == SOURCE_PARK);
 				if (verdict == PS_PARK && source == SOURCE_PARK)
@@ -323,32 +458,43 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 					verdict = PS_DROP;
 				}
 				if (verdict == PS_TRANSMIT) {
-					memcpy(p->undo, frame, PS_UNDO_BYTES);
+					memcpy(p->undo, frame, PS_UNDO_BYTES / 2);
+					PS_POINT(UNDO_HALF_SAVED);
+					memcpy(p->undo + PS_UNDO_BYTES / 2, frame + PS_UNDO_BYTES / 2,
+					       PS_UNDO_BYTES / 2);
+					PS_POINT(UNDO_SAVED);
 					PS_BARRIER();
 					p->begin = at;
 					PS_BARRIER();
+					PS_POINT(REWRITE_BEGUN);
 					verdict = ps_handle(&w->handler, frame, desc->length, stamp_of(frame));
+					PS_POINT(REWRITE_DONE);
 					PS_BARRIER();
 				}
 			}
 			p->verdict[at & 63] = verdict;
+			PS_POINT(VERDICT);
 			PS_BARRIER();
-			if (p->begin == ~0u)
-				p->begin = at;
 			p->end = at + 1;
+			PS_POINT(FRAME_DONE);
 		}
-		switch (PS_VERDICT(verdict)) {
-		case PS_TRANSMIT: tx[tx_at++ & q->tx.mask] = outgoing(d->umem, desc, verdict); break;
-		case PS_PARK:
+		if (PS_VERDICT(verdict) == PS_TRANSMIT) {
+			struct ps_descriptor out = outgoing(d->umem, desc, verdict);
+
+			if (__builtin_expect(in_umem(d, &out), 1))
+				tx[tx_at++ & q->tx.mask] = out;
+			else /* a verdict that nobody gave */
+				q->free[free_at++ & (d->engine->free_slots - 1)] = desc->address;
+		} else if (PS_VERDICT(verdict) == PS_PARK && source == SOURCE_RX && park_room) {
 			q->park[park_at++ & (d->engine->park_slots - 1)] = *desc;
 			park_count(q, stamp_of(frame)->bucket, 1);
 			w->core->counters[PS_C_PARKED]++;
 			park_room--;
-			break;
-		default:
+		} else {
 			markers += verdict == PS_CONSUMED;
 			q->free[free_at++ & (d->engine->free_slots - 1)] = desc->address;
 		}
+		PS_POINT(SLOT_WRITTEN);
 		bytes += desc->length;
 		if (source == SOURCE_PARK)
 			park_count(q, stamp_of(frame)->bucket, -1);
@@ -360,12 +506,16 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 	j->free_prod = free_at;
 	j->park_cons = LOAD(&s->park.consumer) + (source == SOURCE_PARK ? i : 0);
 	j->rx = LOAD(q->rx.consumer) + (source == SOURCE_RX ? i : 0);
+	j->check = journal_check(j);
+	PS_POINT(JOURNAL_WRITTEN);
 	PS_BARRIER();
 	j->commit = 1;
 	PS_BARRIER();
+	PS_POINT(COMMITTED);
 	journal_publish(q);
 	PS_BARRIER();
 	j->commit = 0;
+	PS_POINT(BATCH_DONE);
 
 	forwarded = tx_at - tx_begin;
 	s->forwarded += forwarded;
@@ -405,6 +555,7 @@ static uint32_t serve(struct worker *w, struct queue *q)
 		done += batch(w, q, SOURCE_RX);
 	if (s->kick)
 		kick(q);
+	PS_POINT(KICKED);
 	if (s->fence_complete > s->fence_acked)
 		fence_acknowledge(w, q);
 	if (done) {
@@ -420,48 +571,277 @@ static uint32_t serve(struct worker *w, struct queue *q)
 
 static bool alive(const struct datapath *d, uint32_t server) { return server >> 8 == (d->generation & 0xffffff); }
 
+/* Is `to` where a ring's index at `from` can have been moved by one transaction over at most `most` frames? */
+static bool moved(uint32_t from, uint32_t to, uint32_t most) { return to - from <= most; }
+
+/* A journal is believed when its check fits and each index leads from the ring's own to where it could be. */
+static bool journal_sane(const struct datapath *d, const struct queue *q)
+{
+	const struct ps_queue *s = q->shared;
+	const struct ps_journal *j = &s->journal;
+
+	return j->commit == 1 && j->check == journal_check(j) && moved(LOAD(q->tx.producer), j->tx, PS_BATCH) &&
+	       moved(LOAD(&s->park.producer), j->park_prod, PS_BATCH) &&
+	       moved(LOAD(&s->free.producer), j->free_prod, PS_BATCH) &&
+	       moved(LOAD(&s->park.consumer), j->park_cons, PS_BATCH) && moved(LOAD(q->rx.consumer), j->rx, PS_BATCH) &&
+	       moved(LOAD(q->tx.consumer), j->tx, q->tx.mask + 1) &&
+	       moved(j->rx, LOAD(q->rx.producer), q->rx.mask + 1) &&
+	       moved(j->park_cons, j->park_prod, d->engine->park_slots) &&
+	       moved(LOAD(&s->free.consumer), j->free_prod, d->engine->free_slots);
+}
+
+static bool recycle_sane(const struct datapath *d)
+{
+	const struct ps_recycle *r = &d->engine->recycle;
+	bool sane = r->commit == 1 && moved(LOAD(d->fill.producer), r->fill, 256) &&
+		    moved(LOAD(d->fill.consumer), r->fill, d->fill.mask + 1) &&
+		    moved(r->completion, LOAD(d->completion.producer), d->completion.mask + 1);
+
+	for (uint32_t i = 0; i < d->queues; i++) {
+		const struct ps_ring *f = &d->queue[i].shared->free;
+
+		sane = sane && moved(LOAD(&f->consumer), r->free_consumer[i], 256) &&
+		       moved(r->free_consumer[i], LOAD(&f->producer), d->engine->free_slots);
+	}
+	return sane;
+}
+
+/* What is finished lies in the ring and is one batch at the most; what was begun is among it, or the next. */
+static bool progress_sane(const struct ps_progress *p, uint32_t consumer, uint32_t producer)
+{
+	return p->end - consumer <= PS_BATCH && p->end - consumer <= producer - consumer &&
+	       (p->begin - consumer >= PS_BATCH || p->begin - consumer <= p->end - consumer);
+}
+
+static void progress_check(struct datapath *d, struct queue *q, int source, uint32_t consumer, uint32_t producer)
+{
+	struct ps_progress *p = &q->shared->journal.progress[source];
+
+	if (progress_sane(p, consumer, producer))
+		return;
+	d->core[0]->counters[PS_C_JOURNALS_REFUSED]++;
+	p->begin = consumer - 1;
+	p->end = consumer;
+}
+
+/* ---- taking stock: each frame is in exactly one ring, or something is to be repaired ------------------ */
+
+struct stock {
+	uint8_t *times;			  /* per frame: how many rings hold it */
+	uint32_t received[PS_MAX_QUEUES]; /* receive rings' producers at that time */
+	struct ps_census found;
+};
+
+static void count_ring(const struct datapath *d, struct stock *k, const struct kernel_ring *r, uint32_t stride)
+{
+	uint32_t consumer = LOAD(r->consumer);
+
+	ps_census_ring(k->times, d->engine->frames, r->slots, r->mask, stride, consumer, LOAD(r->producer), &k->found);
+}
+
+static void take_stock(const struct datapath *d, struct stock *k)
+{
+	uint32_t frames = d->engine->frames;
+
+	memset(k->times, 0, frames);
+	k->found = (struct ps_census){ 0 };
+	/* The fill ring before the receive rings: what the kernel takes out of the one comes into the other. */
+	count_ring(d, k, &d->fill, 8);
+	for (uint32_t i = 0; i < d->queues; i++) {
+		const struct queue *q = &d->queue[i];
+		const struct ps_queue *s = q->shared;
+
+		k->received[i] = LOAD(q->rx.producer);
+		count_ring(d, k, &q->rx, sizeof(struct ps_descriptor));
+		count_ring(d, k, &q->tx, sizeof(struct ps_descriptor));
+		ps_census_ring(k->times, frames, q->park, d->engine->park_slots - 1, sizeof(struct ps_descriptor),
+			       s->park.consumer, s->park.producer, &k->found);
+		ps_census_ring(k->times, frames, q->free, d->engine->free_slots - 1, 8, s->free.consumer,
+			       s->free.producer, &k->found);
+	}
+	count_ring(d, k, &d->completion, 8);
+	ps_census_sum(k->times, frames, &k->found);
+}
+
+/* After a receive ring was full the kernel keeps one frame back, for the next packet. */
+static bool receive_ring_was_full(const struct datapath *d)
+{
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct xdp_statistics s = { 0 };
+		socklen_t length = sizeof(s);
+
+		if (getsockopt(d->queue[i].socket, SOL_XDP, XDP_STATISTICS, &s, &length) || s.rx_ring_full)
+			return true;
+	}
+	return false;
+}
+
+static bool claim(const struct datapath *d, uint8_t *held, uint64_t address)
+{
+	uint64_t frame = address / PS_FRAME_BYTES;
+
+	return frame < d->engine->frames && !held[frame]++;
+}
+
+/*
+ * Makes the rings add up again. The kernel's rings come first; a frame that they hold is taken out of ours, one
+ * that nobody holds is given back. May be interrupted by death at any point: the next adopter finds what is left.
+ */
+static void repair(struct datapath *d, const struct stock *before, uint8_t *held)
+{
+	uint32_t frames = d->engine->frames, fill_mask = d->fill.mask;
+	const uint64_t *fill = d->fill.slots;
+	uint64_t *completion = d->completion.slots;
+	bool kernel_keeps = receive_ring_was_full(d);
+	struct ps_ring *free = &d->queue[0].shared->free;
+
+	memset(held, 0, frames);
+	for (uint32_t at = LOAD(d->fill.consumer); at != LOAD(d->fill.producer); at++)
+		claim(d, held, fill[at & fill_mask]);
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct queue *q = &d->queue[i];
+		const struct ps_descriptor *tx = q->tx.slots;
+
+		for (uint32_t at = LOAD(q->tx.consumer); at != LOAD(q->tx.producer); at++)
+			claim(d, held, tx[at & q->tx.mask].address);
+	}
+	for (uint32_t at = LOAD(d->completion.consumer); at != LOAD(d->completion.producer); at++)
+		if (!claim(d, held, completion[at & d->completion.mask]))
+			completion[at & d->completion.mask] = ~0ull; /* recycling goes past it */
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct queue *q = &d->queue[i];
+		struct ps_descriptor *rx = q->rx.slots;
+
+		for (uint32_t at = LOAD(q->rx.consumer); at != LOAD(q->rx.producer); at++) {
+			bool fresh = at - before->received[i] <
+				     q->rx.mask + 1; /* may still seem to be in the fill ring */
+
+			if (!claim(d, held, rx[at & q->rx.mask].address) && !fresh)
+				rx[at & q->rx.mask].address = ~0ull;
+		}
+	}
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct queue *q = &d->queue[i];
+		struct ps_ring *park = &q->shared->park;
+		uint32_t mask = d->engine->park_slots - 1, to = park->consumer;
+
+		if (park->producer - park->consumer > mask + 1)
+			park->producer = park->consumer;
+		for (uint32_t at = to; at != park->producer; at++)
+			if (in_umem(d, &q->park[at & mask]) && claim(d, held, q->park[at & mask].address))
+				q->park[to++ & mask] = q->park[at & mask];
+		STORE(&park->producer, to);
+	}
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct queue *q = &d->queue[i];
+		struct ps_ring *f = &q->shared->free;
+		uint32_t mask = d->engine->free_slots - 1, to = f->consumer;
+
+		if (f->producer - f->consumer > mask + 1)
+			f->producer = f->consumer;
+		for (uint32_t at = to; at != f->producer; at++)
+			if (claim(d, held, q->free[at & mask]))
+				q->free[to++ & mask] = q->free[at & mask];
+		STORE(&f->producer, to);
+	}
+	for (uint32_t i = 0; i < frames && !kernel_keeps; i++) {
+		if (held[i] || before->times[i])
+			continue;
+		d->queue[0].free[free->producer & (d->engine->free_slots - 1)] = (uint64_t)i * PS_FRAME_BYTES;
+		STORE(&free->producer, free->producer + 1);
+		d->core[0]->counters[PS_C_FRAMES_RECOVERED]++;
+	}
+}
+
+static bool adds_up(const struct datapath *d, const struct ps_census *c)
+{
+	return !c->bad && !c->twice && (!c->missing || (c->missing == 1 && receive_ring_was_full(d)));
+}
+
+/*
+ * In an orderly death all frames are where they belong. If they are not, the kernel may just be moving some: that
+ * takes microseconds. What is still wrong after 10 ms was done by the dead process.
+ */
+static void put_in_order(struct datapath *d)
+{
+	struct stock first = { .times = malloc(d->engine->frames) }, now = { .times = malloc(d->engine->frames) };
+	uint64_t begun = clock_ns();
+
+	if (first.times && now.times && !without(PS_WITHOUT_REDO)) {
+		take_stock(d, &first);
+		now.found = first.found;
+		while (!adds_up(d, &now.found) && clock_ns() - begun < 10000000)
+			take_stock(d, &now);
+		if (!adds_up(d, &now.found)) {
+			d->core[0]->counters[PS_C_JOURNALS_REFUSED]++;
+			repair(d, &first, now.times);
+		}
+	}
+	free(first.times);
+	free(now.times);
+}
+
 /*
  * The dead server's transactions are finished: a committed one is published (again: storing the same
  * indexes twice is harmless, the owner is the only writer of each), an uncommitted one never happened.
+ * What cannot be true is not believed. Shards are looked at when they are first used.
  */
 static void adopt(struct datapath *d)
 {
+	struct ps_recycle *r = &d->engine->recycle;
 	uint32_t lock = LOAD(&d->engine->lock);
 
-	if (lock && !alive(d, lock)) {
-		if (d->engine->recycle.commit) {
-			recycle_publish(d);
-			d->engine->recycle.commit = 0;
+	PS_POINT(ADOPT_BEGUN);
+	if (!lock || !alive(d, lock)) {
+		if (r->commit && !without(PS_WITHOUT_REDO)) {
+			if (lock && recycle_sane(d))
+				recycle_publish(d);
+			else
+				d->core[0]->counters[PS_C_JOURNALS_REFUSED]++;
 		}
+		PS_POINT(ADOPT_RECYCLED);
+		r->commit = 0;
+		PS_POINT(ADOPT_UNLOCKED);
 		STORE(&d->engine->lock, 0);
 	}
+	for (uint32_t i = 0; i < d->queues; i++) {
+		struct queue *q = &d->queue[i];
+		struct ps_journal *j = &q->shared->journal;
+
+		if (j->commit && !without(PS_WITHOUT_REDO)) {
+			if (journal_sane(d, q))
+				journal_publish(q);
+			else
+				d->core[0]->counters[PS_C_JOURNALS_REFUSED]++;
+		}
+		PS_POINT(ADOPT_PUBLISHED);
+		j->commit = 0;
+		PS_POINT(ADOPT_CLEARED);
+	}
+	put_in_order(d);
+	PS_POINT(ADOPT_COUNTED);
 	for (uint32_t i = 0; i < d->queues; i++) {
 		struct queue *q = &d->queue[i];
 		struct ps_queue *s = q->shared;
 		uint32_t core = s->want ? (s->want & 0xff) - 1 : i % d->cores;
 		uint32_t me;
 
-		if (s->cur && alive(d, s->cur))
-			continue;
 		if (core >= d->cores)
 			core = i % d->cores;
 		me = (d->generation & 0xffffff) << 8 | (core + 1);
-		if (s->journal.commit) {
-			journal_publish(q);
-			s->journal.commit = 0;
-		}
-		for (uint32_t at = LOAD(&s->park.consumer); at != LOAD(&s->park.producer); at++)
-			park_count(q, stamp_of(d->umem + q->park[at & (d->engine->park_slots - 1)].address)->bucket, 1);
-		for (uint32_t b = 0; b < d->arena->buckets; b++) {
-			struct ps_shard *shard = ps_shard_at(d->arena, b);
-			uint64_t owner = LOAD(&shard->owner);
+		progress_check(d, q, SOURCE_RX, LOAD(q->rx.consumer), LOAD(q->rx.producer));
+		progress_check(d, q, SOURCE_PARK, s->park.consumer, s->park.producer);
+		for (uint32_t at = s->park.consumer; at != s->park.producer; at++) {
+			const struct ps_descriptor *parked = &q->park[at & (d->engine->park_slots - 1)];
 
-			if (ps_word_slot(owner) == d->engine->slot && ps_word_queue(owner) == i && shard->dirty)
-				ps_shard_rebuild(d->arena, shard);
+			if (in_umem(d, parked))
+				park_count(q, stamp_of(d->umem + parked->address)->bucket, 1);
 		}
+		PS_POINT(ADOPT_PARKED);
 		s->kick = 1;
 		s->want = me;
 		STORE(&s->cur, me);
+		PS_POINT(ADOPT_TAKEN);
 	}
 }
 
@@ -503,11 +883,16 @@ static void sweep(struct worker *w)
 		uint64_t owner = LOAD(&s->owner);
 		uint32_t queue = ps_word_queue(owner);
 
-		if (s->live && ps_word_slot(owner) == d->engine->slot && !(owner & 0xffff) && queue < d->queues &&
+		if (ps_word_slot(owner) == d->engine->slot && !(owner & 0xffff) && queue < d->queues &&
 		    LOAD(&d->queue[queue].shared->cur) == w->me) {
-			w->core->counters[PS_C_FLOWS_ENDED] +=
-				ps_shard_sweep(d->arena, s, w->handler.config->timeout, w->handler.now);
-			w->core->counters[PS_C_SWEPT_SHARDS]++;
+			if (d->trusted[w->sweep] != WHOLE)
+				look_at_shard(w, w->sweep, s, WHOLE);
+			if (s->live) {
+				w->core->counters[PS_C_FLOWS_ENDED] +=
+					ps_shard_sweep(d->arena, s, w->handler.config->timeout, w->handler.now);
+				w->core->counters[PS_C_SWEPT_SHARDS]++;
+				PS_POINT(SWEPT);
+			}
 		}
 		if (++w->sweep >= d->arena->buckets)
 			w->sweep = 0;
@@ -575,6 +960,7 @@ static void *run(void *argument)
 				/* Between batches nothing of the queue is ours alone: one store hands it over. What it sent
 				 * has left the ring, so the new core's frames do not meet it there. */
 				STORE(&s->cur, want);
+				PS_POINT(HANDED);
 				d->core[(want & 0xff) - 1]->counters[PS_C_HANDOFFS]++;
 				wake(d, (want & 0xff) - 1);
 				continue;
@@ -649,7 +1035,7 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 	d->arena = map_file(fds[0], NULL);
 	d->engine = e = map_file(fds[1], NULL);
 	d->config = map_file(fds[2], NULL);
-	d->umem = map_file(fds[3], NULL);
+	d->umem = map_file(fds[3], &d->umem_bytes);
 	if (!d->arena || !e || !d->config || !d->umem) {
 		snprintf(error, (size_t)size, "attach: cannot map shared memory: %s", strerror(errno));
 		return -1;
@@ -661,6 +1047,9 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 			 d->arena->layout, PS_LAYOUT_VERSION);
 		return -1;
 	}
+#ifdef PS_INJECT
+	ordered_by = e;
+#endif
 	for (uint32_t i = 0; i < d->queues; i++) {
 		struct queue *q = &d->queue[i];
 

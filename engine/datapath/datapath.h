@@ -23,14 +23,18 @@ struct queue {
 	int socket;
 };
 
+enum trust { UNKNOWN, LINKS, WHOLE }; /* how far this process has looked at a shard */
+
 struct datapath {
 	struct ps_engine *engine;
 	struct ps_arena *arena;
 	struct ps_config_file *config;
 	uint8_t *umem;
+	size_t umem_bytes;
 	struct kernel_ring fill, completion;
 	struct queue queue[PS_MAX_QUEUES];
 	struct ps_core *core[PS_MAX_CORES];
+	uint8_t trusted[PS_MAX_BUCKETS]; /* enum trust; written by the bucket's server */
 	int event[PS_MAX_CORES];
 	int pin[PS_MAX_CORES];
 	uint32_t generation;

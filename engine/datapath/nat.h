@@ -15,6 +15,11 @@
 #include "packetstack/parse.h"
 #include "packetstack/shard.h"
 
+#ifdef PS_INJECT
+#include <stdlib.h>
+#define PS_POISON "poison!!" /* the first 8 bytes of a UDP payload that no process survives */
+#endif
+
 enum ps_verdict { PS_DROP = 0, PS_TRANSMIT = 1, PS_PARK = 2, PS_CONSUMED = 3 };
 
 #define PS_VERDICT(v) ((v)&15)
@@ -307,6 +312,11 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 	uint64_t d;
 
 	d = ps_set_addresses(ip, p->family, source, destination);
+	PS_POINT(REWRITE_ADDRESSES);
+#ifdef PS_INJECT
+	if (p->kind != PS_PKT_FRAGMENT && p->l4 + 28u <= p->end && !memcmp(frame + p->l4 + 8, PS_POISON, 8))
+		abort();
+#endif
 	if (p->family == 4) {
 		uint64_t header = d;
 		uint8_t word[2] = { (uint8_t)(ip[8] - 1), ip[9] };
@@ -328,6 +338,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 		uint16_t ports[2] = { reply ? f->vip_port : f->snat_port, reply ? f->client_port : f->backend_port };
 
 		d += ps_replace(l4, ports, 4);
+		PS_POINT(REWRITE_PORTS);
 		if (p->protocol == 6) {
 			if (p->tcp_flags & TCP_SYN)
 				d += ps_clamp_mss(h, l4, p->end - p->l4, p->family);
@@ -336,6 +347,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 			ps_checksum_apply_udp(l4 + 6, d);
 		}
 	}
+	PS_POINT(REWRITE_CHECKSUMS);
 	ps_ethernet(h->engine, frame, p->l3, p->family);
 	h->counters[PS_C_FORWARDED]++;
 	h->counters[PS_C_FORWARDED_BYTES] += p->end - p->l3 + 14u;
