@@ -443,6 +443,9 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 			if (__builtin_expect(torn, 0)) {
 				memcpy(frame, p->undo, PS_UNDO_BYTES); /* it died inside this rewrite */
 				PS_POINT(UNDO_RESTORED);
+				PS_BARRIER();
+				p->begin = at - 1; /* only a rewrite that begins again counts again */
+				PS_BARRIER();
 			}
 			if (source == SOURCE_RX && marker_of(frame, desc->length)) {
 				marker_received(w, q, frame);
