@@ -515,13 +515,17 @@ class Keeper:
     def settle(self, limit_seconds: float, second: tuple[str, int] | None = None) -> None:
         """Until all that was sent has come, adopting whenever the process dies. What does not come is lost."""
         begun = last = time.monotonic()
+        ordered = None
         while time.monotonic() - last < limit_seconds:
             assert self._connection
             select.select([*self.sockets.values(), self._connection], [], [], 0.002)
             if self.died():
                 if second:
-                    self.order_death(*second)
-                    second = None
+                    ordered, second = second, None
+                    self.order_death(*ordered)
+                elif ordered and not self.engine.view.die_at:
+                    self.hits[ordered[0]] += 1
+                    ordered = None
                 self.adopt()
                 last = time.monotonic()
             if self.receive():
@@ -542,7 +546,7 @@ class Keeper:
             # Half-open flows may be evicted; only those that will be answered at once are used again.
             if flow.snat is None:
                 del self.flows[flow.number]
-        self.known = {n: f for n, f in self.flows.items()}
+        self.known = dict(self.flows)
         self.places = {n: p for n, p in self.places.items() if n in self.flows}
 
     def cycle(self, point: str | None, passes: int = 1, second: tuple[str, int] | None = None) -> None:
@@ -555,9 +559,8 @@ class Keeper:
             self.order_death(point, passes)
         self.send(frames)
         self.settle(0.5, second)
-        if self.deaths == before:
-            if point and point.startswith(("RECYCLE", "FENCE", "MARKER", "HANDED")):
-                self.died_of_itself(0.05)
+        if self.deaths == before and point and point.startswith(("RECYCLE", "FENCE", "MARKER", "HANDED")):
+            self.died_of_itself(0.05)
         if self.deaths == before:
             self.engine.view.die_at = 0
             self.kill()
@@ -608,7 +611,7 @@ class Keeper:
             while any(self.census()) and time.monotonic() < deadline:
                 time.sleep(0.001)
             if any(self.census()):
-                self.fault("frames", "missing %d, twice %d, bad %d" % self.census())
+                self.fault("frames", f"missing, twice, bad: {self.census()}")
             error = ffi.new("struct ps_error *")
             while True:
                 wrong = [b for b in range(BUCKETS) if lib().ps_arena_check(self.stack.arena, b, error)]
