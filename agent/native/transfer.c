@@ -36,7 +36,7 @@ enum { RESEND_NS = 20000000 };
 /*
  * Where tests let the agent die: PACKETSTACK_DIE_AT=STEP:PASS. The shipped library has no such place.
  */
-#ifdef PS_INJECT
+#ifdef PS_STEPS
 static void step(const char *name)
 {
 	static int passes;

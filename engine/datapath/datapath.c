@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <linux/if_xdp.h>
+#include <linux/sock_diag.h>
 #include <poll.h>
 #include <sched.h>
 #include <signal.h>
@@ -679,6 +680,20 @@ static bool receive_ring_was_full(const struct datapath *d)
 	return false;
 }
 
+/* Frames that were sent are in no ring until the node has passed them on. Nobody sends while we take over. */
+static bool under_way(const struct datapath *d)
+{
+	for (uint32_t i = 0; i < d->queues; i++) {
+		uint32_t memory[SK_MEMINFO_VARS] = { 0 };
+		socklen_t length = sizeof(memory);
+
+		if (getsockopt(d->queue[i].socket, SOL_SOCKET, SO_MEMINFO, memory, &length) ||
+		    memory[SK_MEMINFO_WMEM_ALLOC])
+			return true;
+	}
+	return false;
+}
+
 static bool claim(const struct datapath *d, uint8_t *held, uint64_t address)
 {
 	uint64_t frame = address / PS_FRAME_BYTES;
@@ -695,7 +710,7 @@ static void repair(struct datapath *d, const struct stock *before, uint8_t *held
 	uint32_t frames = d->engine->frames, fill_mask = d->fill.mask;
 	const uint64_t *fill = d->fill.slots;
 	uint64_t *completion = d->completion.slots;
-	bool kernel_keeps = receive_ring_was_full(d);
+	bool kernel_keeps = receive_ring_was_full(d) || under_way(d);
 	struct ps_ring *free = &d->queue[0].shared->free;
 
 	memset(held, 0, frames);
@@ -756,9 +771,22 @@ static void repair(struct datapath *d, const struct stock *before, uint8_t *held
 	}
 }
 
-static bool adds_up(const struct datapath *d, const struct ps_census *c)
+/*
+ * Looked at twice, since the kernel moves frames meanwhile: only what is wrong with the same frame both times
+ * was done by the dead process.
+ */
+static bool adds_up(const struct datapath *d, const struct stock *first, const struct stock *now)
 {
-	return !c->bad && !c->twice && (!c->missing || (c->missing == 1 && receive_ring_was_full(d)));
+	uint32_t missing = 0;
+
+	if (now->found.bad)
+		return false;
+	for (uint32_t i = 0; i < d->engine->frames; i++) {
+		if (first->times[i] > 1 && now->times[i] > 1)
+			return false;
+		missing += !first->times[i] && !now->times[i];
+	}
+	return !missing || (missing == 1 && receive_ring_was_full(d)) || under_way(d);
 }
 
 /*
@@ -772,12 +800,14 @@ static void put_in_order(struct datapath *d)
 
 	if (first.times && now.times && !without(PS_WITHOUT_REDO)) {
 		take_stock(d, &first);
-		now.found = first.found;
-		while (!adds_up(d, &now.found) && clock_ns() - begun < 10000000)
-			take_stock(d, &now);
-		if (!adds_up(d, &now.found)) {
-			d->core[0]->counters[PS_C_JOURNALS_REFUSED]++;
-			repair(d, &first, now.times);
+		if (!adds_up(d, &first, &first)) {
+			do
+				take_stock(d, &now);
+			while (!adds_up(d, &first, &now) && clock_ns() - begun < 10000000);
+			if (!adds_up(d, &first, &now)) {
+				d->core[0]->counters[PS_C_JOURNALS_REFUSED]++;
+				repair(d, &first, now.times);
+			}
 		}
 	}
 	free(first.times);

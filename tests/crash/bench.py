@@ -5,6 +5,7 @@ datapath's socket and starts the next process, is a small one of this test. Pack
 each can be held against what it must be: content, addresses, ports, TTL, checksums, order.
 """
 
+import array
 import contextlib
 import json
 import os
@@ -210,7 +211,7 @@ class Keeper:
             index = socket.if_nametoindex(device)
             call(lib().ps_director_attach, self.director, index, lib().PS_ROLE_UPLINK, device.encode())
         self.stack = stacks.Stack(resources.parse(STACK), 0, directory / "stack", self.director)
-        networks.ensure_routes(self.stack.prefixes())
+        networks.ensure_routes(self.stack.resource.prefixes())
         self.stack.direct()
         config = self.stack.config
         self.stack._write(config.buffer[1], 1)
@@ -223,10 +224,7 @@ class Keeper:
         )  # fmt: skip
         self.engine = engines.Engine(blueprint, self.director)
         self._make_engine()
-        moves = [(b, SLOT, b % QUEUES) for b in range(BUCKETS)]
-        wanted = ffi.new("struct ps_move[]", moves)
-        words = lib().ps_director_words(self.director)
-        call(lib().ps_assign, self.stack.arena, words, 0, wanted, len(moves))
+        self.stack.transfer([self.engine], [Move(b, Owner(SLOT, b % QUEUES)) for b in range(BUCKETS)])
         self.macs = {
             room: bytes.fromhex(
                 json.loads(self.lab.run("node", "ip", "-j", "link", "show", device).stdout)[0]["address"].replace(
@@ -322,12 +320,34 @@ class Keeper:
         assert listener
         self._connection, _ = listener.accept()
         pid, _, _ = struct.unpack("3i", self._connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        self._connection.recv(4096)
         self._process = next(p for p in self._waiting if p.pid == pid)
         self._waiting.remove(self._process)
-        engines._attach(self.engine, self._connection)
+        self._heard("HELLO")
+        self._tell("ATTACH")
+        self._heard("PREPARED")
+        self._tell("GO")
         self.alive = True
         self._spawn()
+
+    def _heard(self, kind: str) -> None:
+        assert self._connection
+        message = ffi.new("struct ps_message *")
+        ffi.memmove(message, self._connection.recv(4096), ffi.sizeof("struct ps_message"))
+        assert message.kind == constant(f"PS_MSG_{kind}")
+
+    def _tell(self, kind: str) -> None:
+        assert self._connection
+        e, control = self.engine, []
+        message = ffi.new("struct ps_message *", {"kind": constant(f"PS_MSG_{kind}"), "layout": e.view.layout})
+        if kind == "ATTACH":
+            e.view.generation += 1
+            message.slot, message.queues, message.cores, message.generation = SLOT, QUEUES, CORES, e.view.generation
+            for i in range(len(message.pin)):
+                message.pin[i] = CPUS[i] if i < CORES else -1
+            fds = [e.files[0], e.fds.engine, e.files[1], e.fds.umem]
+            fds += [e.fds.sockets[q] for q in range(QUEUES)] + [e.fds.events[c] for c in range(CORES)]
+            control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+        self._connection.sendmsg([bytes(ffi.buffer(message))], control)
 
     def died(self, wait_seconds: float = 0) -> bool:
         """Has the process gone? Its end of the socket tells, after all its threads have ended."""
