@@ -10,7 +10,7 @@ FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-g", "-Wall", "-Wextra", "-Wno-unused-p
 INCLUDES = [f"-I{ROOT / name}" for name in ("include", "engine/datapath", "tests/c")]
 
 
-@pytest.mark.parametrize("name", ["shard", "nat"])
+@pytest.mark.parametrize("name", ["shard", "nat", "crash"])
 @pytest.mark.parametrize("sanitizers", ["", "address,undefined"], ids=["optimised", "sanitized"])
 def test_random_histories_agree_with_the_reference(name: str, sanitizers: str, tmp_path: Path) -> None:
     program = tmp_path / name
