@@ -110,6 +110,15 @@ static void recycle_publish(struct datapath *d)
 	}
 }
 
+static uint32_t recycle_check(const struct ps_recycle *r, uint32_t queues)
+{
+	uint32_t check = (r->fill * 31 + r->completion) ^ 0x504b5243;
+
+	for (uint32_t i = 0; i < queues; i++)
+		check = check * 31 + r->free_consumer[i];
+	return check;
+}
+
 /* Writes the frame of `address` into the fill slot `at`. What is no frame goes nowhere. -> slots written */
 static uint32_t recycle_frame(const struct datapath *d, uint32_t at, uint64_t address)
 {
@@ -153,6 +162,7 @@ static uint32_t recycle(struct worker *w, uint32_t at_least)
 		r->free_consumer[i] = consumer;
 	}
 	r->fill = producer + n;
+	r->check = recycle_check(r, d->queues);
 	PS_POINT(RECYCLE_WRITTEN);
 	PS_BARRIER();
 	r->commit = 1;
@@ -597,7 +607,8 @@ static bool journal_sane(const struct datapath *d, const struct queue *q)
 static bool recycle_sane(const struct datapath *d)
 {
 	const struct ps_recycle *r = &d->engine->recycle;
-	bool sane = r->commit == 1 && moved(LOAD(d->fill.producer), r->fill, 256) &&
+	bool sane = r->commit == 1 && r->check == recycle_check(r, d->queues) &&
+		    moved(LOAD(d->fill.producer), r->fill, 256) &&
 		    moved(LOAD(d->fill.consumer), r->fill, d->fill.mask + 1) &&
 		    moved(r->completion, LOAD(d->completion.producer), d->completion.mask + 1);
 
@@ -698,7 +709,10 @@ static bool claim(const struct datapath *d, uint8_t *held, uint64_t address)
 {
 	uint64_t frame = address / PS_FRAME_BYTES;
 
-	return frame < d->engine->frames && !held[frame]++;
+	if (frame >= d->engine->frames || held[frame])
+		return false;
+	held[frame] = 1;
+	return true;
 }
 
 /*

@@ -266,6 +266,7 @@ struct ps_recycle {
 	uint32_t commit;
 	uint32_t fill, completion;
 	uint32_t free_consumer[64]; /* PS_MAX_QUEUES */
+	uint32_t check;		    /* over those above, of the queues there are */
 };
 
 /* A frame that killed its process twice, as it came in. */
