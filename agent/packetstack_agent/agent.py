@@ -24,7 +24,7 @@ from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
 from packetstack_agent.stacks import Managed, Stack
-from packetstack_agent.status import Status, add_drops, explain, sample
+from packetstack_agent.status import Status, add_drops, captures, census, explain, sample
 from packetstack_core import abi, reconciling, resources
 from packetstack_core.planning import Move, Owner
 from packetstack_core.reconciling import (
@@ -751,6 +751,14 @@ class Agent:
             await self._start_again(managed, engine, "its init has ended")
         elif engine.silent_since and now - engine.silent_since > SILENT_SECONDS:
             await self._start_again(managed, engine, f"no datapath has come for {SILENT_SECONDS:g} s")
+        if engine.view.captured > engine.captured:
+            engine.captured = int(engine.view.captured)
+            last = captures(engine)[-1]
+            self.event(
+                managed.stack.name, "PacketDropped",
+                f"engine {b.slot}: a packet of bucket {last['bucket']} ended the datapath twice; it is dropped, and shown by "
+                f"packetstack get {managed.stack.name} -o yaml", "Warning",
+            )  # fmt: skip
         elif engine.ready and (core := hung(engine, now)) is not None:
             self._kill(engine, f"its core {core} has not turned for {HANG_SECONDS:g} s")
 
@@ -871,6 +879,10 @@ class Agent:
         pause = attachments.pause_seconds * 1000
         self.event(name, "EngineUpgraded", f"engine {slot}: datapath {engine.pid} follows {old} after {pause:.2f} ms")
         return {"from": old, "to": engine.pid, "pauseMilliseconds": round(pause, 3)}
+
+    def census(self, name: str) -> dict[int, dict[str, int]]:
+        """By slot: frames that are not in exactly one ring. Exact while no packets flow."""
+        return {e.slot: census(e) for e in self._managed(name).engines.values() if e.view is not None}
 
     def explain(
         self, name: str, protocol: str, source: str, sport: int, destination: str, dport: int

@@ -89,6 +89,8 @@ class Engine:
     """Core -> (heartbeat, when it was first seen, the thread's run time then)."""
     silent_since: float = 0.0
     """No datapath serves it since then, 0 = one does."""
+    captured: int = 0
+    """Captures that have been told of."""
     orphans: bool = False
     """Its namespace has processes of an init that has ended."""
     stalls: int = 0

@@ -88,6 +88,8 @@ class Server:
             case "events":
                 name = r.get("name")
                 return [e for e in agent.events if name in (None, e["stack"])]
+            case "census":
+                return agent.census(r["name"])
             case "metrics":
                 return render(agent)
             case "stop":

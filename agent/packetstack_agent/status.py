@@ -1,5 +1,6 @@
 """How a stack is: read from shared memory, maps and counters when somebody asks. Changes nothing."""
 
+import time
 from collections.abc import Sequence
 from ipaddress import ip_address
 from typing import Any
@@ -139,6 +140,7 @@ def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]
     rates = engine.samples
     status["packetsPerSecond"] = round(rates.get("packets_per_second", 0.0), 1)
     status["busy"] = round(rates.get("busy", 0.0), 4)
+    status["captures"] = captures(engine)
     queues: dict[int, list[dict[str, Any]]] = {}
     for q in range(b.queues):
         view = engine.queue(q)
@@ -165,6 +167,33 @@ def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]
             }
         )
     return status
+
+
+def captures(engine: Engine) -> list[dict[str, Any]]:
+    """The last packets that were dropped because the process died twice while it handled them, newest last."""
+    view, most = engine.view, constant("PS_CAPTURES")
+    kept = ffi.cast("struct ps_capture *", ffi.cast("char *", view) + view.captures_offset)
+    began = time.time() - time.monotonic()
+    found = []
+    for n in range(max(0, view.captured - most), view.captured):
+        c = kept[n % most]
+        found.append(
+            {
+                "time": began + c.time_ns / 1e9,
+                "bucket": int(c.bucket),
+                "queue": int(c.queue),
+                "length": int(c.length),
+                "bytes": bytes(c.bytes)[: c.length].hex(),
+            }
+        )
+    return found
+
+
+def census(engine: Engine) -> dict[str, int]:
+    """Frames in no ring, in two rings, and slots that name none. Exact while no packets flow."""
+    out = ffi.new("struct ps_census *")
+    call(lib().ps_queues_census, engine.view, engine.fds, out)
+    return {"missing": int(out.missing), "twice": int(out.twice), "bad": int(out.bad)}
 
 
 def capacity(managed: Managed) -> dict[str, int]:

@@ -33,6 +33,8 @@ class Scene:
     outage: Outage
     outcome: Outcome | None = None
     dropped: dict[str, int] = field(default_factory=dict)
+    frames: dict[str, int] = field(default_factory=dict)
+    """Frames of all engines that are not in exactly one ring, at rest."""
     unseen: int = 0
     """Datagrams the server's own sockets dropped."""
 
@@ -43,6 +45,17 @@ class Scene:
     def settle(self) -> None:
         """Until the pool is as wanted and every engine has a datapath."""
         wait_ready(self.client)
+
+
+def frames(client: Client) -> dict[str, int]:
+    """Sum of the engines' censuses, once nothing is under way any more."""
+    deadline = time.monotonic() + 5
+    while True:
+        engines = client.call("census", name="demo").values()
+        found = {kind: sum(e[kind] for e in engines) for kind in ("missing", "twice", "bad")}
+        if not any(found.values()) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)
 
 
 @contextmanager
@@ -73,6 +86,7 @@ def scene(prefix: str, connections: int = 400, udp_flows: int = 200, replicas: i
             s.settle()
         time.sleep(1)
         s.outcome = outcome = traffic.stop()
+        s.frames = frames(client)
         after = drops(client, lab, outcome)
         s.unseen = servers.stop()["socket_drops"]
     s.dropped = {name: n - before.get(name, 0) for name, n in after.items() if n > before.get(name, 0)}
@@ -80,6 +94,7 @@ def scene(prefix: str, connections: int = 400, udp_flows: int = 200, replicas: i
     assert outcome.never_opened == 0
     assert outcome.broken == 0, outcome.what_broke()
     assert outcome.datagrams_duplicated == 0
+    assert s.frames["twice"] == s.frames["bad"] == 0, s.frames
 
 
 def kill(pid: int) -> Callable[[], None]:
