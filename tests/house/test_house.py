@@ -161,13 +161,22 @@ def test_every_metric_of_the_agent_is_documented() -> None:
 
 
 def test_every_condition_reason_is_explained() -> None:
-    source = (ROOT / "agent/packetstack_agent/agent.py").read_text()
+    source = (ROOT / "agent/packetstack_agent/status.py").read_text()
     text = (ROOT / "docs/troubleshoot.md").read_text()
     rows = re.findall(r"_condition\((.*?)\),?$", source, re.MULTILINE)
-    assert rows, "agent.py states no condition"
+    assert rows, "status.py states no condition"
     for row in rows:
         for word in re.findall(r'"([A-Z]\w+)"', row):
             assert f"`{word}`" in text, f"docs/troubleshoot.md does not explain {word}"
+
+
+def test_every_warning_is_explained() -> None:
+    source = (ROOT / "agent/packetstack_agent/agent.py").read_text()
+    text = (ROOT / "docs/troubleshoot.md").read_text()
+    found = re.findall(r'self\.event\(\s*[^,]+,\s*"(\w+)",[^)]*?"Warning"', source)
+    assert len(found) > 8
+    for reason in found:
+        assert f"`{reason}`" in text, f"docs/troubleshoot.md does not explain {reason}"
 
 
 def test_every_test_that_the_documents_name_exists() -> None:
