@@ -11,11 +11,11 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from ipaddress import ip_address
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from packetstack_agent import engines, namespaces, networks, processes
 from packetstack_agent.engines import Engine
@@ -39,6 +39,8 @@ from packetstack_core.reconciling import (
 )
 from packetstack_core.resources import Network, PacketStack
 
+T = TypeVar("T")
+
 TICK_SECONDS = 1.0
 LOOK_SECONDS = 5.0
 """How often routes and programs are looked after when nothing tells that they changed."""
@@ -49,6 +51,8 @@ STARVED_SECONDS = 5.0
 """The same for a core that is ready to run and gets no CPU: killing it would not help."""
 STALLS = 4
 """Fences of 0.5 s in a row, not answered by an engine whose cores turn."""
+RESTART_SECONDS = 0.25
+"""Between two starts of an engine's init."""
 SILENT_SECONDS = 3.0
 """How long init may take to bring a datapath."""
 UPGRADE_SECONDS = 10.0
@@ -669,11 +673,11 @@ class Agent:
         if engine.view is not None:
             add_drops(engine, managed.gone["engine"], managed.gone["kernel"])
         engine.view = None  # nothing here may read it from now on: its memory goes
-        await asyncio.to_thread(engines.destroy, engine)
+        await to_the_end(engines.destroy, engine)
 
     async def _transfer(self, managed: Managed, moves: Sequence[Move]) -> dict[str, Any]:
         async with managed.busy:
-            report = await asyncio.to_thread(managed.stack.transfer, list(managed.engines.values()), moves)
+            report = await to_the_end(managed.stack.transfer, list(managed.engines.values()), moves)
         managed.moved += report.moved
         managed.holds_ns.extend(report.hold_ns)
         longest = max(report.hold_ns, default=0) / 1e6
@@ -748,7 +752,8 @@ class Agent:
             await self._rebuild(managed, engine, f"interface {networks.engine_device(b.slot)} is gone")
             return
         if engine.init is None or not engine.init.alive():
-            await self._start_again(managed, engine, "its init has ended")
+            if now - engine.restarted > RESTART_SECONDS:
+                await self._start_again(managed, engine, "its init has ended")
         elif engine.silent_since and now - engine.silent_since > SILENT_SECONDS:
             await self._start_again(managed, engine, f"no datapath has come for {SILENT_SECONDS:g} s")
         if engine.view.captured > engine.captured:
@@ -765,11 +770,11 @@ class Agent:
     async def _start_again(self, managed: Managed, engine: Engine, why: str) -> None:
         """Init and all it starts, in the namespace that is there: the next datapath takes the queues over."""
         self.event(managed.stack.name, "EngineRestarted", f"engine {engine.slot}: {why}", "Warning")
-        engine.orphans = True
+        engine.orphans, engine.restarted = True, time.monotonic()
         engine.silent_since = 0.0 if engine.ready else time.monotonic()
         async with managed.busy:
             if not engine.removing and engine.view is not None:
-                await asyncio.to_thread(engines.start_again, engine)
+                await to_the_end(engines.start_again, engine)
                 self._note(engine)
 
     def _kill(self, engine: Engine, why: str) -> None:
@@ -856,7 +861,7 @@ class Agent:
         took = ffi.new("uint64_t *")
         async with managed.busy:  # the engine's memory stays while the thread looks into it
             self._active(managed, slot)
-            await asyncio.to_thread(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
+            await to_the_end(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
         self.event(name, "QueueMoved", f"queue {queue} of engine {slot} to core {core} in {took[0] / 1000:.0f} us")
         return {"microseconds": took[0] / 1000}
 
@@ -896,6 +901,16 @@ class Agent:
             known = ", ".join(str(s) for s, e in sorted(managed.engines.items()) if e.state is State.ACTIVE) or "none"
             raise AgentError(f"engine {slot}: is not an active engine of stack {managed.stack.name}; active: {known}")
         return engine
+
+
+async def to_the_end(work: Callable[..., T], *arguments: Any) -> T:
+    """In a worker thread; a caller that is cancelled meanwhile waits for its end, so locks it holds stay true."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def _is_ready(engine: Engine) -> bool:

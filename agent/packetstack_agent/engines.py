@@ -89,6 +89,8 @@ class Engine:
     """Core -> (heartbeat, when it was first seen, the thread's run time then)."""
     silent_since: float = 0.0
     """No datapath serves it since then, 0 = one does."""
+    restarted: float = 0.0
+    """When its init was last started again."""
     captured: int = 0
     """Captures that have been told of."""
     orphans: bool = False
@@ -341,6 +343,8 @@ def start_again(engine: Engine) -> None:
         engine.init.signal(signal.SIGKILL)
         engine.init.wait(2.0)
         engine.init.close()
+    if not engine.ready:
+        processes.clear(namespaces.NAMESPACES / engine.blueprint.namespace)
     engine.init = spawn(engine.blueprint)
 
 

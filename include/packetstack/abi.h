@@ -16,7 +16,7 @@
 #endif
 
 enum ps_limits {
-	PS_LAYOUT_VERSION = 1,
+	PS_LAYOUT_VERSION = 2,
 	PS_MAX_STACKS = 64,
 	PS_MIN_BUCKETS = 256,
 	PS_MAX_BUCKETS = 8192,
