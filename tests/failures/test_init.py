@@ -1,0 +1,212 @@
+"""An engine's first process, with real children: it follows what dies, however often, and ends all when told to."""
+
+import os
+import select
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from packetstack_core.abi import native
+
+SLEEPS = "exec sleep 1000"
+FOLLOWED_SECONDS = 0.5
+"""Longest pause is 0.1 s after a kill; the rest is for a busy machine. A second is what users are promised."""
+
+
+class Init:
+    """packetstack-init whose children are shell scripts that write down their start."""
+
+    def __init__(self, directory: Path, datapath: str, supervisor: str) -> None:
+        self.log = directory / "log"
+        self._starts = {name: directory / name for name in ("datapath", "supervisor")}
+        command = [str(native("packetstack-init"))]
+        for name, script in (("datapath", datapath), ("supervisor", supervisor)):
+            self._starts[name].touch()
+            command += [f"--{name}", "/bin/sh", "-c", f"echo $$ >> {self._starts[name]}; {script}"]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+    def starts(self, name: str = "datapath") -> list[int]:
+        """Its processes, oldest first."""
+        return [int(line) for line in self._starts[name].read_text().splitlines()]
+
+    def follower(self, after: int, name: str = "datapath", seconds: float = 5) -> int:
+        """The newest process, once there have been more than `after`."""
+        deadline = time.monotonic() + seconds
+        while len(started := self.starts(name)) <= after:
+            assert time.monotonic() < deadline, f"{name} was not started again: {self.log.read_text()}"
+            time.sleep(0.001)
+        return started[-1]
+
+    def end(self, seconds: float) -> float:
+        """SIGTERM; how long it took to end."""
+        began = time.monotonic()
+        self.process.terminate()
+        assert self.process.wait(seconds) == 0
+        return time.monotonic() - began
+
+    def children(self) -> dict[int, str]:
+        """State of each child: S, Z, ..."""
+        found = {}
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit():
+                    fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                    if int(fields[1]) == self.process.pid:
+                        found[int(entry.name)] = fields[0]
+        return found
+
+
+Start = Callable[..., Init]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    made: list[Init] = []
+
+    def make(datapath: str = SLEEPS, supervisor: str = SLEEPS) -> Init:
+        made.append(Init(tmp_path, datapath, supervisor))
+        made[-1].follower(0, "datapath")
+        made[-1].follower(0, "supervisor")
+        return made[-1]
+
+    yield make
+    for init in made:
+        with suppress(ProcessLookupError):
+            os.killpg(init.process.pid, signal.SIGKILL)
+        init.process.wait()
+
+
+def gone(pid: int, seconds: float = 5) -> bool:
+    """Whether the process ends in time."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)
+
+
+def test_a_datapath_killed_a_hundred_times_is_followed_each_time_and_the_supervisor_never_ends(start: Start) -> None:
+    init = start()
+    took = []
+    for n in range(1, 101):
+        began = time.monotonic()
+        os.kill(init.follower(n - 1), signal.SIGKILL)
+        init.follower(n)
+        took.append(time.monotonic() - began)
+    print(f"followed after {sorted(took)[50] * 1000:.0f} ms (median), {max(took) * 1000:.0f} ms at most")
+    assert max(took) < FOLLOWED_SECONDS
+    assert len(init.starts("supervisor")) == 1
+    assert set(init.children()) == {init.starts()[-1], init.starts("supervisor")[-1]}
+
+
+def test_a_datapath_that_ran_for_a_second_is_followed_at_once(start: Start) -> None:
+    init = start()
+    for n in range(1, 9):  # until the pauses have grown
+        os.kill(init.follower(n - 1), signal.SIGKILL)
+    pid = init.follower(8)
+    time.sleep(1.1)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    init.follower(9)
+    assert time.monotonic() - began < 0.09, "as after a pause"
+
+
+def test_a_datapath_that_ends_by_itself_is_started_twice_a_second_and_not_more(start: Start) -> None:
+    init = start(datapath="exit 1")
+    time.sleep(3)
+    assert 6 <= len(init.starts()) <= 12
+    assert "exited with 1; starting it again" in init.log.read_text()
+    assert len(init.starts("supervisor")) == 1
+
+
+@pytest.mark.parametrize("victims", [("supervisor",), ("datapath", "supervisor")])
+def test_what_is_killed_is_started_again(start: Start, victims: tuple[str, ...]) -> None:
+    init = start()
+    for n in range(1, 11):
+        for name in victims:
+            os.kill(init.follower(n - 1, name), signal.SIGKILL)
+        for name in victims:
+            init.follower(n, name)
+    assert len(init.starts("supervisor")) == 11
+    assert len(init.starts("datapath")) == (11 if "datapath" in victims else 1)
+
+
+def test_orphans_are_reaped(start: Start) -> None:
+    init = start(supervisor=f"for i in 1 2 3 4 5; do (sleep 0.2 &); done; {SLEEPS}")
+    deadline = time.monotonic() + 5
+    while len(init.children()) < 7:
+        assert time.monotonic() < deadline, "the orphans did not become its own"
+    while len(init.children()) > 2:
+        assert time.monotonic() < deadline, init.children()
+
+
+def test_told_to_end_it_ends_its_children_at_once(start: Start) -> None:
+    init = start()
+    pids = init.starts() + init.starts("supervisor")
+    assert init.end(2) < 0.5
+    assert all(gone(pid, 0) for pid in pids)
+
+
+@pytest.mark.parametrize("how", ["ignores the signal", "is stopped"])
+def test_told_to_end_it_kills_a_child_that_does_not_react(start: Start, how: str) -> None:
+    init = start(datapath="trap '' TERM; while true; do sleep 1000; done" if how == "ignores the signal" else SLEEPS)
+    if how == "is stopped":
+        os.kill(init.follower(0), signal.SIGSTOP)
+    assert 1.5 < init.end(5) < 4
+    assert gone(init.starts()[-1], 0)
+
+
+def test_told_to_end_it_starts_nothing_any_more(start: Start) -> None:
+    init = start()
+    for n in range(1, 9):
+        os.kill(init.follower(n - 1), signal.SIGKILL)
+    init.end(2)
+    count = len(init.starts())
+    time.sleep(0.3)
+    assert len(init.starts()) == count
+
+
+def test_there_are_two_datapaths_at_most_and_either_may_go(start: Start) -> None:
+    init = start()
+    first = init.follower(0)
+    for _ in range(3):
+        init.process.send_signal(signal.SIGHUP)
+    second = init.follower(1)
+    os.kill(first, signal.SIGKILL)
+    assert gone(first)
+    init.process.send_signal(signal.SIGHUP)
+    third = init.follower(2)
+    os.kill(third, signal.SIGKILL)
+    assert gone(third)
+    time.sleep(0.3)
+    assert len(init.starts()) == 3, "the second goes on, nobody is missing"
+    assert second in init.children()
+    assert "the next one is there" in init.log.read_text()
+    assert "the one before goes on" in init.log.read_text()
+    os.kill(second, signal.SIGKILL)
+    init.follower(3)
+
+
+def test_a_command_that_cannot_be_run_is_told_and_the_other_one_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [native("packetstack-init"), "--datapath", "/nowhere/datapath", "--supervisor", "/bin/sleep", "1000"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 5
+        while "datapath: cannot run /nowhere/datapath: No such file or directory" not in log.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert process.poll() is None
+    finally:
+        process.terminate()
+        assert process.wait(5) == 0
