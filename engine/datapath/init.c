@@ -124,7 +124,7 @@ int main(int argc, char **argv)
 		struct pollfd p = { .fd = events, .events = POLLIN };
 		struct signalfd_siginfo info;
 		int64_t wait = -1, now = now_ms();
-		int status, running = 0;
+		int status, told, running = 0;
 		pid_t pid;
 
 		for (int i = 0; i < n; i++) {
@@ -149,20 +149,21 @@ int main(int argc, char **argv)
 				signal_all(children, n, SIGKILL);
 			wait = now < kill_ms ? kill_ms - now : 100;
 		}
-		if (poll(&p, 1, (int)wait) > 0 && read(events, &info, sizeof(info)) == sizeof(info)) {
-			if (info.ssi_signo == SIGHUP) {
-				for (int i = 0; i < n && !kill_ms; i++)
-					if (!strcmp(children[i].name, "datapath") && children[i].pid &&
-					    !children[i].successor)
-						children[i].successor = start(&children[i]);
-			} else if (info.ssi_signo != SIGCHLD && !kill_ms) {
-				kill_ms = now_ms() + TERM_MS;
-				signal_all(children, n, SIGTERM);
-			}
-		}
+		told = poll(&p, 1, (int)wait) > 0 && read(events, &info, sizeof(info)) == sizeof(info);
+		/* First who is dead: what is told may be about who comes next. */
 		while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
 			for (int i = 0; i < n; i++)
 				if (children[i].pid == pid || children[i].successor == pid)
 					died(&children[i], pid, status);
+		if (!told || kill_ms || info.ssi_signo == SIGCHLD)
+			continue;
+		if (info.ssi_signo != SIGHUP) {
+			kill_ms = now_ms() + TERM_MS;
+			signal_all(children, n, SIGTERM);
+			continue;
+		}
+		for (int i = 0; i < n; i++)
+			if (!strcmp(children[i].name, "datapath") && children[i].pid && !children[i].successor)
+				children[i].successor = start(&children[i]);
 	}
 }
