@@ -189,3 +189,14 @@ def node(request: pytest.FixtureRequest) -> Iterator[Node]:
         lab.wait_for_listener("server", 8080)
         eventually(lambda: lab.run("server", "ss", "-Hltn").stdout.count(":8080") == 3)
         yield made
+
+
+@pytest.fixture
+def served(node: Node) -> Iterator[socket.socket]:
+    """A connection through a fresh stack; it must still work in the end."""
+    node.up(stack())
+    with node.connect() as connection:
+        first = ask(connection)
+        yield connection
+        assert ask(connection) == first
+    node.command("down", "--all", "--yes")

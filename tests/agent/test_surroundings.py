@@ -107,17 +107,6 @@ def test_a_run_directory_that_cannot_be_written_is_refused(node: Node, disk: Pat
     assert node.traces() == before
 
 
-@pytest.fixture
-def served(node: Node) -> Iterator[socket.socket]:
-    """A connection that must still work in the end."""
-    node.up(stack())
-    with node.connect() as connection:
-        first = ask(connection)
-        yield connection
-        assert ask(connection) == first
-    node.command("down", "--all", "--yes")
-
-
 def test_an_engine_that_reaches_its_memory_limit_comes_back(node: Node, served: socket.socket) -> None:
     engine = node.status()["engines"][0]
     first, second = Path("/sys/fs/cgroup/memory/packetstack"), Path("/sys/fs/cgroup/packetstack")

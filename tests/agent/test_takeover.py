@@ -5,7 +5,6 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,6 @@ import pytest
 from packetstack_core import abi
 
 from .conftest import BACKENDS, Node, ask, eventually, stack
-
-
-@pytest.fixture
-def served(node: Node) -> Iterator[Any]:
-    """A connection through a fresh stack; it must still work in the end."""
-    node.up(stack())
-    with node.connect() as connection:
-        first = ask(connection)
-        yield connection
-        assert ask(connection) == first
-    node.command("down", "--all", "--yes")
 
 
 def agent_pid(node: Node) -> int:
