@@ -1,0 +1,316 @@
+"""What may befall a host while thousands of packets a second flow: who is served stays served."""
+
+import os
+import random
+import re
+import signal
+import socket
+import struct
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from packetstack_cli.client import Client
+from packetstack_cli.lab import Lab, inside
+
+from ..agent.conftest import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, eventually, listener, node, stack
+from ..headline.test_kills import Scene, scene
+
+__all__ = ["node"]
+
+FRAMES = 40_000
+MAX_FLOWS = 262_144
+FRAMES_OF_NEW_FLOWS = 300_000
+"""More than half of the demo's flow table, which is what flows without an answer may have."""
+
+
+def metric(client: Client, name: str, label: str) -> Counter[str]:
+    """Sums of a metric by one of its labels."""
+    found: Counter[str] = Counter()
+    for line in client.call("metrics").splitlines():
+        if line.startswith(name + "{") and (value := re.search(rf'{label}="([^"]*)"', line)):
+            found[value[1]] += int(float(line.split()[-1]))
+    return found
+
+
+# ---- garbage, floods ----------------------------------------------------------------------------------------------
+
+
+def packet(source: str, destination: str, protocol: int, payload: bytes) -> bytes:
+    """Without a checksum of its payload: only what is of interest is right."""
+    a, b = ip_address(source).packed, ip_address(destination).packed
+    if len(a) == 16:
+        return b"\x86\xdd" + struct.pack("!IHBB", 6 << 28, len(payload), protocol, 64) + a + b + payload
+    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0) + a + b
+    total = sum(struct.unpack("!10H", header))
+    total = (total & 0xFFFF) + (total >> 16)
+    total = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+    return b"\x08\x00" + header[:10] + struct.pack("!H", total) + header[12:] + payload
+
+
+def sources(family: int, rng: random.Random) -> str:
+    return (
+        f"11.{rng.randrange(256)}.{rng.randrange(256)}.{rng.randrange(1, 255)}"
+        if family == 4
+        else (f"fd99::{rng.randrange(65536):x}:{rng.randrange(65536):x}")
+    )
+
+
+def datagram(port: int, rng: random.Random) -> bytes:
+    data = rng.randbytes(rng.randrange(0, 32))
+    return struct.pack("!HHHH", rng.randrange(1024, 65536), port, 8 + len(data), 0) + data
+
+
+def opener(port: int, rng: random.Random) -> bytes:
+    return struct.pack("!HHIIBBHHH", rng.randrange(1024, 65536), port, rng.randrange(1 << 32), 0, 0x50, 2, 1000, 0, 0)
+
+
+VIPS = {4: "192.0.2.10", 6: "2001:db8:1::10"}
+SNATS = {4: "198.51.100.1", 6: "2001:db8:2::1"}
+
+
+def openers(family: int, rng: random.Random) -> bytes:
+    return packet(sources(family, rng), VIPS[family], 6, opener(80, rng))
+
+
+def datagrams(family: int, rng: random.Random) -> bytes:
+    return packet(sources(family, rng), VIPS[family], 17, datagram(53, rng))
+
+
+def answers_to_nobody(family: int, rng: random.Random) -> bytes:
+    """To SNAT addresses, as from backends."""
+    return packet(sources(family, rng), SNATS[family], 17, datagram(rng.randrange(1024, 65536), rng))
+
+
+def icmp_errors(family: int, rng: random.Random) -> bytes:
+    """About flows that do not exist, or about nothing."""
+    quoted = struct.pack("!HHHH", 53, rng.randrange(1024, 65536), 8, 0)
+    inner = packet(VIPS[family], sources(family, rng), 17, quoted)[2:]
+    if rng.randrange(2):
+        inner = inner[: rng.randrange(len(inner))]
+    kind = b"\x03\x04" if family == 4 else b"\x02\x00"
+    return packet(sources(family, rng), VIPS[family], 1 if family == 4 else 58, kind + bytes(6) + inner)
+
+
+def torn(family: int, rng: random.Random) -> bytes:
+    """Of any protocol, cut off anywhere, with bits turned."""
+    made = rng.choice((openers, datagrams, answers_to_nobody, icmp_errors))(family, rng)
+    whole = bytearray(made[: rng.randrange(2, len(made) + 1)])
+    for _ in range(rng.randrange(4)):
+        whole[rng.randrange(2, len(whole)) if len(whole) > 2 else 0] ^= 1 << rng.randrange(8)
+    return bytes(whole)
+
+
+@dataclass
+class Flood:
+    """Frames from the client's end of its link, all different, at whatever rate this process has."""
+
+    lab: Lab
+    kind: Callable[[int, random.Random], bytes]
+    frames: int
+    sent: int = 0
+
+    def run(self) -> None:
+        rng = random.Random(5)
+        with inside(self.lab.namespace("client")):
+            sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+        with inside(self.lab.namespace("node")), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as node:
+            node.bind(("up0", 0))
+            to = node.getsockname()[4]
+        with sender:
+            sender.bind(("c0", 0))
+            link = to + sender.getsockname()[4]
+            for number in range(self.frames):
+                frame = link + self.kind(4 if number % 2 else 6, rng)
+                with suppress(OSError):  # the queue of the link is full
+                    sender.send(frame.ljust(60, b"\0"))
+                    self.sent += 1
+
+
+def memory_kib(pid: int) -> int:
+    line = next(li for li in Path(f"/proc/{pid}/status").read_text().splitlines() if li.startswith("RssAnon"))
+    return int(line.split()[1])
+
+
+def accounted(s: Scene) -> dict[str, Counter[str]]:
+    return {
+        "director": metric(s.client, "packetstack_director_packets_total", "result"),
+        "engine": metric(s.client, "packetstack_engine_packets_total", "event"),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [openers, datagrams, answers_to_nobody, icmp_errors, torn])
+def test_garbage_and_floods_break_nothing_and_are_counted(kind: Callable[[int, random.Random], bytes]) -> None:
+    new_flows = kind in (openers, datagrams)
+    with scene("pkf-flood") as s:
+        pids, before = [e["pid"] for e in s.engines()], accounted(s)
+        memory = [memory_kib(pid) for pid in pids]
+        flood = Flood(s.lab, kind, FRAMES_OF_NEW_FLOWS if new_flows else FRAMES)
+        began = time.monotonic()
+        flood.run()
+        took = time.monotonic() - began
+        assert [e["pid"] for e in s.engines()] == pids, "a datapath died"
+        assert all(now - then < 1024 for now, then in zip(map(memory_kib, pids), memory, strict=True))
+        deadline = time.monotonic() + 5
+        while True:  # the counters are read one after the other while traffic flows: a few packets apart
+            after = {place: n - before[place] for place, n in accounted(s).items()}
+            d, e = after["director"], after["engine"]
+            gap = [
+                d["received"] - sum(n for name, n in d.items() if name != "received"),
+                e["received"] - e["forwarded"] - sum(n for name, n in e.items() if name.startswith("drop_")),
+            ]
+            if max(map(abs, gap)) < 200 or time.monotonic() > deadline:
+                break
+        print(f"{kind.__name__}: {flood.sent} frames in {took:.1f} s; gaps {gap}; {after}")
+        assert max(map(abs, gap)) < 200, (gap, after)
+        assert flood.sent > flood.frames / 2
+        if new_flows:
+            assert e["flows_recycled"] > 0
+            assert s.client.call("get", name="demo")[0]["status"]["flows"] < MAX_FLOWS
+    assert s.outcome
+    assert s.outcome.longest_gap_ms < 1000
+
+
+# ---- a backend dies -----------------------------------------------------------------------------------------------
+
+CHECK = {"type": "TCP", "intervalSeconds": 1, "timeoutSeconds": 1, "unhealthyThreshold": 1, "healthyThreshold": 1}
+HEALTH_SECONDS = 2.0
+"""Interval and timeout: a backend that is silent is known by then."""
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["reset", "silence"])
+def test_a_dead_backends_flows_end_and_new_ones_go_elsewhere_in_the_health_interval(node: Node, silent: bool) -> None:
+    node.up(stack(listeners=[listener("web", VIP, BACKENDS, CHECK)]))
+    dead = BACKENDS[1]
+    rule = f"add rule inet dead input ip daddr {dead} drop"
+    flows = {who: [] for who in BACKENDS}
+    for _ in range(10):
+        connection = node.connect()
+        flows[ask(connection)].append(connection)
+    try:
+        if silent:
+            node.lab.run("server", "nft", "add table inet dead; add chain inet dead input"
+                         " { type filter hook input priority 0; }; " + rule)  # fmt: skip
+        else:
+            node.stop_backend(dead)
+        began = time.monotonic()
+        eventually(lambda: any(not b["healthy"] for b in node.status()["backends"]), timeout_seconds=5)
+        took = time.monotonic() - began
+        print(f"known after {took:.2f} s")
+        assert took < HEALTH_SECONDS + 0.5
+        assert node.who(tries=20) == {BACKENDS[0]}
+        for connection in flows[dead]:
+            connection.settimeout(0.2)
+            with pytest.raises(TimeoutError if silent else (ConnectionError, AssertionError)):
+                ask(connection)
+        assert {ask(c) for c in flows[BACKENDS[0]]} == {BACKENDS[0]}
+    finally:
+        if silent:
+            node.lab.run("server", "nft", "delete table inet dead")
+        else:
+            node.start_backend(dead)
+    eventually(lambda: all(b["healthy"] for b in node.status()["backends"]))
+    assert node.who() == set(BACKENDS)
+    for connection in flows[dead]:
+        if silent:  # the backend was never gone, only out of reach
+            connection.settimeout(10)
+            assert ask(connection) == dead
+    for connection in (*flows[dead], *flows[BACKENDS[0]]):
+        connection.close()
+
+
+# ---- memory -------------------------------------------------------------------------------------------------------
+
+
+class MemoryGroup:
+    """An engine's memory cgroup, of either kind."""
+
+    def __init__(self, namespace: str) -> None:
+        first, second = (Path("/sys/fs/cgroup") / part / namespace for part in ("memory/packetstack", "packetstack"))
+        if first.exists():
+            self.limit, self._used = first / "memory.limit_in_bytes", first / "memory.usage_in_bytes"
+            self._events = first / "memory.oom_control"
+        elif (second / "memory.max").exists():
+            self.limit, self._used = second / "memory.max", second / "memory.current"
+            self._events = second / "memory.events"
+        else:
+            pytest.skip("this kernel has no memory cgroup")
+
+    def killed(self) -> int:
+        """How many processes the kernel has killed for want of memory."""
+        return int(re.search(r"^oom_kill (\d+)$", self._events.read_text(), re.M)[1])
+
+    def lower(self) -> None:
+        """To what is in use: the next page is too much."""
+        with suppress(OSError):  # more was taken meanwhile
+            self.limit.write_text(str(int(self._used.read_text()) + 4096))
+
+
+def test_processes_that_the_kernel_kills_for_their_memory_come_back_and_nothing_breaks() -> None:
+    with scene("pkf-oom") as s:
+        killed = 0
+        for i in range(3):
+            engine = s.engines()[i % 2]
+            group = MemoryGroup(engine["namespace"])
+            limit, before = group.limit.read_text(), group.killed()
+            os.kill(engine["pid"], signal.SIGKILL)  # its successor needs memory anew
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline:
+                group.lower()
+                time.sleep(0.002)
+            assert group.killed() > before, "the kernel killed nobody"
+            killed += group.killed() - before
+            group.limit.write_text(limit)
+            s.settle()
+        print(f"the kernel killed {killed} processes")
+
+
+# ---- commands that are killed -------------------------------------------------------------------------------------
+
+
+def start(node: Node, *words: str) -> Any:
+    command = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), *words]
+    return node.lab.start("node", *command)
+
+
+@pytest.mark.parametrize("milliseconds", range(0, 700, 50))
+def test_a_killed_down_is_repeated_and_leaves_nothing(node: Node, milliseconds: int) -> None:
+    node.command("down", "--all", "--yes")
+    before = node.traces()
+    node.up(stack())
+    first = start(node, "down", "--all", "--yes")
+    time.sleep(milliseconds / 1000)
+    first.kill()
+    first.wait()
+    second = node.command("down", "--all", "--yes")
+    assert second.returncode == 0 or "no agent answers" in second.stderr, second
+    assert node.traces() == before
+    node.up(stack())
+    assert node.curl() in BACKENDS
+
+
+@pytest.mark.parametrize("milliseconds", range(200, 600, 50))
+def test_a_killed_move_is_repeated_and_all_is_right(node: Node, milliseconds: int) -> None:
+    node.up(stack(replicas=2))
+    node.lab.packetstack("scale", "web", "--replicas", "2")
+    with node.connect() as connection, node.connect(VIP6) as connection6:
+        served = ask(connection), ask(connection6)
+        slot = node.status()["engines"][-1]["slot"]
+        words = ("move", "web", "--buckets", "0-199", "--engine", str(slot))
+        first = start(node, *words)
+        time.sleep(milliseconds / 1000)
+        first.kill()
+        first.wait()
+        node.lab.packetstack(*words)
+        assert (ask(connection), ask(connection6)) == served
+        assert next(e for e in node.status()["engines"] if e["slot"] == slot)["buckets"] >= 200
+    assert node.who(VIP6) == set(BACKENDS6)
