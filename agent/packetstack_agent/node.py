@@ -57,8 +57,11 @@ class RunDirectory:
         self.unsaved = ""
         """Why the record could not be written, empty when it is."""
         self.owner = f"packetstack {self.path}"
+        self._written = ""
+        """What the file says."""
         with suppress(FileNotFoundError):
             self.record = _read(self._file)
+            self._written = self._content()
 
     @property
     def _file(self) -> Path:
@@ -87,19 +90,26 @@ class RunDirectory:
         mark = "" if self.path == DEFAULT_RUN_DIRECTORY else sha256(bytes(self.path)).hexdigest()[:6] + "-"
         return f"pkst-{mark}{stack}-{slot}"
 
+    def _content(self) -> str:
+        # Without indent: then the encoder is C, and no other thread changes the record meanwhile.
+        return json.dumps(vars(self.record))
+
     def save(self, must: bool = False) -> None:
         """Write the record, whole or not at all. Called by the event loop and by worker threads.
 
-        If that fails, `unsaved` says why, and the caller of the next `save` tries again; with `must` it is an
+        What the file says already is not written again: an agent may follow another on a full disk.
+        If writing fails, `unsaved` says why, and the caller of the next `save` tries again; with `must` it is an
         AgentError, for what must not be made before it is written down.
         """
         with self._saving:
             try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                fresh = self._file.with_suffix(".new")
-                # Without indent: then the encoder is C, and no other thread changes the record meanwhile.
-                fresh.write_text(json.dumps(vars(self.record)))
-                fresh.replace(self._file)
+                content = self._content()
+                if content != self._written or not self._file.exists():
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    fresh = self._file.with_suffix(".new")
+                    fresh.write_text(content)
+                    fresh.replace(self._file)
+                    self._written = content
                 self.unsaved = ""
             except OSError as e:
                 self.unsaved = f"{self._file}: cannot be written: {e.strerror}"
