@@ -1,11 +1,9 @@
-"""What the node does to an agent: no disk, no memory, no core, floods, commands that are killed."""
+"""What the node does to an agent: no disk, no core, commands that are killed."""
 
 import json
 import os
-import random
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -16,9 +14,7 @@ from typing import Any
 
 import pytest
 
-from packetstack_cli.lab import inside
-
-from .conftest import BACKENDS, VIP, Node, ask, eventually, stack
+from .conftest import BACKENDS, Node, ask, eventually, stack
 
 SMALL_MIB, LARGE_MIB = 6, 64
 
@@ -107,26 +103,6 @@ def test_a_run_directory_that_cannot_be_written_is_refused(node: Node, disk: Pat
     assert node.traces() == before
 
 
-def test_an_engine_that_reaches_its_memory_limit_comes_back(node: Node, served: socket.socket) -> None:
-    engine = node.status()["engines"][0]
-    first, second = Path("/sys/fs/cgroup/memory/packetstack"), Path("/sys/fs/cgroup/packetstack")
-    if (first / engine["namespace"]).exists():
-        group, limit, used = first / engine["namespace"], "memory.limit_in_bytes", "memory.usage_in_bytes"
-    elif (second / engine["namespace"] / "memory.max").exists():
-        group, limit, used = second / engine["namespace"], "memory.max", "memory.current"
-    else:
-        pytest.skip("this kernel has no memory cgroup")
-    before = (group / limit).read_text()
-    (group / limit).write_text(str(int((group / used).read_text()) + (256 << 10)))
-    for _ in range(3):
-        pid = eventually(lambda: node.status()["engines"][0]["pid"])
-        os.kill(pid, signal.SIGKILL)
-        eventually(lambda p=pid: node.status()["engines"][0]["pid"] not in (0, p))
-        ask(served)
-    (group / limit).write_text(before)
-    eventually(lambda: all(e["ready"] for e in node.status()["engines"]))
-
-
 def test_without_a_free_core_the_stack_stays_at_its_size(node: Node) -> None:
     cores = len(os.sched_getaffinity(0))
     node.up(stack(replicas=1, engine={"cores": 1, "queuesPerCore": 1, "cpuPolicy": "Exclusive"}))
@@ -141,87 +117,6 @@ def test_without_a_free_core_the_stack_stays_at_its_size(node: Node) -> None:
         assert len(node.status()["engines"]) == cores
         assert ask(connection) == first
     node.command("down", "--all", "--yes")
-
-
-# ---- floods -------------------------------------------------------------------------------------------------------
-
-
-def ethernet(node: Node) -> bytes:
-    """Header of frames from the client to the node."""
-    with inside(node.lab.namespace("client")), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
-        s.bind(("c0", 0))
-        own: bytes = s.getsockname()[4]
-    with inside(node.lab.namespace("node")), socket.socket(socket.AF_PACKET, socket.SOCK_RAW) as s:
-        s.bind(("up0", 0))
-        other: bytes = s.getsockname()[4]
-    return other + own + b"\x08\x00"
-
-
-def ipv4(source: bytes, protocol: int, payload: bytes, fragment: int = 0, number: int = 1) -> bytes:
-    def sum16(data: bytes) -> int:
-        total = sum(struct.unpack(f"!{len(data) // 2}H", data))
-        total = (total & 0xFFFF) + (total >> 16)
-        return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
-
-    header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), number, fragment, 64, protocol, 0)
-    header += source + socket.inet_aton(VIP)
-    return header[:10] + struct.pack("!H", sum16(header)) + header[12:] + payload
-
-
-def flood(kind: str, rng: random.Random, frames: int, link: bytes) -> Iterator[bytes]:
-    for i in range(frames):
-        source = bytes([11]) + rng.randbytes(3)
-        port = rng.randrange(1024, 65536)
-        if kind == "garbage":
-            yield link[: rng.choice((12, 14))] + rng.randbytes(rng.randrange(20, 200))
-        elif kind == "garbage in IP":
-            yield link + ipv4(source, rng.choice((6, 17, 1, 58, 255)), rng.randbytes(rng.randrange(0, 60)))
-        elif kind == "SYN":
-            yield link + ipv4(source, 6, struct.pack("!HHIIBBHHH", port, 80, i, 0, 0x50, 2, 1000, 0, 0))
-        elif kind == "fragments":
-            yield link + ipv4(source, 17, rng.randbytes(64), fragment=rng.choice((0x2000, 100)), number=i & 0xFFFF)
-        else:
-            yield link + ipv4(source, 6, struct.pack("!HHIIBBHHH", port, 80, i, i, 0x50, 0x10, 1000, 0, 0))
-
-
-def memory_kib(pid: int) -> int:
-    line = next(li for li in Path(f"/proc/{pid}/status").read_text().splitlines() if li.startswith("RssAnon"))
-    return int(line.split()[1])
-
-
-@pytest.mark.parametrize("kind", ["garbage", "garbage in IP", "SYN", "fragments", "ACK"])
-def test_floods_are_counted_and_existing_flows_go_on(node: Node, served: socket.socket, kind: str) -> None:
-    engines = node.status()["engines"]
-    before, drops = [memory_kib(e["pid"]) for e in engines], total(node)
-    link = ethernet(node)
-    with inside(node.lab.namespace("client")):
-        sender = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
-    with sender:
-        sender.bind(("c0", 0))
-        for number, frame in enumerate(flood(kind, random.Random(7), 20_000, link)):
-            with suppress(BlockingIOError, OSError):
-                sender.send(frame)
-            if number % 5000 == 0:
-                ask(served)
-    ask(served)
-    status = node.status()
-    assert [e["pid"] for e in status["engines"]] == [e["pid"] for e in engines], "a datapath died"
-    assert all(now - then < 1024 for now, then in zip([memory_kib(e["pid"]) for e in engines], before, strict=True))
-    assert status["flows"] <= 4096 * 2
-    if kind != "garbage":  # most of that is nobody's traffic, which passes
-        assert total(node) > drops + 1000
-    assert node.curl() in BACKENDS
-
-
-def total(node: Node) -> int:
-    """All named drops, and flows that were recycled to make room."""
-    text = node.client.call("metrics")
-    recycled = sum(
-        float(line.split()[-1])
-        for line in text.splitlines()
-        if line.startswith("packetstack_engine_packets_total") and 'event="flows_recycled"' in line
-    )
-    return int(recycled) + sum(sum(reasons.values()) for reasons in node.status()["drops"].values())
 
 
 # ---- commands that are killed -------------------------------------------------------------------------------------
