@@ -306,7 +306,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 				 const struct ps_packet *p, bool reply)
 {
 	const struct ps_arena *a = h->arena;
-	const uint8_t *source = reply ? a->address[f->vip].bytes : a->address[f->snat].bytes;
+	const uint8_t *source = reply ? ps_address(a, f->vip) : ps_address(a, f->snat);
 	const uint8_t *destination = reply ? f->client : f->backend;
 	uint8_t *ip = frame + p->l3, *l4 = frame + p->l4;
 	uint64_t d;
@@ -362,7 +362,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 static inline uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_flow *f, uint8_t *frame,
 					const struct ps_packet *p, bool reply)
 {
-	const uint8_t *vip = h->arena->address[f->vip].bytes, *snat = h->arena->address[f->snat].bytes;
+	const uint8_t *vip = ps_address(h->arena, f->vip), *snat = ps_address(h->arena, f->snat);
 	uint8_t *ip = frame + p->l3, *icmp = frame + p->l4, *inner = frame + p->inner_l3, *l4 = frame + p->inner_l4;
 	uint32_t check = p->protocol == 6 ? 16 : 6;
 	uint16_t ports[2];

@@ -52,6 +52,22 @@ static inline struct ps_flow *ps_shard_flows(const struct ps_arena *a, struct ps
 	return (struct ps_flow *)(ps_shard_reply(a, s) + a->index_slots);
 }
 
+/*
+ * A shard's first user looks at its header and indexes only (ps_shard_sane). Until the sweep has read
+ * the entries too, one may hold anything: no number in it leads out of where it points.
+ */
+static inline const uint8_t *ps_address(const struct ps_arena *a, uint16_t number)
+{
+	return a->address[number & (PS_MAX_ADDRESSES - 1)].bytes;
+}
+
+static inline struct ps_backend_count *ps_backend_of(struct ps_arena *a, const struct ps_flow *f)
+{
+	return &a->backend[f->backend_id & (PS_MAX_BACKENDS - 1)];
+}
+
+static inline uint16_t ps_link(const struct ps_shard *s, uint16_t link) { return link <= s->high ? link : 0; }
+
 /* Bytes of a shard: header, two indexes, entries; a multiple of a cache line. */
 static inline uint64_t ps_shard_bytes(uint32_t entries, uint32_t index_slots)
 {
@@ -83,7 +99,7 @@ static inline uint32_t ps_home_reply(const struct ps_arena *a, const uint8_t *ba
 
 static inline uint32_t ps_home_of(const struct ps_arena *a, const struct ps_flow *f, bool reply)
 {
-	return reply ? ps_home_reply(a, f->backend, f->backend_port, a->address[f->snat].bytes, f->snat_port)
+	return reply ? ps_home_reply(a, f->backend, f->backend_port, ps_address(a, f->snat), f->snat_port)
 		     : ps_home_forward(a, f->hash);
 }
 
@@ -130,7 +146,7 @@ static inline struct ps_flow *ps_find_forward(const struct ps_arena *a, struct p
 
 		if (f->hash == k->hash && f->client_port == k->sport && f->vip_port == k->dport &&
 		    !(f->flags & PS_FLOW_UDP) == !k->udp && !memcmp(f->client, k->source, 16) &&
-		    !memcmp(a->address[f->vip].bytes, k->destination, 16))
+		    !memcmp(ps_address(a, f->vip), k->destination, 16))
 			return f;
 	}
 	return NULL;
@@ -147,7 +163,7 @@ static inline struct ps_flow *ps_find_reply(const struct ps_arena *a, struct ps_
 		struct ps_flow *f = &flows[index[at] - 1];
 
 		if (f->snat_port == k->dport && f->backend_port == k->sport && !(f->flags & PS_FLOW_UDP) == !k->udp &&
-		    !memcmp(f->backend, k->source, 16) && !memcmp(a->address[f->snat].bytes, k->destination, 16))
+		    !memcmp(f->backend, k->source, 16) && !memcmp(ps_address(a, f->snat), k->destination, 16))
 			return f;
 	}
 	return NULL;
@@ -190,17 +206,18 @@ static inline void ps_list_remove(const struct ps_arena *a, struct ps_shard *s, 
 	bool closed = f->state == PS_FLOW_CLOSED;
 	uint16_t *head = closed ? &s->closed_head : &s->half_head;
 	uint16_t *tail = closed ? &s->closed_tail : &s->half_tail;
+	uint16_t prev = ps_link(s, f->prev), next = ps_link(s, f->next);
 
 	if (!(f->flags & PS_FLOW_LISTED))
 		return;
-	if (f->prev)
-		flows[f->prev - 1].next = f->next;
+	if (prev)
+		flows[prev - 1].next = next;
 	else
-		*head = f->next;
-	if (f->next)
-		flows[f->next - 1].prev = f->prev;
+		*head = next;
+	if (next)
+		flows[next - 1].prev = prev;
 	else
-		*tail = f->prev;
+		*tail = prev;
 	f->prev = f->next = 0;
 	f->flags &= (uint8_t)~PS_FLOW_LISTED;
 	if (closed)
@@ -261,7 +278,7 @@ static inline void ps_flow_set_state(const struct ps_arena *a, struct ps_shard *
 /* The flag is set after the counter and cleared before it: a rebuild counts whoever has none. */
 static inline void ps_backend_add(struct ps_arena *a, struct ps_flow *f)
 {
-	__atomic_fetch_add(&a->backend[f->backend_id].live, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&ps_backend_of(a, f)->live, 1, __ATOMIC_RELAXED);
 	f->flags |= PS_FLOW_COUNTED;
 }
 
@@ -271,7 +288,7 @@ static inline void ps_backend_subtract(struct ps_arena *a, struct ps_flow *f)
 		return;
 	f->flags &= (uint8_t)~PS_FLOW_COUNTED;
 	PS_BARRIER();
-	__atomic_fetch_sub(&a->backend[f->backend_id].live, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_sub(&ps_backend_of(a, f)->live, 1, __ATOMIC_RELAXED);
 }
 
 static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct ps_flow *f)
@@ -315,6 +332,8 @@ static inline struct ps_flow *ps_flow_room(struct ps_arena *a, struct ps_shard *
 		ps_flow_remove(a, s, &flows[s->half_head - 1]);
 		++*recycled;
 	}
+	if (s->free && flows[s->free - 1].state != PS_FLOW_FREE)
+		s->free = 0; /* a flow lives there: the list is rubbish from here on */
 	if (!s->free && s->high >= a->entries) {
 		uint16_t oldest = s->closed_head ? s->closed_head : s->half_head;
 
@@ -337,7 +356,7 @@ static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct
 	ps_shard_begin(s);
 	ps_shard_expect(s, now + timeout[copy.state]);
 	if (s->free == entry + 1)
-		s->free = room->next;
+		s->free = ps_link(s, room->next);
 	else
 		s->high = (uint16_t)(entry + 1);
 	PS_POINT(INSERT_TAKEN);
@@ -358,7 +377,7 @@ static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct
 		ps_list_add(a, s, room);
 	PS_POINT(INSERT_LISTED);
 	s->live++;
-	__atomic_fetch_add(&a->backend[room->backend_id].created, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&ps_backend_of(a, room)->created, 1, __ATOMIC_RELAXED);
 	ps_backend_add(a, room);
 	PS_POINT(INSERT_COUNTED);
 	ps_shard_end(s);
@@ -403,7 +422,7 @@ static inline struct ps_flow *ps_find_twin(const struct ps_arena *a, struct ps_s
 	struct ps_key k = { .udp = f->flags & PS_FLOW_UDP, .hash = f->hash };
 
 	memcpy(k.source, reply ? f->backend : f->client, 16);
-	memcpy(k.destination, a->address[reply ? f->snat : f->vip].bytes, 16);
+	memcpy(k.destination, ps_address(a, reply ? f->snat : f->vip), 16);
 	k.sport = reply ? f->backend_port : f->client_port;
 	k.dport = reply ? f->snat_port : f->vip_port;
 	return reply ? ps_find_reply(a, s, &k) : ps_find_forward(a, s, &k);
@@ -563,7 +582,7 @@ static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s
 	struct ps_key k = { .sport = backend_port, .udp = udp };
 
 	memcpy(k.source, backend, 16);
-	memcpy(k.destination, a->address[snat].bytes, 16);
+	memcpy(k.destination, ps_address(a, snat), 16);
 	for (uint32_t i = 0; i < n; i++) {
 		uint32_t at = (s->port_cursor + i) % n;
 		uint32_t port = (first + at) * a->buckets + bucket;
