@@ -47,7 +47,7 @@ class Client:
             raise CliError(
                 f"{path}: the agent has not answered for {ANSWER_SECONDS} s; see {self.run_directory / 'agent.log'}"
             ) from None
-        except (FileNotFoundError, ConnectionRefusedError, ConnectionResetError):
+        except (FileNotFoundError, ConnectionError):
             raise NoAgent(
                 f"{path}: no agent answers; start one with: packetstack up FILE (or name its --run-dir)"
             ) from None
