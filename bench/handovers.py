@@ -14,7 +14,7 @@ from typing import Any
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab
-from packetstack_cli.outage import Outage
+from packetstack_cli.outage import Outage, hang
 from packetstack_cli.traffic import Servers, Traffic
 from rows import Row, yes
 
@@ -77,12 +77,14 @@ def kills(quick: bool) -> Iterator[Row]:
         traffic = Traffic(lab, (TCP,), (UDP,), connections=2000, udp_flows=200, request_interval_ms=1000)
         traffic.wait_open()
         for i in range(5 if quick else 20):
-            for fault, number in (("datapath", signal.SIGKILL), ("engine", signal.SIGKILL), ("hang", signal.SIGSTOP)):
+            for fault in ("datapath", "engine", "hang"):
                 engine = settled(client)["engines"][i % 2]
-                if fault == "engine":
-                    took[fault].append(outage.after(engine["slot"], partial(os.killpg, engine["initPid"], number)))
-                else:
-                    took[fault].append(outage.after(engine["slot"], partial(os.kill, engine["pid"], number)))
+                strike = {
+                    "datapath": partial(os.kill, engine["pid"], signal.SIGKILL),
+                    "engine": partial(os.killpg, engine["initPid"], signal.SIGKILL),
+                    "hang": partial(hang, engine["pid"]),
+                }[fault]
+                took[fault].append(outage.after(engine["slot"], strike))
             slot = settled(client)["engines"][i % 2]["slot"]
             pauses.append(client.call("upgrade", name="demo", slot=slot)["pauseMilliseconds"])
             if i % 5 == 4:

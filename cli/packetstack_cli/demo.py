@@ -27,7 +27,7 @@ from rich.text import Text
 
 from packetstack_cli.client import Client, CliError
 from packetstack_cli.lab import NODE_UPLINK, Lab, LabError
-from packetstack_cli.outage import Outage
+from packetstack_cli.outage import Outage, hang
 from packetstack_cli.traffic import Outcome, Servers, Traffic
 
 STACK = "demo"
@@ -213,9 +213,9 @@ def _plan(lab: Lab, client: Client, outage: Outage) -> list[Step]:
         engine = engines()[-1]
         return outage.after(engine["slot"], lambda: os.killpg(engine["initPid"], signal.SIGKILL))
 
-    def hang() -> float:
+    def hang_datapath() -> float:
         engine = engines()[0]
-        return outage.after(engine["slot"], lambda: os.kill(engine["pid"], signal.SIGSTOP))
+        return outage.after(engine["slot"], lambda: hang(engine["pid"]))
 
     def restart_agent() -> str:
         agent = client.agent_pid()
@@ -231,7 +231,7 @@ def _plan(lab: Lab, client: Client, outage: Outage) -> list[Step]:
         Step("scale 1 → 3", scale(3), Kind.RESIZE),
         Step("kill -9 a datapath", kill_datapath, Kind.KILL),
         Step("kill -9 a whole engine", kill_engine, Kind.KILL),
-        Step("hang a datapath", hang, Kind.HANG),
+        Step("hang a datapath", hang_datapath, Kind.HANG),
         Step("kill -9 the agent, restart", restart_agent, Kind.AGENT_RESTART),
         Step("upgrade a datapath", lambda: lab.packetstack("upgrade", engines()[0]["name"]), Kind.UPGRADE),
     ]

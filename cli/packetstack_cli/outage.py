@@ -1,11 +1,15 @@
 """How long nobody is served after something was done to an engine, as a client of that engine sees it."""
 
+import os
 import random
 import select
+import signal
 import socket
 import struct
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab, LabError, inside
@@ -18,6 +22,17 @@ TRIES = 200
 _DATAGRAM = struct.Struct("=IIQIIQQQII")
 _MAGIC = 0x50536464
 _DATA = 1
+
+
+def hang(pid: int, limit_seconds: float = 5.0) -> None:
+    """Stop a process, and return when it has: on a busy machine its threads go on for some time after the signal."""
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + limit_seconds
+    with suppress(OSError):  # killed meanwhile
+        while any(p.read_text().rpartition(")")[2].split()[0] != "T" for p in Path(f"/proc/{pid}/task").glob("*/stat")):
+            if time.monotonic() > deadline:
+                raise LabError(f"process {pid}: has not stopped for {limit_seconds:g} s")
+            time.sleep(0.001)
 
 
 class Outage:

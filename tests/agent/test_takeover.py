@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from packetstack_cli.outage import hang
 from packetstack_core import abi
 
 from .conftest import BACKENDS, Node, ask, eventually, stack
@@ -145,13 +146,13 @@ def test_a_hung_datapath_is_killed_and_followed(node: Node, served: Any, hung: s
     engines = node.status()["engines"]
     if hung == "all":
         for engine in engines:
-            os.kill(engine["pid"], signal.SIGSTOP)
+            hang(engine["pid"])
     else:
-        os.kill(engines[0]["pid"], signal.SIGSTOP)
+        hang(engines[0]["pid"])
         node.lab.packetstack("scale", "web", "--replicas", "3")
     assert ask(served) in BACKENDS
+    eventually(lambda: any(e["reason"] == "EngineHung" for e in node.client.call("events", name="web")))
     eventually(lambda: all(e["ready"] for e in node.status()["engines"]))
-    assert any(e["reason"] == "EngineHung" for e in node.client.call("events", name="web"))
 
 
 def test_an_engine_whose_interface_is_deleted_is_made_again_in_its_slot(node: Node, served: Any) -> None:

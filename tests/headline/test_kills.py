@@ -14,7 +14,7 @@ import pytest
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import NODE_UPLINK, Lab
-from packetstack_cli.outage import Outage
+from packetstack_cli.outage import Outage, hang
 from packetstack_cli.traffic import Outcome, Servers, Traffic
 
 from .test_resize import DEMO, SIZES, TARGETS, UDP_TARGETS, drops, wait_ready
@@ -135,7 +135,7 @@ def test_after_a_hang_its_flows_are_served_again_a_second_after_the_limit() -> N
         for i in range(6):
             engines = s.engines()
             engine = engines[i % len(engines)]
-            took.append(s.outage.after(engine["slot"], lambda e=engine: os.kill(e["pid"], signal.SIGSTOP)))
+            took.append(s.outage.after(engine["slot"], lambda e=engine: hang(e["pid"])))
             s.settle()
     print(f"served again after {sorted(round(t, 1) for t in took)} ms")
     assert statistics.median(took) < HANG_LIMIT_MS + SERVED_AGAIN_MS
