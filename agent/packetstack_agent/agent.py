@@ -117,8 +117,9 @@ class Agent:
         self._watch_backends()
         deadline = time.monotonic() + REGAIN_SECONDS
         for engine in [e for m in self.stacks.values() for e in m.engines.values()]:
-            if engine.attachments is not None and await asyncio.to_thread(engines.populated, engine):
-                await engine.attachments.until(partial(_is_ready, engine), deadline - time.monotonic())
+            attachments = engine.attachments  # gone as soon as a fresh process finds that the descriptors are lost
+            if attachments is not None and await asyncio.to_thread(engines.populated, engine):
+                await attachments.until(partial(_is_ready, engine), deadline - time.monotonic())
         for managed in self.stacks.values():
             for engine in list(managed.engines.values()):
                 if engine.view is None and engine.making is None:
