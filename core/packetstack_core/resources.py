@@ -59,7 +59,7 @@ class ResourceError(ValueError):
         self.problems = problems
 
 
-class _Problems(ValueError):
+class Problems(ValueError):
     """Several problems of one model, found after its fields were read. Pairs of (path below the model, text)."""
 
     def __init__(self, found: list[tuple[tuple[str | int, ...], str]]) -> None:
@@ -128,7 +128,7 @@ _DNS_LABEL = Text(
     r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", 63, "a DNS label", "lower-case letters, digits and '-', as in \"edge-1\""
 )
 _STACK_NAME = Text(_DNS_LABEL.pattern, MAX_NAME, _DNS_LABEL.what, _DNS_LABEL.use)
-_DNS_NAME = Text(
+DNS_NAME = Text(
     r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*",
     253,
     "a DNS name",
@@ -312,7 +312,7 @@ class DevicePlugin(Model):
 class ResourceClaim(Model):
     """A virtual function by dynamic resource allocation."""
 
-    resource_claim_template_name: Annotated[str, _DNS_NAME]
+    resource_claim_template_name: Annotated[str, DNS_NAME]
 
 
 class Attachment(Model):
@@ -367,8 +367,8 @@ class PodTemplate(Model):
     tolerations: Items[Opaque] = ()
     affinity: Opaque = Field(default_factory=dict)
     topology_spread_constraints: Items[Opaque] = ()
-    priority_class_name: Annotated[str, _DNS_NAME] | None = None
-    service_account_name: Annotated[str, _DNS_NAME] | None = None
+    priority_class_name: Annotated[str, DNS_NAME] | None = None
+    service_account_name: Annotated[str, DNS_NAME] | None = None
 
 
 class Engine(Model):
@@ -444,7 +444,7 @@ class Backends(Model):
                 text = f"{e.address} port {e.port} is already endpoints[{first}]; use each backend once, with a weight"
                 found.append((("endpoints", i), text))
         if found:
-            raise _Problems(found)
+            raise Problems(found)
         return self
 
 
@@ -507,7 +507,7 @@ class FlowTable(Model):
             most = self.buckets * MAX_FLOWS_PER_BUCKET
             found.append((("maxFlows",), f"{self.max_flows} does not fit {self.buckets} buckets; use at most {most}"))
         if found:
-            raise _Problems(found)
+            raise Problems(found)
         return self
 
 
@@ -776,7 +776,7 @@ class Spec(Model):
     def _parts_fit_each_other(self) -> Self:
         found = [*self._check_snat(), *self._check_listeners()]
         if found:
-            raise _Problems(found)
+            raise Problems(found)
         return self
 
     def _check_snat(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
@@ -903,7 +903,7 @@ def parse(document: Mapping[str, Any]) -> PacketStack:
     try:
         return PacketStack.model_validate(dict(document))
     except ValidationError as e:
-        raise ResourceError([line for error in e.errors() for line in _describe(error)]) from None
+        raise ResourceError([line for error in e.errors() for line in describe(error, PacketStack)]) from None
     except RecursionError:
         raise ResourceError(["document: is nested too deeply; use the fields that the documentation names"]) from None
 
@@ -1023,11 +1023,12 @@ _MISSING: dict[str, str] = {
 }
 
 
-def _describe(error: ErrorDetails) -> Iterator[str]:
+def describe(error: ErrorDetails, root: type[BaseModel]) -> Iterator[str]:
+    """The lines for one error of a model; `root` is the model of the whole document."""
     path, kind, value = error["loc"], error["type"], error["input"]
     context = error.get("ctx", {})
     cause = context.get("error")
-    if isinstance(cause, _Problems):
+    if isinstance(cause, Problems):
         for below, text in cause.found:
             yield f"{_path((*path, *below))}: {text}"
     elif kind == "value_error":
@@ -1035,7 +1036,7 @@ def _describe(error: ErrorDetails) -> Iterator[str]:
     elif kind == "missing":
         yield f"{_path(path)}: is missing; use {_MISSING.get(str(path[-1]), 'a value')}"
     elif kind in ("extra_forbidden", "invalid_key"):
-        known = _fields_at(path[:-1])
+        known = _fields_at(root, path[:-1])
         close = difflib.get_close_matches(str(path[-1])[:100], known, 1)
         right = f"did you mean {close[0]}?" if close else f"use one of {', '.join(known)}" if known else "leave it out"
         yield f"{_path(path)}: is an unknown field; {right}"
@@ -1049,9 +1050,9 @@ def _describe(error: ErrorDetails) -> Iterator[str]:
         yield f"{_path(path)}: {show(value)} is wrong: {_one_line(error['msg'])}"
 
 
-def _fields_at(path: tuple[str | int, ...]) -> list[str]:
+def _fields_at(root: type[BaseModel], path: tuple[str | int, ...]) -> list[str]:
     """Names of the fields that the mapping at `path` may have."""
-    model: type[BaseModel] | None = PacketStack
+    model: type[BaseModel] | None = root
     for part in path:
         if isinstance(part, int) or model is None:
             continue

@@ -1,0 +1,301 @@
+"""The kinds that the operator writes, `FlowTable` and `PacketEngine`, and the status of a `PacketStack`.
+
+A `FlowTable` is all that an agent needs to know of a stack: engines, who owns which bucket, listeners with their
+backends resolved. The operator writes its spec; each agent answers in its status, in a list keyed by node. A
+`PacketEngine` shows one engine to a person; nothing is decided from it.
+
+Engines are named by a number, their `id`: 1 to 1023 within a stack, given in turn, so that one is not used again
+soon. The engine's pod is called `<stack>-<id>`. (An agent gives each engine a slot of its node; that is its own
+business.)
+"""
+
+import base64
+import binascii
+import zlib
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import Field, ValidationError, model_validator
+
+from packetstack_core import resources
+from packetstack_core.planning import NOBODY, Owner
+from packetstack_core.reconciling import State
+from packetstack_core.resources import (
+    API_VERSION,
+    MAX_BUCKETS,
+    MAX_CORES,
+    MAX_QUEUES,
+    MAX_REPLICAS,
+    Count,
+    Handover,
+    Items,
+    Listener,
+    Metadata,
+    Model,
+    PacketStack,
+    ResourceError,
+    Snat,
+    Whole,
+    show,
+)
+
+MAX_ENGINE_ID = 1023
+"""What ten bits of an owner hold; 0 is nobody."""
+MAX_TABLE_ENGINES = 2 * MAX_REPLICAS
+"""While a pool is replaced there may be twice as many as wanted."""
+
+EngineId = Annotated[int, Whole(1, MAX_ENGINE_ID, "an engine's id")]
+StateName = Literal["Pending", "Starting", "Active", "Draining", "Failed"]
+
+
+# ---- owners ----------------------------------------------------------------------------------------------------
+
+
+def encode_owners(owners: Sequence[Owner | None]) -> str:
+    """Owner by bucket as text: base64 of zlib of one little-endian 16-bit word each, `id << 6 | queue`, 0 = nobody."""
+    words = array("H", (0 if o is None or o == NOBODY else o.slot << 6 | o.queue for o in owners))
+    return base64.b64encode(zlib.compress(words.tobytes(), 9)).decode()
+
+
+def decode_owners(text: str, buckets: int) -> list[Owner | None]:
+    """What `encode_owners` wrote; all nobody for an empty text. ValueError for anything else, never more memory."""
+    if not text:
+        return [NOBODY] * buckets
+    try:
+        packed = base64.b64decode(text, validate=True)
+        engine = zlib.decompressobj()
+        data = engine.decompress(packed, 2 * buckets + 1)
+        if len(data) != 2 * buckets or not engine.eof:
+            raise ValueError
+        words = array("H", data)
+    except (ValueError, zlib.error, binascii.Error):
+        raise ValueError(f"{show(text)} is not the owners of {buckets} buckets") from None
+    return [Owner(w >> 6, w & 63) if w >> 6 else NOBODY for w in words]
+
+
+# ---- FlowTable -------------------------------------------------------------------------------------------------
+
+
+class TableEngine(Model):
+    """An engine that the node's agent shall attach."""
+
+    id: EngineId
+    name: resources.Name
+    """Of its pod."""
+    pod_uid: Annotated[str, resources.Text(r"[-0-9a-fA-F]*", 63, "a UID", "the pod's metadata.uid")] = ""
+    """Empty until the pod runs: nothing is attached before."""
+    interface: Annotated[str, resources.Text(r"[A-Za-z0-9_.-]*", 15, "an interface's name", 'a name as in "net1"')] = ""
+    """In the pod. Empty: the agent makes a veth pair."""
+    state: StateName
+    template: Annotated[str, resources.Text(r"[0-9a-f]+", 64, "a hash", "hexadecimal digits")]
+    queues: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")]
+    cores: Annotated[int, Whole(1, MAX_CORES, "a number of cores")]
+    cpu_policy: Literal["Exclusive", "Shared"] = "Shared"
+
+
+class FlowTableSpec(Model):
+    """What packets shall see."""
+
+    node: Annotated[str, resources.DNS_NAME] | None = None
+    """Where all engines of the stack run; absent while there is none."""
+    engines: Items[TableEngine] = ()
+    last_engine: Annotated[int, Whole(0, MAX_ENGINE_ID, "an engine's id")] = 0
+    """The id that was given last."""
+    owners: Annotated[str, resources.Text(r"[A-Za-z0-9+/=]*", 65536, "base64", "what the operator writes")] = ""
+    """`encode_owners`, by engine id."""
+    listeners: Items[Listener]
+    """All backends are endpoints."""
+    snat: Snat
+    unknown_flow: Literal["Drop", "Reset"] = "Drop"
+    flow_table: resources.FlowTable = resources.FlowTable()
+    handover: Handover = Handover()
+
+    @model_validator(mode="after")
+    def _parts_fit_each_other(self) -> "FlowTableSpec":
+        found: list[tuple[tuple[str | int, ...], str]] = []
+        ids: dict[int, int] = {}
+        for i, engine in enumerate(self.engines):
+            if ids.setdefault(engine.id, i) != i:
+                found.append(
+                    (("engines", i, "id"), f"{engine.id} is already engines[{ids[engine.id]}]; use an id once")
+                )
+        try:
+            decode_owners(self.owners, self.flow_table.buckets)
+        except ValueError as e:
+            found.append((("owners",), str(e)))
+        for i, listener in enumerate(self.listeners):
+            if listener.backends.endpoints is None:
+                found.append((("listeners", i, "backends"), "has a service; use the endpoints that it stands for"))
+        if found:
+            raise resources.Problems(found)
+        return self
+
+    def owner_ids(self) -> list[Owner | None]:
+        """Owner by bucket; `Owner.slot` is an engine's id."""
+        return decode_owners(self.owners, self.flow_table.buckets)
+
+
+class EngineReport(Model):
+    """An engine as its node's agent sees it."""
+
+    id: EngineId
+    name: str
+    ready: bool = False
+    """A datapath serves its queues, and has answered a probe packet."""
+    buckets: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
+    """That packets reach it for."""
+    flows: Annotated[int, Whole(0, 2**31 - 1, "a number of flows")] = 0
+    """Rounded down to a power of two, so that it changes seldom. Exact ones are metrics."""
+    interface: str = ""
+    mac: str = ""
+    message: str = ""
+    """Why it is not ready."""
+
+
+class NodeReport(Model):
+    """A node's answer to a flow table."""
+
+    node: str
+    observed_generation: int = 0
+    settled: bool = False
+    """Each bucket's owner is the one of the observed generation, and no fence is open."""
+    owned: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
+    """Buckets that have an owner."""
+    engines: Items[EngineReport] = ()
+    agent_version: str = ""
+    layout: int = 0
+    """Version of the shared memory's layout."""
+    message: str = ""
+    """What stands in the way, as in "AddressConflict: 192.0.2.10 belongs to stack default/web"."""
+
+
+class FlowTableStatus(Model):
+    """The agents' answers."""
+
+    nodes: Items[NodeReport] = ()
+
+
+class FlowTable(Model):
+    """One a stack, of the same name and namespace."""
+
+    api_version: Literal["packetstack.io/v1alpha1"]
+    kind: Literal["FlowTable"]
+    metadata: Metadata
+    spec: FlowTableSpec
+    status: FlowTableStatus = FlowTableStatus()
+
+    def report(self) -> NodeReport | None:
+        """What the agent of the stack's node said last."""
+        return next((n for n in self.status.nodes if n.node == self.spec.node), None)
+
+    def stack(self) -> PacketStack:
+        """The part that an agent carries out, as a resource of its own."""
+        spec = self.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+        kept = ("listeners", "snat", "unknownFlow", "flowTable", "handover")
+        running = sum(e.state in ("Starting", "Active") for e in self.spec.engines)
+        return resources.parse(
+            {
+                "apiVersion": API_VERSION,
+                "kind": resources.KIND,
+                "metadata": self.metadata.model_dump(by_alias=True),
+                "spec": {name: spec[name] for name in kept} | {"replicas": running},
+            }
+        )
+
+
+# ---- PacketEngine ----------------------------------------------------------------------------------------------
+
+
+class Condition(Model):
+    """As in Kubernetes' metav1.Condition."""
+
+    type: str
+    status: Literal["True", "False", "Unknown"]
+    reason: str
+    message: str = ""
+    last_transition_time: str
+    """RFC 3339, UTC."""
+    observed_generation: int = 0
+
+
+class PacketEngineSpec(Model):
+    """Which engine it is."""
+
+    stack: resources.Name
+    id: EngineId
+
+
+class PacketEngineStatus(Model):
+    """How it is. Written when something changes; live numbers are metrics."""
+
+    state: StateName = State.PENDING.value
+    ready: bool = False
+    node: str = ""
+    pod: str = ""
+    interface: str = ""
+    mac: str = ""
+    pci_address: str = ""
+    cores: int = 0
+    queues: int = 0
+    template: str = ""
+    buckets: int = 0
+    flows: int = 0
+    """Rounded down to a power of two."""
+    message: str = ""
+    conditions: Items[Condition] = ()
+
+
+class PacketEngine(Model):
+    """One an engine, of the name of its pod."""
+
+    api_version: Literal["packetstack.io/v1alpha1"]
+    kind: Literal["PacketEngine"]
+    metadata: Metadata
+    spec: PacketEngineSpec
+    status: PacketEngineStatus = PacketEngineStatus()
+
+
+# ---- status of a PacketStack -----------------------------------------------------------------------------------
+
+
+class PacketStackStatus(Model):
+    """How a stack is."""
+
+    observed_generation: int = 0
+    replicas: Count = 0
+    """Starting and active engines; draining ones are not among them."""
+    ready_replicas: Count = 0
+    """In the flow table and serving."""
+    updated_replicas: Count = 0
+    """Of the present template."""
+    draining_replicas: Annotated[int, Whole(0, MAX_TABLE_ENGINES, "a number of engines")] = 0
+    selector: str = ""
+    """Of the active engines' pods, for HPA and KEDA."""
+    flow_table_generation: int = 0
+    node: str = ""
+    capacity: dict[str, int] = Field(default_factory=dict)
+    conditions: Items[Condition] = ()
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------
+
+K = TypeVar("K", FlowTable, PacketEngine)
+
+
+def read(kind: type[K], document: Mapping[str, Any]) -> K:
+    """An object as the API server gives it. ResourceError if it is not one of this kind."""
+    try:
+        return kind.model_validate(dict(document))
+    except ValidationError as e:
+        raise ResourceError([line for error in e.errors() for line in resources.describe(error, kind)]) from None
+
+
+def labels(stack: str) -> dict[str, str]:
+    """What marks an object as part of a stack."""
+    return {
+        "app.kubernetes.io/name": "packetstack",
+        "app.kubernetes.io/managed-by": "packetstack-operator",
+        "app.kubernetes.io/component": "engine",
+        "packetstack.io/stack": stack,
+    }

@@ -1,0 +1,91 @@
+"""FlowTable and PacketEngine: what they carry comes back, and nothing else is accepted."""
+
+import base64
+import zlib
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packetstack_core import kinds
+from packetstack_core.planning import NOBODY, Owner
+from packetstack_core.resources import ResourceError
+
+ENGINE = {"id": 1, "name": "web-1", "state": "Active", "template": "ab12", "queues": 4, "cores": 1}
+
+
+def table(**spec: Any) -> dict[str, Any]:
+    """A flow table as the API server gives it."""
+    whole = {
+        "node": "n1",
+        "engines": [ENGINE],
+        "listeners": [{"name": "a", "address": "192.0.2.1", "port": 80, "backends": {"endpoints": []}}],
+        "snat": {"addresses": ["192.0.2.64/28"]},
+    }
+    return {
+        "apiVersion": "packetstack.io/v1alpha1",
+        "kind": "FlowTable",
+        "metadata": {"name": "web", "namespace": "shop", "uid": "1", "resourceVersion": "7"},
+        "spec": {**whole, **spec},
+    }
+
+
+owners = st.lists(
+    st.one_of(st.just(NOBODY), st.builds(Owner, st.integers(1, 1023), st.integers(0, 63))), min_size=256, max_size=256
+)
+
+
+@given(owners)
+def test_owners_come_back_as_they_were_written(wanted: list[Owner]) -> None:
+    assert kinds.decode_owners(kinds.encode_owners(wanted), 256) == wanted
+
+
+def test_no_owners_are_nobodys() -> None:
+    assert kinds.decode_owners("", 512) == [NOBODY] * 512
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "?",
+        "AAAA",
+        kinds.encode_owners([Owner(1, 1)] * 512),
+        kinds.encode_owners([Owner(1, 1)] * 256)[:-8],
+        base64.b64encode(zlib.compress(bytes(1 << 24))).decode(),
+    ],
+    ids=["no base64", "no zlib", "too many", "torn", "a bomb"],
+)
+def test_what_is_not_owners_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not the owners of 256 buckets"):
+        kinds.decode_owners(text, 256)
+
+
+def test_a_flow_table_is_read_and_names_what_an_agent_carries_out() -> None:
+    read = kinds.read(kinds.FlowTable, table())
+    stack = read.stack()
+    assert (stack.name, stack.metadata.namespace, stack.spec.replicas) == ("web", "shop", 1)
+    assert stack.spec.listeners == read.spec.listeners
+
+
+def test_the_answer_of_the_tables_node_is_found() -> None:
+    nodes = [{"node": "n0"}, {"node": "n1", "observedGeneration": 3}]
+    read = kinds.read(kinds.FlowTable, {**table(), "status": {"nodes": nodes}})
+    report = read.report()
+    assert report is not None
+    assert report.observed_generation == 3
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"engines": [ENGINE, ENGINE]}, "spec.engines[1].id: 1 is already engines[0]; use an id once"),
+        ({"owners": "AAAA"}, 'spec.owners: "AAAA" is not the owners of 4096 buckets'),
+        ({"ownerz": ""}, "spec.ownerz: is an unknown field; did you mean owners?"),
+        ({"engines": [{**ENGINE, "id": 0}]}, "spec.engines[0].id: 0 is not an engine's id; use 1 to 1023"),
+    ],
+)
+def test_a_wrong_flow_table_is_refused_with_the_field(spec: dict[str, Any], said: str) -> None:
+    with pytest.raises(ResourceError) as e:
+        kinds.read(kinds.FlowTable, table(**spec))
+    assert said in e.value.problems
