@@ -1,0 +1,1 @@
+"""The Kubernetes side: PacketStack resources become engine pods and flow tables."""

@@ -1,0 +1,5 @@
+"""`packetstack-operator`."""
+
+
+def main() -> None:
+    """Run until told to stop."""
