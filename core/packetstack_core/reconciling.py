@@ -4,10 +4,11 @@
 nothing, any action may fail or be repeated, and at the goal it returns nothing.
 
 Rules
-- An engine is removed only when it owns no bucket.
+- An engine is removed only when it owns no bucket, and none is still on its way from it.
 - A bucket is given only to an engine that is ready and stays.
 - Which engines stay: active ones before draining before starting ones, and those with more flows first. So
   those that never served go first, and a draining engine is taken back when it is wanted again.
+- An engine that is leaving does not stay; another is made for it while it can still hand its buckets over.
 - Engines of another template are replaced: at most `max_surge` engines beyond `replicas` (draining ones are
   not counted), and never fewer than `replicas - max_unavailable` that are ready.
 - `replicas` 0 takes the owner from every bucket and removes all engines. The flows stay in the arena and go
@@ -77,6 +78,10 @@ class Engine:
     queues: int
     flows: int = 0
     weight: float = 1.0
+    leaving: bool = False
+    """It will be gone soon whatever is wanted: its pod is being deleted. It never stays."""
+    holds: int = 0
+    """Buckets that packets reach it for though `owners` says another: they are on their way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +127,7 @@ class DrainEngine:
 
 @dataclass(frozen=True, slots=True)
 class RemoveEngine:
-    """Remove it. It owns no bucket."""
+    """Remove it. It owns and holds no bucket."""
 
     slot: int
 
@@ -140,7 +145,7 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
     if desired.paused:
         return []
     owned = Counter(o.slot for o in observed.owners if o is not None and o != NOBODY)
-    alive = [e for e in observed.engines if e.state is not State.FAILED]
+    alive = [e for e in observed.engines if e.state is not State.FAILED and not e.leaving]
     kept = _kept(desired, alive, owned)
     actions: list[Action] = []
 
@@ -170,7 +175,7 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
         actions.append(AssignBuckets(tuple(moves)))
 
     for engine in leaving:
-        if not owned[engine.slot] and engine.state is not State.ACTIVE:
+        if not owned[engine.slot] and not engine.holds and engine.state is not State.ACTIVE:
             actions.append(RemoveEngine(engine.slot))
     return actions
 

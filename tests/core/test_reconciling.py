@@ -51,6 +51,7 @@ class World:
                 self.change(slot, state=State.DRAINING)
             case RemoveEngine(slot):
                 assert all(o is None or o.slot != slot for o in self.owners), "never removes an owner"
+                assert not self.engines[slot].holds, "never removes an engine that still holds a bucket"
                 del self.engines[slot]
             case AssignBuckets(moves):
                 for move in moves:
@@ -79,6 +80,8 @@ class World:
     def settle(self, desired, most=400):
         """Plans and acts until nothing is left to do. -> rounds"""
         for turn in range(most):
+            for slot in list(self.engines):
+                self.change(slot, holds=0)
             actions = plan(desired, self.observed(), now=0.0)
             for action in actions:
                 self.do(action)
@@ -190,6 +193,33 @@ def test_a_failed_engine_is_replaced_and_removed_when_it_owns_nothing():
     for action in actions:
         world.do(action)
     assert RemoveEngine(2) in plan(desired(2), world.observed(), 0)
+
+
+def test_an_engine_that_is_leaving_hands_over_to_another_that_is_made_for_it():
+    world = started(1)
+    world.change(1, leaving=True)
+    assert kinds(plan(desired(1), world.observed(), 0)) == {"DrainEngine": 1, "CreateEngine": 1}
+    world.settle(desired(1))
+    world.check_goal(desired(1))
+    assert 1 not in world.engines
+
+
+def test_an_engine_that_is_leaving_is_not_taken_back():
+    world = started(2)
+    world.do(DrainEngine(2))
+    world.change(2, leaving=True)
+    assert kinds(plan(desired(2), world.observed(), 0)) == {"CreateEngine": 1, "AssignBuckets": 1}
+
+
+def test_an_engine_is_kept_while_buckets_are_still_on_their_way_from_it():
+    world = started(2)
+    world.do(DrainEngine(2))
+    world.change(2, holds=5)
+    for action in plan(desired(1), world.observed(), 0):
+        world.do(action)
+    assert plan(desired(1), world.observed(), 0) == []
+    world.change(2, holds=0)
+    assert plan(desired(1), world.observed(), 0) == [RemoveEngine(2)]
 
 
 def test_buckets_with_an_open_fence_are_left_alone():
@@ -307,7 +337,7 @@ class Reconciling(RuleBasedStateMachine):
             self.world.do(action)
 
     @precondition(lambda self: self.world.engines)
-    @rule(data=st.data(), change=st.sampled_from(["ready", "unready", "fail", "start"]))
+    @rule(data=st.data(), change=st.sampled_from(["ready", "unready", "fail", "start", "leave", "hold"]))
     def something_happens(self, data, change):
         slot = data.draw(st.sampled_from(sorted(self.world.engines)))
         engine = self.world.engines[slot]
@@ -317,6 +347,10 @@ class Reconciling(RuleBasedStateMachine):
             self.world.change(slot, state=State.FAILED, ready=False)
         elif change == "start" and engine.state is State.PENDING:
             self.world.change(slot, state=State.STARTING)
+        elif change == "leave":
+            self.world.change(slot, leaving=True)
+        elif change == "hold":
+            self.world.change(slot, holds=1)
         elif engine.state is not State.PENDING:
             self.world.change(slot, ready=change == "ready")
 
