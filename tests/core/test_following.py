@@ -1,0 +1,133 @@
+"""An agent follows a flow table: it reaches it, one step after the other, and drops nothing on the way."""
+
+from collections import Counter
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packetstack_core import kinds
+from packetstack_core.following import Assign, Attach, Attached, Detach, follow, settled, target
+from packetstack_core.kinds import FlowTableSpec
+from packetstack_core.planning import NOBODY, Move, Owner
+
+BUCKETS = 256
+
+
+def table(owners: list[Owner | None], *engines: int | tuple[int, str], state: str = "Active") -> FlowTableSpec:
+    """A table with engines of two queues; their pods are called after their ids, or as given."""
+    named = [(e, f"uid-{e}") if isinstance(e, int) else e for e in engines]
+    document: dict[str, Any] = {
+        "apiVersion": "packetstack.io/v1alpha1",
+        "kind": "FlowTable",
+        "metadata": {"name": "web"},
+        "spec": {
+            "node": "n1",
+            "owners": kinds.encode_owners(owners),
+            "engines": [
+                {
+                    "id": i, "name": f"web-{i}", "podUid": uid.replace("uid", "0"),
+                    "state": state, "template": "ab", "queues": 2, "cores": 1,
+                }
+                for i, uid in named
+            ],
+            "listeners": [{"name": "a", "address": "192.0.2.1", "port": 80, "backends": {"endpoints": []}}],
+            "snat": {"addresses": ["192.0.2.64/28"]},
+            "flowTable": {"buckets": BUCKETS},
+        },
+    }  # fmt: skip
+    return kinds.read(kinds.FlowTable, document).spec
+
+
+def there(i: int, slot: int, ready: bool = True) -> Attached:
+    return Attached(i, slot, f"0-{i}", ready)
+
+
+def all_of(owner: Owner | None) -> list[Owner | None]:
+    return [owner] * BUCKETS
+
+
+def test_an_engine_whose_pod_runs_is_attached_once() -> None:
+    wanted = table(all_of(NOBODY), 1)
+    steps = follow(wanted, [], all_of(NOBODY), frozenset())
+    assert [s.engine.id for s in steps if isinstance(s, Attach)] == [1]
+    assert follow(wanted, [there(1, 7, ready=False)], all_of(NOBODY), frozenset()) == []
+
+
+def test_buckets_go_to_the_engines_slot_when_it_serves() -> None:
+    wanted = table(all_of(Owner(1, 1)), 1)
+    assert follow(wanted, [there(1, 7, ready=False)], all_of(NOBODY), frozenset()) == []
+    steps = follow(wanted, [there(1, 7)], all_of(NOBODY), frozenset({3}))
+    assert steps == [Assign(tuple(Move(b, Owner(7, 1)) for b in range(BUCKETS) if b != 3))]
+
+
+def test_an_engine_that_does_not_serve_now_keeps_its_buckets() -> None:
+    wanted = table(all_of(Owner(2, 0)), 1, 2)
+    steps = follow(wanted, [there(1, 7, ready=False), there(2, 8)], all_of(Owner(7, 0)), frozenset())
+    assert steps == []
+
+
+def test_buckets_of_a_lost_engine_go_to_others() -> None:
+    wanted = table(all_of(Owner(2, 0)), 2)
+    steps = follow(wanted, [there(2, 8)], all_of(Owner(7, 0)), frozenset())
+    assert steps == [Assign(tuple(Move(b, Owner(8, 0)) for b in range(BUCKETS)))]
+
+
+def test_an_engine_that_the_table_does_not_name_is_detached_when_it_owns_nothing() -> None:
+    wanted = table(all_of(Owner(2, 0)), 2)
+    both = [there(1, 7), there(2, 8)]
+    assert Detach(7) not in follow(wanted, both, [Owner(7, 0), *all_of(Owner(8, 0))[1:]], frozenset())
+    assert follow(wanted, both, all_of(Owner(8, 0)), frozenset()) == [Detach(7)]
+    assert not settled(wanted, both, all_of(Owner(8, 0)))
+    assert settled(wanted, both[1:], all_of(Owner(8, 0)))
+
+
+def test_a_pod_of_the_same_name_is_another_engine() -> None:
+    wanted = table(all_of(NOBODY), (1, "uid-9"))
+    assert Detach(7) in follow(wanted, [there(1, 7)], all_of(NOBODY), frozenset())
+
+
+def test_a_table_that_lost_its_owners_moves_nothing() -> None:
+    assert follow(table(all_of(NOBODY), 1), [there(1, 7)], all_of(Owner(7, 0)), frozenset()) == []
+
+
+def test_a_stack_that_shall_have_no_engine_gives_all_buckets_up() -> None:
+    for wanted in (table(all_of(NOBODY)), table(all_of(NOBODY), 1, state="Draining")):
+        steps = follow(wanted, [there(1, 7)], all_of(Owner(7, 0)), frozenset())
+        assert Assign(tuple(Move(b, NOBODY) for b in range(BUCKETS))) in steps
+
+
+@given(st.data())
+def test_following_ends_at_the_table_and_never_detaches_an_owner(data: st.DataObject) -> None:
+    ids = data.draw(st.lists(st.integers(1, 6), unique=True, min_size=1))
+    wish = data.draw(
+        st.lists(st.builds(Owner, st.sampled_from(ids), st.integers(0, 1)), min_size=BUCKETS, max_size=BUCKETS)
+    )
+    wanted = table(list(wish), *ids)
+    before = data.draw(st.lists(st.integers(1, 9), unique=True))
+    attached = [there(i, 100 + i) for i in before]
+    lost = data.draw(st.lists(st.sampled_from(range(100, 112)), min_size=BUCKETS, max_size=BUCKETS))
+    owners: list[Owner | None] = [Owner(s, 0) for s in lost]
+    slot = 200
+    for _ in range(8):
+        steps = follow(wanted, attached, owners, frozenset())
+        if not steps:
+            break
+        for step in steps:
+            match step:
+                case Attach(engine):
+                    slot += 1
+                    attached.append(Attached(engine.id, slot, engine.pod_uid, ready=data.draw(st.booleans())))
+                case Assign(moves):
+                    for move in moves:
+                        owners[move.bucket] = move.to
+                case Detach(gone):
+                    assert gone not in {o.slot for o in owners if o}
+                    attached = [a for a in attached if a.slot != gone]
+        attached = [Attached(a.id, a.slot, a.pod_uid, ready=True) for a in attached]
+    assert not follow(wanted, attached, owners, frozenset())
+    assert settled(wanted, attached, owners)
+    assert sorted(a.id for a in attached) == sorted(ids)
+    slots = {a.slot: a.id for a in attached}
+    assert Counter((slots[o.slot], o.queue) for o in owners if o) == Counter((o.slot, o.queue) for o in wish)
+    assert target(wanted, attached) == owners
