@@ -129,6 +129,8 @@ struct ps_transfer_report {
 };
 
 int ps_packet_socket(int netns, uint32_t ifindex, struct ps_error *e); /* for markers; netns -1 = here */
+/* One marker of no fence to each queue: an engine whose path works counts them (PS_C_MARKERS). */
+int ps_probe(const struct ps_fence_engine *engine, struct ps_error *e);
 /*
  * Moves buckets of one stack. Stores the words, runs the fence, releases the shards. Never releases
  * by a timer: with stalled_slot set, some shards are not released and the caller must repeat the

@@ -219,6 +219,19 @@ static uint32_t fence_side(struct transfer *t, int kind)
 	return 0;
 }
 
+int ps_probe(const struct ps_fence_engine *f, struct ps_error *e)
+{
+	struct ps_marker m = { .magic = PS_MARKER_MAGIC, .kind = PS_MARKER_INGRESS, .slot = (uint16_t)f->slot };
+
+	for (uint32_t q = 0; q < f->engine->queues; q++) {
+		m.queue = (uint8_t)q;
+		if (send_marker(f->ingress, &m))
+			return ps_fail(e, "engine %u: cannot send a probe to queue %u: %s", f->slot, q,
+				       strerror(errno));
+	}
+	return 0;
+}
+
 static void wake_engine(const struct ps_fence_engine *f)
 {
 	uint64_t one = 1;

@@ -13,8 +13,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from ipaddress import ip_address
-from itertools import islice
+from ipaddress import ip_address, ip_network
+from itertools import count, islice
 from typing import Any, TypeVar
 
 from packetstack_agent import engines, namespaces, networks, processes
@@ -25,7 +25,8 @@ from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_agent.status import Status, add_drops, captures, census, explain, sample
-from packetstack_core import abi, reconciling, resources
+from packetstack_core import abi, following, kinds, reconciling, resources
+from packetstack_core.kinds import FlowTable, FlowTableSpec, TableEngine
 from packetstack_core.planning import Move, Owner
 from packetstack_core.reconciling import (
     ActivateEngine,
@@ -55,6 +56,10 @@ RESTART_SECONDS = 0.25
 """Between two starts of an engine's init."""
 SILENT_SECONDS = 3.0
 """How long init may take to bring a datapath."""
+GONE_SECONDS = 0.5
+"""Without a datapath, before a pod is looked for; and between two looks."""
+PROBE_SECONDS, PROBE_LOOKS = 0.01, 50
+"""Between two looks for a probe packet, and how many until the next one is sent."""
 UPGRADE_SECONDS = 10.0
 REGAIN_SECONDS = 2.0
 """How long running datapaths may take to find a restarted agent."""
@@ -79,6 +84,10 @@ class Agent:
         self._background: set[asyncio.Task[None]] = set()
         self._node = asyncio.Lock()
         """Held while routes, proxied addresses and attached programs are being changed."""
+        self.applying = asyncio.Lock()
+        """Held while stacks come, go or become others."""
+        self.followed: Callable[[Managed], None] = lambda _: None
+        """Called when a stack has been brought nearer to its flow table, or could not be."""
 
     # ---- life ------------------------------------------------------------------------------------------------
 
@@ -106,9 +115,12 @@ class Agent:
         for name, document in record.documents.items():
             resource = resources.parse(document)
             directory = self.run.stack(name)
-            stack = await asyncio.to_thread(Stack, resource, record.indexes[name], directory, self.director)
+            stack = await asyncio.to_thread(Stack, name, resource, record.indexes[name], directory, self.director)
             managed = self.stacks[name] = Managed(stack)
             managed.pinned = {int(b): slot for b, slot in record.pinned.get(name, {}).items()}
+            if name in record.tables:
+                managed.table = kinds.read(kinds.FlowTable, record.tables[name])
+                managed.generation = record.tables[name]["metadata"]["generation"]
         for slot, known in list(record.engines.items()):
             if known["stack"] in self.stacks:
                 await self._regain(self.stacks[known["stack"]], int(slot), known)
@@ -136,6 +148,7 @@ class Agent:
         stack = managed.stack
         engine = Engine(self._blueprint(stack, known), self.director)
         engine.state = State(known["state"])
+        engine.probed = engine.state in (State.ACTIVE, State.DRAINING)  # it was, or it would not be
         managed.engines[slot] = engine
         if engine.state is State.PENDING:  # it was being made
             await self._destroy(managed, engine)
@@ -203,7 +216,9 @@ class Agent:
     async def apply(self, documents: Sequence[dict[str, Any]], uplinks: Sequence[str]) -> list[dict[str, str]]:
         """Make the stacks what the documents say. Everything is checked before anything is changed."""
         wanted = [resources.parse(d) for d in documents]
-        await asyncio.to_thread(self._check, wanted)
+        await asyncio.to_thread(self._check, {r.name: r for r in wanted})
+        for resource in wanted:
+            _check_local(resource)
         fresh = [u for u in dict.fromkeys(uplinks) if u not in self.run.record.uplinks]
         try:
             async with self._node:
@@ -220,7 +235,7 @@ class Agent:
         for resource in wanted:
             managed = self.stacks.get(resource.name)
             if managed is None:
-                await self._add_stack(resource)
+                await self._add_stack(resource.name, resource)
                 results.append({"stack": resource.name, "result": "created"})
             elif managed.stack.resource == resource:
                 results.append({"stack": resource.name, "result": "unchanged"})
@@ -229,8 +244,8 @@ class Agent:
                 results.append({"stack": resource.name, "result": "changed", "note": note})
         return results
 
-    def _check(self, wanted: Sequence[PacketStack]) -> None:
-        after = {name: m.stack.resource for name, m in self.stacks.items()} | {r.name: r for r in wanted}
+    def _check(self, wanted: dict[str, PacketStack]) -> None:
+        after = {name: m.stack.resource for name, m in self.stacks.items()} | wanted
         if len(after) > constant("PS_MAX_STACKS"):
             raise AgentError(f"{len(after)} stacks: a node takes at most {constant('PS_MAX_STACKS')}")
         owners: dict[Any, str] = {}
@@ -240,28 +255,31 @@ class Agent:
                     raise AgentError(
                         f"stack {name}: AddressConflict: {address} belongs to stack {owners[address]}; use another address"
                     )
-        for resource in wanted:
-            engine = resource.spec.engine
-            if engine.mode != "AFXDP":
-                raise AgentError(f"stack {resource.name}: spec.engine.mode: {engine.mode} is not built yet; use AFXDP")
-            if engine.interface.veth is None:
-                raise AgentError(
-                    f"stack {resource.name}: spec.engine.interface: the local runtime makes veth pairs; use {{veth: {{}}}}"
-                )
-            if resource.spec.handover.strategy != "Transfer":
-                raise AgentError(
-                    f"stack {resource.name}: spec.handover.strategy: Mirror is not built yet; use Transfer"
-                )
-            for listener in resource.spec.listeners:
-                if listener.backends.service is not None:
-                    raise AgentError(
-                        f"stack {resource.name}: listener {listener.name}: backends.service needs Kubernetes; use endpoints"
-                    )
-            old = self.stacks.get(resource.name)
+        for name, resource in wanted.items():
+            old = self.stacks.get(name)
             if old is not None:
                 resources.check_change(old.stack.resource, resource)
             networks.check_forwarding(a.version for a in resource.virtual_addresses())
             networks.check_not_local(resource.prefixes())
+
+    async def set_uplinks(self, wanted: Sequence[str]) -> None:
+        """Run the director on exactly these, interfaces or networks. One that cannot be only costs speed: it is told."""
+        names = []
+        for uplink in wanted:
+            try:
+                name = uplink
+                if "/" in uplink:
+                    name = await asyncio.to_thread(networks.with_address_in, ip_network(uplink, strict=False))
+                names.append(name)
+                if name not in self.run.record.uplinks:
+                    async with self._node:
+                        await asyncio.to_thread(self._attach_uplink, name)
+            except (AgentError, ValueError) as e:
+                self.event(
+                    "-", "UplinkFailed", f"--uplink {uplink}: {e}; its packets come by the routed pair", "Warning"
+                )
+        for uplink in [u for u in self.run.record.uplinks if u not in names]:
+            self._detach_uplink(uplink)
 
     def _attach_uplink(self, uplink: str) -> None:
         index = networks.index_of(uplink)
@@ -296,15 +314,15 @@ class Agent:
         self._attached = pair, uplinks
         return changed
 
-    async def _add_stack(self, resource: PacketStack) -> None:
+    async def _add_stack(self, name: str, resource: PacketStack, table: FlowTable | None = None) -> Managed:
         used = {m.stack.index for m in self.stacks.values()}
         index = min(i for i in range(constant("PS_MAX_STACKS")) if i not in used)
-        self.run.record.indexes[resource.name] = index
-        stack = await asyncio.to_thread(Stack, resource, index, self.run.stack(resource.name), self.director)
-        managed = Managed(stack)
-        self.stacks[resource.name] = managed
+        self.run.record.indexes[name] = index
+        stack = await asyncio.to_thread(Stack, name, resource, index, self.run.stack(name), self.director)
+        managed = Managed(stack, table=table)
+        self.stacks[name] = managed
         try:
-            self.run.record.documents[resource.name] = resource.document()
+            self.run.record.documents[name] = resource.document()
             self.run.save(must=True)
             self._watch_backends()
             stack.healthy = self.prober.healthy()
@@ -312,10 +330,11 @@ class Agent:
             stack.direct()
             await self._routes()
         except BaseException:
-            await self._remove_stack(resource.name)
+            await self._remove_stack(name)
             raise
         managed.task = asyncio.create_task(self._keep(managed))
-        self.event(resource.name, "Created", f"{resource.spec.replicas} engines wanted")
+        self.event(name, "Created", f"{resource.spec.replicas} engines wanted")
+        return managed
 
     async def _change_stack(self, managed: Managed, resource: PacketStack) -> str:
         old = managed.stack.resource
@@ -328,7 +347,7 @@ class Agent:
                 raise
         managed.settled = False
         managed.changed.set()
-        self.event(resource.name, "Changed", "the resource was changed")
+        self.event(managed.stack.name, "Changed", "the resource was changed")
         if gone:
             names = ", ".join(f"{protocol} {address} port {port}" for address, port, protocol in sorted(gone, key=str))
             return f"flows of the removed listener {names} end"
@@ -336,7 +355,7 @@ class Agent:
 
     async def _become(self, managed: Managed, resource: PacketStack) -> None:
         old, managed.stack.resource = managed.stack.resource, resource
-        self.run.record.documents[resource.name] = resource.document()
+        self.run.record.documents[managed.stack.name] = resource.document()
         self.run.save()
         self._watch_backends()
         managed.stack.healthy = self.prober.healthy()
@@ -379,6 +398,31 @@ class Agent:
         self.run.save()
         return added
 
+    async def follow(self, name: str, table: FlowTable, generation: int) -> None:
+        """Make packets see this flow table, from now on. AgentError or ResourceError if that cannot be."""
+        resource = table.stack()
+        async with self.applying:
+            managed = self.stacks.get(name)
+            if managed is not None and managed.generation == generation and managed.table == table:
+                return
+            if managed is None or managed.stack.resource != resource:
+                await asyncio.to_thread(self._check, {name: resource})
+            if managed is None:
+                managed = await self._add_stack(name, resource, table)
+            elif managed.stack.resource.spec.model_copy(update={"replicas": 0}) != resource.spec.model_copy(
+                update={"replicas": 0}
+            ):
+                await self._change_stack(managed, resource)
+            else:
+                managed.stack.resource = resource
+                self.run.record.documents[name] = resource.document()
+            managed.table, managed.generation = table, generation
+            kept = table.model_dump(mode="json", by_alias=True, exclude_none=True)
+            kept["metadata"]["generation"] = generation
+            self.run.record.tables[name] = kept
+            self.run.save()
+            managed.changed.set()
+
     async def delete(self, name: str) -> None:
         """End a stack: its addresses, engines and flows."""
         live = self._managed(name).stack.live()
@@ -397,7 +441,8 @@ class Agent:
             managed.stack.close()
             del self.stacks[name]
         self._watch_backends()
-        for part in (self.run.record.documents, self.run.record.indexes, self.run.record.pinned):
+        record = self.run.record
+        for part in (record.documents, record.indexes, record.pinned, record.tables):
             part.pop(name, None)
         try:
             await self._routes()
@@ -461,6 +506,9 @@ class Agent:
 
     async def _step(self, managed: Managed) -> None:
         """Observe, plan, act; once more while that changes something at once."""
+        if managed.table is not None:
+            await self._step_after(managed, managed.table.spec)
+            return
         for _ in range(8):
             if managed.stack.open_fences():
                 # An engine did not answer, or the agent was interrupted: finish before anything new.
@@ -474,6 +522,60 @@ class Agent:
                 waiting |= await self._act(managed, action)
             if waiting and all(isinstance(a, CreateEngine) for a in actions):
                 return
+
+    async def _step_after(self, managed: Managed, table: FlowTableSpec) -> None:
+        """Follow the flow table, as far as that is possible now."""
+        for _ in range(8):
+            if managed.stack.open_fences():
+                await self._transfer(managed, ())
+            for wanted in table.engines:
+                engine = next((e for e in managed.engines.values() if e.blueprint.id == wanted.id), None)
+                state = State(wanted.state)
+                if engine is not None and State.PENDING not in (engine.state, state) and engine.state is not state:
+                    self._become_state(engine, state)
+            steps = following.follow(table, _attached(managed), managed.stack.owners(), managed.stack.open_fences())
+            if time.monotonic() < managed.create_after:
+                steps = [s for s in steps if not isinstance(s, following.Attach)]
+            again = False
+            for step in steps:
+                match step:
+                    case following.Attach(wanted):
+                        self._attach_engine(managed, wanted)
+                    case following.Assign(moves):
+                        again |= bool((await self._transfer(managed, moves))["moved"])
+                    case following.Detach(slot):
+                        engine = managed.engines[slot]
+                        engine.removing = True
+                        self._spawn(self._remove(managed, engine))
+            if not again:
+                break
+        managed.settled = not managed.stack.open_fences() and following.settled(
+            table, _attached(managed), managed.stack.owners()
+        )
+        self.followed(managed)
+
+    def _attach_engine(self, managed: Managed, wanted: TableEngine) -> None:
+        stack = managed.stack
+        slot = self.run.next_slot()
+        known = {
+            "stack": stack.name,
+            "slot": slot,
+            "template": wanted.template,
+            "queues": wanted.queues,
+            "cores": wanted.cores,
+            "cpu_policy": wanted.cpu_policy,
+            "cpus": (),
+            "memory_bytes": 0,  # the kubelet limits it
+            "namespace": "",
+            "id": wanted.id,
+            "pod": wanted.name,
+            "pod_uid": wanted.pod_uid,
+            "interface": wanted.interface,
+        }
+        engine = Engine(self._blueprint(stack, known), self.director)
+        managed.engines[slot] = engine
+        self._note(engine)
+        engine.making = asyncio.create_task(self._make(managed, engine))
 
     def _observe(self, managed: Managed) -> Observed:
         stack = managed.stack
@@ -568,7 +670,9 @@ class Agent:
             **kept,
             cpus=tuple(known["cpus"]),
             owner=self.run.owner,
-            directory=self.run.engine(known["slot"]),
+            directory=self.run.engine(
+                pod_directory(stack.resource, known["pod"]) if known.get("pod") else known["slot"]
+            ),
             arena=stack.arena_path,
             config=stack.config_path,
         )
@@ -636,6 +740,8 @@ class Agent:
             engine.beats.clear()
             engine.silent_since, engine.stalls = 0.0, 0
             self.event(name, "EngineReady", f"engine {slot}: datapath {engine.pid} serves its queues")
+            if engine.blueprint.pod and not engine.probed:
+                self._spawn(self._probe(managed, engine))
             if engine.orphans:
                 engine.orphans = False
                 self._spawn(asyncio.to_thread(engines.end_orphans, engine))
@@ -646,6 +752,23 @@ class Agent:
             self._spawn(self._rebuild(managed, engine, "no process has its descriptors any more"))
         else:
             self.event(name, "DatapathRefused", f"engine {slot}: {what}", "Warning")
+        managed.changed.set()
+
+    async def _probe(self, managed: Managed, engine: Engine) -> None:
+        """Send packets through the engine until they come by: only then is it ready for others' packets."""
+        before = -1
+        for look in count():
+            async with managed.busy:  # its memory stays meanwhile
+                if not engine.ready or engine.removing:
+                    return
+                came = engine.counters()["markers"]
+                if before >= 0 and came - before >= engine.blueprint.queues:
+                    engine.probed = True
+                    break
+                if look % PROBE_LOOKS == 0:
+                    before = came
+                    await to_the_end(engines.probe, engine)
+            await asyncio.sleep(PROBE_SECONDS)
         managed.changed.set()
 
     async def _remove(self, managed: Managed, engine: Engine) -> None:
@@ -675,6 +798,14 @@ class Agent:
             add_drops(engine, managed.gone["engine"], managed.gone["kernel"])
         engine.view = None  # nothing here may read it from now on: its memory goes
         await to_the_end(engines.destroy, engine)
+
+    async def _lose(self, managed: Managed, engine: Engine, why: str) -> None:
+        """An engine whose pod is gone. Its buckets go to others when the table says so; their flows are in the arena."""
+        self.event(managed.stack.name, "EngineLost", f"engine {engine.slot}: {why}", "Warning")
+        async with managed.busy:
+            if managed.engines.get(engine.slot) is engine and not engine.removing:
+                await self._destroy(managed, engine)
+        managed.changed.set()
 
     async def _transfer(self, managed: Managed, moves: Sequence[Move]) -> dict[str, Any]:
         async with managed.busy:
@@ -750,9 +881,18 @@ class Agent:
     async def _look_at(self, managed: Managed, engine: Engine, now: float) -> None:
         b = engine.blueprint
         if not networks.is_there(engine.ifindex):
-            await self._rebuild(managed, engine, f"interface {networks.engine_device(b.slot)} is gone")
+            if b.pod:
+                await self._lose(managed, engine, f"interface {engine.device} is gone")
+            else:
+                await self._rebuild(managed, engine, f"interface {engine.device} is gone")
             return
-        if engine.init is None or not engine.init.alive():
+        if b.pod:  # the kubelet starts what ends in it
+            if engine.silent_since and now - engine.silent_since > GONE_SECONDS:
+                engine.silent_since = now
+                if not await asyncio.to_thread(processes.of_pod, b.pod_uid):
+                    await self._lose(managed, engine, f"pod {b.pod} is gone")
+                    return
+        elif engine.init is None or not engine.init.alive():
             if now - engine.restarted > RESTART_SECONDS:
                 await self._start_again(managed, engine, "its init has ended")
         elif engine.silent_since and now - engine.silent_since > SILENT_SECONDS:
@@ -814,7 +954,7 @@ class Agent:
 
     async def scale(self, name: str, replicas: int) -> dict[str, Any]:
         """Set spec.replicas, as the scale subresource does."""
-        managed = self._managed(name)
+        managed = self._planned(name)
         document = managed.stack.resource.document()
         document["spec"]["replicas"] = replicas
         resource = resources.parse(document)
@@ -830,7 +970,7 @@ class Agent:
 
     async def move_buckets(self, name: str, buckets: Sequence[int], slot: int, queue: int | None) -> dict[str, Any]:
         """Give buckets to an engine; they stay there while it does."""
-        managed = self._managed(name)
+        managed = self._planned(name)
         engine = self._active(managed, slot)
         wrong = [b for b in buckets if type(b) is not int or not 0 <= b < managed.stack.buckets]
         if wrong:
@@ -896,12 +1036,49 @@ class Agent:
         """Where a packet of this flow goes, and why."""
         return explain(self._managed(name).stack, protocol, source, sport, destination, dport)
 
+    def _planned(self, name: str) -> Managed:
+        managed = self._managed(name)
+        if managed.table is not None:
+            raise AgentError(
+                f"stack {name}: follows its FlowTable; change the PacketStack resource, as with kubectl scale"
+            )
+        return managed
+
     def _active(self, managed: Managed, slot: int) -> Engine:
         engine = managed.engines.get(slot)
         if engine is None or engine.state is not State.ACTIVE or engine.view is None:
             known = ", ".join(str(s) for s, e in sorted(managed.engines.items()) if e.state is State.ACTIVE) or "none"
             raise AgentError(f"engine {slot}: is not an active engine of stack {managed.stack.name}; active: {known}")
         return engine
+
+
+def _check_local(resource: PacketStack) -> None:
+    """What the local runtime cannot do."""
+    name, engine = resource.name, resource.spec.engine
+    if engine.mode != "AFXDP":
+        raise AgentError(f"stack {name}: spec.engine.mode: {engine.mode} is not built yet; use AFXDP")
+    if engine.interface.veth is None:
+        raise AgentError(f"stack {name}: spec.engine.interface: the local runtime makes veth pairs; use {{veth: {{}}}}")
+    if resource.spec.handover.strategy != "Transfer":
+        raise AgentError(f"stack {name}: spec.handover.strategy: Mirror is not built yet; use Transfer")
+    for listener in resource.spec.listeners:
+        if listener.backends.service is not None:
+            raise AgentError(
+                f"stack {name}: listener {listener.name}: backends.service needs Kubernetes; use endpoints"
+            )
+
+
+def pod_directory(resource: PacketStack, pod: str) -> str:
+    """Name of the directory that an engine's pod shares with the agent; no name of Kubernetes has an underscore."""
+    return f"{resource.metadata.namespace}_{pod}"
+
+
+def _attached(managed: Managed) -> list[following.Attached]:
+    return [
+        following.Attached(e.blueprint.id, e.slot, e.blueprint.pod_uid, e.ready and e.probed)
+        for e in managed.engines.values()
+        if not e.removing
+    ]
 
 
 async def to_the_end(work: Callable[..., T], *arguments: Any) -> T:

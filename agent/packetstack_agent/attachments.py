@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from packetstack_agent import processes
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import constant, ffi
 
@@ -68,6 +69,8 @@ class Shared:
     queues: int
     view: Any
     """`struct ps_engine *`."""
+    pod_uid: str = ""
+    """Of the pod whose processes alone may serve it; empty: processes that the agent has started."""
 
 
 class Attachments:
@@ -130,8 +133,7 @@ class Attachments:
         try:
             pidfd = os.pidfd_open(pid)
             hello = await _receive(connection, HELLO_SECONDS, fds)
-            # A process that serves has given up its privileges, and comes from inside the engine's directory.
-            ours = hello is not None and (uid == 0 or (uid == NOBODY and hello.generation != 0))
+            ours = hello is not None and self._may_serve(pid, uid, int(hello.generation))
             if not ours or hello.kind != constant("PS_MSG_HELLO"):
                 self._changed(f"refused process {pid}: not a datapath")
                 return
@@ -160,6 +162,12 @@ class Attachments:
             for fd in (*fds, pidfd):
                 if fd >= 0:
                     os.close(fd)
+
+    def _may_serve(self, pid: int, uid: int, generation: int) -> bool:
+        if self._shared.pod_uid:
+            return uid in (0, NOBODY) and processes.in_pod(self._shared.pod_uid, pid)
+        # A process that serves has given up its privileges, and comes from inside the engine's directory.
+        return uid == 0 or (uid == NOBODY and generation != 0)
 
     def _resume(self, link: Link, fds: list[int]) -> bool:
         """A process that served before this agent came. It brings what an earlier agent gave it."""

@@ -14,6 +14,7 @@ _SIOCETHTOOL = 0x8946
 _GSTRINGS = 0x1B
 _GSTATS = 0x1D
 _GSSET_INFO = 0x37
+_GCHANNELS = 0x3C
 _STRING_BYTES = 32
 _SS_STATS = 1
 _SWITCHES = {"rx": 0x15, "tx": 0x17, "tso": 0x1F, "gso": 0x24, "gro": 0x2C}
@@ -58,6 +59,17 @@ def statistics(device: str) -> dict[str, int]:
     text, numbers = names.tobytes()[12:], struct.unpack_from(f"{count}Q", values.tobytes(), 8)
     keys = (text[i * _STRING_BYTES :][:_STRING_BYTES].split(b"\0", 1)[0].decode() for i in range(count))
     return dict(zip(keys, numbers, strict=True))
+
+
+def receive_queues(device: str) -> int:
+    """How many the device has now; 1 when its driver does not say."""
+    try:
+        with _control() as control:
+            channels = array.array("I", [_GCHANNELS, *[0] * 8])
+            _ethtool(control, device, channels)
+    except OSError:
+        return 1
+    return max(1, channels[5] + channels[8])  # rx_count, combined_count
 
 
 def sysctl(name: str) -> str | None:

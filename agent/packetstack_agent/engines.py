@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from packetstack_core.reconciling import State
 RING_SLOTS = 2048
 """Receive and transmit ring of a queue, each: what one queue may have to hold while its core does not run."""
 SPARE_FRAMES = 4096
+POD_DEVICE = "pkst0"
+"""An engine's interface in its pod when the agent makes it; eth0 is the cluster network's."""
 SPIN_US = {"Exclusive": 50, "Shared": 0}
 """How long a core polls empty queues before it sleeps. On shared cores polling takes time from others."""
 
@@ -49,11 +52,43 @@ class Blueprint:
     directory: Path
     arena: Path
     config: Path
+    id: int = 0
+    """The operator's number for it; 0 without Kubernetes."""
+    pod: str = ""
+    """Name of its pod. Empty: the agent starts its processes in a network namespace of its own."""
+    pod_uid: str = ""
+    interface: str = ""
+    """One that a CNI plugin has made in the pod. Empty: the agent makes a veth pair."""
 
     def record(self) -> dict[str, Any]:
         """What an agent that comes later cannot know otherwise."""
-        kept = ("stack", "slot", "template", "queues", "cores", "cpu_policy", "cpus", "memory_bytes", "namespace")
+        kept = (
+            "stack", "slot", "template", "queues", "cores", "cpu_policy", "cpus", "memory_bytes", "namespace",
+            "id", "pod", "pod_uid", "interface",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in kept}
+
+    @property
+    def name(self) -> str:
+        """What a person calls it."""
+        return self.pod or f"{self.stack}-{self.slot}"
+
+    @property
+    def device(self) -> str:
+        """Its interface, by the name inside of its namespace."""
+        return self.interface or (POD_DEVICE if self.pod else "eth0")
+
+    def place(self) -> Path:
+        """Its network namespace; AgentError if its pod has no process."""
+        if not self.pod:
+            return namespaces.NAMESPACES / self.namespace
+        pids = processes.of_pod(self.pod_uid)
+        if not pids:
+            raise AgentError(f"pod {self.pod}: has no process on this node; it is starting or gone")
+        path = Path(f"/proc/{pids[0]}/ns/net")
+        if path.stat().st_ino == namespaces.own_inode():
+            raise AgentError(f"pod {self.pod}: uses the node's network; an engine needs a network namespace of its own")
+        return path
 
 
 @dataclass(eq=False)
@@ -97,6 +132,12 @@ class Engine:
     """Its namespace has processes of an init that has ended."""
     stalls: int = 0
     """Fences in a row that it has not answered in time."""
+    probed: bool = False
+    """It has answered a probe packet."""
+    device: str = ""
+    """Name of its interface's host end."""
+    mac: str = ""
+    """Of its interface."""
 
     @property
     def ready(self) -> bool:
@@ -164,7 +205,7 @@ def make(engine: Engine) -> None:
     `engine.view` is set last: who sees it may use everything.
     """
     b = engine.blueprint
-    path = namespaces.create(b.namespace)
+    path = b.place() if b.pod else namespaces.create(b.namespace)
     try:
         _make(engine, path)
     except BaseException:
@@ -176,11 +217,15 @@ def _make(engine: Engine, path: Path) -> None:
     b = engine.blueprint
     namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        link = networks.make_engine_link(b.slot, namespace, b.owner)
-        engine.ifindex = link.ifindex
-        mac = namespaces.run_in(path, networks.set_up_engine_end)
+        if b.interface:
+            link = networks.find_engine_link(path, b.interface)
+        else:
+            link = networks.make_engine_link(b.slot, namespace, b.device, b.owner)
+        engine.ifindex, engine.device = link.ifindex, socket.if_indextoname(link.ifindex)
+        mac = namespaces.run_in(path, partial(networks.set_up_engine_end, b.device))
+        engine.mac = mac.hex(":")
         # The engine's program before anything is directed to it: until then frames vanish silently.
-        queues = call(lib().ps_engine_attach, engine.director, namespace, b"eth0", text(engine.link))
+        queues = call(lib().ps_engine_attach, engine.director, namespace, text(b.device), text(engine.link))
         call(lib().ps_host_attach, engine.director, link.ifindex)
         options = ffi.new(
             "struct ps_queue_options *",
@@ -200,14 +245,17 @@ def _make(engine: Engine, path: Path) -> None:
         b.directory.mkdir(parents=True, exist_ok=True)
         engine.fds = _no_descriptors()
         try:
-            call(lib().ps_queues_create, text(b.directory / "queues"), namespace, b"eth0", queues, options, engine.fds)
+            call(
+                lib().ps_queues_create, text(b.directory / "queues"), namespace, text(b.device), queues, options, engine.fds
+            )  # fmt: skip
         finally:
             os.close(queues)
     finally:
         os.close(namespace)
     view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
     _share(engine, view, engine.fds.engine, _rings(b, engine.fds))
-    engine.init = spawn(b)
+    if not b.pod:
+        engine.init = spawn(b)
     complete(engine)
 
 
@@ -219,7 +267,9 @@ def _share(engine: Engine, view: Any, engine_file: int, rings: list[int]) -> Non
     b = engine.blueprint
     arena, config = (os.open(p, os.O_RDWR | os.O_CLOEXEC) for p in (b.arena, b.config))
     engine.files += [arena, config]
-    engine.shared = Shared(b.slot, b.cores, b.cpus, (arena, config), engine_file, rings, b.queues, view)
+    engine.shared = Shared(b.slot, b.cores, b.cpus, (arena, config), engine_file, rings, b.queues, view, b.pod_uid)
+    if b.pod:
+        (b.directory / "queues").chmod(0o644)  # its supervisor reads it, as nobody
     engine.listener = _listen(b.directory / "engine.sock")
 
 
@@ -229,7 +279,7 @@ def complete(engine: Engine) -> None:
     assert shared is not None
     if engine.fds is None:
         engine.fds = _no_descriptors()
-        namespace = os.open(namespaces.NAMESPACES / b.namespace, os.O_RDONLY | os.O_CLOEXEC)
+        namespace = os.open(b.place(), os.O_RDONLY | os.O_CLOEXEC)
         try:
             engine.fds.egress = call(lib().ps_packet_socket, namespace, engine.peer)
         finally:
@@ -266,19 +316,22 @@ def regain(engine: Engine, init: tuple[int, int]) -> None:
     finds the new socket; until then the engine serves, and nothing can be moved to or from it.
     """
     b = engine.blueprint
-    path = namespaces.NAMESPACES / b.namespace
+    path = b.place()
     if not path.exists():
         raise AgentError(f"network namespace {b.namespace}: is gone")
-    engine.ifindex, engine.peer = networks.engine_link(b.slot, b.owner)
+    link = networks.find_engine_link(path, b.interface) if b.interface else networks.engine_link(b.slot, b.owner)
+    engine.ifindex, engine.peer = link.ifindex, link.peer
     view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
     if (view.slot, view.queues, view.cores) != (b.slot, b.queues, b.cores):
         lib().ps_unmap(view)
         raise AgentError(f"{b.directory}/queues: is of another engine than the record says")
-    engine.init = Process.known(*init)
+    engine.device = socket.if_indextoname(engine.ifindex)
+    engine.mac = bytes(view.mac)[:6].hex(":")
+    engine.init = Process.known(*init) if not b.pod else None
     namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # The programs of this build, in place: no packet is without one.
-        os.close(call(lib().ps_engine_attach, engine.director, namespace, b"eth0", text(engine.link)))
+        os.close(call(lib().ps_engine_attach, engine.director, namespace, text(b.device), text(engine.link)))
         call(lib().ps_host_attach, engine.director, engine.ifindex)
     finally:
         os.close(namespace)
@@ -350,7 +403,15 @@ def start_again(engine: Engine) -> None:
 
 def populated(engine: Engine) -> bool:
     """Whether any process is in its namespace. Blocks."""
-    return bool(processes.in_namespace(namespaces.NAMESPACES / engine.blueprint.namespace))
+    try:
+        return bool(processes.in_namespace(engine.blueprint.place()))
+    except AgentError:
+        return False
+
+
+def probe(engine: Engine) -> None:
+    """Send a packet to each queue; the engine that gets them counts them as markers."""
+    call(lib().ps_probe, engine.fence)
 
 
 def end_orphans(engine: Engine) -> None:
@@ -362,7 +423,8 @@ def end_orphans(engine: Engine) -> None:
 def destroy(engine: Engine) -> None:
     """End the processes and remove all that `make` made; whatever is missing is fine. Blocks.
 
-    Nobody may use the engine's memory any more, and its `attachments` are closed.
+    Nobody may use the engine's memory any more, and its `attachments` are closed. The processes of a pod are the
+    kubelet's to end; one that shall end waits until its socket is gone.
     """
     b = engine.blueprint
     shared, fds = engine.shared, engine.fds
@@ -370,7 +432,8 @@ def destroy(engine: Engine) -> None:
     if engine.init is not None:
         engine.init.end()
         engine.init = None
-    processes.clear(namespaces.NAMESPACES / b.namespace)
+    if not b.pod:
+        processes.clear(namespaces.NAMESPACES / b.namespace)
     if engine.director is not None:
         error = ffi.new("struct ps_error *")
         lib().ps_director_engine(engine.director, b.slot, 0, error)
@@ -383,6 +446,11 @@ def destroy(engine: Engine) -> None:
         engine.files += [shared.engine, *shared.rings]
     _close(engine)
     networks.remove_engine_link(b.slot, b.owner)
+    if b.pod:
+        # The directory is mounted in the pod: it goes when the pod has gone.
+        for name in ("queues", "engine.sock"):
+            (b.directory / name).unlink(missing_ok=True)
+        return
     namespaces.remove(namespaces.NAMESPACES / b.namespace)
     shutil.rmtree(b.directory, ignore_errors=True)
     remove_cgroups(b.namespace)

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
@@ -26,10 +27,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="packetstack-agent", description=__doc__)
     parser.add_argument("--run-dir", type=Path, default=DEFAULT_RUN_DIRECTORY)
     parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve Prometheus metrics over HTTP")
+    parser.add_argument("--node", help="follow the FlowTables of this Kubernetes node")
+    parser.add_argument(
+        "--uplink", action="append", default=[], metavar="INTERFACE|NETWORK",
+        help="with --node: run the director on it as native XDP too; a network means the interface with an address in it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--bpf-dir", type=Path, help="directory of a BPF file system for programs and maps; default: one of its own"
+    )
     parser.add_argument("--clean", action="store_true", help="remove what a dead agent left, and exit")
     arguments = parser.parse_args()
     try:
-        run = RunDirectory(arguments.run_dir)
+        run = RunDirectory(arguments.run_dir, arguments.bpf_dir)
         if os.geteuid() != 0:
             raise AgentError("packetstack-agent: needs root: it loads BPF programs and makes network namespaces")
         if len(os.fsencode(run.path)) > LONGEST_PATH:
@@ -41,7 +50,7 @@ def main() -> None:
             return
         alone.write_text(str(os.getpid()))
         run.record.metrics_listen = arguments.metrics_listen or run.record.metrics_listen
-        asyncio.run(_serve(run))
+        asyncio.run(_serve(run, arguments.node, arguments.uplink))
     except (AgentError, NotBuilt) as e:
         sys.exit(str(e))
     except OSError as e:
@@ -62,7 +71,7 @@ def _alone(run: RunDirectory) -> Path:
     return path
 
 
-async def _serve(run: RunDirectory) -> None:
+async def _serve(run: RunDirectory, node: str | None, uplinks: list[str]) -> None:
     first = not run.record.documents
     agent = Agent(run)
     server = Server(agent)
@@ -72,6 +81,7 @@ async def _serve(run: RunDirectory) -> None:
         loop.add_signal_handler(sig, server.leave)
     try:
         await agent.start()
+        follower = await _follow(agent, node, uplinks) if node else None
         http = await _metrics(agent, run.record.metrics_listen) if run.record.metrics_listen else None
         listener = await server.listen()
     except BaseException:
@@ -79,18 +89,34 @@ async def _serve(run: RunDirectory) -> None:
         raise
     await server.stopped.wait()
     listener.close()
+    if follower is not None:
+        await follower.close()
     if http is not None:
         await http.cleanup()
     await (agent.leave() if server.leaving else agent.stop())
+
+
+async def _follow(agent: Agent, node: str, uplinks: list[str]) -> Any:
+    # Heavy, and of no use without a cluster.
+    from packetstack_agent.cluster import Follower
+
+    await agent.set_uplinks(uplinks)
+    follower = Follower(agent, node)
+    follower.start()
+    return follower
 
 
 async def _metrics(agent: Agent, listen: str) -> web.AppRunner:
     async def answer(_: web.Request) -> web.Response:
         return web.Response(text=render(agent), content_type="text/plain")
 
+    async def healthy(_: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
     address, _, port = listen.rpartition(":")
     application = web.Application()
     application.router.add_get("/metrics", answer)
+    application.router.add_get("/healthz", healthy)
     runner = web.AppRunner(application)
     await runner.setup()
     try:

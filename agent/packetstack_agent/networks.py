@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Interface, ip_address, ip_interface, ip_network
+from pathlib import Path
 from typing import Any
 
 from pyroute2 import IPRoute
@@ -17,6 +18,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from packetstack_agent import devices
 from packetstack_agent.errors import AgentError
+from packetstack_agent.namespaces import run_in
 from packetstack_core.resources import Address, Network
 
 ROUTED, DIRECTOR = "ps0", "ps1"
@@ -42,11 +44,11 @@ class Pair:
 
 @dataclass(frozen=True)
 class EngineLink:
-    """An engine's veth pair: index of the host end, MACs of both ends."""
+    """An engine's veth pair: index and MAC of the host end, index of the other end in its namespace."""
 
     ifindex: int
     host_mac: bytes
-    engine_mac: bytes
+    peer: int
 
 
 def _mac(link: Any) -> bytes:
@@ -65,6 +67,16 @@ def index_of(name: str) -> int:
     except OSError:
         names = ", ".join(n for _, n in socket.if_nameindex() if not n.startswith(("pe", "ps")))
         raise AgentError(f"interface {name}: not found; this node has {names}") from None
+
+
+def with_address_in(network: Network) -> str:
+    """Name of the interface that has an address in this network; AgentError if none has."""
+    with IPRoute() as ip:
+        for message in ip.get_addr():
+            address = ip_address(message.get("IFA_ADDRESS").partition("%")[0])
+            if address.version == network.version and address in network:
+                return socket.if_indextoname(message["index"])
+    raise AgentError(f"network {network}: no interface of this node has an address in it; name the interface instead")
 
 
 def is_there(index: int) -> bool:
@@ -128,41 +140,74 @@ def remove_pair(owner: str) -> None:
 # ---- engines ----------------------------------------------------------------------------------------------------
 
 
-def make_engine_link(slot: int, namespace: int, owner: str) -> EngineLink:
-    """A veth pair: pe<slot> here, eth0 in the namespace (a descriptor). One receive queue, so that order is kept."""
+def make_engine_link(slot: int, namespace: int, inside: str, owner: str) -> EngineLink:
+    """A veth pair: pe<slot> here, `inside` in the namespace (a descriptor). One receive queue, so that order is kept."""
     name = engine_device(slot)
     one = {"num_tx_queues": 1, "num_rx_queues": 1}
     with IPRoute() as ip:
         try:
-            ip.link("add", ifname=name, kind="veth", **one, peer={"ifname": "eth0", "net_ns_fd": namespace, **one})
+            ip.link("add", ifname=name, kind="veth", **one, peer={"ifname": inside, "net_ns_fd": namespace, **one})
         except NetlinkError as e:
             if e.code == _EEXIST:
                 raise AgentError(f"interface {name}: exists already and is not ours; remove it first") from None
             raise AgentError(f"interface {name}: cannot be made: {e}") from None
         link = _find(ip, name)
         ip.link("set", index=link["index"], ifalias=owner)
-        devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
-        # GRO may hold segments back while a marker passes; partial checksums cannot be updated incrementally.
-        devices.switch(name, False, "tx", "tso", "gso", "gro")
-        ip.link("set", index=link["index"], state="up")
-        return EngineLink(link["index"], _mac(link), b"")
+        return _set_up_host_end(ip, link)
 
 
-def engine_link(slot: int, owner: str) -> tuple[int, int]:
-    """Indexes of an engine's host end here and of its interface in its namespace; AgentError if that pair is gone."""
+def _set_up_host_end(ip: IPRoute, link: Any) -> EngineLink:
+    name = link.get("IFLA_IFNAME")
+    devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
+    # GRO may hold segments back while a marker passes; partial checksums cannot be updated incrementally.
+    devices.switch(name, False, "tx", "tso", "gso", "gro")
+    ip.link("set", index=link["index"], state="up")
+    return EngineLink(link["index"], _mac(link), link.get("IFLA_LINK"))
+
+
+def find_engine_link(namespace: Path, inside: str) -> EngineLink:
+    """The host end of a veth pair that a CNI plugin has made, found from its end in the pod; AgentError if it is none."""
+
+    def look() -> tuple[int, int | None, str, int]:
+        with IPRoute() as ip:
+            link = _find(ip, inside)
+            if link is None:
+                names = ", ".join(i.get("IFLA_IFNAME") for i in ip.get_links())
+                raise AgentError(
+                    f"interface {inside}: not found in the pod, which has {names}; see its networks annotation"
+                )
+            info = link.get("IFLA_LINKINFO")
+            kind = info.get("IFLA_INFO_KIND") if info else "a physical device"
+            return link["index"], link.get("IFLA_LINK"), kind, devices.receive_queues(inside)
+
+    index, peer, kind, queues = run_in(namespace, look)
+    if queues > 1:
+        raise AgentError(f"interface {inside}: has {queues} receive queues; use one, so that order is kept")
+    with IPRoute() as ip:
+        found = ip.get_links(peer) if kind == "veth" and peer else ()
+        link = found[0] if found else None
+        if link is None or link.get("IFLA_LINK") != index or link.get("IFLA_LINK_NETNSID") is None:
+            raise AgentError(
+                f"interface {inside}: is {kind} without an end on this node; use an attachment that makes a veth pair"
+            )
+        return _set_up_host_end(ip, link)
+
+
+def engine_link(slot: int, owner: str) -> EngineLink:
+    """A pair that `make_engine_link` has made; AgentError if it is gone."""
     with IPRoute() as ip:
         link = _find(ip, engine_device(slot))
     if link is None or link.get("IFLA_IFALIAS") != owner:
         raise AgentError(f"interface {engine_device(slot)}: is gone")
-    return link["index"], link.get("IFLA_LINK")
+    return EngineLink(link["index"], _mac(link), link.get("IFLA_LINK"))
 
 
-def set_up_engine_end() -> bytes:
-    """Run inside the engine's namespace: bring eth0 up, silent and without offloads. Returns its MAC."""
-    devices.set_sysctl("net/ipv6/conf/eth0/disable_ipv6", "1")
-    devices.switch("eth0", False, "tx", "tso", "gso", "gro")
+def set_up_engine_end(name: str) -> bytes:
+    """Run inside the engine's namespace: bring its interface up, silent and without offloads. Returns its MAC."""
+    devices.set_sysctl(f"net/ipv6/conf/{name}/disable_ipv6", "1")
+    devices.switch(name, False, "tx", "tso", "gso", "gro")
     with IPRoute() as ip:
-        link = _find(ip, "eth0")
+        link = _find(ip, name)
         ip.link("set", index=link["index"], arp=False)
         ip.link("set", index=link["index"], state="up")
         return _mac(link)

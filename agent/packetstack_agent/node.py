@@ -34,6 +34,8 @@ class Record:
     """Values to put back."""
     documents: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stacks as last applied."""
+    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Stack -> the flow table that it follows, with its generation in `metadata`. None here: the agent plans."""
     indexes: dict[str, int] = field(default_factory=dict)
     """Stack -> its place in the flow tables."""
     pinned: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -50,8 +52,10 @@ class Record:
 class RunDirectory:
     """The directory that names this agent's things, and its record of them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pins: Path | None = None) -> None:
+        """`pins`: a directory of a BPF file system that is there; by default one is mounted below `path`."""
         self.path = path.resolve()
+        self._pins = pins
         self.record = Record()
         self._saving = threading.Lock()
         self.unsaved = ""
@@ -74,12 +78,12 @@ class RunDirectory:
 
     @property
     def pins(self) -> Path:
-        """The BPF file system."""
-        return self.path / "bpf"
+        """Where programs and maps are pinned."""
+        return self._pins or self.path / "bpf"
 
-    def engine(self, slot: int) -> Path:
-        """An engine's directory."""
-        return self.path / "engines" / str(slot)
+    def engine(self, name: int | str) -> Path:
+        """An engine's directory, by its slot; that of a pod by `<namespace>_<name>`."""
+        return self.path / "engines" / str(name)
 
     def stack(self, name: str) -> Path:
         """A stack's directory."""
@@ -147,11 +151,11 @@ def clean(run: RunDirectory) -> list[str]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     for slot, engine in list(record.engines.items()):
-        name = engine["namespace"]
-        processes.clear(NAMESPACES / name)
         networks.remove_engine_link(int(slot), run.owner)
-        namespaces.remove(NAMESPACES / name)
-        engines.remove_cgroups(name)
+        if name := engine["namespace"]:  # else its pod is the kubelet's
+            processes.clear(NAMESPACES / name)
+            namespaces.remove(NAMESPACES / name)
+            engines.remove_cgroups(name)
         removed.append(f"engine {slot}")
     for device, addresses in record.proxied.items():
         networks.answer_no_more(device, [ip_address(a) for a in addresses])
@@ -159,12 +163,16 @@ def clean(run: RunDirectory) -> list[str]:
         with suppress(OSError):
             devices.set_sysctl(name, value)
     networks.remove_pair(run.owner)
-    if run.pins.is_mount():
+    mounted = run.pins.is_mount()
+    if mounted or (run.pins.is_dir() and run.pins.parent.is_mount()):
         # Links of uplinks go with their pins; the programs are detached when the last reference is gone.
         for pin in run.pins.iterdir():
             with suppress(PermissionError):  # the kernel's own debug files
                 pin.unlink()
-        namespaces.unmount(run.pins)
+        if mounted:
+            namespaces.unmount(run.pins)
+        else:
+            run.pins.rmdir()
         removed.append("programs and maps")
     if run.path.is_dir():
         for name in ("state.json", "state.new", "agent.sock", "agent.pid"):

@@ -112,6 +112,27 @@ def in_namespace(namespace: Path) -> list[int]:
     return found
 
 
+def in_pod(uid: str, pid: int) -> bool:
+    """Whether a process belongs to the pod with this UID: its cgroup, made by the kubelet, says so."""
+    try:
+        groups = Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return False
+    # The systemd driver writes dashes as underscores.
+    return bool(uid) and (f"pod{uid}" in groups or f"pod{uid.replace('-', '_')}" in groups)
+
+
+def of_pod(uid: str) -> list[int]:
+    """Processes of a pod, oldest first."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and in_pod(uid, int(entry.name)):
+            with suppress(OSError):
+                if (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                    found.append((start_time(int(entry.name)), int(entry.name)))
+    return [pid for _, pid in sorted(found)]
+
+
 def clear(namespace: Path, spare_session: int = 0, seconds: float = 3.0) -> None:
     """Kill the processes in a network namespace, except those of one session, and wait until they are gone. Blocks."""
     deadline = time.monotonic() + seconds

@@ -23,7 +23,6 @@ class Server:
         self.stopped = asyncio.Event()
         self.leaving = False
         """The agent ends without removing anything."""
-        self._applying = asyncio.Lock()
 
     def leave(self) -> None:
         """End, and let the stacks go on."""
@@ -70,12 +69,12 @@ class Server:
         agent = self.agent
         match verb:
             case "apply":
-                async with self._applying:
+                async with agent.applying:
                     return await agent.apply(r["documents"], r.get("uplinks", []))
             case "get":
                 return agent.get(r.get("name"))
             case "delete":
-                async with self._applying:
+                async with agent.applying:
                     return await agent.delete(r["name"])
             case "scale":
                 return await agent.scale(r["name"], r["replicas"])
@@ -93,11 +92,11 @@ class Server:
             case "metrics":
                 return render(agent)
             case "stop":
-                async with self._applying:
+                async with agent.applying:
                     self.stopped.set()
                 return None
             case "leave":
-                async with self._applying:
+                async with agent.applying:
                     self.leave()
                 return None
             case "upgrade":

@@ -21,6 +21,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, wire
 from packetstack_core import maglev
+from packetstack_core.kinds import FlowTable
 from packetstack_core.planning import NOBODY, Move, Owner
 from packetstack_core.resources import Address, Listener, PacketStack
 
@@ -59,7 +60,9 @@ class Report:
 class Stack:
     """A stack on this node. `index` (0..63) says where its flow table begins."""
 
-    def __init__(self, resource: PacketStack, index: int, directory: Path, director: Any) -> None:
+    def __init__(self, name: str, resource: PacketStack, index: int, directory: Path, director: Any) -> None:
+        self.name = name
+        """Unique on the node: the resource's name, in a cluster with its namespace before it."""
         self.resource = resource
         self.index = index
         self.directory = directory
@@ -82,11 +85,6 @@ class Stack:
             self.config = call(lib().ps_config_create, text(self.config_path))
         self._words = lib().ps_director_words(director)
         self._egress = lib().ps_director_egress(director)
-
-    @property
-    def name(self) -> str:
-        """The resource's name."""
-        return self.resource.name
 
     @property
     def buckets(self) -> int:
@@ -336,6 +334,10 @@ class Managed:
     """Drops counted by engines that have left."""
     holds_ns: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
     moved: int = 0
+    table: FlowTable | None = None
+    """What the stack follows in a cluster. None: the agent plans for it."""
+    generation: int = 0
+    """Of the table."""
 
 
 def wake(engines: Iterable[Engine]) -> None:

@@ -60,7 +60,7 @@ class Status:
         for e in managed.engines.values():
             if e.view is not None and not e.removing:
                 add_drops(e, engine, kernel)
-        for name, count in link_drops().items():
+        for name, count in link_drops([networks.ROUTED, networks.DIRECTOR]).items():
             kernel[name] = kernel.get(name, 0) + count
         return {
             "director": {n.removeprefix("drop_"): v for n, v in director.items() if n.startswith("drop_")},
@@ -123,7 +123,7 @@ def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]
     b = engine.blueprint
     status: dict[str, Any] = {
         "slot": b.slot,
-        "name": f"{b.stack}-{b.slot}",
+        "name": b.name,
         "state": str(engine.state),
         "ready": engine.ready,
         "buckets": buckets.get(b.slot, 0),
@@ -309,14 +309,13 @@ def add_drops(engine: Engine, by_engine: dict[str, int], by_kernel: dict[str, in
             by_engine[name] = by_engine.get(name, 0) + count
     for name, count in engine.kernel_drops().items():
         by_kernel[name] = by_kernel.get(name, 0) + count
-    for name, count in link_drops([engine.slot]).items():
+    for name, count in link_drops([engine.device]).items():
         by_kernel[name] = by_kernel.get(name, 0) + count
 
 
-def link_drops(slots: Sequence[int] = ()) -> dict[str, int]:
-    """Frames lost on the way to these engines (none named: on the routed pair): full veth rings and backlogs."""
+def link_drops(names: Sequence[str]) -> dict[str, int]:
+    """Frames lost on the way through these devices: full veth rings and backlogs."""
     total = {"xdp_xmit_errors": 0, "link_dropped": 0}
-    names = [networks.engine_device(s) for s in slots] or [networks.ROUTED, networks.DIRECTOR]
     dropped = networks.drops()
     for name in names:
         for counter, count in devices.statistics(name).items():

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * packetstack-init --datapath COMMAND ARGS... [--supervisor COMMAND ARGS...]
+ * packetstack-init [--linger FILE] --datapath COMMAND ARGS... [--supervisor COMMAND ARGS...]
  *
  * First process of an engine's container. Starts the datapath and the supervisor as siblings, reaps
  * whatever dies, and starts the one that died again: at once if it had run for a second, else with growing
@@ -8,7 +8,9 @@
  * half a second for one that ended by itself. The death of one never ends the other.
  *
  * SIGHUP starts a second datapath, of the build that is installed now. The agent lets it take over from the
- * first, which then ends. SIGTERM ends all; what does not end by itself within two seconds is killed.
+ * first, which then ends. SIGTERM ends all; what does not end by itself within two seconds is killed. With
+ * --linger it ends nothing while FILE, the agent's socket, is there: packets may still need the engine. A
+ * second SIGTERM does not wait.
  */
 #include <errno.h>
 #include <signal.h>
@@ -29,7 +31,7 @@ struct child {
 	int64_t started_ms, next_ms, pause_ms;
 };
 
-enum { LONG_MS = 1000, PAUSE_MS = 10, KILLED_PAUSE_MS = 100, LONGEST_PAUSE_MS = 500, TERM_MS = 2000 };
+enum { LONG_MS = 1000, PAUSE_MS = 10, KILLED_PAUSE_MS = 100, LONGEST_PAUSE_MS = 500, TERM_MS = 2000, LINGER_MS = 100 };
 
 static int64_t now_ms(void)
 {
@@ -100,8 +102,12 @@ int main(int argc, char **argv)
 	int n = 0, events;
 	sigset_t set;
 	int64_t kill_ms = 0; /* ending: when what still runs is killed */
+	const char *linger = NULL;
+	int told_to_end = 0, absent = 0; /* looks in a row that did not find `linger`: an agent may renew it */
 
 	for (int i = 1; i < argc; i++) {
+		if (!n && !strcmp(argv[i], "--linger") && i + 1 < argc)
+			linger = argv[++i];
 		if (n < 2 && (!strcmp(argv[i], "--datapath") || !strcmp(argv[i], "--supervisor")) && i + 1 < argc) {
 			children[n].name = argv[i] + 2;
 			children[n++].argv = &argv[i + 1];
@@ -109,7 +115,8 @@ int main(int argc, char **argv)
 		}
 	}
 	if (!n) {
-		fprintf(stderr, "usage: packetstack-init --datapath COMMAND ARGS... [--supervisor COMMAND ARGS...]\n");
+		fprintf(stderr,
+			"usage: packetstack-init [--linger FILE] --datapath COMMAND ARGS... [--supervisor COMMAND ARGS...]\n");
 		return 2;
 	}
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
@@ -149,6 +156,15 @@ int main(int argc, char **argv)
 				signal_all(children, n, SIGKILL);
 			wait = now < kill_ms ? kill_ms - now : 100;
 		}
+		if (told_to_end && !kill_ms) {
+			absent = access(linger, F_OK) ? absent + 1 : 0;
+			if (absent > 1) {
+				kill_ms = now + TERM_MS;
+				signal_all(children, n, SIGTERM);
+			} else if (wait < 0 || wait > LINGER_MS) {
+				wait = LINGER_MS;
+			}
+		}
 		told = poll(&p, 1, (int)wait) > 0 && read(events, &info, sizeof(info)) == sizeof(info);
 		/* First who is dead: what is told may be about who comes next. */
 		while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
@@ -157,6 +173,10 @@ int main(int argc, char **argv)
 					died(&children[i], pid, status);
 		if (!told || kill_ms || info.ssi_signo == SIGCHLD)
 			continue;
+		if (info.ssi_signo != SIGHUP && linger && !told_to_end) {
+			told_to_end = 1;
+			continue;
+		}
 		if (info.ssi_signo != SIGHUP) {
 			kill_ms = now_ms() + TERM_MS;
 			signal_all(children, n, SIGTERM);

@@ -1,16 +1,21 @@
 """`packetstack-engine`: the supervisor. Shows the engine's health and counters from shared memory; no packet needs it.
 
-Serves GET /metrics (Prometheus text) and /healthz on the unix socket DIRECTORY/supervisor.sock. It is light on
-purpose: standard library and cffi alone.
+Serves GET /metrics (Prometheus text) and /healthz on the unix socket DIRECTORY/supervisor.sock, or at --listen. It is
+light on purpose: standard library and cffi alone.
+
+With --pod it is the first program of an engine's container: it becomes packetstack-init, which starts datapath and
+supervisor. The agent makes the engine's file when it has found the pod.
 """
 
 import argparse
 import os
+import socket
 import socketserver
+import sys
 import time
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from packetstack_core import abi
 
@@ -23,6 +28,7 @@ class View:
     """An engine file, read only."""
 
     def __init__(self, path: Path) -> None:
+        self.inode = path.stat().st_ino
         error = abi.ffi.new("struct ps_error *")
         self.engine: Any = abi.lib().ps_engine_open(os.fsencode(path), 1, error)
         if self.engine == abi.ffi.NULL:
@@ -71,17 +77,29 @@ class View:
 class Handler(BaseHTTPRequestHandler):
     """GET /metrics, /healthz."""
 
-    view: View
+    path_of_engine: Path
+    view: View | None = None
 
     def do_GET(self) -> None:
         """Answer from shared memory."""
+        view = self._current()
         if self.path == "/metrics":
-            self._answer(200, self.view.metrics())
+            self._answer(200, view.metrics() if view else "")
         elif self.path == "/healthz":
-            why = self.view.unhealthy(time.monotonic())
+            why = view.unhealthy(time.monotonic()) if view else "the agent has not attached this engine yet"
             self._answer(503 if why else 200, (why or "ok") + "\n")
         else:
             self._answer(404, "use /metrics or /healthz\n")
+
+    def _current(self) -> View | None:
+        """In a pod the file comes after this process, and may be made again."""
+        cls = type(self)
+        try:
+            if cls.view is None or cls.view.inode != cls.path_of_engine.stat().st_ino:
+                cls.view = View(cls.path_of_engine)
+        except OSError:
+            pass  # gone for now: what was there last is shown
+        return cls.view
 
     def _answer(self, status: int, text: str) -> None:
         body = text.encode()
@@ -102,15 +120,51 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> None:
     """Serve until terminated."""
     parser = argparse.ArgumentParser(prog="packetstack-engine", description=__doc__)
-    parser.add_argument("--directory", type=Path, required=True, help="the engine's directory, made by the agent")
-    directory: Path = parser.parse_args().directory
+    parser.add_argument("--directory", type=Path, required=True, help="the engine's directory, shared with the agent")
+    parser.add_argument("--listen", metavar="ADDRESS:PORT", help="serve there instead of on a unix socket")
+    parser.add_argument("--pod", action="store_true", help="start all of an engine in its container")
+    arguments = parser.parse_args()
+    directory: Path = arguments.directory
+    if arguments.pod:
+        start(directory, arguments.listen)
+    Handler.path_of_engine = directory / "queues"
+    with _server(directory, arguments.listen) as server:
+        give_up_privileges()
+        server.serve_forever()
+
+
+def start(directory: Path, listen: str | None) -> NoReturn:
+    """Become the container's init."""
+    init = str(abi.native("packetstack-init"))
+    command = [init, "--linger", str(directory / "engine.sock")]
+    command += ["--datapath", str(abi.native("packetstack-datapath")), "--socket", str(directory / "engine.sock")]
+    command += ["--supervisor", sys.executable, "-P", "-m", "packetstack_engine.main", "--directory", str(directory)]
+    os.execv(init, [*command, *(["--listen", listen] if listen else [])])
+
+
+def _server(directory: Path, listen: str | None) -> socketserver.BaseServer:
+    if listen:
+        address, _, port = listen.rpartition(":")
+        if not port.isdecimal() or int(port) > 65535:
+            raise SystemExit(f"--listen {listen}: is not an address with a port; use :9471 or 127.0.0.1:9471")
+        family = socket.AF_INET if "." in address else socket.AF_INET6
+        return Tcp((address.strip("[]") or "::", int(port)), family)
     Handler.view = View(directory / "queues")
     path = directory / "supervisor.sock"
     path.unlink(missing_ok=True)
-    with socketserver.UnixStreamServer(str(path), Handler) as server:
-        path.chmod(0o600)
-        give_up_privileges()
-        server.serve_forever()
+    server = socketserver.UnixStreamServer(str(path), Handler)
+    path.chmod(0o600)
+    return server
+
+
+class Tcp(socketserver.TCPServer):
+    """For the kubelet and Prometheus."""
+
+    allow_reuse_address = True
+
+    def __init__(self, address: tuple[str, int], family: socket.AddressFamily) -> None:
+        self.address_family = family
+        super().__init__(address, Handler)
 
 
 def give_up_privileges() -> None:

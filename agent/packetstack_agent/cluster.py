@@ -1,0 +1,298 @@
+"""The agent in a cluster: watches flow tables, has the agent follow those of its node, and answers in their status.
+
+One list and watch of FlowTables is all it asks of the API server. While the server cannot be reached, packets and
+engines go on by the last tables, and a dead datapath is still followed.
+"""
+
+import asyncio
+import json
+from importlib.metadata import version
+from typing import Any
+
+import aiohttp
+from kubernetes.aio import client, config, watch
+from kubernetes.aio.client.exceptions import ApiException
+
+from packetstack_agent.agent import Agent
+from packetstack_agent.errors import AgentError
+from packetstack_agent.natives import constant
+from packetstack_agent.stacks import Managed
+from packetstack_core import kinds
+from packetstack_core.resources import ResourceError
+
+GROUP, VERSION, PLURAL = "packetstack.io", "v1alpha1", "flowtables"
+WATCH_SECONDS = 240
+"""The server ends a watch after this time; it is begun again where it ended."""
+PAUSE_SECONDS = (0.2, 1.0, 5.0, 15.0)
+"""Before a failed request is repeated."""
+ORPHAN_SECONDS = 60.0
+"""How long engines go on when their table is gone: time for the operator to write it anew."""
+REFUSED_SECONDS = 5.0
+"""Before a table that could not be followed is tried again: what was in its way may be gone."""
+FLOWS_SECONDS = 15.0
+"""Between two reports that differ in nothing but numbers of flows."""
+
+Key = tuple[str, str]
+"""Namespace and name."""
+
+
+class Follower:
+    """Keeps `agent` after the tables of `node`. All methods run on the event loop."""
+
+    def __init__(self, agent: Agent, node: str) -> None:
+        self._agent = agent
+        self._node = node
+        self._wanted: dict[str, tuple[kinds.FlowTable, int]] = {}
+        """Stack -> table and generation, as the server has them now."""
+        self._refused: dict[str, str] = {}
+        """Stack -> why its table cannot be followed."""
+        self._sent: dict[str, tuple[dict[str, Any], float]] = {}
+        """Stack -> the last report that the server took, and when."""
+        self._orphans: dict[str, asyncio.TimerHandle] = {}
+        self._dirty: set[str] = set()
+        self._changed = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._api: client.CustomObjectsApi | None = None
+        agent.followed = self._followed
+
+    def start(self) -> None:
+        """Begin to watch and to report."""
+        for work in (self._watch, self._act):
+            self._tasks.append(asyncio.create_task(work()))
+
+    async def close(self) -> None:
+        """Let the agent be; nothing of it ends."""
+        for timer in self._orphans.values():
+            timer.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._api is not None:
+            await self._api.api_client.close()
+
+    async def _connect(self) -> client.CustomObjectsApi:
+        if self._api is None:
+            try:
+                config.load_incluster_config()
+            except config.ConfigException:
+                await config.load_kube_config()
+            self._api = client.CustomObjectsApi(client.ApiClient())
+        return self._api
+
+    # ---- what the server says --------------------------------------------------------------------------------
+
+    async def _watch(self) -> None:
+        failures = 0
+        while True:
+            try:
+                api = await self._connect()
+                seen = await self._list(api)
+                while True:
+                    failures = 0
+                    seen = await self._stream(api, seen)
+            except ApiException as e:
+                problem = f"{e.status} {e.reason}"
+                if e.status == 410:  # too long ago: listed again at once
+                    continue
+            except (aiohttp.ClientError, OSError, TimeoutError, config.ConfigException) as e:
+                problem = f"{type(e).__name__}: {e}"
+            if failures == 0:
+                self._agent.event("-", "ApiServerLost", f"{problem}; packets go on by the last flow tables", "Warning")
+            await asyncio.sleep(PAUSE_SECONDS[min(failures, len(PAUSE_SECONDS) - 1)])
+            failures += 1
+
+    async def _list(self, api: client.CustomObjectsApi) -> str:
+        listing: Any = await api.list_cluster_custom_object(GROUP, VERSION, PLURAL, _request_timeout=30.0)
+        there = set()
+        for item in listing["items"]:
+            there.add(_name(item))
+            self._see(item)
+        for name in {*self._wanted, *self._agent.run.record.tables} - there:
+            self._gone(name)
+        return str(listing["metadata"]["resourceVersion"])
+
+    async def _stream(self, api: client.CustomObjectsApi, seen: str) -> str:
+        """Until the server ends it; returns where to go on."""
+        stream = watch.Watch()
+        async with stream:
+            async for event in stream.stream(
+                api.list_cluster_custom_object, GROUP, VERSION, PLURAL, resource_version=seen,
+                allow_watch_bookmarks=True, timeout_seconds=WATCH_SECONDS, _request_timeout=WATCH_SECONDS + 10.0,
+            ):  # fmt: skip
+                item = event["raw_object"]
+                seen = item["metadata"]["resourceVersion"]
+                if event["type"] == "DELETED":
+                    self._gone(_name(item))
+                elif event["type"] != "BOOKMARK":
+                    self._see(item)
+        return seen
+
+    def _see(self, item: dict[str, Any]) -> None:
+        name = _name(item)
+        if item["spec"].get("node") != self._node:
+            if name in self._wanted or name in self._agent.run.record.tables:
+                self._gone(name)  # it went to another node
+            return
+        generation = int(item["metadata"].get("generation", 0))
+        if name in self._wanted and self._wanted[name][1] == generation:
+            return  # our own report came back
+        try:
+            table = kinds.read(kinds.FlowTable, item | {"status": {}})
+        except ResourceError as e:
+            self._refuse(name, f"its FlowTable cannot be read: {e.problems[0]}")
+            return
+        if timer := self._orphans.pop(name, None):
+            timer.cancel()
+        self._wanted[name] = (table, generation)
+        self._touch(name)
+
+    def _gone(self, name: str) -> None:
+        """The table was deleted. Engines that it named go on for a while: a table may come again, connections not."""
+        had = self._wanted.pop(name, None)
+        self._sent.pop(name, None)
+        self._refused.pop(name, None)
+        managed = self._agent.stacks.get(name)
+        if managed is None or name in self._orphans:
+            return
+        ended = had is not None and not had[0].spec.engines
+        pause = 0.0 if ended or not managed.engines else ORPHAN_SECONDS
+        if pause:
+            message = f"its FlowTable is gone; its engines go on for {pause:g} s"
+            self._agent.event(name, "FlowTableLost", message, "Warning")
+        self._orphans[name] = asyncio.get_running_loop().call_later(pause, self._touch, name)
+
+    def _refuse(self, name: str, why: str) -> None:
+        if self._refused.get(name) != why:
+            self._refused[name] = why
+            self._agent.event(name, "FlowTableRefused", why, "Warning")
+            self._touch(name)
+
+    def _touch(self, name: str) -> None:
+        self._dirty.add(name)
+        self._changed.set()
+
+    def _later(self, name: str, seconds: float) -> None:
+        asyncio.get_running_loop().call_later(seconds, self._touch, name)
+
+    def _followed(self, managed: Managed) -> None:
+        self._touch(managed.stack.name)
+
+    # ---- following and answering -----------------------------------------------------------------------------
+
+    async def _act(self) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            names, self._dirty = self._dirty, set()
+            for name in sorted(names):
+                try:
+                    await self._act_on(name)
+                except (ApiException, aiohttp.ClientError, OSError, TimeoutError):
+                    # The watch tells of it.
+                    self._sent.pop(name, None)
+                    self._later(name, 1.0)
+                except Exception as e:  # a bug in one stack is not the others'
+                    self._agent.event(name, "InternalError", f"{type(e).__name__}: {e}", "Warning")
+
+    async def _act_on(self, name: str) -> None:
+        wanted = self._wanted.get(name)
+        if wanted is None:
+            timer = self._orphans.get(name)
+            if timer is not None and asyncio.get_running_loop().time() >= timer.when():
+                del self._orphans[name]
+                async with self._agent.applying:
+                    if name in self._agent.stacks and name not in self._wanted:
+                        await self._agent.delete(name)
+            return
+        table, generation = wanted
+        managed = self._agent.stacks.get(name)
+        if managed is None or managed.table != table or managed.generation != generation:
+            try:
+                await self._agent.follow(name, table, generation)
+                self._refused.pop(name, None)
+            except (AgentError, ResourceError) as e:
+                self._refuse(name, e.problems[0] if isinstance(e, ResourceError) else str(e))
+                self._later(name, REFUSED_SECONDS)
+        await self._report(name, table)
+
+    async def _report(self, name: str, table: kinds.FlowTable) -> None:
+        report = self._node_report(name)
+        last, when = self._sent.get(name, ({}, 0.0))
+        now = asyncio.get_running_loop().time()
+        if report == last or (_without_flows(report) == _without_flows(last) and now - when < FLOWS_SECONDS):
+            return
+        api, meta = await self._connect(), table.metadata
+        body = {
+            "apiVersion": f"{GROUP}/{VERSION}",
+            "kind": "FlowTable",
+            "metadata": {"name": meta.name, "namespace": meta.namespace},
+            "status": {"nodes": [report]},
+        }
+        await api.patch_namespaced_custom_object_status(
+            GROUP, VERSION, meta.namespace, PLURAL, meta.name, body,
+            field_manager=f"packetstack-agent-{self._node}"[:128], force=True,
+            _content_type="application/apply-patch+yaml", _request_timeout=10.0,
+        )  # fmt: skip
+        self._sent[name] = (report, now)
+
+    def _node_report(self, name: str) -> dict[str, Any]:
+        """What this node says of the stack, as JSON."""
+        managed = self._agent.stacks.get(name)
+        message = self._refused.get(name, "")
+        if managed is None:
+            report = kinds.NodeReport(node=self._node, message=message)
+            return report.model_dump(mode="json", by_alias=True)
+        return report_of(managed, self._node, message or managed.problem).model_dump(mode="json", by_alias=True)
+
+
+def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
+    """What a node's agent says of a stack that it follows."""
+    owned: dict[int, int] = {}
+    for owner in managed.stack.owners():
+        if owner is not None and owner.slot:
+            owned[owner.slot] = owned.get(owner.slot, 0) + 1
+    flows = managed.stack.flows_by_slot()
+    engines = [
+        {
+            "id": e.blueprint.id,
+            "name": e.blueprint.pod,
+            "ready": e.ready and e.probed,
+            "buckets": owned.get(e.slot, 0),
+            "flows": power_of_two_below(flows.get(e.slot, 0)),
+            "interface": e.blueprint.device,
+            "mac": e.mac,
+            "message": "" if e.ready and e.probed else "no datapath serves it" if not e.ready else "not probed yet",
+        }
+        for _, e in sorted(managed.engines.items())
+        if not e.removing
+    ]
+    return kinds.NodeReport.model_validate_json(
+        json.dumps(
+            {
+                "node": node,
+                "observedGeneration": managed.generation,
+                "settled": managed.settled,
+                "owned": sum(owned.values()),
+                "engines": engines,
+                "agentVersion": version("packetstack"),
+                "layout": constant("PS_LAYOUT_VERSION"),
+                "message": message,
+            }
+        )
+    )
+
+
+def power_of_two_below(n: int) -> int:
+    """The largest power of two that is not above n; 0 for 0."""
+    return 1 << (n.bit_length() - 1) if n > 0 else 0
+
+
+def _without_flows(report: dict[str, Any]) -> dict[str, Any]:
+    engines = [{k: v for k, v in e.items() if k != "flows"} for e in report.get("engines", [])]
+    return report | {"engines": engines}
+
+
+def _name(item: dict[str, Any]) -> str:
+    """What the agent calls a table's stack."""
+    meta = item["metadata"]
+    return f"{meta['namespace']}.{meta['name']}"
