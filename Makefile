@@ -8,13 +8,14 @@ CODE := core agent engine cli operator bench tests setup.py
 PACKAGES := core/packetstack_core agent/packetstack_agent engine/packetstack_engine cli/packetstack_cli operator/packetstack_operator
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+IMAGE ?= localhost/packetstack:dev
 FUZZ_SECONDS ?= 30
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 DEBIAN := clang libclang-rt-dev bpftool gcc libbpf-dev libelf-dev zlib1g-dev libc6-dev linux-libc-dev meson ninja-build pkg-config python3 \
-	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables nginx-light iperf3 wrk curl util-linux
+	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables nginx-light iperf3 wrk curl util-linux buildah mmdebstrap
 
-.PHONY: setup build test lint format demo bench fuzz sanitize clean
+.PHONY: setup build image test lint format demo bench fuzz sanitize clean
 .DEFAULT_GOAL := build
 
 # ---- set-up: stamp files, so that a second call costs nothing ------------------------------------------
@@ -46,6 +47,10 @@ $(MESON_DIR)/build.ninja: | build/.packages
 build: $(MESON_DIR)/build.ninja
 	@ninja --quiet -C $(MESON_DIR)
 	@meson install -C $(MESON_DIR) --no-rebuild --quiet
+
+# The container image as an OCI archive, build/image/packetstack.tar; nothing is done when it is up to date.
+image: build/.packages
+	deploy/build-image $(IMAGE) build/image/packetstack.tar
 
 # ---- checks ---------------------------------------------------------------------------------------------
 
