@@ -13,9 +13,9 @@ FUZZ_SECONDS ?= 30
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 DEBIAN := clang libclang-rt-dev bpftool gcc libbpf-dev libelf-dev zlib1g-dev libc6-dev linux-libc-dev meson ninja-build pkg-config python3 \
-	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables nginx-light iperf3 wrk curl util-linux buildah mmdebstrap
+	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables nginx-light iperf3 wrk curl util-linux buildah mmdebstrap prometheus
 
-.PHONY: setup build image test lint format demo bench fuzz sanitize clean
+.PHONY: setup build image test lint format demo bench fuzz sanitize clean manifests
 .DEFAULT_GOAL := build
 
 # ---- set-up: stamp files, so that a second call costs nothing ------------------------------------------
@@ -80,6 +80,10 @@ fuzz: build/.packages
 	@test -f build/fuzz/build.ninja || CC=clang meson setup build/fuzz -Dfuzz=true
 	ninja --quiet -C build/fuzz
 	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/fuzz/run build/fuzz
+
+# deploy/install.yaml from the charts.
+manifests: setup
+	HELM=$$($(BIN)/python -c 'from tests.cluster.kubernetes_binaries import find; print(find("helm"))') deploy/render
 
 # ---- to be seen -----------------------------------------------------------------------------------------
 
