@@ -1,0 +1,810 @@
+"""What to write next for one stack. Pure: a `World` and the time in, a `Decision` out.
+
+Engines and buckets are planned by `packetstack_core.reconciling.plan`, as they are without Kubernetes; here its
+actions become one flow table, pods and status. Whatever happens between two writes, or after any of them, the next
+decision goes on from what is there. So their order counts:
+
+- An engine is in the flow table before its pod exists, and its number is never given twice.
+- A pod is deleted when the flow table no longer names its engine and the node's agent has let it go.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from packetstack_core import kinds, reconciling, resources
+from packetstack_core.kinds import (
+    MAX_ENGINE_ID,
+    Condition,
+    FlowTable,
+    FlowTableSpec,
+    NodeReport,
+    PacketEngine,
+    PacketEngineStatus,
+    PacketStackStatus,
+    TableEngine,
+)
+from packetstack_core.planning import NOBODY, Owner, moved
+from packetstack_core.reconciling import (
+    ActivateEngine,
+    AssignBuckets,
+    CreateEngine,
+    Desired,
+    DrainEngine,
+    Observed,
+    RemoveEngine,
+    State,
+)
+from packetstack_core.resources import API_VERSION, PacketStack, ResourceError
+from packetstack_operator import observing, pods
+from packetstack_operator.observing import Memory, Raw, World
+
+BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
+NODE_SECONDS = 30.0
+"""So long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
+AGENT_SECONDS = 10.0
+"""So long an agent may take to answer a flow table with engines of its node."""
+
+Kind = Literal["FlowTable", "Pod", "PacketEngine", "PodDisruptionBudget", "PacketStack"]
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One request. `create` refuses what exists, `apply` is a server-side apply, `delete` goes by UID."""
+
+    verb: Literal["create", "apply", "delete"]
+    kind: Kind
+    name: str
+    body: Mapping[str, Any]
+    subresource: Literal["", "status"] = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """To be shown with the stack."""
+
+    kind: Literal["Normal", "Warning"]
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Writes in the order in which they must be done; the rest is left if one fails. Nothing at the goal."""
+
+    memory: Memory
+    writes: tuple[Write, ...] = ()
+    events: tuple[Event, ...] = ()
+    wake_at: float | None = None
+    """Unix time at which to decide again though nothing has changed."""
+    released: bool = False
+    """Of a stack that is being deleted: its node has nothing of it any more."""
+
+
+def decide(world: World, now: float) -> Decision:
+    """`now`: Unix time in seconds."""
+    refused = _refused(world)
+    if refused is not None:
+        return _only_status(world, *refused, now)
+    return _Deciding(world, resources.parse(world.stack), now).decision()
+
+
+def _refused(world: World) -> tuple[str, str] | None:
+    """Reason and message for leaving everything as it is."""
+    try:
+        stack = resources.parse(world.stack)
+    except ResourceError as e:
+        return "InvalidSpec", e.problems[0]
+    if stack.spec.engine.mode == "DPDK":
+        return "NotSupported", 'spec.engine.mode: "DPDK" is not supported yet; use "AFXDP"'
+    if stack.spec.handover.strategy == "Mirror":
+        return "NotSupported", 'spec.handover.strategy: "Mirror" is not supported yet; use "Transfer"'
+    if world.table is not None and not observing.mine(world.table, world.uid):
+        return "NameTaken", f"flow table {stack.name} belongs to another stack of this name; wait until it is deleted"
+    table = observing.read_table(world.table)
+    if table is not None and table.spec.flow_table.buckets != stack.spec.flow_table.buckets:
+        return "InvalidSpec", "spec.flowTable.buckets: cannot be changed; create another stack"
+    return None
+
+
+def _only_status(world: World, reason: str, message: str, now: float) -> Decision:
+    former = _status(world.stack)
+    conditions = {c.type: c for c in former.conditions}
+    _set(conditions, world, "Degraded", True, reason, message, now)
+    if former.ready_replicas == 0:
+        _set(conditions, world, "Available", False, reason, message, now)
+    status = former.model_copy(
+        update={
+            "observed_generation": _generation(world.stack),
+            "selector": pods.selector(world.stack["metadata"]["name"]),
+            "conditions": tuple(conditions[t] for t in sorted(conditions)),
+        }
+    )
+    writes = (_status_write(world, status),) if status != former else ()
+    events = (Event("Warning", reason, message),) if status != former else ()
+    return Decision(world.memory, writes, events)
+
+
+def release(world: World, now: float) -> Decision:
+    """For a stack that is being deleted: its engines are let go on their node, then its pods are deleted.
+
+    What is left (the flow table with its addresses) goes with the stack, as its owner.
+    """
+    del now
+    table = observing.read_table(world.table)
+    writes: list[Write] = []
+    confirmed = True
+    if table is not None and observing.mine(world.table or {}, world.uid):
+        if table.spec.engines or any(o != NOBODY for o in table.spec.owner_ids()):
+            empty = table.spec.model_copy(update={"engines": (), "owners": ""})
+            writes.append(_table_write(world, empty))
+            confirmed = False
+        else:
+            report = table.report()
+            current = report is not None and report.observed_generation >= _generation(world.table)
+            confirmed = table.spec.node is None or (current and report is not None and not report.engines)
+    if confirmed:
+        writes += [_delete("Pod", p) for p in world.pods if not observing.terminating(p)]
+    return Decision(world.memory, tuple(writes), released=confirmed and not writes)
+
+
+class _Deciding:
+    """The steps of `decide`; each reads what those before it found."""
+
+    def __init__(self, world: World, stack: PacketStack, now: float) -> None:
+        self.world, self.stack, self.now = world, stack, now
+        self.events: list[Event] = []
+        self.memory = world.memory
+        self.wake_at: float | None = None
+        self.template = pods.template(stack.spec.engine, world.image)
+        self.pods = {str(p["metadata"]["name"]): p for p in world.pods if observing.number_of(p)}
+        self.table = observing.read_table(world.table)
+        self.report: NodeReport | None = self.table.report() if self.table is not None else None
+        self.reported = {e.id: e for e in self.report.engines} if self.report is not None else {}
+        """Engines that are attached on the stack's node."""
+        self.current = self.table is not None and (
+            self.report is not None and self.report.observed_generation >= _generation(world.table)
+        )
+        """The node's agent has seen the whole flow table as it is now."""
+        self.node: str | None = None
+        self.last = 0
+        self.owners: list[Owner | None]
+        self.entries: dict[int, TableEngine] = {}
+        self._load()
+        self.actions: list[reconciling.Action] = []
+        self.listeners, self.backend_problems = observing.resolve(stack, world)
+
+    def decision(self) -> Decision:
+        self._drop_what_is_gone()
+        self._follow_the_node()
+        self._start()
+        self._plan()
+        new = self._new_spec()
+        table_writes = self._table_writes(new)
+        writes = [
+            *table_writes,
+            *self._pods_to_create(),
+            *self._marks(),
+            *self._pods_to_delete(),
+            *self._packet_engines(),
+            *self._budget(),
+            *self._stack_status(settled=not table_writes),
+        ]
+        return Decision(self.memory, tuple(writes), tuple(self.events), self.wake_at)
+
+    # ---- what is there ---------------------------------------------------------------------------------------
+
+    def _load(self) -> None:
+        if self.table is not None:
+            spec = self.table.spec
+            self.node, self.last, self.owners = spec.node, spec.last_engine, spec.owner_ids()
+            self.entries = {e.id: e for e in spec.engines}
+            return
+        # The table is new or lost. Pods tell which engines there are; who owns which bucket, nobody does: buckets
+        # are given afresh, and the handovers keep their flows.
+        self.owners = [NOBODY] * self.stack.spec.flow_table.buckets
+        for name in sorted(self.pods):
+            entry = observing.from_pod(self.pods[name])
+            if entry is not None and not observing.dead(self.pods[name], self.now):
+                self.entries[entry.id] = entry
+                self.last = max(self.last, entry.id)
+        for entry in list(self.entries.values()):
+            pod = self.pods[entry.name]
+            interface = observing.interface_of(pod)
+            if observing.running(pod) and interface is not None:
+                # A label may be older than the last table was: an engine that runs may have buckets.
+                state = "Draining" if entry.state == "Draining" else "Active"
+                self._change(entry, state=state, pod_uid=str(pod["metadata"]["uid"]), interface=interface)
+            elif entry.state != "Pending":
+                self._change(entry, state="Pending")
+
+    def _change(self, entry: TableEngine, **fields: Any) -> TableEngine:
+        self.entries[entry.id] = entry.model_copy(update=fields)
+        return self.entries[entry.id]
+
+    def _event(self, reason: str, message: str, kind: Literal["Normal", "Warning"] = "Normal") -> None:
+        self.events.append(Event(kind, reason, message))
+
+    def _drop_what_is_gone(self) -> None:
+        """Entries whose pods will not run again. Those that never ran count for the back-off."""
+        for entry in list(self.entries.values()):
+            pod = self.pods.get(entry.name)
+            if pod is None:
+                if entry.pod_uid:
+                    del self.entries[entry.id]
+                    self._event("EngineLost", f"engine {entry.id}: its pod {entry.name} is gone", "Warning")
+                elif entry.template != self.template:  # and will never be: pods are made of the present template
+                    del self.entries[entry.id]
+                continue
+            uid = str(pod["metadata"]["uid"])
+            replaced = bool(entry.pod_uid) and entry.pod_uid != uid
+            if not replaced and not observing.dead(pod, self.now):
+                continue
+            del self.entries[entry.id]
+            status = pod.get("status", {})
+            reason = "it was replaced" if replaced else str(status.get("reason") or observing.phase(pod))
+            message = f"engine {entry.id}: pod {entry.name} ended: {reason} {status.get('message') or ''}".strip()
+            if entry.pod_uid or observing.terminating(pod):
+                self._event("EngineLost", message, "Warning")
+            elif uid not in self.memory.counted:
+                self._count_failure(uid, _admission(str(status.get("reason")), str(status.get("message"))), message)
+        uids = {str(p["metadata"]["uid"]) for p in self.pods.values()}
+        self.memory = replace(self.memory, counted=self.memory.counted & uids)
+
+    def _count_failure(self, uid: str, reason: str, message: str) -> None:
+        pause = BACK_OFF_SECONDS[min(self.memory.failures, len(BACK_OFF_SECONDS) - 1)]
+        self.memory = Memory(self.memory.failures + 1, self.now + pause, (reason, message), self.memory.counted | {uid})
+        self._event("EngineFailed", f"{message}; next try in {pause:g} s", "Warning")
+
+    def _alive(self) -> dict[int, Raw]:
+        """The pods of the engines in the table, by engine."""
+        return {i: self.pods[e.name] for i, e in self.entries.items() if e.name in self.pods}
+
+    def _follow_the_node(self) -> None:
+        """The first engine that is placed says where all of them run."""
+        placed = {i: node for i, pod in sorted(self._alive().items()) if (node := observing.node_of(pod)) is not None}
+        if self.node is None:
+            self.node = next(iter(placed.values()), None)
+            return
+        if self.node in placed.values():
+            return
+        refused = [(i, since) for i, pod in self._alive().items() if (since := _unschedulable_since(pod)) is not None]
+        if not refused:
+            return
+        at = max(since for _, since in refused) + NODE_SECONDS
+        if self.now < at:
+            self._wake(at)
+            return
+        self._event("NodeLost", f"node {self.node} takes no engine and has none; the stack goes elsewhere", "Warning")
+        for i, _ in refused:  # their pods name that node
+            del self.entries[i]
+        self.node = None
+
+    def _wake(self, at: float) -> None:
+        self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
+
+    def _start(self) -> None:
+        for i, pod in self._alive().items():
+            entry = self.entries[i]
+            if entry.state != "Pending" or observing.terminating(pod) or observing.node_of(pod) != self.node:
+                continue
+            interface = observing.interface_of(pod)
+            if observing.running(pod) and interface is not None:
+                self._change(entry, state="Starting", pod_uid=str(pod["metadata"]["uid"]), interface=interface)
+
+    # ---- the plan ----------------------------------------------------------------------------------------------
+
+    def _leaves(self, entry: TableEngine) -> bool:
+        """Whatever is wanted: its pod is being deleted, or is not where the others are."""
+        pod = self.pods.get(entry.name)
+        if pod is None:
+            return False
+        node = observing.node_of(pod)
+        return observing.terminating(pod) or (node is not None and node != self.node)
+
+    def _ready(self, entry: TableEngine) -> bool:
+        report = self.reported.get(entry.id)
+        return entry.state != "Pending" and entry.name in self.pods and report is not None and report.ready
+
+    def _holds(self, entry: TableEngine) -> int:
+        """Buckets that packets still reach it for, or may: 0 only if the agent says so."""
+        if entry.state in ("Pending", "Starting"):
+            return 0
+        report = self.reported.get(entry.id)
+        if not self.current or self.report is None:
+            return 1
+        if report is None:
+            return 0
+        return report.buckets if self.report.settled else max(1, report.buckets)
+
+    def _plan(self) -> None:
+        engines = [
+            reconciling.Engine(
+                slot=e.id,
+                state=State(e.state),
+                ready=self._ready(e),
+                template=e.template,
+                queues=e.queues,
+                flows=self.reported[e.id].flows if e.id in self.reported else 0,
+                leaving=self._leaves(e),
+                holds=self._holds(e),
+            )
+            for _, e in sorted(self.entries.items())
+        ]
+        desired = replace(Desired.of(self.stack), template=self.template)
+        observed = Observed(engines, self.owners, create_after=self.memory.create_after)
+        self.actions = reconciling.plan(desired, observed, self.now)
+        if self.memory.create_after > self.now:
+            self._wake(self.memory.create_after)
+        missing = desired.replicas > sum(e.state not in ("Draining", "Failed") for e in self.entries.values())
+        if not missing and all(e.state != "Pending" for e in self.entries.values()):
+            self.memory = Memory(counted=self.memory.counted)
+        for action in self.actions:
+            self._act(action)
+
+    def _act(self, action: reconciling.Action) -> None:
+        match action:
+            case CreateEngine(template, queues):
+                # Without a node one engine finds one; the others go where it is.
+                if self.node is not None or all(e.template != template for e in self.entries.values()):
+                    self._create(template, queues)
+            case ActivateEngine(i):
+                if self.entries[i].state == "Starting":
+                    self._event("EngineActive", f"engine {i} joined the flow table")
+                else:
+                    self._event("EngineActive", f"engine {i} was draining and is wanted again")
+                self._change(self.entries[i], state="Active")
+            case DrainEngine(i):
+                self._change(self.entries[i], state="Draining")
+                self._event("EngineDraining", f"engine {i} hands its buckets over")
+            case AssignBuckets(moves):
+                self.owners = moved(self.owners, moves)
+            case RemoveEngine(i):
+                del self.entries[i]
+                self._event("EngineRemoved", f"engine {i} owns no bucket any more")
+
+    def _create(self, template: str, queues: int) -> None:
+        used = set(self.entries) | set(self.reported) | {observing.number_of(p) for p in self.pods.values()}
+        used |= {o.slot for o in self.owners if o is not None}
+        after = [*range(self.last + 1, MAX_ENGINE_ID + 1), *range(1, self.last + 1)]
+        number = next((i for i in after if i not in used), 0)
+        if not number:
+            return
+        self.last = number
+        shape = self.stack.spec.engine
+        self.entries[number] = TableEngine.model_validate(
+            {
+                "id": number,
+                "name": f"{self.stack.name}-{number}",
+                "state": "Pending",
+                "template": template,
+                "queues": queues,
+                "cores": shape.cores,
+                "cpuPolicy": shape.cpu_policy,
+            }
+        )
+        self._event("EngineCreated", f"engine {number}: pod {self.stack.name}-{number}")
+
+    # ---- writes ------------------------------------------------------------------------------------------------
+
+    def _new_spec(self) -> FlowTableSpec:
+        spec = self.stack.spec
+        known = self.table.spec if self.table is not None else None
+        if known is not None and [o or NOBODY for o in self.owners] == known.owner_ids():
+            owners = known.owners  # the same may be packed in more than one way
+        elif all(o is None or o == NOBODY for o in self.owners):
+            owners = ""
+        else:
+            owners = kinds.encode_owners(self.owners)
+        return FlowTableSpec.model_validate(
+            {
+                "node": self.node,
+                "engines": tuple(e for _, e in sorted(self.entries.items())),
+                "lastEngine": self.last,
+                "owners": owners,
+                "listeners": self.listeners,
+                "snat": spec.snat,
+                "unknownFlow": spec.unknown_flow,
+                "flowTable": spec.flow_table,
+                "handover": spec.handover,
+            }
+        )
+
+    def _table_writes(self, new: FlowTableSpec) -> list[Write]:
+        raw = self.world.table
+        if self.table is not None and raw is not None and self.table.spec == new and _has_marks(raw, self.world):
+            return []
+        return [_table_write(self.world, new)]
+
+    def _pods_to_create(self) -> list[Write]:
+        writes = []
+        waiting = self.node is None and any(self.entries[i].template == self.template for i in self._alive())
+        for _, entry in sorted(self.entries.items()):
+            if entry.name in self.pods or entry.pod_uid or waiting:
+                continue
+            body = pods.pod(self.world.stack, self.stack, entry, self.world.image, self.node)
+            writes.append(Write("create", "Pod", entry.name, body))
+            waiting = self.node is None
+        return writes
+
+    def _marks(self) -> list[Write]:
+        """Labels and the readiness of pods."""
+        writes = []
+        for name, pod in sorted(self.pods.items()):
+            entry = self.entries.get(observing.number_of(pod))
+            ours = entry is not None and entry.name == name
+            meta = {"name": name, "namespace": self.stack.metadata.namespace}
+            known = entry if ours else observing.from_pod(pod)
+            if known is not None:
+                labels = pods.pod_labels(self.stack.name, known, known.state if ours else "Draining")
+                owners = pods.owner(self.world.stack)
+                if not _within(labels, pod["metadata"].get("labels", {})) or not _within(
+                    owners, pod["metadata"].get("ownerReferences")
+                ):
+                    body = {
+                        "apiVersion": "v1",
+                        "kind": "Pod",
+                        "metadata": {**meta, "labels": labels, "ownerReferences": owners},
+                    }
+                    writes.append(Write("apply", "Pod", name, body))
+            if entry is None or not ours:
+                continue
+            report = self.reported.get(entry.id)
+            ready = self._ready(entry)
+            message = "" if ready or report is None else report.message
+            condition = {"type": pods.DATA_PATH, "status": str(ready), "reason": "Serving" if ready else "NotServing"}
+            if message:
+                condition["message"] = message
+            was: Raw = next(
+                (c for c in pod.get("status", {}).get("conditions") or () if c["type"] == pods.DATA_PATH), {}
+            )
+            if {k: was.get(k) or "" for k in ("status", "reason", "message")} != {
+                k: condition.get(k, "") for k in ("status", "reason", "message")
+            }:
+                since = observing.timestamp(self.now)
+                if was.get("status") == condition["status"] and was.get("lastTransitionTime"):
+                    since = was["lastTransitionTime"]
+                body = {
+                    "apiVersion": "v1",
+                    "kind": "Pod",
+                    "metadata": meta,
+                    "status": {"conditions": [{**condition, "lastTransitionTime": since}]},
+                }
+                writes.append(Write("apply", "Pod", name, body, "status"))
+        return writes
+
+    def _pods_to_delete(self) -> list[Write]:
+        named = {e.name for e in self.entries.values()}
+        still = {e.name for e in self.table.spec.engines} if self.table is not None else set()
+        writes = []
+        for name, pod in sorted(self.pods.items()):
+            if name in named or observing.terminating(pod):
+                continue
+            never = observing.phase(pod) == "Pending" and not observing.started(pod)
+            let_go = self.current and name not in still and observing.number_of(pod) not in self.reported
+            if never or observing.dead(pod, self.now) or let_go:
+                writes.append(_delete("Pod", pod))
+        return writes
+
+    def _packet_engines(self) -> list[Write]:
+        present = {str(e["metadata"]["name"]): e for e in self.world.engines}
+        wanted: dict[str, int] = {name: observing.number_of(pod) for name, pod in self.pods.items()}
+        wanted |= {e.name: e.id for e in self.entries.values()}
+        writes = []
+        for name, number in sorted(wanted.items()):
+            raw = present.get(name)
+            body = pods.packet_engine(self.world.stack, name, number)
+            if raw is None or not _within({k: body[k] for k in ("metadata", "spec")}, raw):
+                writes.append(Write("apply", "PacketEngine", name, body))
+            former = _engine_status(raw)
+            status = self._engine_status(name, number, former)
+            if status != former:
+                shown = {
+                    "apiVersion": API_VERSION,
+                    "kind": "PacketEngine",
+                    "metadata": {"name": name, "namespace": self.stack.metadata.namespace},
+                    "status": _dump(status),
+                }
+                writes.append(Write("apply", "PacketEngine", name, shown, "status"))
+        writes += [
+            _delete("PacketEngine", raw)
+            for name, raw in sorted(present.items())
+            if name not in wanted and not observing.terminating(raw)
+        ]
+        return writes
+
+    def _engine_status(self, name: str, number: int, former: PacketEngineStatus) -> PacketEngineStatus:
+        pod = self.pods.get(name)
+        entry = self.entries.get(number) or (observing.from_pod(pod) if pod is not None else None)
+        report = self.reported.get(number)
+        if entry is None:
+            return former
+        ours = number in self.entries
+        ready = ours and self._ready(entry)
+        state = entry.state if ours else "Failed" if pod and observing.dead(pod, self.now) else "Draining"
+        message = "" if ready else report.message if report is not None else ""
+        if not ready and not message and pod is not None:
+            message = (_obstacle(pod) or ("", ""))[1]
+        conditions: dict[str, Condition] = {c.type: c for c in former.conditions}
+        reason = "Serving" if ready else state
+        _set(conditions, self.world, "Ready", ready, reason, message, self.now)
+        return PacketEngineStatus.model_validate(
+            {
+                "state": state,
+                "ready": ready,
+                "node": (observing.node_of(pod) if pod is not None else None) or "",
+                "pod": name,
+                "interface": report.interface if report is not None else entry.interface,
+                "mac": report.mac if report is not None else former.mac,
+                "pciAddress": former.pci_address,
+                "cores": entry.cores,
+                "queues": entry.queues,
+                "template": entry.template,
+                "buckets": report.buckets if report is not None else 0,
+                "flows": report.flows if report is not None else 0,
+                "message": message,
+                "conditions": tuple(conditions.values()),
+            }
+        )
+
+    def _budget(self) -> list[Write]:
+        body = pods.disruption_budget(self.world.stack)
+        present = self.world.budget
+        if present is not None and _within({k: body[k] for k in ("metadata", "spec")}, present):
+            return []
+        return [Write("apply", "PodDisruptionBudget", self.stack.name, body)]
+
+    # ---- status ------------------------------------------------------------------------------------------------
+
+    def _stack_status(self, settled: bool) -> list[Write]:
+        former = _status(self.world.stack)
+        spec = self.stack.spec
+        staying = [e for e in self.entries.values() if e.state not in ("Draining", "Failed") and not self._leaves(e)]
+        serving = [e for e in staying if e.state == "Active" and self._ready(e)]
+        extra = len({p["metadata"]["name"] for p in self.pods.values()} - {e.name for e in staying})
+        fresh = [e for e in staying if e.template == self.template]
+        goal = (
+            settled
+            and not self.actions
+            and len(serving) == len(staying) == len(fresh) == spec.replicas
+            and not extra
+            and (not spec.replicas or (self.current and self.report is not None and self.report.settled))
+        )
+        conditions = {c.type: c for c in former.conditions}
+
+        def set_(kind: str, value: bool, reason: str, message: str = "") -> None:
+            was = conditions.get(kind)
+            _set(conditions, self.world, kind, value, reason, message, self.now)
+            bad = value if kind == "Degraded" else not value
+            if kind != "Progressing" and (was is None or (was.status, was.reason) != (str(value), reason)):
+                if bad and (was is not None or kind != "Available"):
+                    self._event(reason, message or f"{kind} is {value}", "Warning")
+                elif was is not None and was.status != str(value):
+                    self._event(reason, message or f"{kind} is {value}")
+
+        available = bool(serving)
+        starting = "EnginesStarting" if spec.replicas else "NoReplicas"
+        set_("Available", available, "MinimumEnginesAvailable" if available else starting)
+        set_("Progressing", not goal and not spec.paused, *self._progress(goal, staying, fresh, serving))
+        set_("CapacityAvailable", *self._capacity())
+        set_("Degraded", *self._degraded(staying))
+        status = PacketStackStatus.model_validate(
+            {
+                "observedGeneration": _generation(self.world.stack),
+                "replicas": min(len(staying), resources.MAX_REPLICAS),
+                "readyReplicas": len(serving),
+                "updatedReplicas": len(fresh),
+                "drainingReplicas": extra,
+                "selector": pods.selector(self.stack.name),
+                "flowTableGeneration": _generation(self.world.table) if self.world.table is not None else 0,
+                "node": self.node or "",
+                "capacity": self._flows(),
+                "conditions": tuple(conditions[t] for t in sorted(conditions)),
+            }
+        )
+        return [_status_write(self.world, status)] if status != former else []
+
+    def _progress(
+        self, goal: bool, staying: Sequence[TableEngine], fresh: Sequence[TableEngine], serving: Sequence[TableEngine]
+    ) -> tuple[str, str]:
+        if goal:
+            return "Settled", ""
+        if self.stack.spec.paused:
+            return "Paused", ""
+        if len(fresh) < len(staying):
+            return "RollingOut", f"{len(fresh)} of {self.stack.spec.replicas} engines have the present template"
+        if len(serving) < self.stack.spec.replicas:
+            return "EnginesStarting", f"{len(serving)} of {self.stack.spec.replicas} engines serve"
+        return "HandoverInProgress", ""
+
+    def _capacity(self) -> tuple[bool, str, str]:
+        for _, pod in sorted(self._alive().items()):
+            obstacle = _obstacle(pod)
+            if obstacle is not None:
+                return False, *obstacle
+        if self.memory.problem is not None:
+            return False, *self.memory.problem
+        return True, "EnoughCapacity", ""
+
+    def _degraded(self, staying: Sequence[TableEngine]) -> tuple[bool, str, str]:
+        if self.report is not None and self.report.message:
+            match = re.match(r"([A-Z][A-Za-z]+): (.+)", self.report.message)
+            return (True, match[1], match[2]) if match else (True, "AgentProblem", self.report.message)
+        if self.backend_problems:
+            return True, "BackendNotFound", "; ".join(self.backend_problems)[:1000]
+        attached = [self.pods[e.name] for e in self.entries.values() if e.pod_uid and e.name in self.pods]
+        if attached and self.report is None:
+            at = min(map(observing.started_at, attached)) + AGENT_SECONDS
+            if self.now >= at:
+                return True, "NoAgent", f"no agent of node {self.node} has answered; its DaemonSet must run there"
+            self._wake(at)
+        lame = [e for e in staying if e.state == "Active" and not self._ready(e)]
+        if lame:
+            said = next((r.message for e in lame if (r := self.reported.get(e.id)) and r.message), "")
+            names = ", ".join(e.name for e in lame[:5])
+            return True, "EngineNotReady", f"{names}: {said}" if said else names
+        strays = [e for e in self.entries.values() if e.name in self.pods and self._leaves(e)]
+        if strays and any(observing.terminating(self.pods[e.name]) for e in strays):
+            names = ", ".join(e.name for e in strays[:5])
+            return True, "EngineEvicted", f"{names}: being deleted; its buckets go to another engine"
+        if self.world.outdated:
+            return True, "CRDOutdated", f"{self.world.outdated}: not of this operator's version; apply its CRDs"
+        return False, "AsExpected", ""
+
+    def _flows(self) -> dict[str, int]:
+        """Flows that SNAT ports allow: about 15 a bucket for each pair of SNAT address and backend at 4,096 buckets."""
+        buckets = self.stack.spec.flow_table.buckets
+        per_bucket = 65536 // buckets - max(1, 1024 // buckets)
+        snat = Counter(a.version for a in self.stack.snat_addresses())
+        places = {(e.address, e.port) for li in self.listeners for e in li.backends.endpoints or () if e.weight}
+        pairs = sum(snat[address.version] for address, _ in places)
+        return {
+            "pairs": pairs,
+            "flows": pairs * per_bucket * buckets,
+            "maxFlows": self.stack.spec.flow_table.max_flows,
+        }
+
+
+# ---- parts ---------------------------------------------------------------------------------------------------------
+
+
+def _generation(raw: Raw | None) -> int:
+    return int(raw["metadata"].get("generation") or 0) if raw is not None else 0
+
+
+def _dump(model: resources.Model) -> dict[str, Any]:
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _status(stack: Raw) -> PacketStackStatus:
+    """What was written last; an empty one if it cannot be read, so that it is written again."""
+    try:
+        return PacketStackStatus.model_validate(dict(stack.get("status") or {}))
+    except ValueError:
+        return PacketStackStatus()
+
+
+def _engine_status(raw: Raw | None) -> PacketEngineStatus:
+    try:
+        return kinds.read(PacketEngine, raw).status if raw is not None else PacketEngineStatus()
+    except ResourceError:
+        return PacketEngineStatus()
+
+
+def _set(
+    conditions: dict[str, Condition], world: World, kind: str, value: bool, reason: str, message: str, now: float
+) -> None:
+    was = conditions.get(kind)
+    since = was.last_transition_time if was is not None and was.status == str(value) else observing.timestamp(now)
+    conditions[kind] = Condition.model_validate(
+        {
+            "type": kind,
+            "status": str(value),
+            "reason": reason,
+            "message": message,
+            "lastTransitionTime": since,
+            "observedGeneration": _generation(world.stack),
+        }
+    )
+
+
+def _status_write(world: World, status: PacketStackStatus) -> Write:
+    meta = world.stack["metadata"]
+    body = {
+        "apiVersion": API_VERSION,
+        "kind": resources.KIND,
+        "metadata": {"name": meta["name"], "namespace": meta["namespace"]},
+        "status": _dump(status),
+    }
+    return Write("apply", "PacketStack", meta["name"], body, "status")
+
+
+def _table_marks(world: World) -> dict[str, Any]:
+    return {"labels": kinds.labels(world.stack["metadata"]["name"]), "ownerReferences": pods.owner(world.stack)}
+
+
+def _has_marks(raw: Raw, world: World) -> bool:
+    return _within(_table_marks(world), raw["metadata"])
+
+
+def _table_write(world: World, spec: FlowTableSpec) -> Write:
+    meta = world.stack["metadata"]
+    known = {"name": meta["name"], "namespace": meta["namespace"], **_table_marks(world)}
+    if world.table is not None:
+        # Refused if the table is not the one that this was decided from.
+        known["resourceVersion"] = world.table["metadata"]["resourceVersion"]
+    body = {"apiVersion": API_VERSION, "kind": FlowTable.__name__, "metadata": known, "spec": _dump(spec)}
+    return Write("apply", "FlowTable", meta["name"], body)
+
+
+def _delete(kind: Kind, raw: Raw) -> Write:
+    return Write("delete", kind, str(raw["metadata"]["name"]), {"preconditions": {"uid": raw["metadata"]["uid"]}})
+
+
+def _within(wanted: Any, present: Any) -> bool:
+    """Whether all that is wanted is there, whatever else is."""
+    if isinstance(wanted, Mapping):
+        return isinstance(present, Mapping) and all(k in present and _within(v, present[k]) for k, v in wanted.items())
+    if isinstance(wanted, list):
+        return isinstance(present, list) and all(any(_within(w, p) for p in present) for w in wanted)
+    return bool(wanted == present)
+
+
+def _unschedulable_since(pod: Raw) -> float | None:
+    for c in pod.get("status", {}).get("conditions") or ():
+        if c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable":
+            return observing.seconds(c["lastTransitionTime"]) if c.get("lastTransitionTime") else 0.0
+    return None
+
+
+def _obstacle(pod: Raw) -> tuple[str, str] | None:
+    """What a pod that does not run waits for, if it is something that is missing."""
+    name = pod["metadata"]["name"]
+    status = pod.get("status", {})
+    for c in status.get("conditions") or ():
+        if c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable":
+            message = str(c.get("message") or "")
+            return _shortage(message), f"pod {name}: {message}"
+    for c in status.get("containerStatuses") or ():
+        waiting = (c.get("state") or {}).get("waiting") or {}
+        reason = waiting.get("reason")
+        if reason in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"):
+            return "ImagePullFailed", f"pod {name}: image {c.get('image')}: {waiting.get('message') or reason}"
+        if reason in ("CreateContainerConfigError", "CreateContainerError", "RunContainerError"):
+            return str(reason), f"pod {name}: {waiting.get('message') or reason}"
+    return None
+
+
+def _shortage(message: str) -> str:
+    """The reason in a scheduler's message."""
+    lacking = re.findall(r"Insufficient ([\w./-]+)", message)
+    for resource in lacking:
+        resource = resource.rstrip(".")
+        if resource.startswith("hugepages-"):
+            return "NoHugePages"
+        if "/" in resource:
+            return "NoFreeVF"
+    if "cannot allocate all claims" in message or "resourceclaim" in message.lower():
+        return "NoFreeVF"
+    if any(r.rstrip(".") == "cpu" for r in lacking):
+        return "NoExclusiveCPU"
+    if any(r.rstrip(".") == "memory" for r in lacking):
+        return "NoMemory"
+    return "Unschedulable"
+
+
+def _admission(reason: str, message: str) -> str:
+    """The reason in a kubelet's refusal."""
+    if reason == "TopologyAffinityError":
+        return "TopologyRejected"
+    if reason == "OutOfcpu" or (reason == "UnexpectedAdmissionError" and "cpu" in message.lower()):
+        return "NoExclusiveCPU"
+    if reason.startswith("OutOfhugepages"):
+        return "NoHugePages"
+    if reason.startswith("OutOf") and "/" in reason:
+        return "NoFreeVF"
+    if reason == "UnexpectedAdmissionError":
+        return "DeviceNotReady"
+    return reason if re.fullmatch(r"[A-Z][A-Za-z]*", reason) and reason != "None" else "EngineFailed"

@@ -1,0 +1,279 @@
+"""What is there: objects of the API server, reduced to what decisions need. Pure."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from ipaddress import ip_address
+from typing import Any
+
+from pydantic import ValidationError
+
+from packetstack_core.kinds import FlowTable, TableEngine, read
+from packetstack_core.resources import MAX_BACKENDS, Endpoint, Listener, PacketStack, ResourceError, Service
+from packetstack_operator import pods
+
+Raw = Mapping[str, Any]
+"""An object as the API server gives it."""
+
+NETWORK_STATUS = "k8s.v1.cni.cncf.io/network-status"
+OVERDUE_SECONDS = 30.0
+"""So long after the end of its grace period a pod's node cannot be alive."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """An EndpointSlice, of which there may be many: only what backends are made of."""
+
+    family: int
+    """4 or 6; 0 for names."""
+    ports: tuple[tuple[str, str, int], ...]
+    """Name, protocol, number."""
+    endpoints: tuple[tuple[str, bool, bool], ...]
+    """Address, takes new flows, is terminating but serves."""
+
+    @classmethod
+    def of(cls, raw: Raw) -> "Slice":
+        """From the API server's object. Absent conditions count as the API says."""
+        endpoints = []
+        for e in raw.get("endpoints") or ():
+            conditions = e.get("conditions") or {}
+            ready = conditions.get("ready") is not False
+            serving = conditions.get("serving")
+            serving = ready if serving is None else serving
+            terminating = bool(conditions.get("terminating"))
+            fresh = ready or (serving and not terminating)
+            if e.get("addresses") and (fresh or serving):
+                endpoints.append((e["addresses"][0], fresh, serving and terminating))
+        ports = [
+            (p.get("name") or "", p.get("protocol") or "TCP", p["port"])
+            for p in raw.get("ports") or ()
+            if p.get("port") is not None
+        ]
+        family = {"IPv4": 4, "IPv6": 6}.get(raw.get("addressType", ""), 0)
+        return cls(family, tuple(ports), tuple(endpoints))
+
+
+ServicePorts = Mapping[tuple[int, str], str]
+"""(number, protocol) -> name of a Service's port."""
+
+
+def service_ports(raw: Raw) -> dict[tuple[int, str], str]:
+    """The ports of a Service."""
+    listed = raw.get("spec", {}).get("ports") or ()
+    return {(p["port"], p.get("protocol") or "TCP"): p.get("name") or "" for p in listed}
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one decision hands to the next one of the same process. Losing it costs one early try."""
+
+    failures: int = 0
+    """Engines in a row that could not be made."""
+    create_after: float = 0.0
+    """Unix time before which no other is made."""
+    problem: tuple[str, str] | None = None
+    """Reason and message of the last one."""
+    counted: frozenset[str] = frozenset()
+    """UIDs of pods that are in `failures`."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """One stack and all that belongs to it."""
+
+    stack: Raw
+    image: str
+    """The operator's own image: that of engines for which the resource names none."""
+    table: Raw | None = None
+    pods: Sequence[Raw] = ()
+    engines: Sequence[Raw] = ()
+    """PacketEngines."""
+    budget: Raw | None = None
+    services: Mapping[str, ServicePorts] = field(default_factory=dict)
+    slices: Mapping[str, Sequence[Slice]] = field(default_factory=dict)
+    outdated: str = ""
+    """Kinds whose definitions in the cluster are older or newer than this operator."""
+    memory: Memory = Memory()
+
+    @property
+    def uid(self) -> str:
+        """The stack's."""
+        return str(self.stack["metadata"]["uid"])
+
+
+def mine(raw: Raw, uid: str) -> bool:
+    """Whether the object belongs to the stack with this UID. An orphan is taken in."""
+    owners = [o for o in raw["metadata"].get("ownerReferences") or () if o.get("controller")]
+    return not owners or owners[0]["uid"] == uid
+
+
+def seconds(timestamp: str) -> float:
+    """Unix time of an API server's timestamp."""
+    return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp()
+
+
+def timestamp(now: float) -> str:
+    """The API server's form of a Unix time."""
+    return datetime.fromtimestamp(int(now), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+# ---- pods --------------------------------------------------------------------------------------------------------
+
+
+def number_of(pod: Raw) -> int:
+    """The engine that a pod is of; 0 if its label is no number."""
+    text = pod["metadata"].get("labels", {}).get(pods.ENGINE, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 5 else 0
+
+
+def phase(pod: Raw) -> str:
+    """Pending, Running, Succeeded, Failed or Unknown."""
+    return str(pod.get("status", {}).get("phase") or "Pending")
+
+
+def node_of(pod: Raw) -> str | None:
+    """Where it was put; None before."""
+    name = pod.get("spec", {}).get("nodeName")
+    return str(name) if name else None
+
+
+def terminating(pod: Raw) -> bool:
+    """Somebody has deleted it, and it is in its grace period."""
+    return bool(pod["metadata"].get("deletionTimestamp"))
+
+
+def dead(pod: Raw, now: float) -> bool:
+    """Its containers will not run again."""
+    if phase(pod) in ("Failed", "Succeeded"):
+        return True
+    # The timestamp is when the grace period ends. A node that is gone never confirms.
+    deleted = pod["metadata"].get("deletionTimestamp")
+    return bool(deleted) and now > seconds(deleted) + OVERDUE_SECONDS
+
+
+def started(pod: Raw) -> bool:
+    """Its container has run, so that an agent may have attached it."""
+    listed = pod.get("status", {}).get("containerStatuses") or ()
+    return any(
+        c.get("restartCount") or "running" in (c.get("state") or {}) or "terminated" in (c.get("state") or {})
+        for c in listed
+    )
+
+
+def running(pod: Raw) -> bool:
+    """Its container runs now."""
+    listed = pod.get("status", {}).get("containerStatuses") or ()
+    return phase(pod) == "Running" and any("running" in (c.get("state") or {}) for c in listed)
+
+
+def started_at(pod: Raw) -> float:
+    """Unix time since which its container runs; 0 if it does not."""
+    for c in pod.get("status", {}).get("containerStatuses") or ():
+        since = ((c.get("state") or {}).get("running") or {}).get("startedAt")
+        if since:
+            return seconds(since)
+    return 0.0
+
+
+def interface_of(pod: Raw) -> str | None:
+    """The interface that the engine takes packets from; "" if the agent is to make one, None while it is not known."""
+    wanted = pods.network(pod)
+    if wanted is None:
+        return pods.INTERFACE if pod.get("spec", {}).get("resourceClaims") else ""
+    try:
+        listed = json.loads(pod["metadata"]["annotations"][NETWORK_STATUS])
+        for n in listed:
+            if n.get("interface") and n.get("name") == wanted:
+                return str(n["interface"])
+    except (KeyError, ValueError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def from_pod(pod: Raw) -> TableEngine | None:
+    """The flow table's entry of an engine, read back from its pod. None if the pod does not tell."""
+    labels = pod["metadata"].get("labels", {})
+    try:
+        shape = json.loads(pod["metadata"].get("annotations", {}).get(pods.SHAPE, ""))
+        return TableEngine.model_validate(
+            {
+                "id": number_of(pod),
+                "name": pod["metadata"]["name"],
+                "state": labels.get(pods.ENGINE_STATE),
+                "template": labels.get(pods.REVISION),
+                **shape,
+            }
+        )
+    except (ValueError, TypeError, ValidationError):
+        return None
+
+
+def read_table(raw: Raw | None) -> FlowTable | None:
+    """The flow table; None if there is none, or one that nobody could have written from here."""
+    if raw is None:
+        return None
+    try:
+        return read(FlowTable, raw)
+    except ResourceError:
+        return None
+
+
+# ---- backends ------------------------------------------------------------------------------------------------------
+
+
+def resolve(stack: PacketStack, world: World) -> tuple[tuple[Listener, ...], list[str]]:
+    """The listeners with endpoints in the place of services, and what is wrong with the services."""
+    own = set(stack.virtual_addresses())
+    networks = stack.spec.snat.addresses
+    listeners, problems = [], []
+    left = MAX_BACKENDS - sum(len(li.backends.endpoints or ()) for li in stack.spec.listeners)
+    for listener in stack.spec.listeners:
+        service = listener.backends.service
+        if service is None:
+            listeners.append(listener)
+            continue
+        found, problem = _endpoints(listener, service, world)
+        usable = [
+            e
+            for e in found
+            if e.address not in own and not any(e.address.version == n.version and e.address in n for n in networks)
+        ]
+        if len(usable) > left:
+            problem = f"service {service.name} has more backends than fit; a stack has at most {MAX_BACKENDS}"
+            usable = usable[:left]
+        left -= len(usable)
+        if problem:
+            problems.append(f"listener {listener.name}: {problem}")
+        backends = listener.backends.model_copy(update={"service": None, "endpoints": tuple(usable)})
+        listeners.append(listener.model_copy(update={"backends": backends}))
+    return tuple(listeners), problems
+
+
+def _endpoints(listener: Listener, service: Service, world: World) -> tuple[list[Endpoint], str]:
+    """In order of address and port."""
+    ports = world.services.get(service.name)
+    if ports is None:
+        return [], f"service {service.name} is not there; create it, or name another"
+    name = ports.get((service.port, listener.protocol))
+    if name is None:
+        return [], f"service {service.name} has no {listener.protocol} port {service.port}; use one that it has"
+    weights: dict[tuple[str, int], int] = {}
+    for part in world.slices.get(service.name, ()):
+        if part.family != listener.address.version:
+            continue
+        numbers = [p for n, protocol, p in part.ports if n == name and protocol == listener.protocol]
+        for address, fresh, last in part.endpoints:
+            # A flow that lives on a terminating backend stays where it is. UDP has no end that
+            # could be waited for, so that its flows would stay until the backend is gone.
+            if not fresh and (not last or listener.protocol == "UDP"):
+                continue
+            for port in numbers:
+                weights[address, port] = max(weights.get((address, port), 0), int(fresh))
+    endpoints = []
+    for (address, port), weight in weights.items():
+        try:
+            endpoints.append(Endpoint.model_validate({"address": address, "port": port, "weight": weight}))
+        except ValidationError:
+            continue  # a loopback address, say: nothing that packets could be sent to
+    return sorted(endpoints, key=lambda e: (int(ip_address(str(e.address))), e.port)), ""
