@@ -99,9 +99,7 @@ class Client:
         """Let the agent end and another one take over; one that is dead is just followed."""
         if not (self.run_directory / "state.json").exists():
             raise NoAgent(f"{self.run_directory}: there is no agent to follow; start one with: packetstack up FILE")
-        with suppress(NoAgent):
-            self.call("leave")
-        self._wait_until_gone()
+        self._wait_until_gone("leave")
         self.start_agent(None)
 
     def agent_pid(self) -> int:
@@ -114,9 +112,13 @@ class Client:
         self._wait_until_gone()
         self._forget()
 
-    def _wait_until_gone(self) -> None:
+    def _wait_until_gone(self, told: str = "") -> None:
+        """`told`: a verb that ends it. Said more than once: one that is still starting does not hear it yet."""
         deadline = time.monotonic() + STOP_SECONDS
         while self._running():
+            with suppress(NoAgent):
+                if told:
+                    self.call(told)
             if time.monotonic() > deadline:
                 raise CliError(f"the agent does not end; see {self.run_directory / 'agent.log'}")
             time.sleep(0.02)

@@ -21,10 +21,10 @@ FOLLOWED_SECONDS = 0.5
 class Init:
     """packetstack-init whose children are shell scripts that write down their start."""
 
-    def __init__(self, directory: Path, datapath: str, supervisor: str) -> None:
+    def __init__(self, directory: Path, datapath: str, supervisor: str, linger: Path | None) -> None:
         self.log = directory / "log"
         self._starts = {name: directory / name for name in ("datapath", "supervisor")}
-        command = [str(native("packetstack-init"))]
+        command = [str(native("packetstack-init")), *(["--linger", str(linger)] if linger else [])]
         for name, script in (("datapath", datapath), ("supervisor", supervisor)):
             self._starts[name].touch()
             command += [f"--{name}", "/bin/sh", "-c", f"echo $$ >> {self._starts[name]}; {script}"]
@@ -69,8 +69,8 @@ Start = Callable[..., Init]
 def start(tmp_path: Path) -> Iterator[Start]:
     made: list[Init] = []
 
-    def make(datapath: str = SLEEPS, supervisor: str = SLEEPS) -> Init:
-        made.append(Init(tmp_path, datapath, supervisor))
+    def make(datapath: str = SLEEPS, supervisor: str = SLEEPS, linger: Path | None = None) -> Init:
+        made.append(Init(tmp_path, datapath, supervisor, linger))
         made[-1].follower(0, "datapath")
         made[-1].follower(0, "supervisor")
         return made[-1]
@@ -163,7 +163,10 @@ def test_told_to_end_it_ends_its_children_at_once(start: Start) -> None:
 def test_told_to_end_it_kills_a_child_that_does_not_react(start: Start, how: str) -> None:
     init = start(datapath="trap '' TERM; while true; do sleep 1000; done" if how == "ignores the signal" else SLEEPS)
     if how == "is stopped":
-        os.kill(init.follower(0), signal.SIGSTOP)
+        child = init.follower(0)
+        os.kill(child, signal.SIGSTOP)
+        while init.children()[child] != "T":  # of two signals that wait, SIGTERM would come first
+            time.sleep(0.001)
     assert 1.5 < init.end(5) < 4
     assert gone(init.starts()[-1], 0)
 
@@ -213,3 +216,24 @@ def test_a_command_that_cannot_be_run_is_told_and_the_other_one_runs(tmp_path: P
     finally:
         process.terminate()
         assert process.wait(5) == 0
+
+
+def test_told_to_end_it_lingers_while_the_agents_socket_is_there(start: Start, tmp_path: Path) -> None:
+    socket = tmp_path / "engine.sock"
+    socket.touch()
+    init = start(linger=socket)
+    init.process.terminate()
+    time.sleep(0.5)
+    assert init.process.poll() is None
+    assert set(init.children().values()) == {"S"}
+    socket.unlink()
+    assert init.process.wait(5) == 0
+
+
+def test_a_second_signal_does_not_linger(start: Start, tmp_path: Path) -> None:
+    socket = tmp_path / "engine.sock"
+    socket.touch()
+    init = start(linger=socket)
+    init.process.terminate()
+    time.sleep(0.3)
+    assert init.end(5) < 4
