@@ -104,8 +104,7 @@ class ControlPlane:
             self._run_controllers(manager_port, scheduler_port)
             self._wait_for("kube-controller-manager", manager_port, "/healthz")
             self._wait_for("kube-scheduler", scheduler_port, "/readyz")
-            # The controller manager makes it some seconds later; until then pods are forbidden.
-            self.kubectl("create", "serviceaccount", "default", "--namespace=default")
+            self.create_namespace("default")
 
     def _run(self, name: str, *options: str) -> None:
         self._daemons.append(Daemon(name, [find(name), *options], self.directory / f"{name}.log"))
@@ -248,6 +247,13 @@ class ControlPlane:
     def get(self, *words: str) -> Any:
         """`kubectl get ... -o json`, parsed: one object, or a list's object with `items`."""
         return json.loads(self.kubectl("get", *words, "-o", "json"))
+
+    def create_namespace(self, name: str) -> None:
+        """A namespace that takes pods at once: the controller manager makes its ServiceAccount seconds later."""
+        self.apply(
+            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}},
+            {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": name}},
+        )
 
     def apply(self, *manifests: dict[str, Any]) -> None:
         """Apply manifests given as dictionaries, server-side."""

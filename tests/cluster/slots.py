@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -43,4 +44,7 @@ class Slot:
         self.release()
 
     def release(self) -> None:
+        """Let others have it; what lies in its directory (logs of a failed start) stays until they do."""
+        with suppress(OSError):
+            self.directory.rmdir()
         self._held.close()
