@@ -159,6 +159,8 @@ class _Deciding:
         self.memory = world.memory
         self.wake_at: float | None = None
         self.template = pods.template(stack.spec.engine, world.image)
+        if self.memory.template != self.template:  # what failed before says nothing about another shape
+            self.memory = Memory(template=self.template, counted=self.memory.counted)
         self.pods = {str(p["metadata"]["name"]): p for p in world.pods if observing.number_of(p)}
         self.table = observing.read_table(world.table)
         self.report: NodeReport | None = self.table.report() if self.table is not None else None
@@ -255,7 +257,13 @@ class _Deciding:
 
     def _count_failure(self, uid: str, reason: str, message: str) -> None:
         pause = BACK_OFF_SECONDS[min(self.memory.failures, len(BACK_OFF_SECONDS) - 1)]
-        self.memory = Memory(self.memory.failures + 1, self.now + pause, (reason, message), self.memory.counted | {uid})
+        self.memory = replace(
+            self.memory,
+            failures=self.memory.failures + 1,
+            create_after=self.now + pause,
+            problem=(reason, message),
+            counted=self.memory.counted | {uid},
+        )
         self._event("EngineFailed", f"{message}; next try in {pause:g} s", "Warning")
 
     def _alive(self) -> dict[int, Raw]:
@@ -340,7 +348,7 @@ class _Deciding:
             self._wake(self.memory.create_after)
         missing = desired.replicas > sum(e.state not in ("Draining", "Failed") for e in self.entries.values())
         if not missing and all(e.state != "Pending" for e in self.entries.values()):
-            self.memory = Memory(counted=self.memory.counted)
+            self.memory = Memory(template=self.template, counted=self.memory.counted)
         for action in self.actions:
             self._act(action)
 
@@ -422,7 +430,7 @@ class _Deciding:
         writes = []
         waiting = self.node is None and any(self.entries[i].template == self.template for i in self._alive())
         for _, entry in sorted(self.entries.items()):
-            if entry.name in self.pods or entry.pod_uid or waiting:
+            if entry.name in self.pods or entry.pod_uid or waiting or self.now < self.memory.create_after:
                 continue
             body = pods.pod(self.world.stack, self.stack, entry, self.world.image, self.node)
             writes.append(Write("create", "Pod", entry.name, body))

@@ -76,6 +76,8 @@ class Memory:
     """Reason and message of the last one."""
     counted: frozenset[str] = frozenset()
     """UIDs of pods that are in `failures`."""
+    template: str = ""
+    """What all of this is about."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,129 @@
+"""Requests to the API server: what was decided is written here, one write after the other."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kubernetes.aio import client, config
+
+from packetstack_operator.deciding import Write
+from packetstack_operator.observing import Raw
+
+MANAGER = "packetstack-operator"
+TIMEOUT_SECONDS = 30.0
+PATHS = {
+    "Pod": "/api/v1/namespaces/{}/pods",
+    "FlowTable": "/apis/packetstack.io/v1alpha1/namespaces/{}/flowtables",
+    "PacketEngine": "/apis/packetstack.io/v1alpha1/namespaces/{}/packetengines",
+    "PacketStack": "/apis/packetstack.io/v1alpha1/namespaces/{}/packetstacks",
+    "PodDisruptionBudget": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",
+}
+TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+
+log = logging.getLogger(__name__)
+
+
+class Refused(Exception):
+    """The API server said no. `status`: HTTP's; `reason` and `message` are the server's own."""
+
+    def __init__(self, what: str, status: int, reason: str, message: str, causes: frozenset[str]) -> None:
+        super().__init__(f"{what}: {message or reason or status}")
+        self.status, self.reason, self.message, self.causes = status, reason, message, causes
+
+    @property
+    def ending(self) -> bool:
+        """The namespace is being deleted and takes nothing new."""
+        return self.status == 403 and "NamespaceTerminating" in self.causes
+
+
+class Api:
+    """A connection to the API server. Close it in the end."""
+
+    def __init__(self, api: Any) -> None:
+        self.client = api
+        self.writes = 0
+        """Requests that changed something, or would have."""
+
+    @classmethod
+    async def connect(cls) -> "Api":
+        """As the pod's service account, else as $KUBECONFIG says. OSError or a ConfigException if neither works."""
+        settings = client.Configuration()
+        if TOKEN.exists():
+            config.load_incluster_config(client_configuration=settings)
+        else:
+            await config.load_kube_config(
+                config_file=os.environ.get("KUBECONFIG"), client_configuration=settings, persist_config=False
+            )
+        return cls(client.ApiClient(settings))
+
+    async def close(self) -> None:
+        """End all connections."""
+        await self.client.close()
+
+    async def get(self, path: str) -> Raw:
+        """One object. Refused, aiohttp.ClientError, TimeoutError."""
+        return await self._request("GET", path, None, "application/json", {})
+
+    async def write(self, namespace: str, write: Write) -> Raw | None:
+        """Returns the object as it is now; None if it was deleted already. Errors as for `get`."""
+        self.writes += 1
+        path = PATHS[write.kind].format(namespace)
+        named = f"{path}/{write.name}"
+        try:
+            if write.verb == "create":
+                result = await self._request("POST", path, write.body, "application/json", {"fieldManager": MANAGER})
+            elif write.verb == "delete":
+                result = await self._request("DELETE", named, write.body, "application/json", {})
+            else:
+                result = await self._apply(f"{named}/{write.subresource}".rstrip("/"), write.body)
+        except Refused as e:
+            # What is gone, or is another object by now, needs no deletion.
+            if write.verb == "delete" and e.status in (404, 409):
+                return None
+            raise
+        log.info("%s %s %s/%s %s", write.verb, write.kind, namespace, write.name, write.subresource)
+        if write.kind == "FlowTable" and write.verb == "apply":
+            result = await self._exactly(named, write.body, result)
+        return result if result.get("kind") == write.kind else None
+
+    async def _apply(self, path: str, body: Mapping[str, Any]) -> Raw:
+        query = {"fieldManager": MANAGER, "force": "true"}
+        return await self._request("PATCH", path, body, "application/apply-patch+yaml", query)
+
+    async def _exactly(self, path: str, body: Mapping[str, Any], result: Raw) -> Raw:
+        """An apply leaves what others have added. Agents follow the whole table, so that it must be ours alone."""
+        spec, wanted = result["spec"], body["spec"]
+        if len(spec.get("engines") or ()) == len(wanted["engines"]) and set(spec) - {"node"} == set(wanted) - {"node"}:
+            return result
+        patch = [
+            {"op": "test", "path": "/metadata/resourceVersion", "value": result["metadata"]["resourceVersion"]},
+            {"op": "replace", "path": "/spec", "value": wanted},
+        ]
+        return await self._request("PATCH", path, patch, "application/json-patch+json", {"fieldManager": MANAGER})
+
+    async def _request(self, method: str, path: str, body: Any, kind: str, query: Mapping[str, str]) -> Raw:
+        request = await self.client.param_serialize(
+            method,
+            path,
+            query_params=list(query.items()),
+            header_params={"Accept": "application/json", "Content-Type": kind},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        answer = await self.client.call_api(*request, _request_timeout=TIMEOUT_SECONDS)
+        data = await answer.read()
+        try:
+            result = json.loads(data)
+        except ValueError:
+            result = {}
+        if not isinstance(result, dict):
+            result = {}
+        if answer.status >= 300:
+            details = result.get("details") or {}
+            causes = frozenset(str(c.get("reason")) for c in details.get("causes") or ())
+            what = f"{method} {path}"
+            raise Refused(what, answer.status, str(result.get("reason")), str(result.get("message") or ""), causes)
+        return result

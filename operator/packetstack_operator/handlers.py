@@ -1,0 +1,354 @@
+"""What wakes the operator: kopf's watches keep what is there, and one task a stack observes, decides and writes."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import aiohttp
+import kopf
+
+from packetstack_operator import deciding, observing, pods
+from packetstack_operator.applying import Api, Refused
+from packetstack_operator.deciding import BACK_OFF_SECONDS, Decision, Event
+from packetstack_operator.metrics import Metrics
+from packetstack_operator.observing import Memory, Raw, Slice, World
+
+TICK_SECONDS = 15.0
+SETTLE_SECONDS = 0.05
+"""Between two looks at a stack: changes come in bursts."""
+RELEASE_SECONDS = 30.0
+"""So long the deletion of a stack waits for its node's agent."""
+REMEMBER_SECONDS = 10.0
+"""So long a watch may lag behind our own writes."""
+REPEAT_SECONDS = 600.0
+"""The same event is shown again only after this."""
+GROUP = ("packetstack.io", "v1alpha1")
+CHILDREN = {"Pod": "pods", "FlowTable": "flowtables", "PacketEngine": "packetengines", "PodDisruptionBudget": "pdbs"}
+
+Key = tuple[str, str]
+"""Namespace and name of a stack."""
+
+log = logging.getLogger(__name__)
+
+
+class Operator:
+    """All stacks. One for the life of the process."""
+
+    def __init__(self, api: Api, metrics: Metrics, image: str) -> None:
+        self.api, self.metrics, self.image = api, metrics, image
+        self.outdated = ""
+        self._wakers: dict[Key, asyncio.Event] = {}
+        self._followers: dict[Key, set[Key]] = {}
+        """Service -> stacks that have it as backends."""
+        self._recent: dict[tuple[str, str, str], tuple[Raw, float]] = {}
+        """Kind, namespace, name -> what we wrote last, and when: the watch may not have brought it yet."""
+
+    # ---- what is there ---------------------------------------------------------------------------------------
+
+    def seen(self, kind: str, event: Mapping[str, Any]) -> None:
+        """A watch has brought something: wake its stack."""
+        body, type_ = event["object"], event["type"]
+        meta = body["metadata"]
+        at = (kind, meta["namespace"], meta["name"])
+        known = self._recent.get(at)
+        if known is not None and (type_ == "DELETED" or _version(body) >= _version(known[0])):
+            del self._recent[at]
+        stack = meta["name"] if kind in ("FlowTable", "PacketStack") else meta.get("labels", {}).get(pods.STACK)
+        self.wake((meta["namespace"], str(stack)))
+
+    def backends_changed(self, namespace: str, service: str) -> None:
+        """Of a Service: wake the stacks that follow it."""
+        for key in self._followers.get((namespace, service), ()):
+            self.wake(key)
+
+    def wake(self, key: Key) -> None:
+        """Look at the stack soon."""
+        if key in self._wakers:
+            self._wakers[key].set()
+
+    def _latest(self, kind: str, key: Key, found: Iterable[Raw]) -> list[Raw]:
+        """What the watch has brought, or our own later write."""
+        objects = {str(o["metadata"]["name"]): o for o in found}
+        for at, (written, when) in list(self._recent.items()):
+            if time.monotonic() > when + REMEMBER_SECONDS:
+                del self._recent[at]
+            elif at[:2] == (kind, key[0]) and _stack_of(written) == key[1]:
+                present = objects.get(at[2])
+                if present is None or _version(written) > _version(present):
+                    objects[at[2]] = written
+        return [o for _, o in sorted(objects.items())]
+
+    def _world(self, key: Key, indices: Mapping[str, kopf.Index[Key, Any]], memory: Memory) -> World | None:
+        stacks = self._latest("PacketStack", key, indices["packetstacks"].get(key, ()))
+        if not stacks:
+            return None
+        stack = stacks[0]
+        uid = str(stack["metadata"]["uid"])
+        found = {kind: self._latest(kind, key, indices[name].get(key, ())) for kind, name in CHILDREN.items()}
+        services = {
+            li["backends"]["service"]["name"]
+            for li in stack["spec"].get("listeners") or ()
+            if (li.get("backends") or {}).get("service")
+        }
+        self._follow(key, services)
+        listed = {name: list(indices["services"].get((key[0], name), ())) for name in services}
+        return World(
+            stack=stack,
+            image=self.image,
+            table=next(iter(found["FlowTable"]), None),
+            pods=tuple(p for p in found["Pod"] if observing.mine(p, uid)),
+            engines=tuple(e for e in found["PacketEngine"] if observing.mine(e, uid)),
+            budget=next((b for b in found["PodDisruptionBudget"] if b["metadata"]["name"] == key[1]), None),
+            services={name: ports[0] for name, ports in listed.items() if ports},
+            slices={name: tuple(indices["endpointslices"].get((key[0], name), ())) for name in services},
+            outdated=self.outdated,
+            memory=memory,
+        )
+
+    def _follow(self, key: Key, services: Iterable[str]) -> None:
+        wanted = {(key[0], name) for name in services}
+        for service, followers in list(self._followers.items()):
+            if service not in wanted:
+                followers.discard(key)
+                if not followers:
+                    del self._followers[service]
+        for service in wanted:
+            self._followers.setdefault(service, set()).add(key)
+
+    # ---- one stack -------------------------------------------------------------------------------------------
+
+    async def keep(
+        self, key: Key, stopped: kopf.DaemonStopped, body: kopf.Body, indices: Mapping[str, kopf.Index[Key, Any]]
+    ) -> None:
+        """Until the stack is deleted, or the operator ends."""
+        woken = self._wakers[key] = asyncio.Event()
+        ending = asyncio.ensure_future(_until(stopped))
+        shown: dict[tuple[str, str], float] = {}
+        memory, failures = Memory(), 0
+        try:
+            while not stopped:
+                woken.clear()
+                pause, failed = TICK_SECONDS, True
+                began = time.monotonic()
+                try:
+                    world = self._world(key, indices, memory)
+                    if world is not None:
+                        decision = deciding.decide(world, time.time())
+                        memory = decision.memory
+                        memory = await self._carry_out(key, decision, memory, woken)
+                        self._show(body, decision.events, shown)
+                        self.metrics.stacks.known[key] = (world.stack, world.engines)
+                        if decision.wake_at is not None:
+                            pause = min(pause, max(0.0, decision.wake_at - time.time()))
+                    failed = False
+                except Refused as e:
+                    pause = self._refused(key, e, failures)
+                except (aiohttp.ClientError, TimeoutError, OSError) as e:
+                    self.metrics.errors.labels("Unreachable").inc()
+                    log.warning("stack %s/%s: API server: %s: %s", *key, type(e).__name__, e)
+                    pause = _back_off(failures)
+                except Exception:  # a bug: the next look may do better, other stacks go on
+                    self.metrics.errors.labels("InternalError").inc()
+                    log.exception("stack %s/%s: internal error", *key)
+                    pause = _back_off(failures)
+                failures = failures + 1 if failed else 0
+                outcome = "error" if failed else "ok"
+                self.metrics.duration.labels(outcome).observe(time.monotonic() - began)
+                await _first(ending, asyncio.sleep(pause if failed else min(SETTLE_SECONDS, pause)))
+                if not failed and not stopped:
+                    await _first(ending, woken.wait(), timeout=pause)
+            if stopped.reason is not None and kopf.DaemonStoppingReason.RESOURCE_DELETED in stopped.reason:
+                await self._release(key, body, woken, indices)
+        finally:
+            ending.cancel()
+            if self._wakers.get(key) is woken:
+                del self._wakers[key]
+            self._follow(key, ())
+            self.metrics.stacks.known.pop(key, None)
+
+    async def _carry_out(self, key: Key, decision: Decision, memory: Memory, woken: asyncio.Event) -> Memory:
+        for write in decision.writes:
+            try:
+                self.metrics.writes.labels(write.verb, write.kind).inc()
+                written = await self.api.write(key[0], write)
+            except Refused as e:
+                if write.verb != "create" or e.status not in (400, 403, 422) or e.ending:
+                    raise
+                # The API server does not take pods of this shape, or no more of them. Say so, and try less often.
+                log.warning("stack %s/%s: %s", *key, e)
+                self.metrics.errors.labels("PodRefused").inc()
+                reason = "QuotaExceeded" if "exceeded quota" in e.message else "PodRefused"
+                pause = BACK_OFF_SECONDS[min(memory.failures, len(BACK_OFF_SECONDS) - 1)]
+                woken.set()
+                return replace(
+                    memory,
+                    failures=memory.failures + 1,
+                    create_after=time.time() + pause,
+                    problem=(reason, f"pod {write.name}: {e.message}"),
+                )
+            at = (write.kind, key[0], write.name)
+            if written is not None:
+                self._recent[at] = (written, time.monotonic())
+            if write.kind == "Pod" and write.verb != "apply":
+                self.metrics.scaled.labels("up" if write.verb == "create" else "down").inc()
+        return memory
+
+    def _refused(self, key: Key, error: Refused, failures: int) -> float:
+        """What to do about a refused request: the pause before the next look, in seconds."""
+        if error.status == 409:
+            # Decided from something that is older than what is there: the watch brings it.
+            self.metrics.errors.labels("Conflict").inc()
+            return 0.1 * (1 << min(failures, 3))
+        if error.ending or error.status == 404:
+            return 1.0  # namespace or stack is being deleted
+        self.metrics.errors.labels("Refused").inc()
+        log.warning("stack %s/%s: %s", *key, error)
+        return _back_off(failures)
+
+    def _show(self, body: kopf.Body, events: Iterable[Event], shown: dict[tuple[str, str], float]) -> None:
+        now = time.monotonic()
+        for event in events:
+            what = (event.reason, event.message)
+            if now < shown.get(what, -REPEAT_SECONDS) + REPEAT_SECONDS:
+                continue
+            shown[what] = now
+            meta = body["metadata"]
+            log.info("stack %s/%s: %s: %s", meta["namespace"], meta["name"], event.reason, event.message)
+            kopf.event(body, type=event.kind, reason=event.reason, message=event.message[:1000])
+        for what in [w for w, when in shown.items() if now > when + REPEAT_SECONDS]:
+            del shown[what]
+
+    async def _release(
+        self, key: Key, body: kopf.Body, woken: asyncio.Event, indices: Mapping[str, kopf.Index[Key, Any]]
+    ) -> None:
+        """Give back what the node holds, in order. Whatever happens, the deletion goes on after `RELEASE_SECONDS`."""
+        if "orphan" in (body["metadata"].get("finalizers") or ()):
+            return  # kubectl delete --cascade=orphan: the engines stay, and may be taken over by another stack
+        uid = body["metadata"]["uid"]
+        deadline = time.monotonic() + RELEASE_SECONDS
+        while time.monotonic() < deadline:
+            woken.clear()
+            try:
+                world = self._world(key, indices, Memory())
+                if world is None or world.uid != uid or await self._namespace_ends(key[0]):
+                    return
+                decision = deciding.release(world, time.time())
+                await self._carry_out(key, decision, decision.memory, woken)
+                if decision.released:
+                    return
+            except Refused as e:
+                if e.status != 409:
+                    log.warning("stack %s/%s: release: %s", *key, e)
+                await asyncio.sleep(0.2)
+            except (aiohttp.ClientError, TimeoutError, OSError) as e:
+                log.warning("stack %s/%s: release: API server: %s", *key, e)
+                await asyncio.sleep(1.0)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(1.0):
+                    await woken.wait()
+        log.warning("stack %s/%s: its node has not answered in %g s; it is deleted all the same", *key, RELEASE_SECONDS)
+
+    async def _namespace_ends(self, namespace: str) -> bool:
+        """A namespace that is being deleted takes everything with it, in its own order."""
+        try:
+            found = await self.api.get(f"/api/v1/namespaces/{namespace}")
+        except Refused:
+            return False  # no right to look, in an operator for named namespaces
+        return bool(found["metadata"].get("deletionTimestamp"))
+
+
+def register(registry: kopf.OperatorRegistry, operator: Operator) -> None:
+    """All that kopf has to watch. Only indexes, events and one daemon: nothing depends on seeing each change."""
+
+    def lean(body: kopf.Body) -> dict[str, Any]:
+        raw: dict[str, Any] = dict(body)
+        raw["metadata"] = {k: v for k, v in raw["metadata"].items() if k != "managedFields"}
+        return raw
+
+    def by_name(name: str, namespace: str, body: kopf.Body, **_: Any) -> dict[Key, Raw]:
+        return {(namespace, name): lean(body)}
+
+    def by_stack(namespace: str, body: kopf.Body, **_: Any) -> dict[Key, Raw]:
+        return {(namespace, body["metadata"].get("labels", {}).get(pods.STACK, "")): lean(body)}
+
+    def by_service(namespace: str, body: kopf.Body, **_: Any) -> dict[Key, Slice]:
+        return {(namespace, _service_of(body)): Slice.of(body)}
+
+    def ports(name: str, namespace: str, body: kopf.Body, **_: Any) -> dict[Key, observing.ServicePorts]:
+        return {(namespace, name): observing.service_ports(body)}
+
+    index: Any = kopf.index
+    index(*GROUP, "packetstacks", id="packetstacks", registry=registry)(by_name)
+    index(*GROUP, "flowtables", id="flowtables", registry=registry)(by_name)
+    index(*GROUP, "packetengines", id="packetengines", registry=registry)(by_stack)
+    index("", "v1", "pods", id="pods", registry=registry)(by_stack)
+    index("policy", "v1", "poddisruptionbudgets", id="pdbs", registry=registry)(by_stack)
+    index("", "v1", "services", id="services", registry=registry)(ports)
+    index("discovery.k8s.io", "v1", "endpointslices", id="endpointslices", registry=registry)(by_service)
+
+    def watch(group: str, version: str, plural: str, kind: str) -> None:
+        async def seen(event: Mapping[str, Any], **_: Any) -> None:
+            operator.seen(kind, event)
+
+        decorate: Any = kopf.on.event(group, version, plural, id=f"{plural}-seen", registry=registry)
+        decorate(seen)
+
+    watch(*GROUP, "packetstacks", "PacketStack")
+    watch(*GROUP, "flowtables", "FlowTable")
+    watch(*GROUP, "packetengines", "PacketEngine")
+    watch("", "v1", "pods", "Pod")
+    watch("policy", "v1", "poddisruptionbudgets", "PodDisruptionBudget")
+
+    async def service_changed(namespace: str, name: str, **_: Any) -> None:
+        operator.backends_changed(namespace, name)
+
+    async def slice_changed(namespace: str, body: kopf.Body, **_: Any) -> None:
+        operator.backends_changed(namespace, _service_of(body))
+
+    on_event: Any = kopf.on.event
+    on_event("", "v1", "services", id="service-changed", registry=registry)(service_changed)
+    on_event("discovery.k8s.io", "v1", "endpointslices", id="slice-changed", registry=registry)(slice_changed)
+
+    names = {"packetstacks", "services", "endpointslices", *CHILDREN.values()}
+
+    async def keep(name: str, namespace: str, body: kopf.Body, stopped: kopf.DaemonStopped, **kwargs: Any) -> None:
+        await operator.keep((namespace, name), stopped, body, {i: kwargs[i] for i in names})
+
+    daemon: Any = kopf.daemon(*GROUP, "packetstacks", id="keep", cancellation_polling=0.5, registry=registry)
+    daemon(keep)
+
+
+def _version(raw: Raw) -> int:
+    text = str(raw["metadata"].get("resourceVersion") or "0")
+    return int(text) if text.isdigit() else 0
+
+
+def _stack_of(raw: Raw) -> str:
+    if raw.get("kind") in ("FlowTable", "PacketStack"):
+        return str(raw["metadata"]["name"])
+    return str(raw["metadata"].get("labels", {}).get(pods.STACK, ""))
+
+
+def _service_of(raw: Raw) -> str:
+    return str(raw["metadata"].get("labels", {}).get("kubernetes.io/service-name", ""))
+
+
+def _back_off(failures: int) -> float:
+    return BACK_OFF_SECONDS[min(failures, 3)]
+
+
+async def _until(stopped: Any) -> None:
+    await stopped.wait()
+
+
+async def _first(ending: "asyncio.Future[None]", other: Any, timeout: float | None = None) -> None:
+    """Until one of the two is done, or `timeout` seconds have passed."""
+    task = asyncio.ensure_future(other)
+    try:
+        await asyncio.wait([ending, task], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        task.cancel()

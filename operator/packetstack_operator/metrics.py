@@ -1,0 +1,67 @@
+"""The operator's metrics, as Prometheus reads them."""
+
+from collections import Counter as Count
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from packetstack_operator.observing import Raw
+
+
+class Stacks(Collector):
+    """Sizes and conditions of stacks, as their status says at the time of a scrape."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], tuple[Raw, Iterable[Raw]]] = {}
+        """Namespace and name -> PacketStack, its PacketEngines."""
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample a stack and state."""
+        names = ["namespace", "stack"]
+        engines = GaugeMetricFamily("packetstack_engines", "Engines by state.", labels=[*names, "state"])
+        desired = GaugeMetricFamily("packetstack_desired_engines", "Engines that the stack asks for.", labels=names)
+        conditions = GaugeMetricFamily(
+            "packetstack_condition", "1 if the condition of the stack is true, 0 if not.", labels=[*names, "type"]
+        )
+        for key, (stack, children) in sorted(self.known.items()):
+            states = Count(str((e.get("status") or {}).get("state") or "Pending") for e in children)
+            for state in ("Pending", "Starting", "Active", "Draining", "Failed"):
+                engines.add_metric([*key, state], states[state])
+            desired.add_metric(list(key), int(stack.get("spec", {}).get("replicas", 1)))
+            for c in (stack.get("status") or {}).get("conditions") or ():
+                conditions.add_metric([*key, c["type"]], float(c["status"] == "True"))
+        yield from (engines, desired, conditions)
+
+
+class Metrics:
+    """All of them, with a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.stacks = Stacks()
+        self.registry.register(self.stacks)
+        self.duration = Histogram(
+            "packetstack_reconcile_duration_seconds",
+            "Time of one look at a stack, with its writes.",
+            ["outcome"],
+            registry=self.registry,
+            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+        )
+        self.errors = Counter(
+            "packetstack_reconcile_errors", "Looks at a stack that failed.", ["reason"], registry=self.registry
+        )
+        self.writes = Counter(
+            "packetstack_api_writes", "Requests that change something.", ["verb", "kind"], registry=self.registry
+        )
+        self.scaled = Counter(
+            "packetstack_scale_events", "Engines made, and let go.", ["direction"], registry=self.registry
+        )
+        self.leader = Gauge("packetstack_leader", "1 while this process acts.", registry=self.registry)
+        self.outdated = Gauge(
+            "packetstack_crd_outdated",
+            "1 if the cluster's definition is not that of this version.",
+            ["kind"],
+            registry=self.registry,
+        )
