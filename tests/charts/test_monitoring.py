@@ -98,6 +98,8 @@ def test_every_alert_can_be_left_out(render: Render) -> None:
 
 
 AGENT = 'job="packetstack-agent", instance="10.0.0.1:9470"'
+OPERATOR = 'job="packetstack-operator", instance="10.0.0.9:8080"'
+A, B = OPERATOR + ', namespace="x", stack="a"', OPERATOR + ', namespace="x", stack="b"'
 
 # Alert -> series that make it fire, the minute by which it must, its labels, and series (of another stack, or the same
 # target in better times) that must not.
@@ -114,37 +116,52 @@ FIRING: dict[str, tuple[dict[str, str], int, dict[str, str], dict[str, str]]] = 
         {"job": "packetstack-agent", "instance": "10.0.0.1:9470"},
         {f"up{{{AGENT}}}": "1x10 0x3 1x17"},
     ),
+    "PacketStackReconcileErrors": (
+        {f'packetstack_reconcile_errors_total{{{OPERATOR}, reason="Forbidden"}}': "0+1x30"},
+        16,
+        {"reason": "Forbidden"},
+        {f'packetstack_reconcile_errors_total{{{OPERATOR}, reason="Conflict"}}': "0x10 2x20"},
+    ),
+    "PacketStackCRDOutdated": (
+        {f'packetstack_crd_outdated{{{OPERATOR}, kind="FlowTable"}}': "1x30"},
+        11,
+        {"kind": "FlowTable"},
+        {f'packetstack_crd_outdated{{{OPERATOR}, kind="PacketStack"}}': "0x30"},
+    ),
     "PacketStackNoEngine": (
         {
-            f'packetstack_desired_engines{{{AGENT}, stack="a"}}': "2x30",
-            f'packetstack_engines{{{AGENT}, stack="a", state="Active"}}': "0x30",
-            f'packetstack_engines{{{AGENT}, stack="a", state="Starting"}}': "2x30",
+            f"packetstack_desired_engines{{{A}}}": "2x30",
+            f'packetstack_engines{{{A}, state="Active"}}': "0x30",
+            f'packetstack_engines{{{A}, state="Starting"}}': "2x30",
         },
         2,
-        {"stack": "a"},
-        {
-            f'packetstack_desired_engines{{{AGENT}, stack="b"}}': "0x30",
-            f'packetstack_engines{{{AGENT}, stack="b", state="Active"}}': "0x30",
-        },
+        {"namespace": "x", "stack": "a"},
+        {f"packetstack_desired_engines{{{B}}}": "0x30", f'packetstack_engines{{{B}, state="Active"}}': "0x30"},
     ),
     "PacketStackEnginesMissing": (
-        {
-            f'packetstack_desired_engines{{{AGENT}, stack="a"}}': "3x30",
-            f'packetstack_engines{{{AGENT}, stack="a", state="Active"}}': "2x30",
-        },
+        {f"packetstack_desired_engines{{{A}}}": "3x30", f'packetstack_engines{{{A}, state="Active"}}': "2x30"},
         11,
-        {"stack": "a"},
+        {"namespace": "x", "stack": "a"},
         {
-            f'packetstack_desired_engines{{{AGENT}, stack="b"}}': "3x30",
-            f'packetstack_engines{{{AGENT}, stack="b", state="Active"}}': "2x5 3x25",
-            f'packetstack_engines{{{AGENT}, stack="b", state="Draining"}}': "1x30",
+            f"packetstack_desired_engines{{{B}}}": "3x30",
+            f'packetstack_engines{{{B}, state="Active"}}': "2x5 3x25",
+            f'packetstack_engines{{{B}, state="Draining"}}': "1x30",
+        },
+    ),
+    "PacketStackDegraded": (
+        {f'packetstack_condition{{{A}, type="Degraded"}}': "1x30"},
+        11,
+        {"namespace": "x", "stack": "a"},
+        {
+            f'packetstack_condition{{{B}, type="Degraded"}}': "0x30",
+            f'packetstack_condition{{{B}, type="Available"}}': "1x30",
         },
     ),
     "PacketStackDrainStuck": (
-        {f'packetstack_engines{{{AGENT}, stack="a", state="Draining"}}': "1x30"},
+        {f'packetstack_engines{{{A}, state="Draining"}}': "1x30"},
         11,
-        {"stack": "a"},
-        {f'packetstack_engines{{{AGENT}, stack="b", state="Draining"}}': "1x5 0x2 1x5 0x18"},
+        {"namespace": "x", "stack": "a"},
+        {f'packetstack_engines{{{B}, state="Draining"}}': "1x5 0x2 1x5 0x18"},
     ),
     "PacketStackOverloaded": (
         {
