@@ -23,6 +23,9 @@ CONTAINER = "engine"
 DIRECTORY = "/run/packetstack-engine"
 HOST_DIRECTORY = "/run/packetstack/engines"
 INTERFACE = "net1"
+PORT = 9471
+"""Where the supervisor serves /metrics and /healthz."""
+NOBODY = 65534
 GRACE_SECONDS = 60
 """A pod that is deleted by somebody else has this long to hand its buckets over."""
 
@@ -93,20 +96,23 @@ def pod(
         "name": CONTAINER,
         "image": shape.image or image,
         "command": ["packetstack-engine"],
-        "args": ["--pod", DIRECTORY],
+        "args": ["--pod", "--directory", DIRECTORY, "--listen", f":{PORT}"],
+        "ports": [{"name": "metrics", "containerPort": PORT}],
         "resources": resources,
         "volumeMounts": mounts,
         "readinessProbe": {
-            "exec": {"command": ["packetstack-engine", "--check"]},
-            "periodSeconds": 10,
+            "httpGet": {"path": "/healthz", "port": "metrics"},
+            "periodSeconds": 2,
             "timeoutSeconds": 5,
         },
+        # Sockets and programs are the agent's: it hands descriptors over, and nothing here needs a privilege.
         "securityContext": {
-            "runAsUser": 0,
+            "runAsUser": NOBODY,
+            "runAsGroup": NOBODY,
+            "runAsNonRoot": True,
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
-            # The datapath starts as root and gives that up; sockets and programs are the agent's.
-            "capabilities": {"drop": ["ALL"], "add": ["SETGID", "SETPCAP", "SETUID"]},
+            "capabilities": {"drop": ["ALL"]},
         },
     }
     return {
