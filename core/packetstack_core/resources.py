@@ -274,13 +274,23 @@ Ip = Annotated[Address, BeforeValidator(_read_address), _AS_TEXT, WithJsonSchema
 Cidr = Annotated[Network, BeforeValidator(_read_network), _AS_TEXT, WithJsonSchema({"type": "string", "maxLength": 49})]
 Port = Annotated[int, Whole(1, 65535, "a port")]
 Name = Annotated[str, _DNS_LABEL]
-Size = Annotated[str, BeforeValidator(_read_bytes)]
-Quantity = Annotated[str, BeforeValidator(_read_quantity)]
-IntOrPercent = Annotated[int | str, BeforeValidator(_read_int_or_percent)]
+# The schemas of these are for Kubernetes, whose quantities are numbers or strings too.
+_INT_OR_STRING = {"x-kubernetes-int-or-string": True}
+Size = Annotated[str, BeforeValidator(_read_bytes), WithJsonSchema({**_INT_OR_STRING, "minimum": 1})]
+Quantity = Annotated[str, BeforeValidator(_read_quantity), WithJsonSchema(_INT_OR_STRING)]
+IntOrPercent = Annotated[
+    int | str,
+    BeforeValidator(_read_int_or_percent),
+    WithJsonSchema({**_INT_OR_STRING, "minimum": 0, "maximum": MAX_REPLICAS, "pattern": "^(0?[0-9]{1,2}|100)%$"}),
+]
 Labels = dict[str, str]
 Count = Annotated[int, Whole(0, MAX_REPLICAS, "a number of engines")]
 Seconds = Annotated[int, Whole(1, 604_800, "a number of seconds")]
-Opaque = Annotated[dict[str, Any], BeforeValidator(_read_json)]
+Opaque = Annotated[
+    dict[str, Any],
+    BeforeValidator(_read_json),
+    WithJsonSchema({"type": "object", "x-kubernetes-preserve-unknown-fields": True}),
+]
 """Handed to Kubernetes as it is."""
 
 

@@ -1,0 +1,623 @@
+"""The CustomResourceDefinitions, made from the models, so that API server and CLI take and refuse the same.
+
+`python -m packetstack_core.crds DIRECTORY...` writes one file a kind. What one value can be is in the schema; what
+several values must be together is a CEL rule with the words of `resources`. A path of the API server ends before an
+index where the rule sees a whole list. These stay with the operator, as conditions, because a rule for them would cost
+more than an API server allows: overlapping SNAT prefixes, totals over all listeners, backends that are the address of
+another listener or a SNAT address, and one address written in two ways.
+"""
+
+import ast
+import hashlib
+import inspect
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
+
+from packetstack_core import kinds, resources
+from packetstack_core.resources import (
+    API_VERSION,
+    MAX_FLOWS_PER_BUCKET,
+    MAX_LISTENERS,
+    MAX_NAME,
+    MAX_QUEUES,
+    MAX_SNAT_ADDRESSES,
+)
+
+GROUP, VERSION = API_VERSION.split("/")
+SCHEMA_HASH = f"{GROUP}/schema-hash"
+"""Annotation with `schema_hash`: an operator sees that the API server holds another version than its own."""
+CATEGORY = "packetstack-io"
+"""`kubectl get packetstack-io` lists all kinds. (`packetstack` would hide the kind of that name.)"""
+MAX_LISTENER_ENDPOINTS = 512
+"""Endpoints that one listener may have in a PacketStack: each is checked by rules, whose cost is limited."""
+MAX_SNAT_PREFIXES = 512
+MAX_METRICS, MAX_SCHEDULES, MAX_POLICIES = 32, 64, 32
+
+Json = dict[str, Any]
+
+
+# ---- rules -------------------------------------------------------------------------------------------------------
+# CEL compares what is there; absent fields have to be asked for with has(), unless they have a default.
+
+
+def _rule(rule: str, says: str, *values: str, path: str = "", reason: str = "") -> Json:
+    """A rule; `says` with a %s for each of `values`, expressions that are strings. `path`: the field below at fault.
+
+    Messages are made by format(): other ways to add strings cost too much where no length is known.
+    """
+    text = _text(says)
+    message = {"messageExpression": f"{text}.format([{', '.join(values)}])"} if values else {"message": says}
+    return {"rule": rule, **message, **({"fieldPath": path} if path else {}), **({"reason": reason} if reason else {})}
+
+
+def _text(words: str) -> str:
+    return "'" + words.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _either(*cases: tuple[str, str], otherwise: str) -> str:
+    """The text of the first condition that holds."""
+    return "(" + "".join(f"{condition} ? {text} : " for condition, text in cases) + f"{otherwise})"
+
+
+def _exactly_one(*names: str) -> Json:
+    given = "[" + ", ".join(f"has(self.{name}) ? '{name}' : ''" for name in names) + "].filter(n, n != '')"
+    some = f"'has %s and %s'.format([{given}[0], {given}[1]])"
+    empty = (f"{given}.size() == 0", "'is empty'")
+    return _rule(f"{given}.size() == 1", f"%s; use exactly one of {', '.join(names)}", _either(empty, otherwise=some))
+
+
+def _member_of_type(members: Mapping[str, str]) -> Json:
+    rule = " || ".join(f"self.type == '{kind}' && has(self.{member})" for kind, member in members.items())
+    name = _either(*((f"self.type == '{kind}'", f"'{member}'") for kind, member in members.items()), otherwise="''")
+    return _rule(rule, 'has type "%s" without %s; use the member that type names', "self.type", name)
+
+
+_LIMITS = _rule(
+    "!has(self.minReplicas) || !has(self.maxReplicas) || self.minReplicas <= self.maxReplicas",
+    "has minReplicas %s above maxReplicas %s; use minReplicas <= maxReplicas",
+    "string(self.minReplicas)",
+    "string(self.maxReplicas)",
+)
+_UNREACHABLE = "cannot be reached through a router; use a global or private unicast address"
+_IP = [
+    _rule(
+        "isIP(self)",
+        '"%s" %s',
+        "self",
+        _either(
+            (
+                "self.contains('%')",
+                _text("has a zone; use the address without '%s'") + ".format([self.substring(self.indexOf('%'))])",
+            ),
+            ("self.startsWith('::ffff:')", "'is an IPv4-mapped address; use ' + self.substring(7)"),
+            (
+                "self.contains('/')",
+                _text('is not an IP address; use one without a prefix length, as in "192.0.2.10" or "2001:db8::10"'),
+            ),
+            otherwise=_text('is not an IP address; use one, as in "192.0.2.10" or "2001:db8::10"'),
+        ),
+    ),
+    _rule(
+        "!isIP(self) || ip(self).isGlobalUnicast()",
+        '"%s" %s',
+        "self",
+        _either(
+            ("self == '255.255.255.255'", "'is the broadcast address; use a unicast address'"),
+            otherwise=_text(_UNREACHABLE),
+        ),
+    ),
+]
+_CIDR = [
+    _rule(
+        "isCIDR(self) || isIP(self)",
+        '"%s" %s',
+        "self",
+        _either(
+            ("self.contains('%')", "'has a zone; use the prefix without it'"),
+            otherwise=_text('is not an address or prefix; use one as in "192.0.2.64/28" or "2001:db8::40/122"'),
+        ),
+    ),
+    _rule(
+        "!isCIDR(self) || cidr(self) == cidr(self).masked()",
+        '"%s" has bits set behind the prefix length; use "%s"',
+        "self",
+        "string(cidr(self).masked())",
+    ),
+    _rule(
+        "!isCIDR(self) || cidr(self).prefixLength() >= (cidr(self).ip().family() == 4 ? 22 : 118)",
+        f'"%s" has more than {MAX_SNAT_ADDRESSES} addresses; use a longer prefix',
+        "self",
+    ),
+    _rule(
+        "isIP(self) ? ip(self).isGlobalUnicast() : !isCIDR(self) || cidr(self).ip().isGlobalUnicast()",
+        f'"%s" {_UNREACHABLE}',
+        "isIP(self) ? self : string(cidr(self).ip())",
+    ),
+]
+
+
+def _shown(name: str) -> str:
+    """A value that may be a number or a string, as a user would write it."""
+    return f"(type({name}) == string ? '\"%s\"'.format([string({name})]) : string({name}))"
+
+
+_SIZE = [
+    _rule(
+        "type(self) != string || isQuantity(self)",
+        '%s is not a quantity; use a number with a unit, as in "512Mi"',
+        _shown("self"),
+    ),
+    _rule(
+        "type(self) != string || !isQuantity(self) || (quantity(self).isInteger() "
+        "&& quantity(self).isGreaterThan(quantity('0')) && !quantity(self).isGreaterThan(quantity('1Ei')))",
+        '%s is not a size in bytes; use a positive quantity, as in "512Mi"',
+        _shown("self"),
+    ),
+]
+_IMMUTABLE = [
+    _rule(
+        "self == oldSelf",
+        "%s cannot replace %s; keep it, or create another stack",
+        _shown("self"),
+        _shown("oldSelf"),
+        reason="FieldValueForbidden",
+    )
+]
+
+
+def _family(version: int) -> Json:
+    """A SNAT address of the family of each listener. Colons tell the family: other rules see to the rest."""
+    of_family = "{}.contains(':')" if version == 6 else "!{}.contains(':')"
+    listener, address = of_family.format("l.address"), of_family.format("a")
+    return _rule(
+        f"!self.listeners.exists(l, {listener}) || self.snat.addresses.exists(a, {address})",
+        f'"%s" is IPv{version}, but no SNAT address is; add an IPv{version} prefix to spec.snat.addresses',
+        f"self.listeners.filter(l, {listener})[0].address",
+        path=".listeners",
+    )
+
+
+_TWICE = (
+    "self.listeners.filter(a, !self.listeners.exists_one(b, "
+    "b.address == a.address && b.protocol == a.protocol && b.port == a.port))"
+)
+_IN_SNAT = (
+    "self.listeners.filter(l, isIP(l.address) && self.snat.addresses.exists(a, "
+    "isCIDR(a) ? cidr(a).containsIP(l.address) : a == l.address))"
+)
+_OTHER_FAMILY = "self.backends.endpoints.filter(e, e.address.contains(':') != self.address.contains(':'))"
+_METRICS = {
+    kind: kind[0].lower() + kind[1:]
+    for kind in ("Engine", "Resource", "ContainerResource", "Pods", "Object", "External")
+}
+_TARGETS = {"Utilization": "averageUtilization", "Value": "value", "AverageValue": "averageValue"}
+
+RULES: dict[type[BaseModel], list[Json]] = {
+    resources.Spec: [
+        _rule(
+            f"{_TWICE}.size() == 0",
+            '%s %s port %s is already listener "%s"; use another address, protocol or port',
+            f"{_TWICE}[1].protocol",
+            f"{_TWICE}[1].address",
+            f"string({_TWICE}[1].port)",
+            f"{_TWICE}[0].name",
+            path=".listeners",
+        ),
+        _family(4),
+        _family(6),
+        _rule(
+            f"{_IN_SNAT}.size() == 0",
+            '"%s" is a SNAT address too; use an address outside of spec.snat.addresses',
+            f"{_IN_SNAT}[0].address",
+            path=".listeners",
+        ),
+    ],
+    resources.Engine: [
+        _rule(
+            f"self.cores * self.queuesPerCore <= {MAX_QUEUES}",
+            f"has %s cores x %s queuesPerCore = %s queues; use at most {MAX_QUEUES}",
+            "string(self.cores)",
+            "string(self.queuesPerCore)",
+            "string(self.cores * self.queuesPerCore)",
+        )
+    ],
+    resources.Interface: [_exactly_one("devicePlugin", "resourceClaim", "attachment", "veth")],
+    resources.HugePages: [
+        _rule(
+            "type(self.size) == string ? !isQuantity(self.size) || !quantity(self.size).isInteger() "
+            "|| quantity(self.size).asInteger() % quantity(self.pageSize).asInteger() == 0 "
+            ": int(self.size) % quantity(self.pageSize).asInteger() == 0",
+            'has size "%s"; use a multiple of pageSize %s',
+            "string(self.size)",
+            "self.pageSize",
+        )
+    ],
+    resources.Listener: [
+        _rule(
+            f"!has(self.backends.endpoints) || {_OTHER_FAMILY}.size() == 0",
+            '"%s" is IPv%s, the listener IPv%s; use one family (PacketStack does not translate between them)',
+            f"{_OTHER_FAMILY}[0].address",
+            "self.address.contains(':') ? '4' : '6'",
+            "self.address.contains(':') ? '6' : '4'",
+            path=".backends.endpoints",
+        ),
+        _rule(
+            "!has(self.backends.endpoints) || !self.backends.endpoints.exists(e, e.address == self.address)",
+            '"%s" is an address of this stack, so packets would go in circles; use the backend\'s own address',
+            "self.address",
+            path=".backends.endpoints",
+        ),
+    ],
+    resources.Backends: [_exactly_one("service", "endpoints")],
+    resources.FlowTable: [
+        _rule(
+            f"self.maxFlows <= self.buckets * {MAX_FLOWS_PER_BUCKET}",
+            "%s does not fit %s buckets; use at most %s",
+            "string(self.maxFlows)",
+            "string(self.buckets)",
+            f"string(self.buckets * {MAX_FLOWS_PER_BUCKET})",
+            path=".maxFlows",
+        )
+    ],
+    resources.UpdateStrategy: [
+        _rule(
+            "(self.maxSurge != 0 && self.maxSurge != '0%') "
+            "|| (self.maxUnavailable != 0 && self.maxUnavailable != '0%')",
+            "has maxSurge 0 and maxUnavailable 0, so no engine could be replaced; use 1 for either",
+        )
+    ],
+    resources.Metric: [_exactly_one(*_METRICS.values()), _member_of_type(_METRICS)],
+    resources.MetricTarget: [_exactly_one("averageUtilization", "value", "averageValue"), _member_of_type(_TARGETS)],
+    resources.EngineMetric: [
+        _rule(
+            "self.target.type == (self.name == 'Utilization' ? 'Utilization' : 'AverageValue')",
+            'has target type "%s" for %s; use "%s"',
+            "self.target.type",
+            "self.name",
+            "self.name == 'Utilization' ? 'Utilization' : 'AverageValue'",
+        )
+    ],
+    resources.Schedule: [_LIMITS],
+    resources.Autoscaling: [_LIMITS],
+}
+
+
+# ---- what else Kubernetes wants to know of a field ---------------------------------------------------------------
+# None takes away what the model gives.
+
+
+def _map(*keys: str, **more: Any) -> Json:
+    return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": list(keys), **more}
+
+
+_UNIT = r"([KMGTPE]i|[numkMGTPE]|[eE][+-]?[0-9]{1,2})?"
+# Patterns, not rules: a value that may be a number or a string counts as 3 MB of text for the cost of a rule.
+_ABOVE_ZERO = {
+    "minimum": 1,
+    "pattern": rf"^\+?([0-9]*[1-9][0-9]*(\.[0-9]*)?|[0-9]*\.[0-9]*[1-9][0-9]*){_UNIT}$",
+}
+_NOT_NEGATIVE = {"minimum": 0, "pattern": rf"^\+?([0-9]+(\.[0-9]*)?|\.[0-9]+){_UNIT}$"}
+_INT64 = {"format": "int64"}
+_CONDITIONS = {"conditions": _map("type", maxItems=32)}
+
+FIELDS: dict[type[BaseModel], dict[str, Json]] = {
+    resources.Spec: {"listeners": _map("name", minItems=1, maxItems=MAX_LISTENERS)},
+    resources.Engine: {
+        "mode": {"x-kubernetes-validations": _IMMUTABLE},
+        "memory": {"x-kubernetes-validations": _SIZE},
+    },
+    resources.HugePages: {"size": {"x-kubernetes-validations": _SIZE}},
+    resources.PodTemplate: {"nodeSelector": {"x-kubernetes-map-type": "atomic"}},
+    resources.Backends: {"endpoints": _map("address", "port", maxItems=MAX_LISTENER_ENDPOINTS)},
+    resources.Endpoint: {"address": {"x-kubernetes-validations": _IP}},
+    # UDP is not probed by TCP: which type of check is meant by none depends on the protocol, a default here would hide it.
+    resources.Listener: {"address": {"x-kubernetes-validations": _IP}, "healthCheck": {"default": None}},
+    resources.HealthCheck: {"type": {"default": None}},
+    resources.Snat: {
+        "addresses": {
+            "x-kubernetes-list-type": "set",
+            "minItems": 1,
+            "maxItems": MAX_SNAT_PREFIXES,
+            "items": {"x-kubernetes-validations": _CIDR},
+        },
+    },
+    resources.FlowTable: {
+        "buckets": {
+            "enum": [n for n in (1 << i for i in range(20)) if resources.MIN_BUCKETS <= n <= resources.MAX_BUCKETS],
+            "x-kubernetes-validations": _IMMUTABLE,
+        },
+    },
+    resources.MetricTarget: {"value": _ABOVE_ZERO, "averageValue": _ABOVE_ZERO},
+    resources.ScalingRules: {"tolerance": _NOT_NEGATIVE, "policies": {"minItems": 1, "maxItems": MAX_POLICIES}},
+    resources.Autoscaling: {"metrics": {"maxItems": MAX_METRICS}, "schedules": _map("name", maxItems=MAX_SCHEDULES)},
+    # Agents write single items of a node's report, and only whole engines.
+    kinds.FlowTableSpec: {"engines": _map("id", maxItems=kinds.MAX_ENGINE_ID)},
+    kinds.TableEngine: {"": {"x-kubernetes-map-type": "atomic"}},
+    kinds.FlowTableStatus: {"nodes": _map("node")},
+    kinds.NodeReport: {"engines": _map("id", maxItems=kinds.MAX_ENGINE_ID), "observedGeneration": _INT64},
+    kinds.EngineReport: {"": {"x-kubernetes-map-type": "atomic"}},
+    kinds.Condition: {"lastTransitionTime": {"format": "date-time"}, "observedGeneration": _INT64},
+    kinds.PacketEngineStatus: _CONDITIONS,
+    kinds.PacketStackStatus: {
+        **_CONDITIONS,
+        "observedGeneration": _INT64,
+        "flowTableGeneration": _INT64,
+        "capacity": {"additionalProperties": _INT64},
+    },
+}
+
+
+# ---- schemas -----------------------------------------------------------------------------------------------------
+
+
+def _field_docs(model: type[BaseModel]) -> dict[str, str]:
+    """What the string below each field of the model says."""
+    (body,) = ast.parse(inspect.getsource(model)).body
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+            docs[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value))
+    return docs
+
+
+class _Marked(GenerateJsonSchema):
+    """JSON schema whose objects name their model, whose fields have descriptions, and whose defaults say what differs."""
+
+    def model_schema(self, schema: Any) -> Json:
+        made = super().model_schema(schema)
+        model: type[BaseModel] = schema["cls"]
+        for name, text in _field_docs(model).items():
+            made["properties"][model.model_fields[name].alias or name]["description"] = text
+        return {**made, "x-model": model}
+
+    def encode_default(self, dft: Any) -> Any:
+        return dft.model_dump(by_alias=True, exclude_defaults=True) if isinstance(dft, BaseModel) else dft
+
+
+def _merged(one: Json, other: Json) -> Json:
+    both = {**one, **other}
+    for key in one.keys() & other.keys():
+        if isinstance(one[key], dict) and isinstance(other[key], dict):
+            both[key] = _merged(one[key], other[key])
+    return {k: v for k, v in both.items() if v is not None}
+
+
+def _schema(model: type[BaseModel], *, rules: bool, defaults: bool) -> Json:
+    """The structural schema of a model: no references, no titles, whole defaults."""
+    whole = model.model_json_schema(by_alias=True, schema_generator=_Marked)
+    definitions = whole.pop("$defs", {})
+
+    def structural(node: Json) -> Json:
+        node = {k: v for k, v in node.items() if k != "title"}
+        if "$ref" in node:
+            return structural({**definitions[node.pop("$ref").rpartition("/")[2]], **node})
+        if "anyOf" in node:
+            (some,) = (one for one in node.pop("anyOf") if one != {"type": "null"})
+            return structural({**some, **node})
+        if "const" in node:
+            node["enum"] = [node.pop("const")]
+        if node.get("type") == "integer":
+            node["format"] = "int64" if node.get("maximum", 0) >= 2**31 else "int32"
+        if "items" in node:
+            node["items"] = structural(node["items"])
+            node["x-kubernetes-list-type"] = "atomic"
+        if node.get("additionalProperties") is False:
+            del node["additionalProperties"]
+        elif isinstance(node.get("additionalProperties"), dict):
+            node["additionalProperties"] = structural(node["additionalProperties"])
+        of = node.pop("x-model", None)
+        if of:
+            extra = FIELDS.get(of, {})
+            fields = {name: _merged(structural(f), extra.get(name, {})) for name, f in node["properties"].items()}
+            node = {**node, "properties": fields, **extra.get("", {})}
+            if of in RULES:
+                node["x-kubernetes-validations"] = RULES[of]
+            if node.get("default") is not None:
+                # A rule sees a default as it is written, without the defaults of the fields in it.
+                inner = {name: f["default"] for name, f in fields.items() if "default" in f}
+                node["default"] = {**inner, **node["default"]}
+        if node.get("default") in (None, "", (), {}):
+            node.pop("default", None)
+        return node
+
+    unwanted = {key for key, wanted in (("x-kubernetes-validations", rules), ("default", defaults)) if not wanted}
+    return cast(Json, _without(unwanted, structural(whole)))
+
+
+def _without(keys: set[str], node: Any) -> Any:
+    if isinstance(node, dict):
+        return {k: _without(keys, v) for k, v in node.items() if k not in keys}
+    return [_without(keys, v) for v in node] if isinstance(node, list | tuple) else node
+
+
+def _column(name: str, path: str, kind: str = "string", **more: Any) -> Json:
+    return {"name": name, "type": kind, "jsonPath": path, **more}
+
+
+def _condition(kind: str, field: str = "status") -> str:
+    return f'.status.conditions[?(@.type=="{kind}")].{field}'
+
+
+_WIDE: Json = {"priority": 1}
+_AGE = _column("Age", ".metadata.creationTimestamp", "date")
+_NAME_RULES = [
+    _rule(
+        f"self.metadata.name.size() <= {MAX_NAME}",
+        f'"%s" has %s characters; use at most {MAX_NAME}',
+        "self.metadata.name",
+        "string(self.metadata.name.size())",
+        path=".metadata.name",
+    ),
+    _rule(
+        "!self.metadata.name.contains('.')",
+        '"%s" is not a DNS label; use lower-case letters, digits and \'-\', as in "edge-1"',
+        "self.metadata.name",
+        path=".metadata.name",
+    ),
+]
+
+
+def _definition(
+    kind: str,
+    short: str,
+    spec: type[BaseModel],
+    status: type[BaseModel],
+    columns: list[Json],
+    selectable: list[str],
+    rules: bool = False,
+    scale: bool = False,
+    description: str = "",
+) -> Json:
+    singular = kind.lower()
+    subresources: Json = {"status": {}}
+    if scale:
+        subresources["scale"] = {
+            "specReplicasPath": ".spec.replicas",
+            "statusReplicasPath": ".status.replicas",
+            "labelSelectorPath": ".status.selector",
+        }
+    root: Json = {
+        "type": "object",
+        "description": description,
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object", "properties": {"name": {"type": "string"}}},
+            "spec": _schema(spec, rules=rules, defaults=True),
+            "status": _schema(status, rules=False, defaults=False),
+        },
+    }
+    if rules:
+        root["x-kubernetes-validations"] = _NAME_RULES
+    version: Json = {
+        "name": VERSION,
+        "served": True,
+        "storage": True,
+        "additionalPrinterColumns": [*columns, _AGE],
+        "selectableFields": [{"jsonPath": path} for path in selectable],
+        "subresources": subresources,
+        "schema": {"openAPIV3Schema": root},
+    }
+    names = {
+        "kind": kind,
+        "listKind": f"{kind}List",
+        "plural": f"{singular}s",
+        "singular": singular,
+        "shortNames": [short],
+        "categories": [CATEGORY],
+    }
+    made = {"group": GROUP, "scope": "Namespaced", "names": names, "versions": [version]}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {
+            "name": f"{singular}s.{GROUP}",
+            # Helm deletes no custom resource of a user together with a chart.
+            "annotations": {"helm.sh/resource-policy": "keep", SCHEMA_HASH: schema_hash(made)},
+        },
+        "spec": made,
+    }
+
+
+def definitions() -> list[Json]:
+    """The three CustomResourceDefinitions as documents."""
+    return [
+        _definition(
+            "PacketStack",
+            "pkst",
+            resources.Spec,
+            kinds.PacketStackStatus,
+            [
+                _column("Desired", ".spec.replicas", "integer"),
+                _column("Engines", ".status.replicas", "integer"),
+                _column("Ready", ".status.readyReplicas", "integer"),
+                _column("Draining", ".status.drainingReplicas", "integer"),
+                _column("Available", _condition("Available")),
+                _column("Reason", _condition("Available", "reason"), **_WIDE),
+                _column("Mode", ".spec.engine.mode", **_WIDE),
+                _column("Node", ".status.node", **_WIDE),
+            ],
+            [".spec.engine.mode"],
+            rules=True,
+            scale=True,
+            description=inspect.getdoc(resources.PacketStack) or "",
+        ),
+        _definition(
+            "PacketEngine",
+            "pke",
+            kinds.PacketEngineSpec,
+            kinds.PacketEngineStatus,
+            [
+                _column("Stack", ".spec.stack"),
+                _column("State", ".status.state"),
+                _column("Ready", ".status.ready", "boolean"),
+                _column("Buckets", ".status.buckets", "integer"),
+                _column("Node", ".status.node"),
+                _column("Interface", ".status.interface", **_WIDE),
+                _column("MAC", ".status.mac", **_WIDE),
+                _column("Message", ".status.message", **_WIDE),
+            ],
+            [".spec.stack", ".status.state", ".status.node"],
+            description=inspect.getdoc(kinds.PacketEngine) or "",
+        ),
+        _definition(
+            "FlowTable",
+            "pft",
+            kinds.FlowTableSpec,
+            kinds.FlowTableStatus,
+            [
+                _column("Node", ".spec.node"),
+                _column("Generation", ".metadata.generation", "integer"),
+                _column("Observed", ".status.nodes[*].observedGeneration"),
+                _column("Settled", ".status.nodes[*].settled"),
+                _column("Message", ".status.nodes[*].message", **_WIDE),
+            ],
+            [".spec.node"],
+            description=inspect.getdoc(kinds.FlowTable) or "",
+        ),
+    ]
+
+
+def schema_hash(spec: Json) -> str:
+    """Sixteen hexadecimal digits that differ when a definition's `spec` does in more than its descriptions."""
+
+    text = json.dumps(_without({"description"}, spec), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes no anchors: the parts that kinds share are written out for each."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def files() -> dict[str, str]:
+    """Text by file name."""
+    head = "# Written by `make manifests` from the models in packetstack_core; change those.\n"
+    return {
+        f"{made['metadata']['name']}.yaml": head
+        + yaml.dump(json.loads(json.dumps(made)), Dumper=_Dumper, sort_keys=False, width=120, allow_unicode=True)
+        for made in definitions()
+    }
+
+
+def main(directories: list[str]) -> None:
+    """Writes all files to each directory."""
+    for directory in directories:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        for name, text in files().items():
+            (Path(directory) / name).write_text(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
