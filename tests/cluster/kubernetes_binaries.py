@@ -43,7 +43,6 @@ DEBIAN = {
     "ctr": "containerd",
     "runc": "runc",
     "nft": "nftables",
-    "iptables": "iptables",
     "ip": "iproute2",
     "nsenter": "util-linux",
 }
