@@ -13,9 +13,10 @@ FUZZ_SECONDS ?= 30
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 DEBIAN := clang libclang-rt-dev bpftool gcc libbpf-dev libelf-dev zlib1g-dev libc6-dev linux-libc-dev meson ninja-build pkg-config python3 \
-	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables nginx-light iperf3 wrk curl util-linux buildah mmdebstrap prometheus
+	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables nginx-light iperf3 wrk curl util-linux buildah mmdebstrap prometheus \
+	containerd runc containernetworking-plugins etcd-server
 
-.PHONY: setup build image test lint format demo bench fuzz sanitize clean manifests
+.PHONY: setup build image test lint format demo bench fuzz sanitize clean manifests cluster cluster-down
 .DEFAULT_GOAL := build
 
 # ---- set-up: stamp files, so that a second call costs nothing ------------------------------------------
@@ -90,6 +91,13 @@ manifests: setup
 
 demo: setup build
 	$(BIN)/packetstack demo
+
+# A real Kubernetes of one node on this machine; the first time its programs are built, for some eight minutes.
+cluster: setup build
+	@$(BIN)/python -m tests.cluster up
+
+cluster-down: setup
+	@$(BIN)/python -m tests.cluster down
 
 bench: setup build
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
