@@ -51,9 +51,9 @@ RUN apt-get update -q \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 COPY --from=builder /opt/packetstack /opt/packetstack
 COPY --from=builder /staging /
-# The root file system may be read-only and output goes to a log.
+# The root file system may be read-only, output goes to a log, and a user without an entry in /etc/passwd has no home.
 ENV PATH=/opt/packetstack/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
-    PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
+    HOME=/ PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 LABEL org.opencontainers.image.title="packetstack" \
       org.opencontainers.image.description="An elastic pool of user-space packet engines behind a virtual address: operator, agent, engine and CLI" \
       org.opencontainers.image.version="0.1.0" \
