@@ -786,6 +786,8 @@ class Agent:
         if engine.making is not None:
             await asyncio.wait([engine.making])
         await self._tear_down(managed, engine)
+        if engine.blueprint.pod:
+            self.run.record.leaving[engine.blueprint.directory.name] = engine.blueprint.pod_uid
         managed.engines.pop(engine.slot, None)
         self.run.record.engines.pop(str(engine.slot), None)
         self.run.save()
@@ -857,12 +859,22 @@ class Agent:
                 except Exception as e:
                     self.event("-", "RoutesFailed", str(e), "Warning")
                 else:
+                    await asyncio.to_thread(self._forget_pods)
                     if attached:
                         self.event("-", "DirectorAttached", "a link came, went or was made anew", "Warning")
                     if added:
                         self.event("-", "RoutesRestored", ", ".join(str(p) for p in added), "Warning")
         finally:
             watcher.close()
+
+    def _forget_pods(self) -> None:
+        """Remove the directories of pods that have gone. Blocks."""
+        leaving = self.run.record.leaving
+        for name, uid in list(leaving.items()):
+            if not processes.of_pod(uid):
+                shutil.rmtree(self.run.engine(name), ignore_errors=True)
+                leaving.pop(name)
+        self.run.save()
 
     async def _watch_engines(self) -> None:
         """Engines that hang, or whose init or interface is gone."""

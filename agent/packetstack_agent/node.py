@@ -42,6 +42,8 @@ class Record:
     """Stack -> bucket -> slot, where a person put it."""
     unhealthy: list[list[Any]] = field(default_factory=list)
     """Backends, [address, port]."""
+    leaving: dict[str, str] = field(default_factory=dict)
+    """Directory of a pod that has no rings any more -> its UID. It goes when the pod has gone."""
     last_slot: int = 0
     network: int = 0
     """Inode of the node's network namespace."""
