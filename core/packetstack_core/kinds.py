@@ -81,6 +81,7 @@ class TableEngine(Model):
     """An engine that the node's agent shall attach."""
 
     id: EngineId
+    """Once per table."""
     name: resources.Name
     """Of its pod."""
     pod_uid: Annotated[str, resources.Text(r"[-0-9a-fA-F]*", 63, "a UID", "the pod's metadata.uid")] = ""
@@ -88,10 +89,15 @@ class TableEngine(Model):
     interface: Annotated[str, resources.Text(r"[A-Za-z0-9_.-]*", 15, "an interface's name", 'a name as in "net1"')] = ""
     """In the pod. Empty: the agent makes a veth pair."""
     state: StateName
+    """What the operator wants of it."""
     template: Annotated[str, resources.Text(r"[0-9a-f]+", 64, "a hash", "hexadecimal digits")]
+    """Of the shape it was made from."""
     queues: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")]
+    """Receive queues."""
     cores: Annotated[int, Whole(1, MAX_CORES, "a number of cores")]
+    """Worker threads."""
     cpu_policy: Literal["Exclusive", "Shared"] = "Shared"
+    """Whether its cores are its own."""
 
 
 class FlowTableSpec(Model):
@@ -100,14 +106,16 @@ class FlowTableSpec(Model):
     node: Annotated[str, resources.DNS_NAME] | None = None
     """Where all engines of the stack run; absent while there is none."""
     engines: Items[TableEngine] = ()
+    """Those that there shall be, and those that are leaving."""
     last_engine: Annotated[int, Whole(0, MAX_ENGINE_ID, "an engine's id")] = 0
     """The id that was given last."""
     owners: Annotated[str, resources.Text(r"[A-Za-z0-9+/=]*", 65536, "base64", "what the operator writes")] = ""
-    """`encode_owners`, by engine id."""
+    """Owner by bucket: base64 of zlib of a little-endian 16-bit word each, `id << 6 | queue`, 0 = nobody."""
     listeners: Items[Listener]
     """All backends are endpoints."""
     snat: Snat
     unknown_flow: Literal["Drop", "Reset"] = "Drop"
+    """What happens to TCP without a flow."""
     flow_table: resources.FlowTable = resources.FlowTable()
     handover: Handover = Handover()
 
@@ -140,7 +148,9 @@ class EngineReport(Model):
     """An engine as its node's agent sees it."""
 
     id: EngineId
+    """As in the table."""
     name: str
+    """Of its pod."""
     ready: bool = False
     """A datapath serves its queues, and has answered a probe packet."""
     buckets: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
@@ -148,7 +158,9 @@ class EngineReport(Model):
     flows: Annotated[int, Whole(0, 2**31 - 1, "a number of flows")] = 0
     """Rounded down to a power of two, so that it changes seldom. Exact ones are metrics."""
     interface: str = ""
+    """On the node."""
     mac: str = ""
+    """Of its interface."""
     message: str = ""
     """Why it is not ready."""
 
@@ -157,13 +169,17 @@ class NodeReport(Model):
     """A node's answer to a flow table."""
 
     node: str
+    """The agent's."""
     observed_generation: int = 0
+    """Of the table that the report answers."""
     settled: bool = False
     """Each bucket's owner is the one of the observed generation, and no fence is open."""
     owned: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
     """Buckets that have an owner."""
     engines: Items[EngineReport] = ()
+    """Those that are attached."""
     agent_version: str = ""
+    """Of the package."""
     layout: int = 0
     """Version of the shared memory's layout."""
     message: str = ""
@@ -174,6 +190,7 @@ class FlowTableStatus(Model):
     """The agents' answers."""
 
     nodes: Items[NodeReport] = ()
+    """One item a node."""
 
 
 class FlowTable(Model):
@@ -211,39 +228,65 @@ class Condition(Model):
     """As in Kubernetes' metav1.Condition."""
 
     type: str
+    """As in "Available"."""
     status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
     reason: str
+    """Why, in one word."""
     message: str = ""
+    """Why, for a person."""
     last_transition_time: str
     """RFC 3339, UTC."""
     observed_generation: int = 0
+    """Of the object that the condition was computed from."""
 
 
 class PacketEngineSpec(Model):
     """Which engine it is."""
 
     stack: resources.Name
+    """Name of its PacketStack."""
     id: EngineId
+    """In the flow table."""
 
 
 class PacketEngineStatus(Model):
     """How it is. Written when something changes; live numbers are metrics."""
 
     state: StateName = State.PENDING.value
+    """As in the flow table."""
     ready: bool = False
+    """It serves its queues."""
     node: str = ""
+    """Where its pod runs."""
     pod: str = ""
+    """Its name."""
     interface: str = ""
+    """In the pod."""
     mac: str = ""
+    """Of the interface."""
     pci_address: str = ""
+    """Of the virtual function."""
     cores: int = 0
+    """Worker threads."""
     queues: int = 0
+    """Receive queues."""
     template: str = ""
+    """Of the shape it was made from."""
     buckets: int = 0
+    """That packets reach it for."""
     flows: int = 0
     """Rounded down to a power of two."""
     message: str = ""
+    """Why it is not ready."""
     conditions: Items[Condition] = ()
+    """As of a pod."""
+
+
+class PacketEngineMetadata(Metadata):
+    """As of a stack, but the name has the engine's id behind the stack's."""
+
+    name: resources.Name
 
 
 class PacketEngine(Model):
@@ -251,7 +294,7 @@ class PacketEngine(Model):
 
     api_version: Literal["packetstack.io/v1alpha1"]
     kind: Literal["PacketEngine"]
-    metadata: Metadata
+    metadata: PacketEngineMetadata
     spec: PacketEngineSpec
     status: PacketEngineStatus = PacketEngineStatus()
 
@@ -263,6 +306,7 @@ class PacketStackStatus(Model):
     """How a stack is."""
 
     observed_generation: int = 0
+    """Of the stack that this status was computed from."""
     replicas: Count = 0
     """Starting and active engines; draining ones are not among them."""
     ready_replicas: Count = 0
@@ -270,12 +314,17 @@ class PacketStackStatus(Model):
     updated_replicas: Count = 0
     """Of the present template."""
     draining_replicas: Annotated[int, Whole(0, MAX_TABLE_ENGINES, "a number of engines")] = 0
+    """Engines that are leaving."""
     selector: str = ""
     """Of the active engines' pods, for HPA and KEDA."""
     flow_table_generation: int = 0
+    """Of the table that the agent carries out."""
     node: str = ""
+    """Where the engines run."""
     capacity: dict[str, int] = Field(default_factory=dict)
+    """What the stack can carry, by name."""
     conditions: Items[Condition] = ()
+    """Available, Progressing, Degraded, CapacityAvailable."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------

@@ -221,9 +221,7 @@ def _read_network(value: object) -> object:
     if network.network_address != ip_address(base):
         raise ValueError(f'{show(value)} has bits set behind the prefix length; use "{network}"')
     if network.num_addresses > MAX_SNAT_ADDRESSES:
-        raise ValueError(
-            f"{show(value)} has {network.num_addresses} addresses; use a prefix with at most {MAX_SNAT_ADDRESSES}"
-        )
+        raise ValueError(f"{show(value)} has more than {MAX_SNAT_ADDRESSES} addresses; use a longer prefix")
     _read_address(base)
     return network
 
@@ -316,19 +314,23 @@ class DevicePlugin(Model):
     """A virtual function that a Kubernetes device plugin hands out."""
 
     resource_name: Annotated[str, _QUALIFIED]
+    """Of the device plugin, as in "intel.com/sriov_vf"."""
     network_attachment_definition: Annotated[str, _QUALIFIED]
+    """What makes the device an interface of the pod: `name`, or `namespace/name`."""
 
 
 class ResourceClaim(Model):
     """A virtual function by dynamic resource allocation."""
 
     resource_claim_template_name: Annotated[str, DNS_NAME]
+    """A ResourceClaimTemplate in the stack's namespace."""
 
 
 class Attachment(Model):
     """An interface that any CNI plugin makes; no device to allocate."""
 
     network_attachment_definition: Annotated[str, _QUALIFIED]
+    """What makes the interface: `name`, or `namespace/name`."""
 
 
 class Veth(Model):
@@ -353,7 +355,9 @@ class HugePages(Model):
     """Huge pages of an engine."""
 
     page_size: Literal["2Mi", "1Gi"] = "2Mi"
+    """Of one page."""
     size: Size
+    """Of all pages together; a multiple of `pageSize`."""
 
     @model_validator(mode="after")
     def _whole_pages(self) -> Self:
@@ -366,32 +370,48 @@ class TemplateMetadata(Model):
     """Labels and annotations that every engine pod gets."""
 
     labels: Labels = Field(default_factory=dict)
+    """Beside PacketStack's own."""
     annotations: Labels = Field(default_factory=dict)
+    """Beside PacketStack's own."""
 
 
 class PodTemplate(Model):
     """Where engine pods may run. Without Kubernetes it has no effect."""
 
     metadata: TemplateMetadata = TemplateMetadata()
+    """Labels and annotations that every engine pod gets."""
     node_selector: Labels = Field(default_factory=dict)
+    """As of a pod."""
     tolerations: Items[Opaque] = ()
+    """As of a pod."""
     affinity: Opaque = Field(default_factory=dict)
+    """As of a pod."""
     topology_spread_constraints: Items[Opaque] = ()
+    """As of a pod."""
     priority_class_name: Annotated[str, DNS_NAME] | None = None
+    """As of a pod."""
     service_account_name: Annotated[str, DNS_NAME] | None = None
+    """As of a pod; no token is mounted."""
 
 
 class Engine(Model):
     """The shape of one engine."""
 
     mode: Literal["AFXDP", "DPDK"] = "AFXDP"
+    """How packets reach user space. It cannot change later. `DPDK` is not built yet."""
     image: Annotated[str, _PRINTABLE] | None = None
+    """Absent: the operator's own."""
     cores: Annotated[int, Whole(1, MAX_CORES, "a number of cores")] = 1
+    """Worker threads."""
     cpu_policy: Literal["Exclusive", "Shared"] = "Shared"
+    """`Exclusive`: whole pinned cores that poll before they sleep. `Shared`: cores sleep when idle."""
     queues_per_core: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")] = 4
+    """Receive queues of each core; with `cores` at most 64 in all."""
     memory: Size = "512Mi"
+    """Limit of the engine's processes; rings and flows are the agent's."""
     huge_pages: HugePages | None = None
     interface: Interface = Interface(veth=Veth())
+    """What the engine takes packets from: exactly one kind. Absent: a veth pair."""
     pod_template: PodTemplate = PodTemplate()
 
     @model_validator(mode="after")
@@ -426,15 +446,20 @@ class Endpoint(Model):
     """One backend. Weight 0: no new flows, live ones stay."""
 
     address: Ip
+    """IPv4 or IPv6, as the listener's."""
     port: Port
+    """Where the backend listens."""
     weight: Annotated[int, Whole(0, 1000, "a weight")] = 1
+    """Share of new flows. 0: none, live ones stay."""
 
 
 class Service(Model):
     """Backends from a Kubernetes Service's EndpointSlices."""
 
     name: Name
+    """In the stack's namespace."""
     port: Port
+    """Of the Service, not of its pods."""
 
 
 class Backends(Model):
@@ -442,6 +467,7 @@ class Backends(Model):
 
     service: Service | None = None
     endpoints: Items[Endpoint] | None = None
+    """Addresses written out, each address and port once."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -462,22 +488,34 @@ class HealthCheck(Model):
     """How the agent probes endpoints. A probe is a TCP connection; `None` takes all backends for healthy."""
 
     type: Literal["TCP", "None"] = "TCP"
+    """`TCP`: a connection. `None`: all backends are healthy. Absent: `None` for UDP, `TCP` for TCP."""
     interval_seconds: Annotated[int, Whole(1, 3600, "a number of seconds")] = 2
+    """Between two probes of a backend."""
     timeout_seconds: Annotated[int, Whole(1, 3600, "a number of seconds")] = 1
+    """After which a probe has failed."""
     healthy_threshold: Annotated[int, Whole(1, 100, "a number of probes")] = 2
+    """Probes in a row after which a backend is healthy."""
     unhealthy_threshold: Annotated[int, Whole(1, 100, "a number of probes")] = 3
+    """Failures in a row after which it is not."""
 
 
 class Listener(Model):
     """A virtual address, protocol and port, and its backends."""
 
     name: Name
+    """Once per stack."""
     address: Ip
+    """The virtual address, IPv4 or IPv6."""
     protocol: Literal["TCP", "UDP"] = "TCP"
+    """Of the flows."""
     port: Port
+    """The virtual port."""
     backends: Backends
     balancing: Literal["Maglev", "RoundRobin", "LeastFlows"] = "Maglev"
+    """`Maglev`: by the flow's hash, few changes when backends change. `RoundRobin`: in turn. `LeastFlows`: fewest live
+    flows per weight."""
     session_affinity: Literal["None", "ClientIP"] = "None"
+    """`ClientIP`: all flows of a client address to one backend."""
     health_check: HealthCheck = HealthCheck()
 
     @model_validator(mode="before")
@@ -497,15 +535,21 @@ class Snat(Model):
     """Source addresses of the packets that go to backends."""
 
     addresses: Items[Cidr]
+    """Addresses and prefixes, 1024 addresses at most. Every address of a prefix is used; each listener needs one of its
+    family."""
 
 
 class FlowTable(Model):
     """Size and time limits. `buckets` cannot be changed later."""
 
     buckets: int = 4096
+    """What flows are dealt out by. It cannot change later."""
     max_flows: Annotated[int, Whole(1, MAX_BUCKETS * MAX_FLOWS_PER_BUCKET, "a number of flows")] = 1_000_000
+    """What memory is set aside for."""
     tcp_idle_timeout_seconds: Seconds = 7440
+    """An established connection without packets ends."""
     udp_idle_timeout_seconds: Seconds = 180
+    """The same for UDP that was answered."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -525,22 +569,29 @@ class Handover(Model):
     """How ownership of buckets changes. The deadline applies to `Mirror`."""
 
     strategy: Literal["Transfer", "Mirror"] = "Transfer"
+    """`Transfer`: flows move with their bucket. `Mirror` is not built yet."""
     deadline_seconds: Seconds = 3600
+    """For `Mirror`."""
     on_deadline: Literal["Keep", "Reset", "Transfer"] = "Keep"
+    """For `Mirror`."""
 
 
 class Rebalance(Model):
     """Whether load is evened out by moving queues and buckets."""
 
     mode: Literal["Auto", "Advice", "Off"] = "Auto"
+    """Read, without effect yet."""
 
 
 class UpdateStrategy(Model):
     """How engines of another shape replace the present ones."""
 
     type: Literal["RollingUpdate"] = "RollingUpdate"
+    """The only one."""
     max_surge: IntOrPercent = 1
+    """Engines allowed beyond `replicas`, as a number or a percentage (rounded up)."""
     max_unavailable: IntOrPercent = 0
+    """Engines that may be missing, as a number or a percentage (rounded down)."""
 
     @model_validator(mode="after")
     def _can_go_on(self) -> Self:
@@ -571,9 +622,13 @@ class MetricTarget(Model):
     """What a metric shall be: the member that `type` names."""
 
     type: Literal["Utilization", "Value", "AverageValue"]
+    """Names the member that is given."""
     average_utilization: Annotated[int, Whole(1, 10_000, "a percentage")] | None = None
+    """Percent."""
     average_value: Quantity | None = None
+    """Per engine."""
     value: Quantity | None = None
+    """In all."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -592,13 +647,16 @@ class LabelSelector(Model):
     """As in Kubernetes."""
 
     match_labels: Labels = Field(default_factory=dict)
+    """All of these."""
     match_expressions: Items[Opaque] = ()
+    """As in Kubernetes."""
 
 
 class MetricIdentifier(Model):
     """A metric of an external or custom metrics API."""
 
     name: Annotated[str, _PRINTABLE]
+    """As the metrics API calls it."""
     selector: LabelSelector | None = None
 
 
@@ -606,6 +664,7 @@ class EngineMetric(Model):
     """A metric of the data plane, measured by the engines."""
 
     name: Literal["Utilization", "ActiveFlows", "NewFlowsPerSecond", "PacketsPerSecond", "BitsPerSecond", "DropRatio"]
+    """`Utilization` has a target of that type, the others have an `AverageValue`."""
     target: MetricTarget
 
     @model_validator(mode="after")
@@ -620,6 +679,7 @@ class ResourceMetric(Model):
     """As in autoscaling/v2."""
 
     name: Annotated[str, _QUALIFIED]
+    """`cpu` or `memory`."""
     target: MetricTarget
 
 
@@ -627,7 +687,9 @@ class ContainerResourceMetric(Model):
     """As in autoscaling/v2."""
 
     container: Name
+    """Of the engine pods."""
     name: Annotated[str, _QUALIFIED]
+    """`cpu` or `memory`."""
     target: MetricTarget
 
 
@@ -642,8 +704,11 @@ class ObjectReference(Model):
     """As in autoscaling/v2."""
 
     api_version: Annotated[str, _PRINTABLE] | None = None
+    """As in autoscaling/v2."""
     kind: Annotated[str, _PRINTABLE]
+    """As in autoscaling/v2."""
     name: Annotated[str, _PRINTABLE]
+    """As in autoscaling/v2."""
 
 
 class ObjectMetric(Model):
@@ -665,6 +730,7 @@ class Metric(Model):
     """One metric: `type` and the member of that name."""
 
     type: Literal["Engine", "Resource", "ContainerResource", "Pods", "Object", "External"]
+    """Names the member that is given."""
     engine: EngineMetric | None = None
     resource: ResourceMetric | None = None
     container_resource: ContainerResourceMetric | None = None
@@ -685,17 +751,24 @@ class ScalingPolicy(Model):
     """As in autoscaling/v2."""
 
     type: Literal["Pods", "Percent"]
+    """Whether `value` counts engines or percent."""
     value: Annotated[int, Whole(1, 2**31 - 1, "a positive number")]
+    """How much may change within the period."""
     period_seconds: Annotated[int, Whole(1, 1800, "a number of seconds")]
+    """How far back changes count."""
 
 
 class ScalingRules(Model):
     """As in autoscaling/v2. What is absent has the default of its direction."""
 
     stabilization_window_seconds: Annotated[int, Whole(0, 3600, "a number of seconds")] | None = None
+    """How long a recommendation is remembered."""
     select_policy: Literal["Max", "Min", "Disabled"] = "Max"
+    """Which policy counts when several allow a change. `Disabled`: no scaling in this direction."""
     policies: Items[ScalingPolicy] | None = None
+    """How fast. Absent: the default of the direction."""
     tolerance: Quantity | None = None
+    """How far a metric may be off, as in "0.05"."""
 
     @model_validator(mode="after")
     def _checks(self) -> Self:
@@ -717,19 +790,28 @@ class Panic(Model):
     """Fast reaction to bursts, as Knative does it."""
 
     stable_window_seconds: Annotated[int, Whole(5, 600, "a number of seconds")] = 60
+    """Length of the ordinary window."""
     window_percentage: Annotated[int, Whole(1, 100, "a percentage")] = 10
+    """Length of the panic window, in percent of the ordinary one."""
     threshold_percentage: Annotated[int, Whole(110, 1000, "a percentage")] = 200
+    """Load, in percent of what is there for it, that starts a panic."""
 
 
 class Schedule(Model):
     """Other limits for some hours."""
 
     name: Name
+    """Once per stack."""
     cron: Annotated[str, Text(r"\S+( \S+){4}", 100, "a cron schedule", 'five fields, as in "0 8 * * 1-5"')]
+    """When it begins, as in "0 8 * * 1-5"."""
     time_zone: Annotated[str, Text(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", 64, "a time zone", '"Europe/Berlin"')] = "UTC"
+    """Of `cron`, as in "Europe/Berlin"."""
     duration_seconds: Seconds
+    """How long it lasts."""
     min_replicas: Count | None = None
+    """Fewest engines while it lasts."""
     max_replicas: Count | None = None
+    """Most engines while it lasts."""
 
     @model_validator(mode="after")
     def _limits(self) -> Self:
@@ -741,19 +823,26 @@ class Fallback(Model):
     """What to do when metrics stay away, as KEDA does it."""
 
     failure_threshold: Annotated[int, Whole(1, 1000, "a number of failures")]
+    """Failed readings in a row."""
     replicas: Count
+    """Engines from then on."""
 
 
 class Autoscaling(Model):
     """Scaling by load. Absent: a person, an HPA or KEDA writes `replicas`."""
 
     min_replicas: Count = 1
+    """Fewest engines."""
     max_replicas: Annotated[int, Whole(1, MAX_REPLICAS, "a number of engines")]
+    """Most engines."""
     metrics: Items[Metric] = ()
+    """The one that asks for most engines counts."""
     behavior: Behavior | None = None
     paused: bool = False
+    """Decide, but change nothing."""
     panic: Panic | None = None
     schedules: Items[Schedule] = ()
+    """Other limits for some hours."""
     fallback: Fallback | None = None
 
     @model_validator(mode="after")
@@ -771,11 +860,15 @@ class Spec(Model):
     """What the user wants."""
 
     replicas: Count = 1
+    """Engines."""
     paused: bool = False
+    """Change nothing, keep serving."""
     engine: Engine = Engine()
     listeners: Items[Listener]
+    """What clients connect to."""
     snat: Snat
     unknown_flow: Literal["Drop", "Reset"] = "Drop"
+    """What happens to TCP without a flow."""
     flow_table: FlowTable = FlowTable()
     handover: Handover = Handover()
     rebalance: Rebalance = Rebalance()

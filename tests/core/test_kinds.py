@@ -89,3 +89,14 @@ def test_a_wrong_flow_table_is_refused_with_the_field(spec: dict[str, Any], said
     with pytest.raises(ResourceError) as e:
         kinds.read(kinds.FlowTable, table(**spec))
     assert said in e.value.problems
+
+
+def test_an_engine_of_a_stack_with_the_longest_name_is_read() -> None:
+    name = "a" * 52
+    engine = {
+        "apiVersion": "packetstack.io/v1alpha1",
+        "kind": "PacketEngine",
+        "metadata": {"name": f"{name}-1023"},
+        "spec": {"stack": name, "id": 1023},
+    }
+    assert kinds.read(kinds.PacketEngine, engine).metadata.name == f"{name}-1023"
