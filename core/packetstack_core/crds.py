@@ -8,8 +8,10 @@ another listener or a SNAT address, and one address written in two ways.
 """
 
 import ast
+import functools
 import hashlib
 import inspect
+import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -357,12 +359,17 @@ FIELDS: dict[type[BaseModel], dict[str, Json]] = {
 # ---- schemas -----------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    source = inspect.getsource(sys.modules[module])
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+
+
 def _field_docs(model: type[BaseModel]) -> dict[str, str]:
     """What the string below each field of the model says."""
-    (body,) = ast.parse(inspect.getsource(model)).body
-    assert isinstance(body, ast.ClassDef)
+    body = _classes(model.__module__)[model.__name__].body
     docs = {}
-    for field, below in zip(body.body, body.body[1:], strict=False):
+    for field, below in itertools.pairwise(body):
         if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
             docs[field.target.id] = inspect.cleandoc(ast.literal_eval(below.value))
     return docs
