@@ -535,6 +535,8 @@ class _Deciding:
         message = "" if ready else report.message if report is not None else ""
         if not ready and not message and pod is not None:
             message = (_obstacle(pod) or ("", ""))[1]
+        # While buckets are on their way the numbers change many times a second: they are metrics then.
+        settled = self.report is None or self.report.settled
         conditions: dict[str, Condition] = {c.type: c for c in former.conditions}
         reason = "Serving" if ready else state
         _set(conditions, self.world, "Ready", ready, reason, message, self.now)
@@ -550,8 +552,8 @@ class _Deciding:
                 "cores": entry.cores,
                 "queues": entry.queues,
                 "template": entry.template,
-                "buckets": report.buckets if report is not None else 0,
-                "flows": report.flows if report is not None else 0,
+                "buckets": former.buckets if not settled else report.buckets if report is not None else 0,
+                "flows": former.flows if not settled else report.flows if report is not None else 0,
                 "message": message,
                 "conditions": tuple(conditions.values()),
             }
@@ -761,6 +763,8 @@ def _within(wanted: Any, present: Any) -> bool:
 
 
 def _unschedulable_since(pod: Raw) -> float | None:
+    if observing.node_of(pod) is not None:
+        return None
     for c in pod.get("status", {}).get("conditions") or ():
         if c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable":
             return observing.seconds(c["lastTransitionTime"]) if c.get("lastTransitionTime") else 0.0
@@ -772,7 +776,8 @@ def _obstacle(pod: Raw) -> tuple[str, str] | None:
     name = pod["metadata"]["name"]
     status = pod.get("status", {})
     for c in status.get("conditions") or ():
-        if c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable":
+        unscheduled = c["type"] == "PodScheduled" and c["status"] == "False" and c.get("reason") == "Unschedulable"
+        if unscheduled and observing.node_of(pod) is None:
             message = str(c.get("message") or "")
             return _shortage(message), f"pod {name}: {message}"
     for c in status.get("containerStatuses") or ():

@@ -1,0 +1,359 @@
+"""A small cluster in memory: what the operator writes, and what a kubelet and an agent make of it, step by step.
+
+It refuses what may never be asked for, so that any sequence of steps is a test.
+"""
+
+import copy
+import json
+from collections import Counter
+from datetime import UTC, datetime
+
+from packetstack_core import kinds
+from packetstack_core.kinds import FlowTable
+from packetstack_operator import deciding, observing
+from packetstack_operator.observing import Memory, World
+
+BUCKETS = 256
+NODE = "node-0"
+
+
+class Conflict(Exception):
+    """Written from something older than what is there."""
+
+
+class Model:
+    def __init__(self, replicas=1, **spec):
+        self.now = 1_800_000_000.0
+        self.objects = {}
+        self.version = 0
+        self.memory = Memory()
+        self.image = "localhost/packetstack:1"
+        self.services, self.slices = {}, {}
+        self.events = []
+        self.writes = 0
+        self.room = 100
+        self.refuse = None
+        self.nodes = [NODE]
+        self.words = [0] * BUCKETS
+        """Engine by bucket, as packets see it."""
+        self.attached = {}
+        """Engine -> UID of its pod."""
+        self.stuck = set()
+        self.ends = False
+        """The stack is being deleted."""
+        self.put(
+            {
+                "apiVersion": "packetstack.io/v1alpha1",
+                "kind": "PacketStack",
+                "metadata": {"name": "edge", "namespace": "shop"},
+                "spec": {
+                    "replicas": replicas,
+                    "flowTable": {"buckets": BUCKETS},
+                    "listeners": [
+                        {
+                            "name": "web",
+                            "address": "192.0.2.10",
+                            "port": 80,
+                            "backends": {"endpoints": [{"address": "10.1.0.5", "port": 80}]},
+                        }
+                    ],
+                    "snat": {"addresses": ["192.0.2.64/28"]},
+                    **spec,
+                },
+            }
+        )
+
+    # ---- the API server
+
+    def put(self, body):
+        """Create or replace, as the API server would number it."""
+        at = (body["kind"], body["metadata"]["name"])
+        old = self.objects.get(at)
+        self.version += 1
+        meta = body["metadata"]
+        meta["resourceVersion"] = str(self.version)
+        if old is None:
+            meta.setdefault("uid", f"{self.version:08x}-0000")
+            meta["generation"] = 1
+        elif old.get("spec") != body.get("spec"):
+            meta["generation"] = old["metadata"]["generation"] + 1
+        self.objects[at] = body
+        return body
+
+    def change(self, at, change):
+        body = copy.deepcopy(self.objects[at])
+        change(body)
+        return self.put(body)
+
+    def of(self, kind):
+        return [o for (k, _), o in sorted(self.objects.items()) if k == kind]
+
+    def get(self, kind, name="edge"):
+        return self.objects.get((kind, name))
+
+    @property
+    def stack(self):
+        return self.objects["PacketStack", "edge"]
+
+    @property
+    def status(self):
+        return self.stack.get("status", {})
+
+    def condition(self, kind):
+        return next(c for c in self.status["conditions"] if c["type"] == kind)
+
+    def set_spec(self, **fields):
+        self.change(("PacketStack", "edge"), lambda b: b["spec"].update(fields))
+
+    def table(self):
+        raw = self.get("FlowTable")
+        return kinds.read(FlowTable, raw) if raw else None
+
+    def do(self, write):
+        self.writes += 1
+        at = (write.kind, write.name)
+        body = json.loads(json.dumps(write.body))
+        old = self.objects.get(at)
+        if write.verb == "delete":
+            return self._delete(at, old, body)
+        assert body["metadata"]["namespace"] == "shop"
+        if write.verb == "create":
+            if old is not None:
+                raise Conflict
+            body["status"] = {"phase": "Pending"}
+            self.put(body)
+            return None
+        if write.subresource:
+            assert old is not None, "status of what is not there"
+            return self.change(at, lambda b: b.update(status=_merged(b.get("status", {}), body["status"])))
+        version = body["metadata"].pop("resourceVersion", None)
+        if version is not None and (old is None or old["metadata"]["resourceVersion"] != version):
+            raise Conflict
+        if write.kind == "FlowTable":
+            kinds.read(FlowTable, body)
+            self._check_table(old, body)
+        new = copy.deepcopy(old) if old is not None else {}
+        new["metadata"] = {**new.get("metadata", {}), **_joined(new.get("metadata", {}), body["metadata"])}
+        for part in ("apiVersion", "kind", "spec"):
+            if part in body:
+                new[part] = body[part]
+        return self.put(new)
+
+    def _delete(self, at, old, body):
+        if old is None or old["metadata"]["uid"] != body["preconditions"]["uid"]:
+            return
+        if at[0] == "Pod":
+            number = observing.number_of(old)
+            if not observing.dead(old, self.now):
+                assert number not in self.words, "never deletes an engine that packets reach"
+                assert number not in self.attached, "never deletes an engine that is attached"
+            self.delete_pod(at[1])
+        else:
+            del self.objects[at]
+
+    def _check_table(self, old, body):
+        new = kinds.read(FlowTable, body).spec
+        ids = {e.id for e in new.engines}
+        before = {e["id"]: e for e in old["spec"]["engines"]} if old else {}
+        for engine in new.engines:
+            if engine.state == "Pending" and engine.id not in before and old is not None:
+                assert engine.id not in self.words, "never gives a number that packets still reach"
+                assert ("Pod", engine.name) not in self.objects
+        for number, engine in before.items():
+            pod = self.get("Pod", engine["name"])
+            alive = pod is not None and not observing.dead(pod, self.now) and engine.get("podUid")
+            if number not in ids and alive and not self.ends and pod["spec"].get("nodeName") == NODE:
+                assert number not in self.words, "never takes an engine away that packets reach"
+        for owner in new.owner_ids():
+            if owner.slot in ids:
+                engine = next(e for e in new.engines if e.id == owner.slot)
+                assert owner.queue < engine.queues
+
+    # ---- the operator
+
+    def world(self):
+        uid = self.stack["metadata"]["uid"]
+        return World(
+            stack=self.stack,
+            image=self.image,
+            table=self.get("FlowTable"),
+            pods=tuple(p for p in self.of("Pod") if observing.mine(p, uid)),
+            engines=tuple(self.of("PacketEngine")),
+            budget=self.get("PodDisruptionBudget"),
+            services=self.services,
+            slices=self.slices,
+            memory=self.memory,
+        )
+
+    def operator(self, most=None):
+        """One look. With `most` it is killed after so many writes, and starts again with nothing in its mind."""
+        decision = deciding.decide(copy.deepcopy(self.world()), self.now)
+        self.memory = decision.memory
+        try:
+            for n, write in enumerate(decision.writes):
+                if n == most:
+                    self.memory = Memory()
+                    return decision
+                self.do(write)
+        except Conflict:
+            return decision
+        self.events += decision.events
+        return decision
+
+    # ---- kubelet and scheduler
+
+    def delete_pod(self, name):
+        """As kubectl delete does: graceful where it runs."""
+        pod = self.objects["Pod", name]
+        if not pod["spec"].get("nodeName") or observing.phase(pod) in ("Failed", "Succeeded"):
+            self.vanish(name)
+        elif not observing.terminating(pod):
+            self.change(("Pod", name), lambda b: b["metadata"].update(deletionTimestamp=_time(self.now + 60)))
+
+    def vanish(self, name):
+        """The pod and its interface are gone at once."""
+        del self.objects["Pod", name]
+
+    def kubelet(self):
+        placed = sum(bool(p["spec"].get("nodeName")) for p in self.of("Pod"))
+        for pod in self.of("Pod"):
+            at = ("Pod", pod["metadata"]["name"])
+            deleted = pod["metadata"].get("deletionTimestamp")
+            if deleted:
+                released = self.attached.get(observing.number_of(pod)) != pod["metadata"]["uid"]
+                if released or self.now >= observing.seconds(deleted):
+                    self.vanish(at[1])
+            elif not pod["spec"].get("nodeName"):
+                node = self._node_for(pod) if placed < self.room else None
+                if node:
+                    self.change(at, lambda b, node=node: (b["spec"].update(nodeName=node), b.update(status=_waits())))
+                    placed += 1
+                elif all(c["type"] != "PodScheduled" for c in pod["status"].get("conditions", ())):
+                    why = {
+                        "type": "PodScheduled",
+                        "status": "False",
+                        "reason": "Unschedulable",
+                        "message": "0/1 nodes are available: 1 Insufficient cpu.",
+                        "lastTransitionTime": _time(self.now),
+                    }
+                    self.change(at, lambda b, why=why: b["status"].setdefault("conditions", []).append(why))
+            elif observing.phase(pod) == "Pending":
+                if self.refuse:
+                    self.change(at, lambda b: b.update(status={"phase": "Failed", "reason": self.refuse}))
+                else:
+                    self.change(at, lambda b: b["status"].update(_runs(self.now)))
+
+    def _node_for(self, pod):
+        affinity = pod["spec"].get("affinity", {}).get("nodeAffinity", {})
+        terms = affinity.get("requiredDuringSchedulingIgnoredDuringExecution", {}).get("nodeSelectorTerms", ())
+        wanted = {v for t in terms for f in t["matchFields"] for v in f["values"]}
+        return next((n for n in self.nodes if not wanted or n in wanted), None)
+
+    # ---- the agent of the table's node
+
+    def agent(self, batch=100):
+        table = self.table()
+        here = {p["metadata"]["uid"] for p in self.of("Pod")}
+        self.attached = {i: uid for i, uid in self.attached.items() if uid in here}
+        if table is None or table.spec.node not in self.nodes:
+            return
+        spec = table.spec
+        for engine in spec.engines:
+            if engine.pod_uid in here:
+                self.attached[engine.id] = engine.pod_uid
+        ready = set(self.attached) - self.stuck
+        staying = any(e.state in ("Pending", "Starting", "Active") for e in spec.engines)
+        settled, moved = True, 0
+        for bucket, owner in enumerate(spec.owner_ids()):
+            if owner.slot == self.words[bucket]:
+                continue
+            possible = owner.slot in ready or (not owner.slot and not staying)
+            if not possible or moved == batch:
+                settled = False
+                continue
+            self.words[bucket] = owner.slot
+            moved += 1
+        named = {e.id for e in spec.engines}
+        self.attached = {i: uid for i, uid in self.attached.items() if i in named or i in self.words}
+        counts = Counter(self.words)
+        report = {
+            "node": spec.node,
+            "observedGeneration": self.get("FlowTable")["metadata"]["generation"],
+            "settled": settled,
+            "owned": BUCKETS - counts[0],
+            "engines": [
+                {"id": i, "name": f"edge-{i}", "ready": i in ready, "buckets": counts[i]} for i in sorted(self.attached)
+            ],
+        }
+        if self.get("FlowTable").get("status") != {"nodes": [report]}:
+            self.change(("FlowTable", "edge"), lambda b: b.update(status={"nodes": [report]}))
+
+    # ---- time
+
+    def settle(self, rounds=400):
+        """Everybody does its work until nobody has any."""
+        quiet = 0
+        for _ in range(rounds):
+            before = self.version
+            decision = self.operator()
+            self.kubelet()
+            self.agent()
+            quiet = quiet + 1 if self.version == before and not decision.writes else 0
+            if quiet > 3:
+                return
+            self.now += 70.0 if quiet else 1.0  # longer than any pause
+        raise AssertionError(f"no rest: {[(w.verb, w.kind, w.name, w.body) for w in self.operator().writes]}")
+
+    def check_goal(self):
+        replicas = self.stack["spec"]["replicas"]
+        table = self.table()
+        assert len(table.spec.engines) == replicas
+        assert len(self.of("Pod")) == len(self.of("PacketEngine")) == replicas
+        assert {e.state for e in table.spec.engines} <= {"Active"}
+        counts = Counter(self.words)
+        if replicas:
+            assert set(counts) == {e.id for e in table.spec.engines}
+            assert max(counts.values()) - min(counts.values()) <= 1
+        else:
+            assert set(counts) == {0}
+        status = self.status
+        assert status["replicas"] == status["readyReplicas"] == status["updatedReplicas"] == replicas
+        assert status["drainingReplicas"] == 0
+        for pod in self.of("Pod"):
+            assert pod["metadata"]["labels"]["packetstack.io/engine-state"] == "Active"
+            ready = next(c for c in pod["status"]["conditions"] if c["type"] == "packetstack.io/DataPath")
+            assert ready["status"] == "True"
+        assert self.condition("Progressing")["status"] == "False"
+        assert self.condition("CapacityAvailable")["status"] == "True"
+        assert self.condition("Degraded")["status"] == "False"
+        assert self.condition("Available")["status"] == str(bool(replicas))
+
+
+def _joined(old, new):
+    joined = dict(new)
+    for part in ("labels", "annotations"):
+        if part in new:
+            joined[part] = {**old.get(part, {}), **new[part]}
+    return joined
+
+
+def _merged(old, new):
+    """A status by server-side apply: conditions are a map by type."""
+    merged = {**old, **new}
+    if "conditions" in new:
+        conditions = {c["type"]: c for c in old.get("conditions", ())} | {c["type"]: c for c in new["conditions"]}
+        merged["conditions"] = list(conditions.values())
+    return merged
+
+
+def _time(now):
+    return datetime.fromtimestamp(int(now), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _waits():
+    return {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}]}
+
+
+def _runs(now):
+    state = {"running": {"startedAt": _time(now)}}
+    return {"phase": "Running", "containerStatuses": [{"name": "engine", "state": state, "restartCount": 0}]}

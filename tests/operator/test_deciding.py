@@ -1,0 +1,466 @@
+"""What the operator decides, against a cluster in memory in which anything may happen between two writes."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from tests.operator.model import BUCKETS, NODE, Model
+
+from packetstack_core.kinds import encode_owners
+from packetstack_core.planning import Owner
+from packetstack_operator import deciding
+from packetstack_operator.observing import Memory
+
+
+def settled(replicas=2, **spec):
+    model = Model(replicas, **spec)
+    model.settle()
+    model.check_goal()
+    return model
+
+
+def writes(decision):
+    return [(w.verb, w.kind, w.name, w.subresource) for w in decision.writes]
+
+
+def reasons(model):
+    return [e.reason for e in model.events]
+
+
+def test_an_engine_is_in_the_table_before_its_pod_exists():
+    decision = Model(2).operator(most=0)
+    order = [(w.verb, w.kind) for w in decision.writes]
+    assert order.index(("apply", "FlowTable")) < order.index(("create", "Pod"))
+
+
+def test_the_first_engine_finds_a_node_and_the_others_follow_it():
+    model = Model(3)
+    model.operator()
+    assert [p["metadata"]["name"] for p in model.of("Pod")] == ["edge-1"]
+    assert "affinity" not in model.get("Pod", "edge-1")["spec"]
+    model.settle()
+    model.check_goal()
+    terms = model.get("Pod", "edge-3")["spec"]["affinity"]["nodeAffinity"][
+        "requiredDuringSchedulingIgnoredDuringExecution"
+    ]["nodeSelectorTerms"]
+    assert terms == [{"matchFields": [{"key": "metadata.name", "operator": "In", "values": [NODE]}]}]
+
+
+def test_at_the_goal_nothing_is_written_whatever_the_time():
+    model = settled(3)
+    for _ in range(5):
+        model.now += 1000
+        decision = model.operator()
+        assert writes(decision) == []
+        assert decision.events == ()
+
+
+def test_a_restarted_operator_writes_nothing_either():
+    model = settled(3)
+    model.memory = Memory()
+    assert writes(model.operator()) == []
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1), (1, 3), (2, 0), (0, 2)])
+def test_a_resize_ends_with_as_many_engines_and_fair_shares(before, after):
+    model = settled(before)
+    model.set_spec(replicas=after)
+    model.settle()
+    model.check_goal()
+
+
+def test_draining_engines_are_in_neither_replicas_nor_the_selector():
+    model = settled(3)
+    model.set_spec(replicas=1)
+    model.operator()
+    assert (model.status["replicas"], model.status["drainingReplicas"]) == (1, 2)
+    assert model.status["selector"] == "packetstack.io/stack=edge,packetstack.io/engine-state=Active"
+    states = [p["metadata"]["labels"]["packetstack.io/engine-state"] for p in model.of("Pod")]
+    assert sorted(states) == ["Active", "Draining", "Draining"]
+
+
+def test_a_leaving_engine_keeps_its_pod_until_the_agent_has_let_it_go():
+    model = settled(2)
+    model.set_spec(replicas=1)
+    for _ in range(5):
+        model.operator()
+        model.kubelet()
+    assert len(model.of("Pod")) == 2, "the agent has not moved a bucket yet"
+    model.settle()
+    model.check_goal()
+
+
+def test_another_image_rolls_and_never_fewer_engines_serve():
+    model = settled(3)
+    model.set_spec(engine={"image": "localhost/packetstack:2"})
+    for _ in range(60):
+        model.operator()
+        model.kubelet()
+        model.agent()
+        assert model.status["readyReplicas"] >= 3
+        assert 0 not in model.words
+        model.now += 1
+    model.settle()
+    model.check_goal()
+    assert {p["spec"]["containers"][0]["image"] for p in model.of("Pod")} == {"localhost/packetstack:2"}
+
+
+def test_an_operator_of_another_image_rolls_its_engines():
+    model = settled(1)
+    model.image = "localhost/packetstack:2"
+    model.settle()
+    model.check_goal()
+    assert model.of("Pod")[0]["spec"]["containers"][0]["image"] == "localhost/packetstack:2"
+
+
+def test_a_deleted_pod_hands_over_to_one_that_is_made_for_it():
+    model = settled(1)
+    model.delete_pod("edge-1")
+    for _ in range(30):
+        model.operator()
+        model.kubelet()
+        model.agent()
+        assert 0 not in model.words
+        model.now += 1
+    model.settle()
+    model.check_goal()
+    assert model.get("Pod", "edge-1") is None
+    assert "EngineLost" not in reasons(model)
+
+
+def test_a_pod_that_vanishes_is_replaced_under_another_number():
+    model = settled(2)
+    model.vanish("edge-1")
+    model.settle()
+    model.check_goal()
+    assert "EngineLost" in reasons(model)
+    assert {p["metadata"]["name"] for p in model.of("Pod")} == {"edge-2", "edge-3"}
+
+
+def test_refused_pods_are_never_a_heap_and_the_pauses_grow():
+    model = Model(1)
+    model.refuse = "UnexpectedAdmissionError"
+    most, began = 0, model.now
+    while model.now < began + 120:
+        model.operator()
+        model.kubelet()
+        most = max(most, len(model.of("Pod")))
+        model.now += 0.5
+    assert most == 1
+    assert reasons(model).count("EngineCreated") < 10
+    capacity = model.condition("CapacityAvailable")
+    assert (capacity["status"], capacity["reason"]) == ("False", "DeviceNotReady")
+    model.refuse = None
+    model.settle()
+    model.check_goal()
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [("TopologyAffinityError", "TopologyRejected"), ("OutOfcpu", "NoExclusiveCPU"), ("OutOfmemory", "OutOfmemory")],
+)
+def test_the_reason_of_a_refusal_is_told(reason, shown):
+    model = Model(1)
+    model.refuse = reason
+    for _ in range(6):
+        model.operator()
+        model.kubelet()
+    assert model.condition("CapacityAvailable")["reason"] == shown
+
+
+def test_without_room_a_stack_stays_at_its_size_and_says_why():
+    model = settled(2)
+    model.room = 2
+    model.set_spec(replicas=4)
+    for _ in range(100):
+        model.operator()
+        model.kubelet()
+        model.agent()
+        model.now += 1
+    assert model.status["readyReplicas"] == 2
+    assert len(model.of("Pod")) == 4
+    assert model.condition("CapacityAvailable")["reason"] == "NoExclusiveCPU"
+    assert "Insufficient cpu" in model.condition("CapacityAvailable")["message"]
+    assert model.table().spec.node == NODE
+    model.set_spec(replicas=2)
+    model.settle()
+    model.check_goal()
+
+
+def test_a_stack_whose_node_is_lost_goes_to_another():
+    model = settled(2)
+    model.nodes = ["node-1"]
+    for pod in ("edge-1", "edge-2"):
+        model.vanish(pod)
+    model.words = [0] * BUCKETS
+    model.attached = {}
+    model.settle()
+    model.check_goal()
+    assert model.table().spec.node == "node-1"
+    assert "NodeLost" in reasons(model)
+
+
+def test_pods_that_hang_on_a_dead_node_do_not_hold_the_stack():
+    model = settled(2)
+    model.nodes = ["node-1"]
+    for pod in ("edge-1", "edge-2"):
+        model.delete_pod(pod)
+    kubelet, model.kubelet = model.kubelet, lambda: None
+    for _ in range(130):
+        model.operator()
+        model.now += 1
+    model.kubelet = kubelet
+    model.words, model.attached = [0] * BUCKETS, {}
+    model.settle()
+    model.check_goal()
+    assert model.table().spec.node == "node-1"
+
+
+def test_a_lost_flow_table_is_made_again_from_the_pods():
+    model = settled(3)
+    pods = {p["metadata"]["uid"] for p in model.of("Pod")}
+    del model.objects["FlowTable", "edge"]
+    model.settle()
+    model.check_goal()
+    assert {p["metadata"]["uid"] for p in model.of("Pod")} == pods
+    assert model.table().spec.last_engine == 3
+
+
+def test_what_was_edited_by_hand_is_put_back():
+    model = settled(2)
+    before = copy.deepcopy(model.objects)
+    model.change(("Pod", "edge-1"), lambda b: b["metadata"]["labels"].update({"packetstack.io/engine-state": "x"}))
+    model.change(("PodDisruptionBudget", "edge"), lambda b: b["spec"].update(maxUnavailable=2))
+    model.change(("FlowTable", "edge"), lambda b: b["spec"].update(unknownFlow="Reset"))
+    model.change(("PacketEngine", "edge-2"), lambda b: b["status"].update(state="Failed"))
+    model.settle()
+    model.check_goal()
+    for at, old in before.items():
+        assert model.objects[at].get("spec") == old.get("spec")
+        assert model.objects[at]["metadata"].get("labels") == old["metadata"].get("labels")
+
+
+def test_owners_that_were_edited_by_hand_become_fair_again():
+    model = settled(2)
+    owners = encode_owners([Owner(1, 0)] * BUCKETS)
+    model.change(("FlowTable", "edge"), lambda b: b["spec"].update(owners=owners))
+    model.settle()
+    model.check_goal()
+
+
+def test_a_paused_stack_keeps_its_engines_as_they_are():
+    model = settled(2)
+    model.set_spec(replicas=5, paused=True)
+    for _ in range(5):
+        model.operator()
+        model.kubelet()
+        model.agent()
+    assert len(model.of("Pod")) == 2
+    assert model.condition("Progressing")["reason"] == "Paused"
+    model.set_spec(paused=False)
+    model.settle()
+    model.check_goal()
+
+
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [({"engine": {"mode": "DPDK"}}, "spec.engine.mode"), ({"handover": {"strategy": "Mirror"}}, "spec.handover")],
+)
+def test_what_is_not_supported_is_said_and_nothing_is_made(spec, field):
+    model = Model(2, **spec)
+    model.operator()
+    assert {kind for kind, _ in model.objects} == {"PacketStack"}
+    degraded = model.condition("Degraded")
+    assert (degraded["status"], degraded["reason"]) == ("True", "NotSupported")
+    assert degraded["message"].startswith(field)
+    assert writes(model.operator()) == []
+
+
+def test_an_invalid_stack_goes_on_as_it_is():
+    model = settled(2)
+    table = copy.deepcopy(model.get("FlowTable"))
+    model.set_spec(replicas=3, snat={"addresses": []})
+    model.operator()
+    assert model.condition("Degraded")["reason"] == "InvalidSpec"
+    assert model.condition("Available")["status"] == "True"
+    assert model.get("FlowTable") == table
+
+
+def test_the_agents_word_becomes_a_condition():
+    model = settled(1)
+    text = "AddressConflict: 192.0.2.10 belongs to stack default/web"
+    model.change(("FlowTable", "edge"), lambda b: b["status"]["nodes"][0].update(message=text))
+    model.operator()
+    degraded = model.condition("Degraded")
+    assert (degraded["reason"], degraded["message"]) == ("AddressConflict", "192.0.2.10 belongs to stack default/web")
+
+
+def test_a_node_without_an_agent_is_named():
+    model = Model(1)
+    for _ in range(15):
+        model.operator()
+        model.kubelet()
+        model.now += 1
+    assert model.condition("Degraded")["reason"] == "NoAgent"
+    model.settle()
+    model.check_goal()
+
+
+def test_the_time_of_a_condition_moves_only_with_its_status():
+    model = settled(1)
+    before = model.condition("Available")["lastTransitionTime"]
+    model.now += 100
+    model.set_spec(replicas=2)
+    model.settle()
+    assert model.condition("Available")["lastTransitionTime"] == before
+    assert model.condition("Available")["observedGeneration"] == 2
+    assert model.condition("Progressing")["lastTransitionTime"] > before
+
+
+def test_a_deleted_stack_is_released_before_its_pods_go():
+    model = settled(2)
+    model.ends = True
+    for _ in range(50):
+        decision = deciding.release(model.world(), model.now)
+        for write in decision.writes:
+            model.do(write)
+        if decision.released:
+            break
+        model.kubelet()
+        model.agent()
+    assert decision.released
+    model.kubelet()
+    assert model.of("Pod") == []
+    assert set(model.words) == {0}
+
+
+def test_numbers_are_not_used_again_soon():
+    model = settled(1)
+    for _ in range(4):
+        model.vanish(model.of("Pod")[0]["metadata"]["name"])
+        model.settle()
+    assert [e.id for e in model.table().spec.engines] == [5]
+
+
+def test_after_the_last_number_comes_the_first_that_is_free():
+    model = settled(1)
+    model.change(("FlowTable", "edge"), lambda b: b["spec"].update(lastEngine=1023))
+    model.set_spec(replicas=2)
+    model.settle()
+    assert [e.id for e in model.table().spec.engines] == [1, 2]
+
+
+def test_a_pod_that_the_server_does_not_take_is_tried_again_later():
+    model = Model(1)
+    model.memory = Memory(1, model.now + 5, ("PodRefused", "no such priority class"))
+    decision = model.operator()
+    model.memory = decision.memory
+    # Another shape has not failed yet.
+    assert ("create", "Pod", "edge-1", "") in writes(decision)
+
+
+@pytest.mark.parametrize(
+    ("interface", "annotation"),
+    [
+        ({"attachment": {"networkAttachmentDefinition": "edge-net"}}, "shop/edge-net"),
+        ({"attachment": {"networkAttachmentDefinition": "other/net"}}, "other/net"),
+    ],
+)
+def test_an_engine_with_an_attachment_waits_for_the_name_of_its_interface(interface, annotation):
+    model = Model(1, engine={"interface": interface})
+    for _ in range(4):
+        model.operator()
+        model.kubelet()
+    assert model.table().spec.engines[0].state == "Pending"
+    status = [{"name": "cluster", "interface": "eth0"}, {"name": annotation, "interface": "net1"}]
+    text = json.dumps(status)
+    model.change(
+        ("Pod", "edge-1"),
+        lambda b: b["metadata"]["annotations"].update({"k8s.v1.cni.cncf.io/network-status": text}),
+    )
+    model.operator()
+    engine = model.table().spec.engines[0]
+    assert (engine.state, engine.interface) == ("Starting", "net1")
+
+
+class Operating(RuleBasedStateMachine):
+    """Anything, in any order, with an operator killed between any two writes; then peace, and the goal must come."""
+
+    @initialize(replicas=st.integers(0, 3))
+    def start(self, replicas):
+        self.model = Model(replicas)
+
+    @rule(replicas=st.integers(0, 4))
+    def scale(self, replicas):
+        self.model.set_spec(replicas=replicas)
+
+    @rule(image=st.sampled_from("ab"), limits=st.sampled_from([(1, 0), (0, 1), (2, 1)]))
+    def roll(self, image, limits):
+        self.model.set_spec(
+            engine={"image": image}, updateStrategy={"maxSurge": limits[0], "maxUnavailable": limits[1]}
+        )
+
+    @rule(times=st.integers(1, 4))
+    def work(self, times):
+        for _ in range(times):
+            self.model.operator()
+            self.model.kubelet()
+            self.model.agent()
+            self.model.now += 1
+
+    @rule(most=st.integers(0, 8))
+    def operator_is_killed(self, most):
+        self.model.operator(most)
+
+    @rule()
+    def kubelet(self):
+        self.model.kubelet()
+
+    @rule(batch=st.integers(1, BUCKETS))
+    def agent(self, batch):
+        self.model.agent(batch)
+
+    @rule(seconds=st.sampled_from([1, 20, 100]))
+    def time_passes(self, seconds):
+        self.model.now += seconds
+
+    @precondition(lambda self: self.model.of("Pod"))
+    @rule(data=st.data(), how=st.sampled_from(["delete", "vanish", "stuck", "relabel"]))
+    def something_happens_to_a_pod(self, data, how):
+        name = data.draw(st.sampled_from([p["metadata"]["name"] for p in self.model.of("Pod")]))
+        if how == "delete":
+            self.model.delete_pod(name)
+        elif how == "vanish":
+            self.model.vanish(name)
+        elif how == "stuck":
+            self.model.stuck ^= {int(name.split("-")[1])}
+        else:
+            state = data.draw(st.sampled_from(["Active", "Draining", "nonsense"]))
+            self.model.change(
+                ("Pod", name), lambda b: b["metadata"]["labels"].update({"packetstack.io/engine-state": state})
+            )
+
+    @rule(reason=st.sampled_from([None, "UnexpectedAdmissionError"]), room=st.sampled_from([1, 3, 100]))
+    def the_node_changes(self, reason, room):
+        self.model.refuse, self.model.room = reason, room
+
+    @precondition(lambda self: self.model.get("FlowTable"))
+    @rule()
+    def the_table_is_deleted(self):
+        del self.model.objects["FlowTable", "edge"]
+
+    def teardown(self):
+        if hasattr(self, "model"):
+            self.model.refuse, self.model.room, self.model.stuck = None, 100, set()
+            self.model.settle()
+            self.model.check_goal()
+            assert writes(self.model.operator()) == []
+
+
+TestOperating = Operating.TestCase
+TestOperating.settings = settings(
+    max_examples=150, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
