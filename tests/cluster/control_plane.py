@@ -18,7 +18,9 @@ import json
 import shutil
 import socket
 import ssl
-from collections.abc import Iterable, Sequence
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -213,6 +215,24 @@ class ControlPlane:
         wait_until(healthy, f"{name} healthy", daemons=self._daemons)
 
     # ---- use
+
+    @contextmanager
+    def without(self, name: str) -> Iterator[None]:
+        """One of its programs is killed, and started again at the end: as it was, on the same port."""
+        index = next(i for i, daemon in enumerate(self._daemons) if daemon.name == name)
+        self._daemons[index].kill()
+        try:
+            yield
+        finally:
+            self._daemons[index] = self._daemons[index].again()
+            wait_until(self._answers, f"{name} answers again", daemons=self._daemons)
+
+    def _answers(self) -> bool:
+        try:
+            self.kubectl("get", "--raw", "/readyz", timeout_seconds=5)
+        except (ClusterError, subprocess.TimeoutExpired):
+            return False
+        return True
 
     def kubeconfig_for(self, user: str, *, groups: Sequence[str] = ()) -> Path:
         """A kubeconfig of any user: what RBAC lets it do is what it can do."""

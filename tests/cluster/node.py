@@ -26,12 +26,13 @@ from typing import Any
 import yaml
 from tests.cluster import images
 from tests.cluster.control_plane import ControlPlane
-from tests.cluster.kubernetes_binaries import CNI_PLUGINS, find
+from tests.cluster.kubernetes_binaries import CNI_PLUGINS, device_plugin, find
 from tests.cluster.processes import POLL_SECONDS, ClusterError, Daemon, wait_until
 
 POD_NETWORK = "10.88.0.0/16"
 CLUSTER_LINK = "eth0"  # the node's end of the link to the bridge
 SOCKET = "/run/containerd/containerd.sock"
+VETH_RESOURCE = "packetstack.io/veth"
 ATTACHMENT_PLUGIN = Path(__file__).with_name("cni") / "attachment-stand-in"
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -252,6 +253,27 @@ class Node:
     def load(self, archive: Path) -> None:
         """Import an OCI archive; pods must name the image with a tag other than `latest`, or never be pulled."""
         self.run(find("ctr"), "--namespace=k8s.io", "images", "import", archive.resolve(), timeout_seconds=300)
+
+    def tag(self, image: str, name: str) -> None:
+        """Another name for an image that is loaded: to the operator and the kubelet, another image."""
+        self.run(find("ctr"), "--namespace=k8s.io", "images", "tag", "--force", image, name)
+
+    def offer_veths(self, count: int) -> None:
+        """Offer `count` devices of the resource `VETH_RESOURCE`: pairs of a `portI`, for a pod, and a `wireI`, which stays.
+
+        An attachment gets the port when its NetworkAttachmentDefinition names the resource (`resourceName`) and the
+        type `host-device`. Returns when the node has them to give.
+        """
+        for number in range(count):
+            self.run("ip", "link", "add", f"port{number}", "type", "veth", "peer", "name", f"wire{number}")
+            for end in (f"port{number}", f"wire{number}"):
+                self.run("ip", "link", "set", end, "up")
+        self.start_program("device-plugin", device_plugin(), VETH_RESOURCE, *(f"port{n}" for n in range(count)))
+
+        def offered() -> bool:
+            return str(count) == self.control_plane.get("node", self.name)["status"]["allocatable"].get(VETH_RESOURCE)
+
+        self._wait(offered, f"{self.name}: {count} devices of {VETH_RESOURCE}")
 
     def path_of(self, path: str) -> Path:
         """Where a file of the node, such as `/run/packetstack/agent.sock`, is seen from outside."""

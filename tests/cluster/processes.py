@@ -20,6 +20,7 @@ class Daemon:
     def __init__(self, name: str, command: Sequence[str | Path], log: Path, *, pass_fds: Sequence[int] = ()) -> None:
         self.name = name
         self.log = log
+        self._again = (name, command, log)
         with log.open("ab") as output:
             # A session of its own, or Ctrl-C would end the cluster before the tests could tear it down.
             self.process = subprocess.Popen(
@@ -41,6 +42,10 @@ class Daemon:
         if code is not None:
             lines = self.log.read_text(errors="replace").strip().splitlines()
             raise ClusterError(f"{self.name}: ended with {code}: {lines[-1] if lines else 'it said nothing'}")
+
+    def again(self) -> Daemon:
+        """The same program, started once more."""
+        return Daemon(*self._again)
 
     def kill(self) -> None:
         """End it at once; nothing of a cluster of tests is worth a slow goodbye. May be called twice."""
