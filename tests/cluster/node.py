@@ -271,7 +271,8 @@ class Node:
         self.start_program("device-plugin", device_plugin(), VETH_RESOURCE, *(f"port{n}" for n in range(count)))
 
         def offered() -> bool:
-            return str(count) == self.control_plane.get("node", self.name)["status"]["allocatable"].get(VETH_RESOURCE)
+            allocatable = self.control_plane.get("node", self.name)["status"]["allocatable"]
+            return bool(allocatable.get(VETH_RESOURCE) == str(count))
 
         self._wait(offered, f"{self.name}: {count} devices of {VETH_RESOURCE}")
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tests.cluster.cluster import Cluster
 from tests.cluster.images import PAUSE
+from tests.cluster.node import VETH_RESOURCE
 from tests.cluster.processes import ClusterError, wait_until
 from tests.cluster.slots import Slot
 
@@ -66,6 +67,11 @@ def in_pod(cluster: Cluster, found: dict[str, Any], *command: str) -> str:
         if f" {address}/" in cluster.node.run(*enter, "ip", "-o", "address").stdout:
             return cluster.node.run(*enter, *command).stdout
     raise AssertionError(f"no network namespace with {address}")
+
+
+def links(cluster: Cluster) -> set[str]:
+    """Interfaces of the node."""
+    return set(cluster.node.run("ls", "/sys/class/net").stdout.split())
 
 
 def test_a_pod_gets_ready_and_its_logs_can_be_read(cluster: Cluster, namespace: str) -> None:
@@ -122,9 +128,8 @@ def test_a_missing_network_fails_the_pod_with_its_name(cluster: Cluster, namespa
 
 def test_a_deleted_pod_leaves_no_link_and_no_record_on_the_node(cluster: Cluster, namespace: str) -> None:
     def left() -> tuple[set[str], set[str]]:
-        links = json.loads(cluster.node.run("ip", "-j", "link").stdout)
         records = cluster.node.run("ls", "/var/lib/cni/attachments").stdout.split()
-        return {link["ifname"] for link in links if link["ifname"].startswith("veth")}, set(records)
+        return {link for link in links(cluster) if link.startswith("veth")}, set(records)
 
     cluster.apply(attachment("brief", namespace))
     before = left()
@@ -168,7 +173,36 @@ def test_a_privileged_pod_sees_the_bpf_file_system_of_the_node(cluster: Cluster,
 def test_the_client_reaches_the_node_over_the_link_of_the_lab(cluster: Cluster) -> None:
     for address in ("10.71.1.1", "fd71:1::1"):
         cluster.lab.run("client", "ping", "-c1", "-W5", address)
-    assert "up0" in cluster.node.run("ls", "/sys/class/net").stdout.split()
+    assert "up0" in links(cluster)
+
+
+def test_a_device_becomes_the_interface_of_its_pod_and_comes_back(cluster: Cluster, namespace: str) -> None:
+    cluster.node.offer_veths(2)
+    device = attachment("ports", namespace)
+    device["metadata"]["annotations"] = {"k8s.v1.cni.cncf.io/resourceName": VETH_RESOURCE}
+    device["spec"]["config"] = json.dumps({"cniVersion": "1.0.0", "type": "host-device"})
+    cluster.apply(device)
+    container = {"name": "pause", "image": PAUSE, "resources": {"limits": {VETH_RESOURCE: "1"}}}
+    cluster.apply(*(pod(f"port{i}", namespace, networks="ports", containers=[container]) for i in range(2)))
+    for name in ("port0", "port1"):
+        found = ready(cluster, name, namespace)
+        assert json.loads(in_pod(cluster, found, "ip", "-j", "link", "show", "dev", "net1"))
+    assert not {"port0", "port1"} & links(cluster)
+
+    third = pod("third", namespace, networks="ports", containers=[container])
+    cluster.apply(third)
+    cluster.wait_for("pod/third", "--for=condition=PodScheduled=False", "-n", namespace)
+    cluster.kubectl("delete", "pod", "port0", "-n", namespace)
+    ready(cluster, "third", namespace)
+    cluster.kubectl("delete", "pod", "third", "port1", "-n", namespace)
+    wait_until(lambda: {"port0", "port1"} <= links(cluster), "ports back on the node")
+
+
+def test_a_killed_kubelet_makes_the_node_not_ready_and_started_again_ready(cluster: Cluster) -> None:
+    cluster.node.daemon("kubelet").kill()
+    cluster.wait_for("node/node0", "--for=condition=Ready=Unknown")
+    cluster.node.start_kubelet()
+    cluster.wait_for("node/node0", "--for=condition=Ready")
 
 
 # ---- beginning and end
