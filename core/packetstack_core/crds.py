@@ -177,9 +177,10 @@ _IMMUTABLE = [
 def _family(version: int) -> Json:
     """A SNAT address of the family of each listener. Colons tell the family: other rules see to the rest."""
     of_family = "{}.contains(':')" if version == 6 else "!{}.contains(':')"
-    listener, address = of_family.format("l.address"), of_family.format("a")
+    listener, address = f"isIP(l.address) && {of_family.format('l.address')}", of_family.format("a")
     return _rule(
-        f"!self.listeners.exists(l, {listener}) || self.snat.addresses.exists(a, {address})",
+        f"!self.listeners.exists(l, {listener}) || self.snat.addresses.size() == 0 "
+        f"|| self.snat.addresses.exists(a, {address})",
         f'"%s" is IPv{version}, but no SNAT address is; add an IPv{version} prefix to spec.snat.addresses',
         f"self.listeners.filter(l, {listener})[0].address",
         path=".listeners",

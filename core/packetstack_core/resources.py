@@ -916,8 +916,8 @@ class Spec(Model):
                 yield (*at, "name"), text
             place = (listener.address, listener.protocol, listener.port)
             if places.setdefault(place, i) != i:
-                text = f"{listener.protocol} {listener.address} port {listener.port} is already listeners"
-                yield at, f"{text}[{places[place]}]; use another address, protocol or port"
+                text = f"{listener.protocol} {listener.address} port {listener.port} is already listener"
+                yield at, f"{text} {show(listeners[places[place]].name)}; use another address, protocol or port"
             version = listener.address.version
             if any(listener.address in n for n in self.snat.addresses if n.version == version):
                 text = f'"{listener.address}" is a SNAT address too; use an address outside of spec.snat.addresses'

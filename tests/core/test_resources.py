@@ -245,7 +245,10 @@ def test_a_wrong_value_is_named_with_its_field_and_the_remedy(path, value, expec
 @pytest.mark.parametrize(
     ("doc", "expected"),
     [
-        (two(address="192.0.2.10"), "spec.listeners[1]: TCP 192.0.2.10 port 443 is already listeners[0]; use another"),
+        (
+            two(address="192.0.2.10"),
+            'spec.listeners[1]: TCP 192.0.2.10 port 443 is already listener "web"; use another',
+        ),
         (two(name="web"), 'spec.listeners[1].name: "web" is already listeners[0]; use a name once'),
     ],
 )
