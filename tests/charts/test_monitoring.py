@@ -75,6 +75,15 @@ def drops(enum: str) -> set[str]:
     return {n.split("DROP_", 1)[1].lower() for n in abi.enum_names(enum).values() if "DROP_" in n}
 
 
+def test_every_metric_of_the_operator_is_documented() -> None:
+    text = (ROOT / "docs/metrics.md").read_text().partition("## The operator")[2]
+    source = (ROOT / "operator/packetstack_operator/metrics.py").read_text()
+    families = re.findall(r"(Counter|Gauge|Histogram)(?:MetricFamily)?\(\s*\"(packetstack_\w+)\"", source)
+    assert len(families) > 5
+    for kind, name in families:
+        assert f"`{name}{'_total' if kind == 'Counter' else ''}`" in text, name
+
+
 # ---- alerts ----------------------------------------------------------------------------------------------------
 
 
