@@ -57,6 +57,8 @@ def up() -> None:
         if not KUBECONFIG.exists():
             raise ClusterError(f"{LOG}: {LOG.read_text().strip().splitlines()[-1]}")
     print(f"export KUBECONFIG={KUBECONFIG}")
+    if said := LOG.read_text().strip():
+        raise ClusterError(f"the cluster is up without PacketStack: {said}")
 
 
 def down() -> None:
@@ -87,7 +89,10 @@ def keep() -> None:
         held.write(str(os.getpid()))
         held.flush()
         with Slot(KEPT) as slot, Cluster(slot) as cluster:
-            install(cluster)
+            try:
+                install(cluster)
+            except ClusterError as error:  # the cluster shows why
+                print(error, file=sys.stderr, flush=True)
             half = KUBECONFIG.with_suffix(".half")
             half.touch(mode=0o600)
             half.write_bytes(cluster.kubeconfig.read_bytes())
