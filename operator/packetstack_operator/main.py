@@ -155,8 +155,11 @@ async def operate(args: argparse.Namespace, api: Api, metrics: Metrics, stop: as
     operator.outdated = await compare_definitions(api, metrics)
     metrics.leader.set(1)
     log.info("serving %s", ", ".join(args.namespace) or "all namespaces")
+    # Kopf would ask for the user's name, and a container's has none.
+    identity: Any = f"{MANAGER}@{socket.gethostname()}"
     try:
         await kopf.operator(
+            identity=identity,
             registry=registry,
             settings=settings,
             clusterwide=not args.namespace,
