@@ -128,7 +128,7 @@ class Operator:
         woken = self._wakers[key] = asyncio.Event()
         ending = asyncio.ensure_future(_until(stopped))
         shown: dict[tuple[str, str], float] = {}
-        memory, failures = Memory(), 0
+        memory, failures, ending_namespace = Memory(), 0, False
         try:
             while not stopped:
                 woken.clear()
@@ -137,7 +137,9 @@ class Operator:
                 try:
                     world = self._world(key, indices, memory)
                     if world is not None:
-                        decision = deciding.decide(world, time.time())
+                        # Pods are deleted first with a namespace, and none can be made for them: let them go at once.
+                        decide = deciding.release if ending_namespace else deciding.decide
+                        decision = decide(world, time.time())
                         memory = decision.memory
                         memory = await self._carry_out(key, decision, memory, woken)
                         self._show(body, decision.events, shown)
@@ -147,6 +149,7 @@ class Operator:
                     failed = False
                 except Refused as e:
                     pause = self._refused(key, e, failures)
+                    ending_namespace |= e.ending
                 except (aiohttp.ClientError, TimeoutError, OSError) as e:
                     self.metrics.errors.labels("Unreachable").inc()
                     log.warning("stack %s/%s: API server: %s: %s", *key, type(e).__name__, e)
@@ -204,7 +207,7 @@ class Operator:
             self.metrics.errors.labels("Conflict").inc()
             return 0.1 * (1 << min(failures, 3))
         if error.ending or error.status == 404:
-            return 1.0  # namespace or stack is being deleted
+            return 0.1  # namespace or stack is being deleted
         self.metrics.errors.labels("Refused").inc()
         log.warning("stack %s/%s: %s", *key, error)
         return _back_off(failures)

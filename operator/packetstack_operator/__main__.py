@@ -1,0 +1,5 @@
+"""`python -m packetstack_operator`."""
+
+from packetstack_operator.main import main
+
+main()

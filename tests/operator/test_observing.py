@@ -1,0 +1,125 @@
+"""Services become backends as kube-proxy would see them, and pods are read as a kubelet reports them."""
+
+import pytest
+
+from packetstack_core.resources import parse
+from packetstack_operator import observing
+from packetstack_operator.observing import Slice, World
+
+
+def stack(protocol="TCP", address="192.0.2.10", snat="192.0.2.64/28"):
+    return {
+        "apiVersion": "packetstack.io/v1alpha1",
+        "kind": "PacketStack",
+        "metadata": {"name": "edge", "namespace": "shop", "uid": "1"},
+        "spec": {
+            "listeners": [
+                {
+                    "name": "web",
+                    "address": address,
+                    "protocol": protocol,
+                    "port": 443,
+                    "backends": {"service": {"name": "web", "port": 8443}},
+                }
+            ],
+            "snat": {"addresses": [snat]},
+        },
+    }
+
+
+def endpoint(address, **conditions):
+    return {"addresses": [address], "conditions": conditions}
+
+
+def endpoint_slice(*endpoints, family="IPv4", port=9443, name="https", protocol="TCP"):
+    ports = [{"name": name, "protocol": protocol, "port": port}]
+    return Slice.of({"addressType": family, "endpoints": list(endpoints), "ports": ports})
+
+
+def backends(raw, slices, ports=None):
+    ports = {(8443, "TCP"): "https", (8443, "UDP"): "https"} if ports is None else ports
+    world = World(raw, "i", services={"web": ports} if ports else {}, slices={"web": slices})
+    listeners, problems = observing.resolve(parse(raw), world)
+    endpoints = listeners[0].backends.endpoints
+    return [(str(e.address), e.port, e.weight) for e in endpoints], problems
+
+
+READY = {"ready": True, "serving": True, "terminating": False}
+LEAVING = {"ready": False, "serving": True, "terminating": True}
+UNREADY = {"ready": False, "serving": False, "terminating": False}
+
+
+def test_ready_endpoints_are_backends_in_order_of_their_addresses():
+    found = endpoint_slice(
+        endpoint("10.0.0.20", **READY), endpoint("10.0.0.3", **READY), endpoint("10.0.0.4", **UNREADY)
+    )
+    assert backends(stack(), [found]) == ([("10.0.0.3", 9443, 1), ("10.0.0.20", 9443, 1)], [])
+
+
+def test_a_terminating_tcp_backend_keeps_its_flows_and_gets_no_more():
+    found = endpoint_slice(endpoint("10.0.0.3", **LEAVING), endpoint("10.0.0.4", **READY))
+    assert backends(stack(), [found])[0] == [("10.0.0.3", 9443, 0), ("10.0.0.4", 9443, 1)]
+
+
+def test_a_terminating_udp_backend_is_left_out():
+    found = endpoint_slice(endpoint("10.0.0.3", **LEAVING), endpoint("10.0.0.4", **READY), protocol="UDP")
+    assert backends(stack("UDP"), [found])[0] == [("10.0.0.4", 9443, 1)]
+
+
+def test_conditions_that_are_absent_mean_ready():
+    assert backends(stack(), [endpoint_slice({"addresses": ["10.0.0.3"]})])[0] == [("10.0.0.3", 9443, 1)]
+
+
+def test_an_endpoint_in_two_slices_is_one_backend():
+    slices = [endpoint_slice(endpoint("10.0.0.3", **LEAVING)), endpoint_slice(endpoint("10.0.0.3", **READY))]
+    assert backends(stack(), slices)[0] == [("10.0.0.3", 9443, 1)]
+
+
+def test_only_the_listeners_family_counts():
+    slices = [
+        endpoint_slice(endpoint("10.0.0.3", **READY)),
+        endpoint_slice(endpoint("2001:db8::3", **READY), family="IPv6"),
+        endpoint_slice(endpoint("web.example", **READY), family="FQDN"),
+    ]
+    assert backends(stack(), slices)[0] == [("10.0.0.3", 9443, 1)]
+    raw = stack(address="2001:db8:1::10", snat="2001:db8:1::40/122")
+    assert backends(raw, slices)[0] == [("2001:db8::3", 9443, 1)]
+
+
+def test_ports_are_found_by_the_name_of_the_services_port():
+    slices = [endpoint_slice(endpoint("10.0.0.3", **READY), name="metrics", port=1)]
+    assert backends(stack(), slices) == ([], [])
+    slices = [endpoint_slice(endpoint("10.0.0.3", **READY), name=None, port=7)]
+    assert backends(stack(), slices, {(8443, "TCP"): ""})[0] == [("10.0.0.3", 7, 1)]
+
+
+def test_what_is_wrong_with_a_service_is_said():
+    assert backends(stack(), [], {})[1] == ["listener web: service web is not there; create it, or name another"]
+    assert backends(stack(), [], {(80, "TCP"): ""})[1] == [
+        "listener web: service web has no TCP port 8443; use one that it has"
+    ]
+
+
+def test_addresses_that_packets_cannot_be_sent_to_are_left_out():
+    own = [endpoint(a, **READY) for a in ("127.0.0.1", "192.0.2.10", "192.0.2.65", "10.0.0.3")]
+    assert backends(stack(), [endpoint_slice(*own)])[0] == [("10.0.0.3", 9443, 1)]
+
+
+@pytest.mark.parametrize(
+    ("meta", "said"),
+    [
+        ({}, True),
+        ({"ownerReferences": [{"uid": "1", "controller": True}]}, True),
+        ({"ownerReferences": [{"uid": "2", "controller": True}]}, False),
+        ({"ownerReferences": [{"uid": "2"}]}, True),
+    ],
+)
+def test_orphans_are_taken_in_and_others_children_are_left_alone(meta, said):
+    assert observing.mine({"metadata": meta}, "1") is said
+
+
+def test_a_pod_past_its_grace_period_is_dead_though_its_node_never_said_so():
+    pod = {"metadata": {"deletionTimestamp": "2026-01-01T00:01:00Z"}, "status": {"phase": "Running"}}
+    end = observing.seconds("2026-01-01T00:01:00Z")
+    assert not observing.dead(pod, end + observing.OVERDUE_SECONDS)
+    assert observing.dead(pod, end + observing.OVERDUE_SECONDS + 1)

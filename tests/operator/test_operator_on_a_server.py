@@ -1,0 +1,322 @@
+"""The operator's own process against a real API server, with the rights of the chart. Node and agent are played."""
+
+import json
+import secrets
+import time
+
+import pytest
+from tests.operator.operator_process import USER, OperatorProcess, grant
+from tests.operator.players import ENGINES, PODS, STACKS, TABLES, PlayedNode, Server, wait
+
+from packetstack_core import crds
+
+STACK = {
+    "apiVersion": "packetstack.io/v1alpha1",
+    "kind": "PacketStack",
+    "metadata": {"name": "edge"},
+    "spec": {
+        "replicas": 2,
+        "flowTable": {"buckets": 1024},
+        "listeners": [
+            {
+                "name": "web",
+                "address": "192.0.2.10",
+                "port": 80,
+                "backends": {"endpoints": [{"address": "10.1.0.5", "port": 80}]},
+            }
+        ],
+        "snat": {"addresses": ["192.0.2.64/28"]},
+    },
+}
+SLICES = "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices"
+
+
+@pytest.fixture(scope="module")
+def server(control_plane):
+    control_plane.apply(*crds.definitions())
+    control_plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-0"}})
+    for definition in crds.definitions():
+        name = f"crd/{definition['metadata']['name']}"
+        control_plane.kubectl("wait", "--for=condition=Established", name, "--timeout=30s")
+    server = Server(control_plane.kubeconfig)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def kubeconfig(control_plane, server):
+    grant(control_plane)
+    return control_plane.kubeconfig_for(USER)
+
+
+@pytest.fixture(scope="module")
+def operator(kubeconfig, tmp_path_factory):
+    with OperatorProcess(kubeconfig, tmp_path_factory.mktemp("operator") / "log") as running:
+        yield running
+        assert "internal error" not in running.said()
+        assert "Traceback" not in running.said()
+
+
+class Place:
+    """A namespace with a played node in it."""
+
+    def __init__(self, server, namespace, node):
+        self.server, self.namespace, self.node = server, namespace, node
+
+    def path(self, kind, name="edge"):
+        return f"{kind.format(self.namespace)}/{name}"
+
+    def create(self, **spec):
+        body = {**STACK, "spec": {**STACK["spec"], **spec}}
+        self.server.request("POST", STACKS.format(self.namespace), body)
+
+    def change(self, **spec):
+        self.server.merge(self.path(STACKS), {"spec": spec})
+
+    def stack(self):
+        return self.server.get(self.path(STACKS))
+
+    def table(self):
+        return self.server.get(self.path(TABLES))
+
+    def condition(self, kind):
+        stack = self.stack() or {}
+        return next((c for c in stack.get("status", {}).get("conditions", ()) if c["type"] == kind), {"status": ""})
+
+    def pods(self):
+        return {p["metadata"]["name"]: p for p in self.server.items(PODS.format(self.namespace))}
+
+    def settled(self):
+        """The stack is as its resource says, and the operator knows it."""
+        stack = self.stack()
+        status, generation = stack.get("status", {}), stack["metadata"]["generation"]
+        progressing = self.condition("Progressing")
+        replicas = stack["spec"]["replicas"]
+        return (
+            progressing["status"] == "False"
+            and progressing["observedGeneration"] == generation
+            and status["readyReplicas"] == replicas
+            and len(self.pods()) == replicas
+        )
+
+    def settle(self, seconds=30):
+        try:
+            wait(self.settled, seconds)
+        except AssertionError:
+            shown = json.dumps(self.stack().get("status"), indent=1)
+            raise AssertionError(f"not settled: {shown} {sorted(self.pods())}") from None
+        assert self.node.broken == []
+
+
+@pytest.fixture
+def place(server, control_plane):
+    namespace = f"test-{secrets.token_hex(4)}"
+    control_plane.create_namespace(namespace)
+    with PlayedNode(server, namespace) as node:
+        yield Place(server, namespace, node)
+        server.delete(f"/api/v1/namespaces/{namespace}")
+        wait(lambda: server.get(f"{STACKS.format(namespace)}/edge") is None)
+
+
+def test_a_stack_lives_from_its_creation_to_its_deletion(operator, place):
+    place.create()
+    place.settle()
+    assert set(place.pods()) == {"edge-1", "edge-2"}
+    assert place.node.owners("edge") == {1, 2}
+
+    place.change(replicas=4)
+    place.settle()
+    assert place.node.owners("edge") == {1, 2, 3, 4}
+
+    place.change(replicas=1)
+    place.settle()
+    (left,) = place.pods()
+
+    place.change(engine={"image": "localhost/packetstack:2"})
+    place.settle()
+    (pod,) = place.pods().values()
+    assert pod["metadata"]["name"] != left
+    assert pod["spec"]["containers"][0]["image"] == "localhost/packetstack:2"
+
+    place.server.delete(place.path(PODS, pod["metadata"]["name"]))
+    wait(lambda: pod["metadata"]["name"] not in place.pods())
+    place.settle()
+
+    place.server.delete(place.path(STACKS))
+    wait(lambda: place.stack() is None)
+    for kind in (TABLES, PODS, ENGINES):
+        wait(lambda kind=kind: place.server.items(kind.format(place.namespace)) == [], 60)
+
+
+def test_at_rest_nothing_is_written(operator, place):
+    place.create()
+    place.settle()
+    time.sleep(0.5)
+    before, seen = operator.writes(), place.stack()["metadata"]["resourceVersion"]
+    time.sleep(3)
+    for pod in place.pods():  # wakes the operator, for nothing
+        place.server.merge(place.path(PODS, pod), {"metadata": {"annotations": {"someone": "else"}}})
+    time.sleep(1)
+    assert operator.writes() == before
+    assert place.stack()["metadata"]["resourceVersion"] == seen
+
+
+def test_scale_goes_through_the_subresource_and_its_selector_is_of_active_pods(operator, place, control_plane):
+    place.create()
+    place.settle()
+    control_plane.kubectl("scale", "pkst/edge", "--replicas=3", "-n", place.namespace)
+    place.settle()
+    scale = place.server.get(place.path(STACKS) + "/scale")
+    assert scale["status"]["replicas"] == 3
+    assert len(place.server.items(PODS.format(place.namespace), scale["status"]["selector"])) == 3
+
+
+def test_backends_follow_the_endpoint_slices_of_their_service(operator, place):
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": "web"},
+        "spec": {"ports": [{"name": "http", "port": 8080, "targetPort": 80}]},
+    }
+    listener = {**STACK["spec"]["listeners"][0], "backends": {"service": {"name": "web", "port": 8080}}}
+    place.create(listeners=[listener], replicas=1)
+
+    def endpoints():
+        table = place.table()
+        return (
+            [(e["address"], e["port"], e["weight"]) for e in table["spec"]["listeners"][0]["backends"]["endpoints"]]
+            if table
+            else None
+        )
+
+    wait(lambda: place.condition("Degraded").get("reason") == "BackendNotFound")
+    place.server.request("POST", f"/api/v1/namespaces/{place.namespace}/services", service)
+    found = {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {"name": "web-1", "labels": {"kubernetes.io/service-name": "web"}},
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 80}],
+        "endpoints": [{"addresses": ["10.0.0.3"]}, {"addresses": ["10.0.0.4"], "conditions": {"ready": False}}],
+    }
+    place.server.request("POST", SLICES.format(place.namespace), found)
+    wait(lambda: endpoints() == [("10.0.0.3", 80, 1)])
+    place.settle()
+    leaving = {"ready": False, "serving": True, "terminating": True}
+    place.server.merge(
+        place.path(SLICES, "web-1"),
+        {"endpoints": [{"addresses": ["10.0.0.3"], "conditions": leaving}, {"addresses": ["10.0.0.4"]}]},
+    )
+    wait(lambda: endpoints() == [("10.0.0.3", 80, 0), ("10.0.0.4", 80, 1)])
+    place.server.delete(place.path(SLICES, "web-1"))
+    wait(lambda: endpoints() == [])
+
+
+def test_pods_that_the_server_does_not_take_are_a_condition_and_not_a_storm(operator, place):
+    baseline = {"pod-security.kubernetes.io/enforce": "baseline"}
+    place.server.merge(f"/api/v1/namespaces/{place.namespace}", {"metadata": {"labels": baseline}})
+    place.create(replicas=1)
+    wait(lambda: place.condition("CapacityAvailable")["status"] == "False")
+    refused = place.condition("CapacityAvailable")
+    assert refused["reason"] == "PodRefused"
+    assert "hostPath" in refused["message"]
+    before = operator.writes()
+    time.sleep(2)
+    assert operator.writes() - before < 8
+    place.server.merge(
+        f"/api/v1/namespaces/{place.namespace}",
+        {"metadata": {"labels": {"pod-security.kubernetes.io/enforce": "privileged"}}},
+    )
+    place.settle(60)
+    assert place.condition("CapacityAvailable")["status"] == "True"
+
+
+def test_pods_that_the_kubelet_refuses_are_not_a_heap(operator, place):
+    place.node.refuse = ("UnexpectedAdmissionError", "Allocate failed: no devices")
+    place.create(replicas=1)
+    wait(lambda: place.condition("CapacityAvailable").get("reason") == "DeviceNotReady")
+    for _ in range(40):
+        assert len(place.pods()) <= 1
+        time.sleep(0.05)
+    place.node.refuse = None
+    place.settle(60)
+
+
+def test_what_another_writer_added_to_a_flow_table_is_taken_out(operator, place):
+    place.create(replicas=1)
+    place.settle()
+    engines = place.table()["spec"]["engines"]
+    stranger = {"id": 900, "name": "x", "state": "Active", "template": "ab", "queues": 1, "cores": 1, "podUid": "1"}
+    body = {
+        "apiVersion": "packetstack.io/v1alpha1",
+        "kind": "FlowTable",
+        "metadata": {"name": "edge"},
+        "spec": {"engines": [stranger]},
+    }
+    place.server.apply(place.path(TABLES), body, "somebody")
+    wait(lambda: place.table()["spec"]["engines"] == engines)
+    place.settle()
+
+
+def test_a_deleted_flow_table_comes_back_and_no_pod_is_lost(operator, place):
+    place.create(replicas=3)
+    place.settle()
+    pods = {p["metadata"]["uid"] for p in place.pods().values()}
+    place.server.delete(place.path(TABLES))
+    wait(lambda: place.table() is not None and place.settled())
+    assert {p["metadata"]["uid"] for p in place.pods().values()} == pods
+
+
+def test_engines_that_were_orphaned_serve_the_next_stack_of_that_name(operator, place):
+    place.create()
+    place.settle()
+    pods = {p["metadata"]["uid"] for p in place.pods().values()}
+    place.server.delete(place.path(STACKS), propagationPolicy="Orphan")
+    wait(lambda: place.stack() is None)
+    place.create()
+    wait(lambda: place.stack().get("status"))
+    place.settle()
+    assert {p["metadata"]["uid"] for p in place.pods().values()} == pods
+
+
+def test_a_namespace_is_deleted_with_its_stacks(operator, place):
+    place.create()
+    place.settle()
+    place.server.delete(f"/api/v1/namespaces/{place.namespace}")
+    wait(lambda: not place.pods(), 20)  # less than their grace period
+    wait(lambda: place.stack() is None, 20)
+
+
+def test_without_the_agents_answer_nothing_is_taken_away(operator, place):
+    place.create()
+    place.settle()
+    place.node.agent = False
+    place.change(replicas=1)
+    wait(lambda: place.stack()["status"]["drainingReplicas"] == 1)
+    time.sleep(1)
+    assert len(place.pods()) == 2
+    place.node.agent = True
+    place.settle()
+
+
+def test_operators_that_are_killed_after_every_few_writes_get_there(kubeconfig, place, tmp_path):
+    # A namespace of its own: the other operator would do its work.
+    mine = OperatorProcess(kubeconfig, tmp_path / "log", "--namespace", place.namespace)
+    with mine:
+        pass
+    place.create(replicas=1)
+    deaths = 0
+    try:
+        for change in ({"replicas": 2}, {"engine": {"image": "localhost/packetstack:2"}}, {"replicas": 1}):
+            place.change(**change)
+            while not place.settled():
+                if not mine.running():
+                    mine.kill()
+                    mine.start(dies_after=1 + deaths % 5)
+                    deaths += 1
+                assert deaths < 100
+                time.sleep(0.02)
+    finally:
+        mine.kill()
+    assert deaths > 3
+    assert place.node.broken == []
