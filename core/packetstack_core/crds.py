@@ -3,8 +3,8 @@
 `python -m packetstack_core.crds DIRECTORY...` writes one file a kind. What one value can be is in the schema; what
 several values must be together is a CEL rule with the words of `resources`. A path of the API server ends before an
 index where the rule sees a whole list. These stay with the operator, as conditions, because a rule for them would cost
-more than an API server allows: overlapping SNAT prefixes, totals over all listeners, backends that are the address of
-another listener or a SNAT address, and one address written in two ways.
+more than an API server allows: more than MAX_BACKENDS in all, backends that are the address of another listener or a
+SNAT address, and one address written in two ways.
 """
 
 import ast
@@ -39,7 +39,8 @@ CATEGORY = "packetstack-io"
 """`kubectl get packetstack-io` lists all kinds. (`packetstack` would hide the kind of that name.)"""
 MAX_LISTENER_ENDPOINTS = 512
 """Endpoints that one listener may have in a PacketStack: each is checked by rules, whose cost is limited."""
-MAX_SNAT_PREFIXES = 512
+MAX_SNAT_PREFIXES = 64
+"""Items of `snat.addresses` in a PacketStack, for the same reason."""
 MAX_METRICS, MAX_SCHEDULES, MAX_POLICIES = 32, 64, 32
 
 Json = dict[str, Any]
@@ -195,6 +196,14 @@ _IN_SNAT = (
     "self.listeners.filter(l, isIP(l.address) && self.snat.addresses.exists(a, "
     "isCIDR(a) ? cidr(a).containsIP(l.address) : a == l.address))"
 )
+_OVERLAPPING = (
+    "self.addresses.filter(a, !self.addresses.exists_one(b, "
+    "isCIDR(a) && isCIDR(b) ? cidr(a).containsCIDR(b) || cidr(b).containsCIDR(a) "
+    ": isCIDR(a) && isIP(b) ? cidr(a).containsIP(b) : isIP(a) && isCIDR(b) ? cidr(b).containsIP(a) : a == b))"
+)
+_HOST_BITS = "((cidr(a).ip().family() == 4 ? 32 : 128) - cidr(a).prefixLength())"
+_POWERS = [1 << bits for bits in range(MAX_SNAT_ADDRESSES.bit_length())]  # CEL cannot shift
+_TOTAL = f"self.addresses.map(a, !isCIDR(a) ? 1 : {_HOST_BITS} < {len(_POWERS)} ? {_POWERS}[{_HOST_BITS}] : 0).sum()"
 _OTHER_FAMILY = "self.backends.endpoints.filter(e, e.address.contains(':') != self.address.contains(':'))"
 _METRICS = {
     kind: kind[0].lower() + kind[1:]
@@ -256,6 +265,24 @@ RULES: dict[type[BaseModel], list[Json]] = {
             '"%s" is an address of this stack, so packets would go in circles; use the backend\'s own address',
             "self.address",
             path=".backends.endpoints",
+        ),
+    ],
+    resources.Snat: [
+        _rule(
+            f"{_TOTAL} <= {MAX_SNAT_ADDRESSES}",
+            f"has %s addresses in all; use at most {MAX_SNAT_ADDRESSES}",
+            f"string({_TOTAL})",
+            path=".addresses",
+        ),
+        _rule(
+            f"{_OVERLAPPING}.size() == 0",
+            '"%s" overlaps "%s"; use each address once',
+            *(
+                f"{_OVERLAPPING}[{i}] + (isCIDR({_OVERLAPPING}[{i}]) ? '' "
+                f": {_OVERLAPPING}[{i}].contains(':') ? '/128' : '/32')"
+                for i in (1, 0)
+            ),
+            path=".addresses",
         ),
     ],
     resources.Backends: [_exactly_one("service", "endpoints")],

@@ -894,7 +894,7 @@ class Spec(Model):
                 if networks[j].version == network.version and networks[j].overlaps(network):
                     yield (
                         ("snat", "addresses", i),
-                        f'"{network}" overlaps addresses[{j}] "{networks[j]}"; use each address once',
+                        f'"{network}" overlaps "{networks[j]}"; use each address once',
                     )
 
     def _check_listeners(self) -> Iterator[tuple[tuple[str | int, ...], str]]:

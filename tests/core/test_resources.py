@@ -203,7 +203,7 @@ WRONG = [
     ("spec.snat.addresses.0", "10.0.0.0/8", "has more than 1024 addresses; use a longer prefix"),
     ("spec.snat.addresses.0", "2001:db8::/64", "has more than 1024 addresses; use a longer prefix"),
     ("spec.snat.addresses", ["10.9.0.0/22", "10.10.0.0/32"], "addresses: has 1025 addresses in all; use at"),
-    ("spec.snat.addresses", ["10.9.0.0/30", "10.9.0.1"], '[1]: "10.9.0.1/32" overlaps addresses[0] "10.9.0.0/30"'),
+    ("spec.snat.addresses", ["10.9.0.0/30", "10.9.0.1"], '[1]: "10.9.0.1/32" overlaps "10.9.0.0/30"'),
     ("spec.snat.addresses", ["2001:db8::40"], '"192.0.2.10" is IPv4, but no SNAT address is; add an IPv4 prefix'),
     ("spec.flowTable.buckets", 1000, "use one of 256, 512, 1024, 2048, 4096, 8192"),
     ("spec.flowTable.buckets", 128, "spec.flowTable.buckets: 128 is not a number of buckets"),
