@@ -1046,7 +1046,9 @@ class Agent:
         self, name: str, protocol: str, source: str, sport: int, destination: str, dport: int
     ) -> dict[str, Any]:
         """Where a packet of this flow goes, and why."""
-        return explain(self._managed(name).stack, protocol, source, sport, destination, dport)
+        managed = self._managed(name)
+        pods = {e.slot: e.blueprint.pod for e in managed.engines.values() if e.blueprint.pod}
+        return explain(managed.stack, pods, protocol, source, sport, destination, dport)
 
     def _planned(self, name: str) -> Managed:
         managed = self._managed(name)

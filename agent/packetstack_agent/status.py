@@ -1,7 +1,7 @@
 """How a stack is: read from shared memory, maps and counters when somebody asks. Changes nothing."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
 
@@ -217,8 +217,10 @@ def capacity(managed: Managed) -> dict[str, int]:
     }
 
 
-def explain(stack: Stack, protocol: str, source: str, sport: int, destination: str, dport: int) -> dict[str, Any]:
-    """Where a packet of this flow goes, and why."""
+def explain(
+    stack: Stack, pods: Mapping[int, str], protocol: str, source: str, sport: int, destination: str, dport: int
+) -> dict[str, Any]:
+    """Where a packet of this flow goes, and why. `pods`: by slot, names of the engines that have one."""
     name = stack.name
     try:
         client, vip = ip_address(source), ip_address(destination)
@@ -265,14 +267,17 @@ def explain(stack: Stack, protocol: str, source: str, sport: int, destination: s
                 "snat": f"{snat} port {wire(flow.snat_port)}",
             }
     slot = word >> 22 & 1023
+    engine = pods.get(slot) or str(slot)
+    if slot in pods:
+        result["owner"]["pod"] = pods[slot]
     if not slot:
         result["why"] = f"bucket {bucket} has no owner: packets are dropped as no_owner"
     elif result["flow"]:
-        result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {slot}, which keeps this flow"
+        result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {engine}, which keeps this flow"
     else:
         usable = stack.usable(listener)
         result["why"] = (
-            f"hash {value:016x} -> bucket {bucket} -> engine {slot}; no such flow yet, "
+            f"hash {value:016x} -> bucket {bucket} -> engine {engine}; no such flow yet, "
             f"{listener.balancing} would choose one of {len(usable)} backends"
         )
     return result

@@ -7,9 +7,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from packetstack_core.resources import PacketStack
 
 DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
 ANSWER_SECONDS = 60
@@ -27,6 +30,8 @@ class NoAgent(CliError):
 
 class Client:
     """One connection a call: an agent that was replaced is not noticed."""
+
+    poll_seconds = 0.02
 
     def __init__(self, run_directory: Path) -> None:
         self.run_directory = run_directory
@@ -57,6 +62,67 @@ class Client:
         if "error" in answer:
             raise CliError(answer["error"])
         return answer["ok"]
+
+    # ---- what a cluster does in another way (`packetstack_cli.cluster`)
+
+    def begin(self, metrics_listen: str | None) -> bool:
+        """Start an agent if there is none. Whether it is ours to end should what follows fail."""
+        # An agent that found stacks to go on with stays, whatever becomes of the file.
+        return not self.alive() and self.start_agent(metrics_listen) and not self.call("get")
+
+    def abandon(self) -> None:
+        """End the agent that `begin` has started."""
+        with suppress(NoAgent):
+            self.stop_agent()
+
+    def apply(self, stacks: Sequence[PacketStack], uplinks: Sequence[str], force: bool) -> list[dict[str, str]]:
+        """Make the stacks what they say: for each its name as `stack`, the `result`, and perhaps a `note`."""
+        del force  # nobody else has a say here
+        result: list[dict[str, str]] = self.call(
+            "apply", documents=[s.document() for s in stacks], uplinks=list(uplinks)
+        )
+        return result
+
+    def check(self, stacks: Sequence[PacketStack]) -> None:
+        """What reading them has not found. CliError."""
+
+    def live(self, name: str | None, must: bool = True) -> list[dict[str, Any]]:
+        """As the verb `get`, with numbers of this moment."""
+        del must  # they are always there
+        items: list[dict[str, Any]] = self.call("get", name=name)
+        return items
+
+    def chosen(self, stacks: Sequence[str], name: str | None, everything: bool) -> list[str]:
+        """Those that `down` shall end."""
+        if name is not None and name not in stacks:
+            raise CliError(f"stack {name}: not found; stacks of this agent: {', '.join(stacks) or 'none'}")
+        if name is None and not everything and len(stacks) > 1:
+            raise CliError(f"there are {len(stacks)} stacks ({', '.join(stacks)}); name one, or use --all")
+        return [s for s in stacks if name in (None, s)]
+
+    def remove(self, names: Sequence[str], last: bool) -> None:
+        """End these stacks; `last`: there are no others, the agent goes too."""
+        if last:
+            self.stop_agent()
+            return
+        for name in names:
+            self.call("delete", name=name)
+
+    def log(self, engine: str | None) -> str:
+        """What an engine (`web-1`, or its slot) or the agent has written."""
+        path = self.run_directory / "agent.log"
+        if engine is not None:
+            slot = engine.rpartition("-")[2]
+            path = self.run_directory / f"engines/{slot}/log"
+            if not slot.isdecimal() or not path.exists():
+                there = sorted((p.name for p in path.parents[1].glob("*")), key=lambda name: name.zfill(4))
+                raise CliError(f"engine {engine}: has no log; engines: {', '.join(there) or 'none'}")
+        try:
+            return path.read_text(errors="replace")
+        except OSError as e:
+            raise CliError(f"{path}: cannot be read: {e.strerror}") from None
+
+    # ---- the agent
 
     def alive(self) -> bool:
         """Whether an agent answers."""

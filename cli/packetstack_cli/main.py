@@ -1,9 +1,10 @@
 """`packetstack`: run stacks on this host, look at them, change them."""
 
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +12,10 @@ import click
 import yaml
 from rich.live import Live
 
+from packetstack_cli import preflight as checks
 from packetstack_cli import views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent
+from packetstack_cli.cluster import ClusterClient
 from packetstack_cli.demo import run_demo
 from packetstack_core import resources
 from packetstack_core.resources import PacketStack, ResourceError
@@ -20,8 +23,52 @@ from packetstack_core.resources import PacketStack, ResourceError
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+@dataclass
+class Target:
+    """Whom a command asks: the agent of this host, or a cluster as soon as an option for one is given."""
+
+    run_directory: Path = DEFAULT_RUN_DIRECTORY
+    explicit: bool = False
+    """The directory was named on the command line."""
+    cluster: bool = False
+    kubeconfig: Path | None = None
+    context: str | None = None
+    namespace: str | None = None
+
+    def client(self) -> Client | ClusterClient:
+        """Connects to nobody yet."""
+        if self.cluster or self.kubeconfig or self.context or self.namespace:
+            if self.explicit:
+                raise click.UsageError("--run-dir is for the agent of this host, the other options are for a cluster")
+            return ClusterClient(self.kubeconfig, self.context, self.namespace)
+        return Client(self.run_directory.absolute())
+
+
+def _cluster_options() -> list[click.Option]:
+    """Taken before the verb and after it, as people know it from kubectl."""
+
+    def remember(ctx: click.Context, option: click.Parameter, value: Any) -> None:
+        if value is not None and option.name is not None:
+            setattr(ctx.find_root().ensure_object(Target), option.name, value)
+
+    def option(*names: str, **more: Any) -> click.Option:
+        return click.Option(names, expose_value=False, callback=remember, **more)
+
+    file = click.Path(path_type=Path, dir_okay=False)
+    return [
+        option("--kubeconfig", type=file, help="Ask the cluster of this file."),
+        option("--context", metavar="NAME", help="Ask the cluster of this context."),
+        option("-n", "--namespace", metavar="NAME", help="Ask the cluster for stacks of this namespace."),
+    ]
+
+
 class Group(click.Group):
     """Errors are one line on standard error and exit code 1; wrong usage is exit code 2."""
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        if cmd.name != "demo":
+            cmd.params += _cluster_options()
+        super().add_command(cmd, name)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -30,6 +77,15 @@ class Group(click.Group):
             sys.exit("\n".join(e.problems))
         except CliError as e:
             sys.exit(str(e))
+
+
+def _with_client(command: F) -> F:
+    @click.pass_context
+    @functools.wraps(command)
+    def asking(ctx: click.Context, /, *arguments: Any, **options: Any) -> Any:
+        return command(ctx.find_root().ensure_object(Target).client(), *arguments, **options)
+
+    return asking  # type: ignore[return-value]
 
 
 def _output(command: F) -> F:
@@ -51,16 +107,30 @@ def _show(value: Any, output: str | None, view: Callable[[], Any]) -> None:
     default=DEFAULT_RUN_DIRECTORY,
     envvar="PACKETSTACK_RUN_DIR",
     show_default=True,
-    help="Directory of the agent.",
+    help="Directory of this host's agent.",
 )
 @click.version_option(package_name="packetstack")
 @click.pass_context
 def main(ctx: click.Context, run_dir: Path) -> None:
-    """An elastic pool of user-space packet engines behind a virtual address."""
-    ctx.obj = Client(run_dir.absolute())
+    """An elastic pool of user-space packet engines behind a virtual address.
+
+    Commands are for the agent of this host, or with -n, --context or --kubeconfig, and as `kubectl packetstack`, for a
+    cluster.
+    """
+    target = ctx.ensure_object(Target)
+    target.run_directory = run_dir
+    target.explicit = ctx.get_parameter_source("run_dir") is click.core.ParameterSource.COMMANDLINE
 
 
-def _wait_ready(client: Client, names: list[str], timeout_seconds: float) -> None:
+main.params += _cluster_options()
+
+
+def kubectl() -> None:
+    """`kubectl packetstack`: the same verbs, always for a cluster."""
+    main(prog_name="kubectl packetstack", obj=Target(cluster=True))
+
+
+def _wait_ready(client: Client | ClusterClient, names: list[str], timeout_seconds: float) -> None:
     """Until all stacks are as their resources say. CliError with what is missing."""
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -75,7 +145,7 @@ def _wait_ready(client: Client, names: list[str], timeout_seconds: float) -> Non
                 f"stack {item['metadata']['name']}: {status['readyReplicas']} of {item['spec']['replicas']} engines are ready "
                 f"after {timeout_seconds:g} s; {trouble}"
             )
-        time.sleep(0.02)
+        time.sleep(client.poll_seconds)
 
 
 @main.command()
@@ -85,28 +155,34 @@ def _wait_ready(client: Client, names: list[str], timeout_seconds: float) -> Non
 )
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait until the stacks are ready.")
 @click.option("--metrics-listen", metavar="ADDRESS:PORT", help="Serve Prometheus metrics over HTTP (first start only).")
-@click.pass_obj
+@click.option("--force-conflicts", "force", is_flag=True, help="In a cluster: take over fields that others have set.")
+@_with_client
 def up(
-    client: Client, files: tuple[str, ...], uplinks: tuple[str, ...], timeout: float, metrics_listen: str | None
+    client: Client | ClusterClient,
+    files: tuple[str, ...],
+    uplinks: tuple[str, ...],
+    timeout: float,
+    metrics_listen: str | None,
+    force: bool,
 ) -> None:
     """Make the stacks of FILES run; start the agent if there is none. Repeating it changes nothing."""
     wanted = [stack for file in files for stack in _load(file)]
-    # An agent that found stacks to go on with stays, whatever becomes of FILES.
-    started = not client.alive() and client.start_agent(metrics_listen) and not client.call("get")
+    started = client.begin(metrics_listen)
+    names = []
     try:
-        for result in client.call("apply", documents=[s.document() for s in wanted], uplinks=list(uplinks)):
+        for result in client.apply(wanted, uplinks, force):
+            names.append(result["stack"])
             click.echo(f"stack {result['stack']}: {result['result']}")
             if result.get("note"):
                 click.echo(f"stack {result['stack']}: note: {result['note']}", err=True)
-        _wait_ready(client, [s.name for s in wanted], timeout)
+        _wait_ready(client, names, timeout)
     except CliError:
         if started:
-            with suppress(NoAgent):
-                client.stop_agent()
+            client.abandon()
         raise
-    for stack in wanted:
-        for item in client.call("get", name=stack.name):
-            click.echo(f"stack {stack.name}: {item['status']['readyReplicas']} engines ready")
+    for name in names:
+        for item in client.call("get", name=name):
+            click.echo(f"stack {name}: {item['status']['readyReplicas']} engines ready")
 
 
 def _load(file: str) -> list[PacketStack]:
@@ -122,41 +198,35 @@ def _load(file: str) -> list[PacketStack]:
 @click.argument("name", required=False)
 @click.option("--all", "everything", is_flag=True, help="All stacks and the agent.")
 @click.option("--yes", is_flag=True, help="Do not ask, even when live flows will end.")
-@click.pass_obj
-def down(client: Client, name: str | None, everything: bool, yes: bool) -> None:
-    """End a stack. Without NAME, when it is the only one, or with --all, the agent goes too and nothing is left."""
+@_with_client
+def down(client: Client | ClusterClient, name: str | None, everything: bool, yes: bool) -> None:
+    """End a stack. Without NAME, when it is the only one, or with --all, the agent goes too and nothing is left.
+
+    In a cluster NAME or --all is needed; --all means all stacks of the namespace.
+    """
     try:
         stacks = client.call("get")
     except NoAgent:
-        if not client.run_directory.exists():
+        if not isinstance(client, Client) or not client.run_directory.exists():
             raise
         click.echo(client.clean(), nl=False)
         return
-    names = [s["metadata"]["name"] for s in stacks]
-    if name is not None and name not in names:
-        raise CliError(f"stack {name}: not found; stacks of this agent: {', '.join(names) or 'none'}")
-    if name is None and not everything and len(names) > 1:
-        raise CliError(f"there are {len(names)} stacks ({', '.join(names)}); name one, or use --all")
-    chosen = [s for s in stacks if name in (None, s["metadata"]["name"])]
-    flows = sum(s["status"]["flows"] for s in chosen)
+    chosen = client.chosen([s["metadata"]["name"] for s in stacks], name, everything)
+    flows = sum(s["status"]["flows"] for s in stacks if s["metadata"]["name"] in chosen)
     if flows:
         click.echo(f"{flows:,} live flows will end", err=True)
         if not yes and sys.stdin.isatty():
             click.confirm("Go on?", abort=True)
-    if len(chosen) == len(stacks):
-        client.stop_agent()
-    else:
-        for s in chosen:
-            client.call("delete", name=s["metadata"]["name"])
-    for s in chosen:
-        click.echo(f"stack {s['metadata']['name']}: removed")
+    client.remove(chosen, last=len(chosen) == len(stacks))
+    for one in chosen:
+        click.echo(f"stack {one}: removed")
 
 
 @main.command()
 @click.argument("name", required=False)
 @_output
-@click.pass_obj
-def get(client: Client, name: str | None, output: str | None) -> None:
+@_with_client
+def get(client: Client | ClusterClient, name: str | None, output: str | None) -> None:
     """List stacks, or show one."""
     items = client.call("get", name=name)
     _show(items[0] if name else items, output, lambda: views.stacks(items))
@@ -165,10 +235,10 @@ def get(client: Client, name: str | None, output: str | None) -> None:
 @main.command()
 @click.argument("name")
 @_output
-@click.pass_obj
-def describe(client: Client, name: str, output: str | None) -> None:
+@_with_client
+def describe(client: Client | ClusterClient, name: str, output: str | None) -> None:
     """Everything about a stack: engines, listeners, backends, capacity, conditions, drops, events."""
-    item = client.call("get", name=name)[0]
+    item = client.live(name, must=False)[0]
     happened = client.call("events", name=name)
     _show({**item, "events": happened}, output, lambda: views.describe(item, happened))
 
@@ -178,8 +248,8 @@ def describe(client: Client, name: str, output: str | None) -> None:
 @click.option("--replicas", type=click.IntRange(0, 1000), required=True)
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the pool has this size.")
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait.")
-@click.pass_obj
-def scale(client: Client, name: str, replicas: int, wait: bool, timeout: float) -> None:
+@_with_client
+def scale(client: Client | ClusterClient, name: str, replicas: int, wait: bool, timeout: float) -> None:
     """Set the number of engines."""
     result = client.call("scale", name=name, replicas=replicas)
     if wait:
@@ -191,10 +261,10 @@ def scale(client: Client, name: str, replicas: int, wait: bool, timeout: float) 
 @click.argument("name", required=False)
 @click.option("--once", is_flag=True, help="Print once instead of every second.")
 @_output
-@click.pass_obj
-def top(client: Client, name: str | None, once: bool, output: str | None) -> None:
+@_with_client
+def top(client: Client | ClusterClient, name: str | None, once: bool, output: str | None) -> None:
     """Engines, cores and queues with their load; live on a terminal."""
-    items = client.call("get", name=name)
+    items = client.live(name)
     if once or output or not sys.stdout.isatty():
         _show(items, output, lambda: views.top(items))
         return
@@ -202,7 +272,7 @@ def top(client: Client, name: str | None, once: bool, output: str | None) -> Non
         try:
             while True:
                 time.sleep(1)
-                live.update(views.top(client.call("get", name=name)))
+                live.update(views.top(client.live(name)))
         except KeyboardInterrupt:
             return
 
@@ -215,9 +285,9 @@ def top(client: Client, name: str | None, once: bool, output: str | None) -> Non
 @click.option("--engine", type=int, metavar="SLOT", help="The engine that gets the buckets.")
 @click.option("--to-queue", type=int, help="Its queue; default: spread over all.")
 @_output
-@click.pass_obj
+@_with_client
 def move(
-    client: Client,
+    client: Client | ClusterClient,
     name: str,
     queue: str | None,
     core: int | None,
@@ -250,8 +320,8 @@ def move(
 @click.argument("engine", required=False)
 @click.option("--agent", is_flag=True, help="Restart the agent; engines go on meanwhile.")
 @_output
-@click.pass_obj
-def upgrade(client: Client, engine: str | None, agent: bool, output: str | None) -> None:
+@_with_client
+def upgrade(client: Client | ClusterClient, engine: str | None, agent: bool, output: str | None) -> None:
     """Replace a running part by the build that is installed now: ENGINE's datapath (as in web-1), or the agent."""
     if agent == (engine is not None):
         raise click.UsageError("use ENGINE, as `packetstack top` shows it, or --agent")
@@ -280,8 +350,8 @@ def _numbers(value: str, separator: str, option: str, right: str) -> tuple[int, 
 @click.argument("name")
 @click.argument("flow", nargs=-1, required=True)
 @_output
-@click.pass_obj
-def explain(client: Client, name: str, flow: tuple[str, ...], output: str | None) -> None:
+@_with_client
+def explain(client: Client | ClusterClient, name: str, flow: tuple[str, ...], output: str | None) -> None:
     """Where a flow goes and why. FLOW: PROTOCOL SOURCE:PORT DESTINATION:PORT, IPv6 addresses in brackets."""
     parts = " ".join(flow).split()
     if len(parts) != 3:
@@ -320,41 +390,48 @@ def _lines(result: Mapping[str, Any]) -> list[str]:
 @main.command()
 @click.argument("name", required=False)
 @_output
-@click.pass_obj
-def events(client: Client, name: str | None, output: str | None) -> None:
+@_with_client
+def events(client: Client | ClusterClient, name: str | None, output: str | None) -> None:
     """What happened, oldest first."""
     items = client.call("events", name=name)
     _show(items, output, lambda: views.events(items))
 
 
 @main.command()
-@click.argument("slot", required=False, type=int)
-@click.pass_obj
-def logs(client: Client, slot: int | None) -> None:
-    """The agent's log, or that of an engine."""
-    path = client.run_directory / ("agent.log" if slot is None else f"engines/{slot}/log")
-    if slot is not None and not path.exists():
-        there = sorted((int(p.name) for p in path.parents[1].glob("*")), key=int)
-        raise CliError(f"engine {slot}: has no log; engines: {', '.join(map(str, there)) or 'none'}")
-    try:
-        click.echo(path.read_text(errors="replace"), nl=False)
-    except OSError as e:
-        raise CliError(f"{path}: cannot be read: {e.strerror}") from None
+@click.argument("engine", required=False)
+@_with_client
+def logs(client: Client | ClusterClient, engine: str | None) -> None:
+    """The agent's log, or that of ENGINE, as in web-1."""
+    click.echo(client.log(engine), nl=False)
 
 
 @main.command()
-@click.pass_obj
-def metrics(client: Client) -> None:
+@_with_client
+def metrics(client: Client | ClusterClient) -> None:
     """The agent's Prometheus metrics."""
     click.echo(client.call("metrics"), nl=False)
 
 
 @main.command()
+@_output
+@_with_client
+def preflight(client: Client | ClusterClient, output: str | None) -> None:
+    """What this host, or the cluster, lacks for stacks, and what to do. Exit code 1 if they cannot run."""
+    found = checks.host() if isinstance(client, Client) else client.preflight()
+    _show([c.document() for c in found], output, lambda: views.checks(found))
+    if any(c.result == "missing" for c in found):
+        sys.exit(1)
+
+
+@main.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
-def check(files: tuple[str, ...]) -> None:
-    """Read FILES as `up` would, and change nothing."""
+@_with_client
+def check(client: Client | ClusterClient, files: tuple[str, ...]) -> None:
+    """Read FILES as `up` would, and change nothing. For a cluster its API server reads them too."""
     for file in files:
-        for stack in _load(file):
+        stacks = _load(file)
+        client.check(stacks)
+        for stack in stacks:
             click.echo(yaml.safe_dump(stack.document(), sort_keys=False).rstrip())
 
 

@@ -11,6 +11,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from packetstack_cli.preflight import Check
+
 # Output that goes into a file or a pipe is never cut.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
@@ -20,6 +22,11 @@ def data(value: Any, form: str) -> str:
     if form == "json":
         return json.dumps(value, indent=2)
     return yaml.safe_dump(value, sort_keys=False).rstrip()
+
+
+def _number(value: float | None, form: str = ",") -> str:
+    """ "-" for a number that only an agent knows, when none was asked."""
+    return "-" if value is None else format(value, form)
 
 
 def _table(*columns: str) -> Table:
@@ -35,14 +42,16 @@ def stacks(items: Sequence[Mapping[str, Any]]) -> Table:
     table = _table("NAME", "READY", "DRAINING", "FLOWS", "BACKENDS", "ADDRESSES")
     for item in items:
         status = item["status"]
-        healthy = sum(b["healthy"] for b in status["backends"])
+        there = str(len(status["backends"]))
+        if all(b["healthy"] is not None for b in status["backends"]):
+            there = f"{sum(b['healthy'] for b in status['backends'])}/{there}"
         addresses = ", ".join(dict.fromkeys(li["address"] for li in item["spec"]["listeners"]))
         table.add_row(
             item["metadata"]["name"],
             f"{status['readyReplicas']}/{item['spec']['replicas']}",
             str(status["drainingReplicas"]),
             f"{status['flows']:,}",
-            f"{healthy}/{len(status['backends'])}",
+            there,
             addresses,
         )
     return table
@@ -57,8 +66,8 @@ def engines(item: Mapping[str, Any]) -> Table:
             engine["state"] if engine["ready"] else f"{engine['state']} (not ready)",
             f"{engine['buckets']:,}",
             f"{engine['flows']:,}",
-            f"{engine['packetsPerSecond']:,.0f}",
-            f"{engine['busy']:.0%}",
+            _number(engine["packetsPerSecond"], ",.0f"),
+            _number(engine["busy"], ".0%"),
             str(engine["pid"] or "-"),
         )
     return table
@@ -69,7 +78,7 @@ def top(items: Sequence[Mapping[str, Any]]) -> Group:
     parts: list[RenderableType] = []
     for item in items:
         status = item["status"]
-        rate = sum(e["packetsPerSecond"] for e in status["engines"])
+        rate = sum(e["packetsPerSecond"] or 0.0 for e in status["engines"])
         head = f"{item['metadata']['name']}  {status['readyReplicas']}/{item['spec']['replicas']} engines  "
         parts.append(Text(f"{head}{status['flows']:,} flows  {rate:,.0f} packets/s", style="bold"))
         parts.append(engines(item))
@@ -108,6 +117,10 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
     ]
     if capacity["flows"] and status["flows"] > 0.35 * capacity["flows"]:
         parts.append(Text("  warning    SNAT ports run short: add SNAT addresses or backends", style="yellow"))
+    if seen := status.get("flowTable"):
+        state = "settled" if seen.get("settled") else "not settled"
+        answer = f"{state} at generation {seen.get('observedGeneration', 0)} of {seen['generation']}"
+        parts.append(Text(f"  node       {status['node'] or '-'}, its flow table {answer} {seen.get('message', '')}"))
     parts += [Text(), engines(item), Text()]
     table = _table("LISTENER", "ADDRESS", "BALANCING", "AFFINITY")
     for li in spec["listeners"]:
@@ -121,9 +134,9 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
         table.add_row(
             f"{b['address']} port {b['port']}",
             weight,
-            str(b["healthy"]).lower(),
-            f"{b['flows']:,}",
-            f"{b['flowsTotal']:,}",
+            "-" if b["healthy"] is None else str(b["healthy"]).lower(),
+            _number(b["flows"]),
+            _number(b["flowsTotal"]),
         )
     parts += [table, Text()]
     table = _table("CONDITION", "STATUS", "REASON", "MESSAGE")
@@ -131,11 +144,14 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
         table.add_row(c["type"], c["status"], c["reason"], c["message"])
     parts += [table, Text()]
     table = _table("DROPPED BY", "REASON", "DROPS")
-    for stage, reasons in status["drops"].items():
+    for stage, reasons in (status["drops"] or {}).items():
         for reason, count in reasons.items():
             if count:
                 table.add_row(stage, reason, f"{count:,}")
-    parts.append(table if table.row_count else Text("no frame was dropped"))
+    nothing = (
+        "no frame was dropped" if status["drops"] is not None else "what was dropped is not known: no agent answered"
+    )
+    parts.append(table if table.row_count else Text(nothing))
     parts += [Text(), events(happened[-10:])]
     return Group(*parts)
 
@@ -146,4 +162,15 @@ def events(items: Sequence[Mapping[str, Any]]) -> Table:
     for e in items:
         clock = time.strftime("%H:%M:%S", time.localtime(e["time"]))
         table.add_row(clock, e["type"], e["stack"], e["reason"], e["message"])
+    return table
+
+
+def checks(found: Sequence[Check]) -> Table:
+    """One line a check; the last column says what to do about what is missing."""
+    table = _table("RESULT", "WHERE", "WHAT")
+    styles = {"missing": "red", "warning": "yellow", "unknown": "yellow"}
+    for c in found:
+        text = f"{c.message}; {c.remedy}" if c.remedy else c.message
+        table.add_row(Text(c.result, style=styles.get(c.result, "")), c.where, text)
+    table.columns[-1].no_wrap = False
     return table
