@@ -69,7 +69,7 @@ def down() -> None:
     else:  # of a killed keeper only names are left
         with Slot(KEPT) as slot:
             Cluster(slot).stop()
-    for path in (KEEPER, KUBECONFIG):
+    for path in (KEEPER, KUBECONFIG, LOG):
         path.unlink(missing_ok=True)
 
 
