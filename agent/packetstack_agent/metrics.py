@@ -52,9 +52,8 @@ class AgentCollector(Collector):
             "packetstack_handover_hold_seconds", "Longest fence of the last transfers", labels=["stack"]
         )
         backend = GaugeMetricFamily("packetstack_backend_flows", "Live flows", labels=["stack", "backend", "healthy"])
-        for status in agent.get():
-            name = status["metadata"]["name"]
-            managed = agent.stacks[name]
+        for name, managed in sorted(agent.stacks.items()):
+            status = agent.status.of(managed)
             replicas.add_metric([name], status["spec"]["replicas"])
             for state in State:
                 count = sum(e["state"] == state for e in status["status"]["engines"])
@@ -68,17 +67,17 @@ class AgentCollector(Collector):
                     for reason, count in reasons.items():
                         drops.add_metric([name, stage, reason], count)
             for e in status["status"]["engines"]:
-                slot = str(e["slot"])
+                engine = managed.engines[e["slot"]]
+                slot = str(engine.blueprint.id or e["slot"])  # in a cluster by the operator's number, as its pod
                 flows.add_metric([name, slot], e["flows"])
                 buckets.add_metric([name, slot], e["buckets"])
                 for core in e["cores"]:
-                    view = managed.engines[e["slot"]].core(core["core"])
+                    view = engine.core(core["core"])
                     where = [name, slot, str(core["core"])]
                     busy.add_metric(where, view.busy_cycles)
                     cycles.add_metric(where, view.total_cycles)
                     for q in core["queues"]:
                         queue.add_metric([name, slot, str(q["queue"]), str(core["core"])], q["received"])
-                engine = managed.engines[e["slot"]]
                 if engine.view is not None:
                     for event, count in engine.counters().items():
                         packets.add_metric([name, slot, event], count)

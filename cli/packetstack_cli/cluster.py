@@ -271,7 +271,7 @@ class ClusterClient:
         items = self._get(name)
         for node in sorted({str(i["status"]["node"]) for i in items if i["status"]["node"]}):
             try:
-                answers = {a["metadata"]["name"]: a["status"] for a in self._ask(node, "get")}
+                answers = {_agents_name(a): a["status"] for a in self._ask(node, "get")}
             except CliError as e:
                 if must:
                     raise
