@@ -13,6 +13,8 @@ from packetstack_operator.deciding import Write
 from packetstack_operator.observing import Raw
 
 MANAGER = "packetstack-operator"
+OURS = {"fieldManager": MANAGER}
+APPLY = {**OURS, "force": "true"}
 TIMEOUT_SECONDS = 30.0
 PATHS = {
     "Pod": "/api/v1/namespaces/{}/pods",
@@ -74,35 +76,21 @@ class Api:
         named = f"{path}/{write.name}"
         try:
             if write.verb == "create":
-                result = await self._request("POST", path, write.body, "application/json", {"fieldManager": MANAGER})
+                result = await self._request("POST", path, write.body, "application/json", OURS)
             elif write.verb == "delete":
                 result = await self._request("DELETE", named, write.body, "application/json", {})
+            elif write.verb == "replace":
+                result = await self._request("PATCH", named, write.body, "application/merge-patch+json", OURS)
             else:
-                result = await self._apply(f"{named}/{write.subresource}".rstrip("/"), write.body)
+                place = f"{named}/{write.subresource}".rstrip("/")
+                result = await self._request("PATCH", place, write.body, "application/apply-patch+yaml", APPLY)
         except Refused as e:
             # What is gone, or is another object by now, needs no deletion.
             if write.verb == "delete" and e.status in (404, 409):
                 return None
             raise
         log.info("%s %s %s/%s %s", write.verb, write.kind, namespace, write.name, write.subresource)
-        if write.kind == "FlowTable" and write.verb == "apply":
-            result = await self._exactly(named, write.body, result)
         return result if result.get("kind") == write.kind else None
-
-    async def _apply(self, path: str, body: Mapping[str, Any]) -> Raw:
-        query = {"fieldManager": MANAGER, "force": "true"}
-        return await self._request("PATCH", path, body, "application/apply-patch+yaml", query)
-
-    async def _exactly(self, path: str, body: Mapping[str, Any], result: Raw) -> Raw:
-        """An apply leaves what others have added. Agents follow the whole table, so that it must be ours alone."""
-        spec, wanted = result["spec"], body["spec"]
-        if len(spec.get("engines") or ()) == len(wanted["engines"]) and set(spec) - {"node"} == set(wanted) - {"node"}:
-            return result
-        patch = [
-            {"op": "test", "path": "/metadata/resourceVersion", "value": result["metadata"]["resourceVersion"]},
-            {"op": "replace", "path": "/spec", "value": wanted},
-        ]
-        return await self._request("PATCH", path, patch, "application/json-patch+json", {"fieldManager": MANAGER})
 
     async def _request(self, method: str, path: str, body: Any, kind: str, query: Mapping[str, str]) -> Raw:
         request = await self.client.param_serialize(

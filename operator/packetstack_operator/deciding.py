@@ -52,9 +52,14 @@ Kind = Literal["FlowTable", "Pod", "PacketEngine", "PodDisruptionBudget", "Packe
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """One request. `create` refuses what exists, `apply` is a server-side apply, `delete` goes by UID."""
+    """One request. `create` refuses what exists, `apply` is a server-side apply, `delete` goes by UID.
 
-    verb: Literal["create", "apply", "delete"]
+    `replace` is for flow tables: a merge patch that names every field, and the version that it was made from. Agents
+    follow the whole table, so that nobody else may own a part of it; and a server-side apply that takes the last
+    item out of a list may leave `null` there, which the server then refuses (seen with 1.36).
+    """
+
+    verb: Literal["create", "apply", "replace", "delete"]
     kind: Kind
     name: str
     body: Mapping[str, Any]
@@ -207,6 +212,8 @@ class _Deciding:
         # The table is new or lost. Pods tell which engines there are; who owns which bucket, nobody does: buckets
         # are given afresh, and the handovers keep their flows.
         self.owners = [NOBODY] * self.stack.spec.flow_table.buckets
+        self.node = _status(self.world.stack).node or None
+        self.last = max([0, *(int(e["spec"]["id"]) for e in self.world.engines)])
         for name in sorted(self.pods):
             entry = observing.from_pod(self.pods[name])
             if entry is not None and not observing.dead(self.pods[name], self.now):
@@ -745,8 +752,10 @@ def _table_write(world: World, spec: FlowTableSpec) -> Write:
     if world.table is not None:
         # Refused if the table is not the one that this was decided from.
         known["resourceVersion"] = world.table["metadata"]["resourceVersion"]
-    body = {"apiVersion": API_VERSION, "kind": FlowTable.__name__, "metadata": known, "spec": _dump(spec)}
-    return Write("apply", "FlowTable", meta["name"], body)
+    verb: Literal["create", "replace"] = "create" if world.table is None else "replace"
+    made = _dump(spec) if verb == "create" else {"node": None, **_dump(spec)}
+    body = {"apiVersion": API_VERSION, "kind": FlowTable.__name__, "metadata": known, "spec": made}
+    return Write(verb, "FlowTable", meta["name"], body)
 
 
 def _delete(kind: Kind, raw: Raw) -> Write:

@@ -179,7 +179,7 @@ class Operator:
                 self.metrics.writes.labels(write.verb, write.kind).inc()
                 written = await self.api.write(key[0], write)
             except Refused as e:
-                if write.verb != "create" or e.status not in (400, 403, 422) or e.ending:
+                if (write.verb, write.kind) != ("create", "Pod") or e.status not in (400, 403, 422) or e.ending:
                     raise
                 # The API server does not take pods of this shape, or no more of them. Say so, and try less often.
                 log.warning("stack %s/%s: %s", *key, e)

@@ -120,17 +120,19 @@ class Model:
         if write.verb == "create":
             if old is not None:
                 raise Conflict
+            if write.kind == "FlowTable":
+                self._check_table(None, body)
+                return self.put(body)
             body["status"] = {"phase": "Pending"}
             self.put(body)
             return None
         if write.subresource:
             assert old is not None, "status of what is not there"
             return self.change(at, lambda b: b.update(status=_merged(b.get("status", {}), body["status"])))
-        version = body["metadata"].pop("resourceVersion", None)
-        if version is not None and (old is None or old["metadata"]["resourceVersion"] != version):
-            raise Conflict
-        if write.kind == "FlowTable":
-            kinds.read(FlowTable, body)
+        if write.verb == "replace":
+            if old is None or old["metadata"]["resourceVersion"] != body["metadata"].pop("resourceVersion"):
+                raise Conflict
+            body["spec"] = {k: v for k, v in body["spec"].items() if v is not None}
             self._check_table(old, body)
         new = copy.deepcopy(old) if old is not None else {}
         new["metadata"] = {**new.get("metadata", {}), **_joined(new.get("metadata", {}), body["metadata"])}

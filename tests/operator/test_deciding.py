@@ -33,7 +33,7 @@ def reasons(model):
 def test_an_engine_is_in_the_table_before_its_pod_exists():
     decision = Model(2).operator(most=0)
     order = [(w.verb, w.kind) for w in decision.writes]
-    assert order.index(("apply", "FlowTable")) < order.index(("create", "Pod"))
+    assert order.index(("create", "FlowTable")) < order.index(("create", "Pod"))
 
 
 def test_the_first_engine_finds_a_node_and_the_others_follow_it():

@@ -114,8 +114,10 @@ def place(server, control_plane):
     control_plane.create_namespace(namespace)
     with PlayedNode(server, namespace) as node:
         yield Place(server, namespace, node)
-        server.delete(f"/api/v1/namespaces/{namespace}")
+        node.agent, node.refuse = True, None
+        server.delete(f"{STACKS.format(namespace)}/edge")
         wait(lambda: server.get(f"{STACKS.format(namespace)}/edge") is None)
+        server.delete(f"/api/v1/namespaces/{namespace}")
 
 
 def test_a_stack_lives_from_its_creation_to_its_deletion(operator, place):
@@ -234,10 +236,12 @@ def test_pods_that_the_server_does_not_take_are_a_condition_and_not_a_storm(oper
 def test_pods_that_the_kubelet_refuses_are_not_a_heap(operator, place):
     place.node.refuse = ("UnexpectedAdmissionError", "Allocate failed: no devices")
     place.create(replicas=1)
-    wait(lambda: place.condition("CapacityAvailable").get("reason") == "DeviceNotReady")
-    for _ in range(40):
+
+    def told():
         assert len(place.pods()) <= 1
-        time.sleep(0.05)
+        return place.condition("CapacityAvailable").get("reason") == "DeviceNotReady"
+
+    wait(told)
     place.node.refuse = None
     place.settle(60)
 
@@ -299,24 +303,81 @@ def test_without_the_agents_answer_nothing_is_taken_away(operator, place):
     place.settle()
 
 
-def test_operators_that_are_killed_after_every_few_writes_get_there(kubeconfig, place, tmp_path):
-    # A namespace of its own: the other operator would do its work.
-    mine = OperatorProcess(kubeconfig, tmp_path / "log", "--namespace", place.namespace)
-    with mine:
-        pass
+@pytest.mark.slow
+def test_operators_that_are_killed_after_every_few_writes_get_there(operator, place):
+    operator.kill()
     place.create(replicas=1)
     deaths = 0
-    try:
-        for change in ({"replicas": 2}, {"engine": {"image": "localhost/packetstack:2"}}, {"replicas": 1}):
-            place.change(**change)
-            while not place.settled():
-                if not mine.running():
-                    mine.kill()
-                    mine.start(dies_after=1 + deaths % 5)
-                    deaths += 1
-                assert deaths < 100
-                time.sleep(0.02)
-    finally:
-        mine.kill()
-    assert deaths > 3
+    for change in ({"replicas": 2}, {"engine": {"image": "localhost/packetstack:2"}}, {"replicas": 1}):
+        place.change(**change)
+        while not place.settled():
+            if not operator.running():
+                operator.kill()
+                operator.start(dies_after=1 + deaths % 5)
+                deaths += 1
+            assert deaths < 100
+            time.sleep(0.02)
+    operator.kill()
+    operator.start()
+    assert deaths > 5
     assert place.node.broken == []
+    place.settle()
+
+
+def test_an_operator_with_rights_in_one_namespace_serves_that_one_only(operator, place, control_plane, tmp_path):
+    operator.kill()
+    grant(control_plane, place.namespace)
+    user = "single"
+    rights = {"kind": "Role", "name": USER, "apiGroup": "rbac.authorization.k8s.io"}
+    control_plane.apply(
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "RoleBinding",
+            "metadata": {"name": user, "namespace": place.namespace},
+            "roleRef": rights,
+            "subjects": [{"kind": "User", "name": user, "apiGroup": "rbac.authorization.k8s.io"}],
+        }
+    )
+    kubeconfig = control_plane.kubeconfig_for(user)
+    with OperatorProcess(kubeconfig, tmp_path / "log", "--namespace", place.namespace) as single:
+        place.create()
+        place.settle()
+        place.server.delete(place.path(STACKS))
+        wait(lambda: place.stack() is None)
+        assert single.stop() == 0
+        assert "Traceback" not in single.said()
+    operator.start()
+
+
+@pytest.mark.slow
+def test_a_second_operator_takes_over_when_the_holder_of_the_lease_is_killed(operator, place, control_plane, tmp_path):
+    operator.kill()
+    lease = f"{place.namespace}/operator"
+    rules = [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]}]
+    control_plane.apply(
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "Role",
+            "metadata": {"name": "lease", "namespace": place.namespace},
+            "rules": rules,
+        },
+        {
+            "apiVersion": "rbac.authorization.k8s.io/v1",
+            "kind": "RoleBinding",
+            "metadata": {"name": "lease", "namespace": place.namespace},
+            "roleRef": {"kind": "Role", "name": "lease", "apiGroup": "rbac.authorization.k8s.io"},
+            "subjects": [{"kind": "User", "name": USER, "apiGroup": "rbac.authorization.k8s.io"}],
+        },
+    )
+    first = OperatorProcess(operator.kubeconfig, tmp_path / "first", "--lease", lease)
+    second = OperatorProcess(operator.kubeconfig, tmp_path / "second", "--lease", lease)
+    with first, second:
+        place.create(replicas=1)
+        place.settle()
+        leader, other = (first, second) if "packetstack_leader 1.0" in first.metrics() else (second, first)
+        assert "packetstack_leader 0.0" in other.metrics()
+        leader.kill()
+        place.change(replicas=2)
+        place.settle(60)
+        assert "packetstack_leader 1.0" in other.metrics()
+    operator.start()
