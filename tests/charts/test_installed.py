@@ -12,6 +12,8 @@ from tests.cluster.cluster import Cluster
 from tests.cluster.install import REPOSITORY, TAG, helm, install
 from tests.cluster.processes import wait_until
 
+pytestmark = pytest.mark.slow
+
 VIP = "192.0.2.10"
 
 
