@@ -223,19 +223,20 @@ def stacks_of_the_examples() -> list[Any]:
     ]
 
 
-def largest() -> dict[str, Any]:
-    """As many listeners, backends and SNAT addresses as the CLI takes."""
-    listeners = [
+def largest(listeners: int) -> dict[str, Any]:
+    """As many backends and SNAT addresses as a stack can name, for so many listeners."""
+    each = resources.MAX_BACKENDS // listeners
+    named = [
         {
             "name": f"listener-{i}",
             "address": f"2001:db8:ffff:ffff:ffff:ffff:ffff:{i:x}",
             "port": 443,
-            "backends": {"endpoints": [{"address": f"2001:db8:1::{i:x}:{j:x}", "port": 1} for j in range(16)]},
+            "backends": {"endpoints": [{"address": f"2001:db8:1::{i:x}:{j:x}", "port": 1} for j in range(each)]},
         }
-        for i in range(resources.MAX_LISTENERS)
+        for i in range(listeners)
     ]
-    doc = changed("spec.listeners", listeners)
-    doc["spec"]["snat"]["addresses"] = [f"2001:db8:2::{2 * i:x}/127" for i in range(crds.MAX_SNAT_PREFIXES)]
+    doc = changed("spec.listeners", named)
+    doc["spec"]["snat"]["addresses"] = [f"2001:db8:2::{i:x}0/124" for i in range(crds.MAX_SNAT_PREFIXES)]
     return doc
 
 
@@ -247,7 +248,8 @@ def largest() -> dict[str, Any]:
         pytest.param(two(address="192.0.2.10", protocol="UDP"), id="two protocols"),
         pytest.param(changed("spec.engine", {"cores": 4, "memory": 2**29, "hugePages": {"size": 2**22}}), id="numbers"),
         pytest.param(changed("spec.listeners.0.address", "2001:DB8::10") | {"spec": {**document()["spec"], "snat": {"addresses": ["2001:db8::40/122", "192.0.2.64"]}}}, id="addresses"),
-        pytest.param(largest(), id="the largest"),
+        pytest.param(largest(resources.MAX_LISTENERS), id="most listeners"),
+        pytest.param(largest(resources.MAX_BACKENDS // crds.MAX_LISTENER_ENDPOINTS), id="most backends of a listener"),
         *stacks_of_the_examples(),
     ],
 )  # fmt: skip
@@ -265,6 +267,13 @@ def test_a_flow_table_comes_back_as_it_was_written(api: Api, spec: dict[str, Any
     doc = table(**spec)
     made = api.create("flowtables", doc)
     assert kinds.read(kinds.FlowTable, made).spec == kinds.read(kinds.FlowTable, doc).spec
+
+
+def test_a_flow_table_holds_all_endpoints_of_a_large_service(api: Api) -> None:
+    endpoints = [{"address": f"10.1.{i >> 8}.{i & 255}", "port": 80} for i in range(resources.MAX_BACKENDS)]
+    listener = {"name": "a", "address": "192.0.2.1", "port": 80, "backends": {"endpoints": endpoints}}
+    made = api.create("flowtables", table(listeners=[listener]))
+    assert len(made["spec"]["listeners"][0]["backends"]["endpoints"]) == resources.MAX_BACKENDS
 
 
 def test_two_engines_of_a_flow_table_have_two_ids(api: Api) -> None:
