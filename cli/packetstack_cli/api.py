@@ -56,12 +56,18 @@ class Api:
             self.namespace = str(chosen["context"].get("namespace") or "default")
         except (config.ConfigException, OSError, KeyError, TypeError, ValueError) as e:
             if kubeconfig is not None or context is not None or not OWN_NAMESPACE.exists():
-                raise CliError(f"kubeconfig: {_line(e)}; use --kubeconfig FILE, or set KUBECONFIG") from None
+                raise CliError(
+                    f"kubeconfig: {_line(e).removeprefix('Invalid kube-config file. ').rstrip('.')}; use --kubeconfig FILE, or set KUBECONFIG"
+                ) from None
             config.load_incluster_config(client_configuration=settings)
             self.namespace = OWN_NAMESPACE.read_text().strip()
         settings.retries = False
         self._settings = settings
         self._client = client.ApiClient(settings)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._client.rest_client.close()
 
     def get(self, path: str, **query: str) -> Json:
         """An object, or a list with `items`. CliError."""

@@ -63,6 +63,9 @@ class Client:
             raise CliError(answer["error"])
         return answer["ok"]
 
+    def close(self) -> None:
+        """Nothing is kept open between calls."""
+
     # ---- what a cluster does in another way (`packetstack_cli.cluster`)
 
     def begin(self, metrics_listen: str | None) -> bool:

@@ -41,6 +41,11 @@ class ClusterClient:
         """Connected when it is first needed."""
         return Api(self._kubeconfig, self._context)
 
+    def close(self) -> None:
+        """End the connection, if there is one."""
+        if "api" in self.__dict__:
+            self.api.close()
+
     @cached_property
     def namespace(self) -> str:
         """That names without one are in."""
@@ -177,9 +182,9 @@ class ClusterClient:
     def _write(self, path: str, namespace: str, stack: PacketStack, force: bool, **query: str) -> Json:
         body = stack.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True)
         body["metadata"]["namespace"] = namespace
-        query |= {"fieldManager": MANAGER, "force": str(force).lower()}
+        options = {"fieldManager": MANAGER, "force": str(force).lower(), **query}
         try:
-            return self.api.request("PATCH", path, query, body, "apply-patch+yaml")
+            return self.api.request("PATCH", path, options, body, "apply-patch+yaml")
         except Refused as e:
             self._must_know_kinds(e)
             if e.status != 409:
@@ -326,7 +331,8 @@ class ClusterClient:
             path = f"/api/v1/namespaces/{namespace}/events"
             for event in self.api.items(path, fieldSelector=f"involvedObject.kind={kind}"):
                 about = str(event["involvedObject"].get("name"))
-                match = engine.fullmatch(about) if kind == "Pod" else None
+                # What happens to every pod that starts is no news.
+                match = engine.fullmatch(about) if kind == "Pod" and event.get("type") == "Warning" else None
                 if about in names if kind == "PacketStack" else match:
                     found.append(_event(event, match[1] if match else about, about if match else ""))
         for node in sorted({str(i["status"]["node"]) for i in items if i["status"]["node"]}):

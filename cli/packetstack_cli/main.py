@@ -83,7 +83,9 @@ def _with_client(command: F) -> F:
     @click.pass_context
     @functools.wraps(command)
     def asking(ctx: click.Context, /, *arguments: Any, **options: Any) -> Any:
-        return command(ctx.find_root().ensure_object(Target).client(), *arguments, **options)
+        client = ctx.find_root().ensure_object(Target).client()
+        ctx.call_on_close(client.close)
+        return command(client, *arguments, **options)
 
     return asking  # type: ignore[return-value]
 
@@ -418,7 +420,11 @@ def metrics(client: Client | ClusterClient) -> None:
 def preflight(client: Client | ClusterClient, output: str | None) -> None:
     """What this host, or the cluster, lacks for stacks, and what to do. Exit code 1 if they cannot run."""
     found = checks.host() if isinstance(client, Client) else client.preflight()
-    _show([c.document() for c in found], output, lambda: views.checks(found))
+    if output:
+        click.echo(views.data([c.document() for c in found], output))
+    else:
+        for line in views.checks(found):
+            views.console.print(line, soft_wrap=True)
     if any(c.result == "missing" for c in found):
         sys.exit(1)
 

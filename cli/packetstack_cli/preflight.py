@@ -115,18 +115,12 @@ def _numbers(text: str) -> tuple[int, int]:
 def cluster(client: "ClusterClient") -> list[Check]:
     """All of it. CliError only if the API server cannot be reached."""
     client.api.get("/version")
-    found: list[Check] = []
     examined = _Cluster(client)
-    for part in (
-        examined.server,
-        examined.kinds,
-        examined.programs,
-        examined.nodes,
-        examined.namespaces,
-        examined.needs,
-    ):
-        found += part()
-    return found
+    parts = (
+        examined.server, examined.kinds, examined.programs, examined.nodes, examined.namespaces, examined.needs
+    )  # fmt: skip
+    found = [check for part in parts for check in part()]
+    return found + examined.hidden
 
 
 class _Cluster:
@@ -135,21 +129,20 @@ class _Cluster:
     def __init__(self, client: "ClusterClient") -> None:
         self.client, self.api = client, client.api
         self.hidden: list[Check] = []
-        self.all_nodes = self._list("/api/v1/nodes", "nodes")
-        self.stacks = self._list(f"/apis/{API_VERSION}/packetstacks", "PacketStacks", absent=True)
+        """What we may not look at."""
+        self.all_nodes = self._list("/api/v1/nodes", "nodes") or []
+        self.stacks = self._list(f"/apis/{API_VERSION}/packetstacks", "PacketStacks") or []
         self.agents = self._pods("agent")
 
-    def _list(self, path: str, what: str, absent: bool = False, **query: str) -> list[Json]:
-        """Empty if we may not look, or, with `absent`, if there is no such kind."""
+    def _list(self, path: str, what: str, **query: str) -> list[Json] | None:
+        """Empty if there is no such kind, None if we may not look."""
         try:
-            if absent:
-                return list((self.api.find(path, **query) or {}).get("items") or ())
-            return self.api.items(path, **query)
+            return list((self.api.find(path, **query) or {}).get("items") or ())
         except CliError as e:
             self.hidden.append(Check("unknown", "cluster", f"{what} cannot be listed: {e}"))
-            return []
+            return None
 
-    def _pods(self, component: str) -> list[Json]:
+    def _pods(self, component: str) -> list[Json] | None:
         return self._list("/api/v1/pods", f"pods of the {component}", labelSelector=COMPONENT + component)
 
     def server(self) -> Iterator[Check]:
@@ -159,7 +152,6 @@ class _Cluster:
             yield Check("ok", "cluster", f"Kubernetes {text}")
         else:
             yield Check("missing", "cluster", f"Kubernetes {text}", f"use {oldest} or newer")
-        yield from self.hidden
 
     def kinds(self) -> Iterator[Check]:
         for wanted in crds.definitions():
@@ -186,14 +178,14 @@ class _Cluster:
     def programs(self) -> Iterator[Check]:
         install = "helm install packetstack charts/packetstack --namespace packetstack-system"
         operators = self._pods("operator")
-        if not operators:
+        if operators == []:
             yield Check("missing", "cluster", "no operator", install)
-        for pod in operators:
+        for pod in operators or ():
             yield self._program("operator", pod)
         wanted = self._list("/apis/apps/v1/daemonsets", "DaemonSets", labelSelector=COMPONENT + "agent")
-        if not wanted:
+        if wanted == []:
             yield Check("missing", "cluster", "no agents", install)
-        for agents in wanted:
+        for agents in wanted or ():
             status = agents.get("status") or {}
             ready, desired = status.get("numberReady", 0), status.get("desiredNumberScheduled", 0)
             if not desired:
@@ -204,9 +196,11 @@ class _Cluster:
                     "see the chart's agent.nodeSelector, agent.tolerations",
                 )
             elif ready == desired:
-                yield Check("ok", "cluster", f"{ready} agents")
+                yield Check("ok", "cluster", f"agents are ready on {ready} of {desired} nodes")
             else:
-                yield Check("warning", "cluster", f"{ready} of {desired} agents are ready", "see the nodes below")
+                yield Check(
+                    "warning", "cluster", f"agents are ready on {ready} of {desired} nodes", "see the nodes below"
+                )
 
     def _program(self, what: str, pod: Json) -> Check:
         meta, said = pod["metadata"], _version_of(pod)
@@ -223,7 +217,7 @@ class _Cluster:
     # ---- nodes
 
     def nodes(self) -> Iterator[Check]:
-        by_node = {p["spec"].get("nodeName"): p for p in self.agents}
+        by_node = {p["spec"].get("nodeName"): p for p in self.agents or ()}
         for node in self.all_nodes:
             name = node["metadata"]["name"]
             where = f"node {name}"
@@ -233,7 +227,7 @@ class _Cluster:
             if conditions.get("Ready") != "True":
                 yield Check("warning", where, "is not Ready", f"kubectl describe node {name}")
             pod = by_node.get(name)
-            if pod is None:
+            if pod is None and self.agents is not None:
                 remedy = "see agent.nodeSelector and agent.tolerations of the chart if engines shall run here"
                 info = node["status"].get("nodeInfo", {})
                 yield self._kernel(where, str(info.get("kernelVersion")))
@@ -241,7 +235,8 @@ class _Cluster:
                     "warning", where, "no agent: what it has is not known, and engines cannot serve here", remedy
                 )
                 continue
-            yield from self._ask(where, pod, str(node["status"].get("nodeInfo", {}).get("kernelVersion")))
+            if pod is not None:
+                yield from self._ask(where, pod, str(node["status"].get("nodeInfo", {}).get("kernelVersion")))
             yield self._resources(where, node)
 
     def _kernel(self, where: str, release: str) -> Check:
@@ -289,7 +284,7 @@ class _Cluster:
 
     def namespaces(self) -> Iterator[Check]:
         whose = {s["metadata"]["namespace"]: "engines" for s in self.stacks} | {self.client.namespace: "engines"}
-        whose |= {p["metadata"]["namespace"]: "agents" for p in self.agents}
+        whose |= {p["metadata"]["namespace"]: "agents" for p in self.agents or ()}
         for name, who in sorted(whose.items()):
             where = f"namespace {name}"
             try:

@@ -165,12 +165,15 @@ def events(items: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def checks(found: Sequence[Check]) -> Table:
-    """One line a check; the last column says what to do about what is missing."""
-    table = _table("RESULT", "WHERE", "WHAT")
+def checks(found: Sequence[Check]) -> list[Text]:
+    """One line a check; its end says what to do about what is missing."""
+    width = max((len(c.where) for c in found), default=0)
     styles = {"missing": "red", "warning": "yellow", "unknown": "yellow"}
-    for c in found:
-        text = f"{c.message}; {c.remedy}" if c.remedy else c.message
-        table.add_row(Text(c.result, style=styles.get(c.result, "")), c.where, text)
-    table.columns[-1].no_wrap = False
-    return table
+    return [
+        Text.assemble(
+            (f"{c.result:8}", styles.get(c.result, "")),
+            f"{c.where:{width}}  {c.message}",
+            (f"; {c.remedy}" if c.remedy else "", "bold"),
+        )
+        for c in found
+    ]
