@@ -23,7 +23,7 @@ from packetstack_core.resources import ResourceError
 GROUP, VERSION, PLURAL = "packetstack.io", "v1alpha1", "flowtables"
 WATCH_SECONDS = 240
 """The server ends a watch after this time; it is begun again where it ended."""
-PAUSE_SECONDS = (0.2, 1.0, 5.0, 15.0)
+PAUSE_SECONDS = (0.2, 0.5, 1.0, 2.0)
 """Before a failed request is repeated."""
 ORPHAN_SECONDS = 60.0
 """How long engines go on when their table is gone: time for the operator to write it anew."""
