@@ -2,17 +2,22 @@
 
 import argparse
 import asyncio
+import itertools
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import kopf
 from aiohttp import web
+from kubernetes.aio import client
+from kubernetes.aio.leaderelection import electionconfig, leaderelection
+from kubernetes.aio.leaderelection.leaderelectionrecord import LeaderElectionRecord
+from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from prometheus_client import generate_latest
 
 from packetstack_core import crds
@@ -81,9 +86,19 @@ def settle(settings: kopf.OperatorSettings, namespaced: bool) -> None:
     settings.watching.client_timeout = 310
     settings.watching.connect_timeout = 30
     settings.networking.request_timeout = 30
+    # An API server that was away is found again in seconds; kopf's own pauses grow to 21 s, and then it gives up.
+    settings.networking.error_backoffs = Pauses()
     # Definitions and namespaces may not be read with rights in one namespace only.
     settings.scanning.disabled = namespaced
     settings.background.instant_exit_timeout = 0.5
+
+
+class Pauses:
+    """Seconds between attempts: short at first, two from then on, for ever."""
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (0.2, 0.5, 1.0)
+        yield from itertools.repeat(2.0)
 
 
 async def compare_definitions(api: Api, metrics: Metrics) -> str:
@@ -170,17 +185,31 @@ async def operate(args: argparse.Namespace, api: Api, metrics: Metrics, stop: as
         metrics.leader.set(0)
 
 
+class Lock(LeaseLock):
+    """A Lease. Its own way to create one gives `pretty` a boolean, which the client refuses (kubernetes 37.0)."""
+
+    async def create(self, name: str, namespace: str, election_record: LeaderElectionRecord) -> bool:
+        """Whether it could be made."""
+        body = client.V1Lease(metadata=client.V1ObjectMeta(name=name), spec=self.update_lease(election_record))
+        try:
+            await self.api_instance.create_namespaced_lease(namespace, body)
+        except client.ApiException as e:
+            log.warning("lease %s/%s: cannot be made: %s", namespace, name, e.reason)
+            return False
+        return True
+
+
 async def lead(args: argparse.Namespace, api: Api, metrics: Metrics, stop: asyncio.Event) -> int:
     """Operate while the Lease is ours. Ends with status 1 when it is lost: the pod starts again and stands by."""
-    from kubernetes.aio.leaderelection import electionconfig, leaderelection
-    from kubernetes.aio.leaderelection.resourcelock import leaselock
-
     namespace, _, name = args.lease.partition("/")
-    lock = leaselock.LeaseLock(name, namespace, f"{socket.gethostname()}_{os.getpid()}", api.client)
+    lock = Lock(name, namespace, f"{socket.gethostname()}_{os.getpid()}", api.client)
     lost = asyncio.Event()
 
     async def started() -> None:
-        await operate(args, api, metrics, stop)
+        try:
+            await operate(args, api, metrics, stop)
+        finally:
+            stop.set()  # whatever ended it: the lease is not held for nothing
 
     async def ended() -> None:
         lost.set()
@@ -189,9 +218,12 @@ async def lead(args: argparse.Namespace, api: Api, metrics: Metrics, stop: async
     election = asyncio.create_task(leaderelection.LeaderElection(config).run())
     waiting = [election, asyncio.create_task(stop.wait())]
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    failed = election.exception() if election.done() else None
     for task in waiting:
         task.cancel()
     await asyncio.gather(*waiting, return_exceptions=True)
+    if failed is not None:
+        raise failed
     if lost.is_set():
         log.error("lease %s: was lost; another operator acts", args.lease)
     return int(lost.is_set())
