@@ -541,7 +541,7 @@ class _Deciding:
         state = entry.state if ours else "Failed" if pod and observing.dead(pod, self.now) else "Draining"
         message = "" if ready else report.message if report is not None else ""
         if not ready and not message and pod is not None:
-            message = (_obstacle(pod) or ("", ""))[1]
+            message = (_obstacle(pod) or self._trouble(pod) or ("", ""))[1]
         # While buckets are on their way the numbers change many times a second: they are metrics then.
         settled = self.report is None or self.report.settled
         conditions: dict[str, Condition] = {c.type: c for c in former.conditions}
@@ -638,12 +638,22 @@ class _Deciding:
 
     def _capacity(self) -> tuple[bool, str, str]:
         for _, pod in sorted(self._alive().items()):
-            obstacle = _obstacle(pod)
+            obstacle = _obstacle(pod) or self._trouble(pod)
             if obstacle is not None:
                 return False, *obstacle
         if self.memory.problem is not None:
             return False, *self.memory.problem
         return True, "EnoughCapacity", ""
+
+    def _trouble(self, pod: Raw) -> tuple[str, str] | None:
+        """What the kubelet says about a pod that it cannot start. That is in no status, only in events."""
+        name = str(pod["metadata"]["name"])
+        message = self.world.troubles.get(name)
+        if message is None:
+            return None
+        if re.search(r"network-attachment-definition", message, re.IGNORECASE):
+            return "NetworkAttachmentDefinitionNotFound", f"pod {name}: {message}"
+        return "PodNotStarted", f"pod {name}: {message}"
 
     def _degraded(self, staying: Sequence[TableEngine]) -> tuple[bool, str, str]:
         if self.report is not None and self.report.message:

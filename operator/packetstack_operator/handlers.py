@@ -24,6 +24,8 @@ RELEASE_SECONDS = 30.0
 """So long the deletion of a stack waits for its node's agent."""
 REMEMBER_SECONDS = 10.0
 """So long a watch may lag behind our own writes."""
+TROUBLE_SECONDS = 5.0
+"""So long a pod may be prepared before the kubelet's warnings are read, and the time between two readings."""
 REPEAT_SECONDS = 600.0
 """The same event is shown again only after this."""
 GROUP = ("packetstack.io", "v1alpha1")
@@ -109,6 +111,31 @@ class Operator:
             memory=memory,
         )
 
+    async def _with_troubles(self, key: Key, world: World, known: dict[str, tuple[str, float]]) -> World:
+        """`known`: UID of a pod -> the kubelet's last warning, and when it was read."""
+        found = {}
+        now = time.monotonic()
+        waiting = {str(p["metadata"]["uid"]): str(p["metadata"]["name"]) for p in world.pods if observing.prepares(p)}
+        for uid in [u for u in known if u not in waiting]:
+            del known[uid]
+        for uid, name in waiting.items():
+            message, read = known.setdefault(uid, ("", now))
+            if now >= read + TROUBLE_SECONDS:
+                message = await self._last_warning(key[0], uid)
+                known[uid] = (message, now)
+            if message:
+                found[name] = message
+        return replace(world, troubles=found)
+
+    async def _last_warning(self, namespace: str, uid: str) -> str:
+        selector = f"?fieldSelector=involvedObject.uid%3D{uid},type%3DWarning,source%3Dkubelet"
+        try:
+            listed = (await self.api.get(f"/api/v1/namespaces/{namespace}/events{selector}")).get("items") or ()
+        except Refused:
+            return ""  # no right to look
+        last = max(listed, key=lambda e: str(e.get("lastTimestamp") or e.get("eventTime") or ""), default=None)
+        return f"{last['reason']}: {last.get('message') or ''}"[:1000] if last else ""
+
     def _follow(self, key: Key, services: Iterable[str]) -> None:
         wanted = {(key[0], name) for name in services}
         for service, followers in list(self._followers.items()):
@@ -129,6 +156,7 @@ class Operator:
         ending = asyncio.ensure_future(_until(stopped))
         shown: dict[tuple[str, str], float] = {}
         memory, failures, ending_namespace = Memory(), 0, False
+        troubles: dict[str, tuple[str, float]] = {}
         try:
             while not stopped:
                 woken.clear()
@@ -137,6 +165,9 @@ class Operator:
                 try:
                     world = self._world(key, indices, memory)
                     if world is not None:
+                        world = await self._with_troubles(key, world, troubles)
+                        if world.troubles or any(map(observing.prepares, world.pods)):
+                            pause = TROUBLE_SECONDS
                         # Pods are deleted first with a namespace, and none can be made for them: let them go at once.
                         decide = deciding.release if ending_namespace else deciding.decide
                         decision = decide(world, time.time())

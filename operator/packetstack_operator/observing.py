@@ -94,6 +94,8 @@ class World:
     budget: Raw | None = None
     services: Mapping[str, ServicePorts] = field(default_factory=dict)
     slices: Mapping[str, Sequence[Slice]] = field(default_factory=dict)
+    troubles: Mapping[str, str] = field(default_factory=dict)
+    """Name of a pod -> the last warning about it, while its containers are being prepared."""
     outdated: str = ""
     """Kinds whose definitions in the cluster are older or newer than this operator."""
     memory: Memory = Memory()
@@ -161,6 +163,11 @@ def started(pod: Raw) -> bool:
         c.get("restartCount") or "running" in (c.get("state") or {}) or "terminated" in (c.get("state") or {})
         for c in listed
     )
+
+
+def prepares(pod: Raw) -> bool:
+    """It has a node, and its network, devices and volumes are not there yet."""
+    return node_of(pod) is not None and phase(pod) == "Pending" and not started(pod) and not terminating(pod)
 
 
 def running(pod: Raw) -> bool:

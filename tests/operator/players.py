@@ -110,14 +110,15 @@ def timestamp() -> str:
 class PlayedNode:
     """One node: its kubelet and scheduler (a pod runs one step after it was seen), and its agent.
 
-    Switches for tests: `room` pods fit; `refuse` is the reason with which the kubelet refuses pods; `agent` whether
-    tables are answered; `stuck` engines that never get ready.
+    Switches for tests: `room` pods fit; `refuse` is the reason with which the kubelet refuses pods; `holds` whether
+    none starts; `agent` whether tables are answered; `stuck` engines that never get ready.
     """
 
     def __init__(self, server: Server, namespace: str, name: str = "node-0") -> None:
         self.server, self.namespace, self.name = server, namespace, name
         self.room = 100
         self.refuse: tuple[str, str] | None = None
+        self.holds = False
         self.agent = True
         self.stuck: set[int] = set()
         self.words: dict[str, list[int]] = {}
@@ -183,7 +184,7 @@ class PlayedNode:
                 self.server.merge(
                     f"{path}/status", {"status": {"phase": "Failed", "reason": reason, "message": message}}
                 )
-            elif phase == "Pending":
+            elif phase == "Pending" and not self.holds:
                 state = {"running": {"startedAt": timestamp()}}
                 container = {
                     "name": "engine",

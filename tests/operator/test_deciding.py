@@ -2,6 +2,7 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -188,6 +189,18 @@ def test_without_room_a_stack_stays_at_its_size_and_says_why():
     model.set_spec(replicas=2)
     model.settle()
     model.check_goal()
+
+
+def test_what_the_kubelet_says_about_a_pod_that_it_cannot_start_is_told():
+    model = Model(1)
+    model.operator()
+    said = "FailedCreatePodSandBox: cannot find a network-attachment-definition (edge-net) in namespace (shop)"
+    model.change(("Pod", "edge-1"), lambda b: b["spec"].update(nodeName=NODE))
+    world = replace(model.world(), troubles={"edge-1": said})
+    written = {w.kind: w.body for w in deciding.decide(world, model.now).writes if w.subresource}
+    capacity = next(c for c in written["PacketStack"]["status"]["conditions"] if c["type"] == "CapacityAvailable")
+    assert capacity["reason"] == "NetworkAttachmentDefinitionNotFound"
+    assert written["PacketEngine"]["status"]["message"] == f"pod edge-1: {said}"
 
 
 def test_a_stack_whose_node_is_lost_goes_to_another():

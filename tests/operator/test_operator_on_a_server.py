@@ -233,6 +233,32 @@ def test_pods_that_the_server_does_not_take_are_a_condition_and_not_a_storm(oper
     assert place.condition("CapacityAvailable")["status"] == "True"
 
 
+def test_what_keeps_a_pod_from_starting_is_told(operator, place):
+    place.node.holds = True
+    place.create(replicas=1)
+    pod = wait(lambda: next((p for p in place.pods().values() if p["spec"].get("nodeName")), None))
+    event = {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": "edge-1.1"},
+        "involvedObject": {
+            "kind": "Pod",
+            "namespace": place.namespace,
+            "name": pod["metadata"]["name"],
+            "uid": pod["metadata"]["uid"],
+        },
+        "type": "Warning",
+        "reason": "FailedCreatePodSandBox",
+        "message": 'network-attachment-definitions.k8s.cni.cncf.io "edge-net" not found',
+        "source": {"component": "kubelet"},
+    }
+    place.server.request("POST", f"/api/v1/namespaces/{place.namespace}/events", event)
+    wait(lambda: place.condition("CapacityAvailable").get("reason") == "NetworkAttachmentDefinitionNotFound")
+    place.node.holds = False
+    place.settle()
+    assert place.condition("CapacityAvailable")["status"] == "True"
+
+
 def test_pods_that_the_kubelet_refuses_are_not_a_heap(operator, place):
     place.node.refuse = ("UnexpectedAdmissionError", "Allocate failed: no devices")
     place.create(replicas=1)
