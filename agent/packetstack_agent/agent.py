@@ -778,7 +778,7 @@ class Agent:
             if managed.engines.get(engine.slot) is not engine:
                 return  # the whole stack was removed meanwhile
             await self._destroy(managed, engine)
-        self.event(managed.stack.name, "EngineRemoved", f"engine {engine.slot} owned no bucket any more")
+        self.event(managed.stack.name, "EngineRemoved", f"engine {engine.slot} is not wanted any more")
         managed.changed.set()
 
     async def _destroy(self, managed: Managed, engine: Engine) -> None:

@@ -6,7 +6,8 @@
 Rules
 - A bucket goes to its owner of the table when that engine serves. Until then it stays where it is.
 - An engine that does not serve now, but is still there, cannot hand over: its buckets wait.
-- An engine that the table does not name is detached when no bucket is its own.
+- An engine that the table does not name is detached when no bucket is its own. If it does not serve, it is detached
+  at once: its pod is gone or going, and others take its buckets without waiting for it.
 - Nobody is an owner only when the stack shall have no engine. Else a table without owners is one that was lost and
   written anew: the buckets stay where they are until it says more.
 """
@@ -37,7 +38,7 @@ class Attach:
 
 @dataclass(frozen=True, slots=True)
 class Detach:
-    """Take the rings away. It owns no bucket."""
+    """Take the rings away. It owns no bucket, or serves none."""
 
     slot: int
 
@@ -77,7 +78,7 @@ def follow(
         wanted_here = named.get(engine.id)
         # A pod of the same name is another pod: what it had is gone.
         stranger = wanted_here is not None and wanted_here.pod_uid not in ("", engine.pod_uid)
-        if (wanted_here is None or stranger) and engine.slot not in owning:
+        if (wanted_here is None or stranger) and (engine.slot not in owning or not engine.ready):
             steps.append(Detach(engine.slot))
     return steps
 
