@@ -83,5 +83,7 @@ def run(
     )
     if done.returncode:
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()
+        if len(said) > 1 and said[-1].startswith("command terminated"):  # kubectl exec: the reason comes before it
+            said.pop()
         raise ClusterError(f"{Path(command[0]).name} {' '.join(map(str, command[1:4]))}: {said[-1]}")
     return done.stdout

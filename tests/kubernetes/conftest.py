@@ -1,0 +1,154 @@
+"""A cluster with PacketStack in it, installed from the charts; a client and a server beside its node."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from tests.cluster.install import NAMESPACE, REPOSITORY, TAG, install
+
+from packetstack_cli.lab import NODE_UPLINK, inside
+from packetstack_cli.traffic import Servers
+
+if TYPE_CHECKING:
+    from tests.cluster.cluster import Cluster
+
+VIP, SNAT = "192.0.2.10", "198.51.100.0/30"
+PORT, UDP_PORT = 80, 5353
+WAIT_SECONDS = 60.0
+
+
+def stack(name: str, namespace: str, **changes: Any) -> dict[str, Any]:
+    """A stack with a TCP and a UDP listener before the lab's servers; `changes` replace parts of its spec."""
+    backends = [f"10.71.5.{n}" for n in (1, 2, 3, 4)]
+    tcp = {"endpoints": [{"address": b, "port": 8080} for b in backends]}
+    udp = {"endpoints": [{"address": b, "port": 8081} for b in backends]}
+    spec: dict[str, Any] = {
+        "replicas": 2,
+        "engine": {"cores": 1, "queuesPerCore": 2, "memory": "256Mi", "interface": {"veth": {}}},
+        "listeners": [
+            {"name": "tcp", "address": VIP, "port": PORT, "backends": tcp},
+            {"name": "udp", "address": VIP, "protocol": "UDP", "port": UDP_PORT, "backends": udp},
+        ],
+        "snat": {"addresses": [SNAT]},
+        "flowTable": {"buckets": 1024, "maxFlows": 50000},
+    }
+    meta = {"name": name, "namespace": namespace}
+    return {"apiVersion": "packetstack.io/v1alpha1", "kind": "PacketStack", "metadata": meta, "spec": spec | changes}
+
+
+def eventually(check: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
+    """Until `check` gives something true."""
+    deadline = time.monotonic() + seconds
+    while not (found := check()):
+        assert time.monotonic() < deadline, f"{what}: not in {seconds:g} s"
+        time.sleep(0.1)
+    return found
+
+
+class Installed:
+    """What tests ask of the cluster with PacketStack in it."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.lab = cluster.lab
+
+    def kubectl(self, *words: str) -> str:
+        """What it printed."""
+        return self.cluster.kubectl(*words)
+
+    def agent(self) -> str:
+        """Name of the agent's pod on the first node."""
+        pods = self.cluster.get("pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=agent")["items"]
+        return str(next(p["metadata"]["name"] for p in pods if not p["metadata"].get("deletionTimestamp")))
+
+    def ask_agent(self, *words: str) -> Any:
+        """What the `packetstack` command prints in the agent's pod, as data."""
+        words = ("exec", "-n", NAMESPACE, self.agent(), "-c", "agent", "--", "packetstack", *words, "-o", "json")
+        return json.loads(self.kubectl(*words))
+
+    def engines(self, namespace: str, name: str) -> list[dict[str, Any]]:
+        """Pods of a stack that are not being deleted, by engine."""
+        pods = self.cluster.get("pods", "-n", namespace, "-l", f"packetstack.io/stack={name}")["items"]
+        return [p for p in pods if not p["metadata"].get("deletionTimestamp")]
+
+    def status(self, namespace: str, name: str) -> dict[str, Any]:
+        """Of a stack."""
+        status: dict[str, Any] = self.cluster.get("packetstack", name, "-n", namespace).get("status", {})
+        return status
+
+    def settled(self, namespace: str, name: str, replicas: int) -> bool:
+        """Whether the stack has this many engines, no others, and packets see its table."""
+        raw = self.cluster.get("packetstack", name, "-n", namespace)
+        table = self.cluster.get("flowtable", name, "-n", namespace)
+        status, reports = raw.get("status", {}), table.get("status", {}).get("nodes", [])
+        return (
+            status.get("observedGeneration") == raw["metadata"]["generation"]
+            and status.get("readyReplicas") == status.get("updatedReplicas") == replicas
+            and len(self.engines(namespace, name)) == replicas == len(table["spec"]["engines"])
+            and all(r["settled"] and r["observedGeneration"] == table["metadata"]["generation"] for r in reports)
+        )
+
+    def wait(self, namespace: str, name: str, replicas: int, seconds: float = WAIT_SECONDS) -> None:
+        """Until it is `settled`; else the assertion says what stands in the way."""
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                if self.settled(namespace, name, replicas):
+                    return
+            except Exception:  # the table is not there yet, the server is away
+                if time.monotonic() > deadline:
+                    raise
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        found = self.kubectl("get", "packetstack,flowtable,pod", "-n", namespace, "-o", "wide")
+        raise AssertionError(
+            f"not {replicas} engines in {seconds:g} s: {json.dumps(self.status(namespace, name))}\n{found}"
+        )
+
+    def scale(self, namespace: str, name: str, replicas: int) -> None:
+        """`kubectl scale`, and until it is done."""
+        self.kubectl("scale", "packetstack", name, "-n", namespace, f"--replicas={replicas}")
+        self.wait(namespace, name, replicas)
+
+    def answers(self) -> bool:
+        """Whether a connection from the client to the virtual address opens."""
+        with inside(self.lab.namespace("client")):
+            connection = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        with connection:
+            connection.settimeout(1)
+            return connection.connect_ex((VIP, PORT)) == 0
+
+
+@pytest.fixture(scope="session")
+def packetstack() -> Iterator[Installed]:
+    """One node; operator and agent run from this checkout's image."""
+    from tests.cluster.cluster import Cluster
+    from tests.cluster.slots import Slot
+
+    with Slot() as slot, Cluster(slot) as cluster:
+        install(cluster, f"--set=agent.uplinks={{{NODE_UPLINK}}}")
+        cluster.node.tag(f"{REPOSITORY}:{TAG}", f"{REPOSITORY}:next")
+        yield Installed(cluster)
+
+
+@pytest.fixture(scope="session")
+def servers(packetstack: Installed) -> Servers:
+    """TCP and UDP on the addresses of the lab's server."""
+    return Servers(packetstack.lab)
+
+
+@pytest.fixture
+def space(packetstack: Installed, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A namespace of the test's own, in which engines may have a host path; deleted with all stacks in it."""
+    name = f"t{abs(hash(request.node.name)) % 10**8}"
+    packetstack.cluster.control_plane.create_namespace(name)
+    packetstack.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=privileged", "--overwrite")
+    yield name
+    packetstack.kubectl("delete", "packetstack", "--all", "-n", name, "--timeout=60s")
+    packetstack.kubectl("delete", "namespace", name, "--wait=false")
