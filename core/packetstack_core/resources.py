@@ -210,8 +210,8 @@ def _read_network(value: object) -> object:
     if "%" in base:
         raise ValueError(f"{show(value)} has a zone; use the prefix without it")
     try:
-        # A netmask such as /255.255.255.240 is understood by ip_network, but not by the API server's isCIDR.
-        if slash and not re.fullmatch(r"\d{1,3}", length, re.ASCII):
+        # A netmask such as /255.255.255.240 or /028 is understood by ip_network, but not by the API server's isCIDR.
+        if slash and not re.fullmatch(r"0|[1-9]\d{0,2}", length, re.ASCII):
             raise ValueError
         network = ip_network(value, strict=False)
     except ValueError:

@@ -200,6 +200,7 @@ WRONG = [
     ("spec.snat.addresses.0", "192.0.2.65/28", 'has bits set behind the prefix length; use "192.0.2.64/28"'),
     ("spec.snat.addresses.0", "192.0.2.64/33", "is not an address or prefix; use one as in"),
     ("spec.snat.addresses.0", "192.0.2.64/255.255.255.240", "is not an address or prefix; use one as in"),
+    ("spec.snat.addresses.0", "192.0.2.64/028", "is not an address or prefix; use one as in"),
     ("spec.snat.addresses.0", "10.0.0.0/8", "has more than 1024 addresses; use a longer prefix"),
     ("spec.snat.addresses.0", "2001:db8::/64", "has more than 1024 addresses; use a longer prefix"),
     ("spec.snat.addresses", ["10.9.0.0/22", "10.10.0.0/32"], "addresses: has 1025 addresses in all; use at"),
