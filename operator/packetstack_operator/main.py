@@ -165,6 +165,11 @@ async def operate(args: argparse.Namespace, api: Api, metrics: Metrics, stop: as
     registry = kopf.OperatorRegistry()
     kopf.on.login(registry=registry)(login)
     register(registry, operator)
+
+    async def ended(**_: Any) -> None:
+        stop.set()  # kopf takes the signals, and would wait 5 s for its own wait for this flag
+
+    kopf.on.cleanup(registry=registry)(ended)
     settings = kopf.OperatorSettings()
     settle(settings, bool(args.namespace))
     operator.outdated = await compare_definitions(api, metrics)
