@@ -160,7 +160,7 @@ class Operator:
         try:
             while not stopped:
                 woken.clear()
-                pause, failed = TICK_SECONDS, True
+                pause, outcome = TICK_SECONDS, "error"
                 began = time.monotonic()
                 try:
                     world = self._world(key, indices, memory)
@@ -177,10 +177,12 @@ class Operator:
                         self.metrics.stacks.known[key] = (world.stack, world.engines)
                         if decision.wake_at is not None:
                             pause = min(pause, max(0.0, decision.wake_at - time.time()))
-                    failed = False
+                    outcome = "ok"
                 except Refused as e:
                     pause = self._refused(key, e, failures)
                     ending_namespace |= e.ending
+                    if e.status == 409:
+                        outcome = "conflict"
                 except (aiohttp.ClientError, TimeoutError, OSError) as e:
                     self.metrics.errors.labels("Unreachable").inc()
                     log.warning("stack %s/%s: API server: %s: %s", *key, type(e).__name__, e)
@@ -189,8 +191,8 @@ class Operator:
                     self.metrics.errors.labels("InternalError").inc()
                     log.exception("stack %s/%s: internal error", *key)
                     pause = _back_off(failures)
+                failed = outcome != "ok"
                 failures = failures + 1 if failed else 0
-                outcome = "error" if failed else "ok"
                 self.metrics.duration.labels(outcome).observe(time.monotonic() - began)
                 await _first(ending, asyncio.sleep(pause if failed else min(SETTLE_SECONDS, pause)))
                 if not failed and not stopped:
@@ -234,8 +236,7 @@ class Operator:
     def _refused(self, key: Key, error: Refused, failures: int) -> float:
         """What to do about a refused request: the pause before the next look, in seconds."""
         if error.status == 409:
-            # Decided from something that is older than what is there: the watch brings it.
-            self.metrics.errors.labels("Conflict").inc()
+            # Decided from something that is older than what is there: the watch brings it. That is no error.
             return 0.1 * (1 << min(failures, 3))
         if error.ending or error.status == 404:
             return 0.1  # namespace or stack is being deleted

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -397,6 +399,24 @@ def test_an_engine_with_an_attachment_waits_for_the_name_of_its_interface(interf
     model.operator()
     engine = model.table().spec.engines[0]
     assert (engine.state, engine.interface) == ("Starting", "net1")
+
+
+def test_every_reason_is_explained():
+    root = Path(__file__).resolve().parents[2]
+    text = (root / "docs/troubleshoot.md").read_text()
+    named = set()
+    for module in ("deciding", "handlers"):
+        source = (root / f"operator/packetstack_operator/{module}.py").read_text()
+        named |= set(re.findall(r'"([A-Z][a-z]+(?:[A-Z][A-Za-z]*)+)"', source))
+    kinds = {"FlowTable", "PacketEngine", "PacketStack", "PodDisruptionBudget"}
+    conditions = {"CapacityAvailable", "PodScheduled", "InternalError"}
+    # Told by other programs, and turned into ours.
+    foreign = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "TopologyAffinityError"}
+    foreign |= {"UnexpectedAdmissionError", "NamespaceTerminating", "OutOf", "OutOfcpu", "OutOfhugepages"}
+    ordinary = {"EngineCreated", "EngineActive", "EngineDraining", "EngineRemoved", "NotServing"}
+    reasons = named - kinds - conditions - foreign - ordinary
+    assert len(reasons) > 20
+    assert {r for r in reasons if f"`{r}`" not in text} == set()
 
 
 class Operating(RuleBasedStateMachine):

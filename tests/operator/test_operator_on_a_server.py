@@ -334,12 +334,12 @@ def test_operators_that_are_killed_after_every_few_writes_get_there(operator, pl
     operator.kill()
     place.create(replicas=1)
     deaths = 0
-    for change in ({"replicas": 2}, {"engine": {"image": "localhost/packetstack:2"}}, {"replicas": 1}):
+    for change in ({"replicas": 2}, {"replicas": 1, "engine": {"image": "localhost/packetstack:2"}}):
         place.change(**change)
         while not place.settled():
             if not operator.running():
                 operator.kill()
-                operator.start(dies_after=1 + deaths % 5)
+                operator.start(dies_after=2 + deaths % 5)
                 deaths += 1
             assert deaths < 100
             time.sleep(0.02)
