@@ -14,6 +14,7 @@ from kubernetes.aio import client, config, watch
 from kubernetes.aio.client.exceptions import ApiException
 
 from packetstack_agent.agent import Agent
+from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import constant
 from packetstack_agent.stacks import Managed
@@ -42,6 +43,7 @@ class Follower:
     def __init__(self, agent: Agent, node: str) -> None:
         self._agent = agent
         self._node = node
+        self._mine = f"spec.node={node}"
         self._wanted: dict[str, tuple[kinds.FlowTable, int]] = {}
         """Stack -> table and generation, as the server has them now."""
         self._refused: dict[str, str] = {}
@@ -102,7 +104,9 @@ class Follower:
             failures += 1
 
     async def _list(self, api: client.CustomObjectsApi) -> str:
-        listing: Any = await api.list_cluster_custom_object(GROUP, VERSION, PLURAL, _request_timeout=30.0)
+        listing: Any = await api.list_cluster_custom_object(
+            GROUP, VERSION, PLURAL, field_selector=self._mine, _request_timeout=30.0
+        )
         there = set()
         for item in listing["items"]:
             there.add(_name(item))
@@ -116,7 +120,7 @@ class Follower:
         stream = watch.Watch()
         async with stream:
             async for event in stream.stream(
-                api.list_cluster_custom_object, GROUP, VERSION, PLURAL, resource_version=seen,
+                api.list_cluster_custom_object, GROUP, VERSION, PLURAL, field_selector=self._mine, resource_version=seen,
                 allow_watch_bookmarks=True, timeout_seconds=WATCH_SECONDS, _request_timeout=WATCH_SECONDS + 10.0,
             ):  # fmt: skip
                 item = event["raw_object"]
@@ -261,7 +265,7 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
             "flows": power_of_two_below(flows.get(e.slot, 0)),
             "interface": e.blueprint.device,
             "mac": e.mac,
-            "message": "" if e.ready and e.probed else "no datapath serves it" if not e.ready else "not probed yet",
+            "message": trouble(e),
         }
         for _, e in sorted(managed.engines.items())
         if not e.removing
@@ -280,6 +284,14 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
             }
         )
     )
+
+
+def trouble(engine: Engine) -> str:
+    """Why the engine is not ready; empty when it is."""
+    if engine.ready:
+        return "" if engine.probed else "no probe packet has come by yet"
+    refused = engine.attachments.refused if engine.attachments is not None else ""
+    return refused or "no datapath serves its queues"
 
 
 def power_of_two_below(n: int) -> int:
