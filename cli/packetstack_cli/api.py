@@ -151,6 +151,7 @@ class Api:
                         parts[channel] += stream.read_channel(channel)
             finally:
                 stream.close()
+                stream.sock.shutdown()  # close() leaves it open when the server was first
         except (ApiException, WebSocketException, OSError) as e:
             raise NotAnswered(f"pod {namespace}/{pod}: no command can be run in it: {_line(e)}") from None
         try:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from packetstack_cli.cluster import ClusterClient
 
 OLDEST_KERNEL = (6, 1)
-OLDEST_KUBERNETES = (1, 30)
+OLDEST_KUBERNETES = (1, 31)
 NETWORKS = "k8s.cni.cncf.io/v1"
 ENFORCE = "pod-security.kubernetes.io/enforce"
 COMPONENT = "app.kubernetes.io/name=packetstack,app.kubernetes.io/component="

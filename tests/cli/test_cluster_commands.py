@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from click.testing import CliRunner, Result
 from tests.cluster.control_plane import ControlPlane
 
-from packetstack_cli import cluster
+from packetstack_cli import cluster, preflight
 from packetstack_cli.main import Target, main
 from packetstack_core import crds
 
 Json = dict[str, Any]
+ROOT = Path(__file__).parents[2]
 EDGE = """
 apiVersion: packetstack.io/v1alpha1
 kind: PacketStack
@@ -163,6 +165,20 @@ def test_the_file_wins_over_our_own_scale_but_not_over_another_writer(space: Spa
     assert space.stack()["spec"]["replicas"] == 7, "who leaves it out leaves it to others"
     space.up(EDGE, "--force-conflicts")
     assert space.stack()["spec"]["replicas"] == 2
+
+
+def test_replicas_that_nobody_has_set_are_nobodys(space: Space) -> None:
+    without = EDGE.replace("  replicas: 2\n", "")
+    space.up(without)
+    assert space.stack()["spec"]["replicas"] == 1
+    space.server.kubectl("scale", "packetstack", "edge", "-n", space.name, "--replicas=4")
+    space.up(without)
+    assert space.stack()["spec"]["replicas"] == 4
+    assert owners(space.stack(), "replicas") == set(), "scaling a default makes no owner"
+    assert "changed" in space.up().stdout, "so a file takes it without a conflict"
+    assert space.stack()["spec"]["replicas"] == 2
+    space.server.kubectl("replace", "-n", space.name, "-f", "-", stdin=without)
+    assert space.stack()["spec"]["replicas"] == 1, "a full update without it sets the default"
 
 
 def test_of_several_stacks_none_is_written_if_one_is_refused(space: Space) -> None:
@@ -336,6 +352,11 @@ def test_preflight_names_what_a_bare_cluster_lacks(space: Space) -> None:
     text = space.run("preflight")
     assert text.exit_code == 1
     assert len(text.stdout.splitlines()) == len(found), "one line each"
+
+
+def test_preflight_asks_for_the_oldest_version_that_the_chart_takes() -> None:
+    chart = yaml.safe_load((ROOT / "charts/packetstack/Chart.yaml").read_text())
+    assert chart["kubeVersion"] == f">={'.'.join(map(str, preflight.OLDEST_KUBERNETES))}.0-0"
 
 
 def test_preflight_names_a_kind_of_another_version(space: Space) -> None:

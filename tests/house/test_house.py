@@ -99,7 +99,9 @@ def console_commands() -> list[tuple[str, str]]:
     found = []
     for document in DOCUMENTS:
         for block in re.findall(r"```console\n(.*?)```", document.read_text(), re.DOTALL):
-            found += [(document.name, line) for line in re.findall(r"^[$#] (?:sudo )?packetstack (.+)$", block, re.M)]
+            found += [
+                (document.name, line) for line in re.findall(r"^[$#] (?:sudo |kubectl )?packetstack (.+)$", block, re.M)
+            ]
     return found
 
 
