@@ -46,8 +46,6 @@ class Api:
 
     def __init__(self, api: Any) -> None:
         self.client = api
-        self.writes = 0
-        """Requests that changed something, or would have."""
 
     @classmethod
     async def connect(cls) -> "Api":
@@ -71,7 +69,6 @@ class Api:
 
     async def write(self, namespace: str, write: Write) -> Raw | None:
         """Returns the object as it is now; None if it was deleted already. Errors as for `get`."""
-        self.writes += 1
         path = PATHS[write.kind].format(namespace)
         named = f"{path}/{write.name}"
         try:
@@ -89,7 +86,7 @@ class Api:
             if write.verb == "delete" and e.status in (404, 409):
                 return None
             raise
-        log.info("%s %s %s/%s %s", write.verb, write.kind, namespace, write.name, write.subresource)
+        log.debug("%s %s %s/%s %s", write.verb, write.kind, namespace, write.name, write.subresource)
         return result if result.get("kind") == write.kind else None
 
     async def _request(self, method: str, path: str, body: Any, kind: str, query: Mapping[str, str]) -> Raw:

@@ -45,7 +45,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAMESPACE/NAME",
         help="act only while holding this Lease, so that a second operator may stand by",
     )
-    parser.add_argument("--verbose", action="store_true", help="log what kopf does, too")
+    parser.add_argument("--verbose", action="store_true", help="log each write, and what kopf does")
     args = parser.parse_args(arguments)
     if not args.image:
         parser.error("--image: is missing; use the image of this operator, or set PACKETSTACK_IMAGE")
@@ -238,8 +238,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run until told to stop."""
     args = options(arguments)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("kopf", "asyncio"):
-        logging.getLogger(noisy).setLevel(logging.DEBUG if args.verbose else logging.WARNING)
+    logging.getLogger("kopf").setLevel(logging.DEBUG if args.verbose else logging.WARNING)
+    log.setLevel(logging.DEBUG if args.verbose else logging.INFO)
     try:
         sys.exit(asyncio.run(serve(args)))
     except OSError as e:

@@ -330,6 +330,17 @@ def test_without_the_agents_answer_nothing_is_taken_away(operator, place):
 
 
 @pytest.mark.slow
+def test_a_stack_without_an_agent_can_be_deleted(operator, place):
+    place.create()
+    place.settle()
+    place.node.agent = False
+    place.server.delete(place.path(STACKS))
+    wait(lambda: place.stack() is None, 60)
+    assert "has not answered" in operator.said()
+    wait(lambda: not place.pods() or all(p["metadata"].get("deletionTimestamp") for p in place.pods().values()), 60)
+
+
+@pytest.mark.slow
 def test_operators_that_are_killed_after_every_few_writes_get_there(operator, place):
     operator.kill()
     place.create(replicas=1)
