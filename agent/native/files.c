@@ -215,6 +215,16 @@ int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int
 	return n;
 }
 
+void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live)
+{
+	for (uint32_t b = 0; b < a->buckets; b++) {
+		const struct ps_shard *s = ps_shard_at(a, b);
+
+		owners[b] = __atomic_load_n(&s->owner, __ATOMIC_ACQUIRE);
+		live[b] = s->live;
+	}
+}
+
 uint64_t ps_arena_live(struct ps_arena *a)
 {
 	uint64_t live = 0;

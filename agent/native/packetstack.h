@@ -73,6 +73,8 @@ struct ps_shard *ps_arena_shard(struct ps_arena *a, uint32_t bucket);
 /* Copies up to `max` live flows of a bucket; -> how many. Safe beside the writer (version words). */
 int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int max);
 uint64_t ps_arena_live(struct ps_arena *a); /* flows in all shards */
+/* Owner and number of live flows of each shard, into arrays with a place for each bucket. */
+void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live);
 
 /* ---- queues.c: an engine's rings, made by the agent in the engine's network namespace --------------- */
 

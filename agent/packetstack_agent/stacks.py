@@ -237,7 +237,13 @@ class Stack:
         return frozenset(b for b, owner in enumerate(self._shard_owners()) if owner != words[b] & ~0xFFFF)
 
     def _shard_owners(self) -> list[int]:
-        return [lib().ps_arena_shard(self.arena, b).owner for b in range(self.buckets)]
+        return self._headers()[0]
+
+    def _headers(self) -> tuple[list[int], list[int]]:
+        """Owner and live flows of each shard."""
+        owners, live = ffi.new("uint64_t[]", self.buckets), ffi.new("uint16_t[]", self.buckets)
+        lib().ps_arena_headers(self.arena, owners, live)
+        return list(owners), list(live)
 
     def transfer(self, engines: Sequence[Engine], moves: Sequence[Move]) -> Report:
         """Move buckets, in batches of one fence each. Stops at an engine that does not answer. Blocks.
@@ -285,10 +291,9 @@ class Stack:
     def flows_by_slot(self) -> dict[int, int]:
         """Live flows by the slot that owns their bucket."""
         total: dict[int, int] = {}
-        for bucket, owner in enumerate(self.owners()):
-            if owner is not None:
-                live = lib().ps_arena_shard(self.arena, bucket).live
-                total[owner.slot] = total.get(owner.slot, 0) + live
+        for word, live in zip(self.words(), self._headers()[1], strict=True):
+            if live and (slot := word >> 22 & 1023):
+                total[slot] = total.get(slot, 0) + live
         return total
 
     def flows(self, bucket: int) -> list[Any]:
