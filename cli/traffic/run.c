@@ -512,9 +512,11 @@ static void sample(uint64_t now)
 			clock.tv_sec + clock.tv_nsec / 1e9, (now - begin) / 1e9, count.open,
 			(count.requests - requests) / seconds, (count.answers - answers) / seconds,
 			(count.bytes - bytes) / seconds, quantile_ms(&interval_latencies, 0.5),
-			quantile_ms(&interval_latencies, 0.99), oldest ? (now - oldest->since) / 1e6 : 0.0,
-			count.longest_gap / 1e6, (count.sent - sent) / seconds, (count.received - received) / seconds,
-			count.sent, count.received, (count.short_done - done) / seconds, count.short_done,
+			quantile_ms(&interval_latencies, 0.99),
+			/* A request that was asked since `now` was read has waited for nothing. */
+			oldest && oldest->since < now ? (now - oldest->since) / 1e6 : 0.0, count.longest_gap / 1e6,
+			(count.sent - sent) / seconds, (count.received - received) / seconds, count.sent,
+			count.received, (count.short_done - done) / seconds, count.short_done,
 			count.broken + count.short_broken, count.reordered_back,
 			count.open + count.broken >= wish.connections ? "true" : "false", stopping ? "true" : "false");
 	if (series)
