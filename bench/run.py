@@ -18,6 +18,7 @@ from pathlib import Path
 
 import director
 import handovers
+import reconciling
 from rows import Row, Unavailable, yes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -129,6 +130,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "kills": handovers.kills,
     "moves": handovers.moves,
     "joining": handovers.joining,
+    "reconciling": reconciling.reconciling,
 }
 
 

@@ -14,6 +14,7 @@ import binascii
 import zlib
 from array import array
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
@@ -60,8 +61,11 @@ def encode_owners(owners: Sequence[Owner | None]) -> str:
 
 def decode_owners(text: str, buckets: int) -> list[Owner | None]:
     """What `encode_owners` wrote; all nobody for an empty text. ValueError for anything else, never more memory."""
-    if not text:
-        return [NOBODY] * buckets
+    return list(_decoded(text, buckets)) if text else [NOBODY] * buckets
+
+
+@lru_cache(maxsize=8)  # one look at a table asks several times
+def _decoded(text: str, buckets: int) -> tuple[Owner, ...]:
     try:
         packed = base64.b64decode(text, validate=True)
         engine = zlib.decompressobj()
@@ -71,7 +75,8 @@ def decode_owners(text: str, buckets: int) -> list[Owner | None]:
         words = array("H", data)
     except (ValueError, zlib.error, binascii.Error):
         raise ValueError(f"{show(text)} is not the owners of {buckets} buckets") from None
-    return [Owner(w >> 6, w & 63) if w >> 6 else NOBODY for w in words]
+    named = {w: Owner(w >> 6, w & 63) if w >> 6 else NOBODY for w in set(words)}
+    return tuple(named[w] for w in words)
 
 
 # ---- FlowTable -------------------------------------------------------------------------------------------------

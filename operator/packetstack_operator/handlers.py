@@ -26,6 +26,8 @@ REMEMBER_SECONDS = 10.0
 """So long a watch may lag behind our own writes."""
 TROUBLE_SECONDS = 5.0
 """So long a pod may be prepared before the kubelet's warnings are read, and the time between two readings."""
+RECHECK_SECONDS = 300.0
+"""So long a stack at rest, of which nothing changes, is not decided about again."""
 REPEAT_SECONDS = 600.0
 """The same event is shown again only after this."""
 GROUP = ("packetstack.io", "v1alpha1")
@@ -157,6 +159,8 @@ class Operator:
         shown: dict[tuple[str, str], float] = {}
         memory, failures, ending_namespace = Memory(), 0, False
         troubles: dict[str, tuple[str, float]] = {}
+        rested: tuple[World, float] | None = None
+        """What was there when there was nothing to do, and until when that is believed."""
         try:
             while not stopped:
                 woken.clear()
@@ -164,7 +168,7 @@ class Operator:
                 began = time.monotonic()
                 try:
                     world = self._world(key, indices, memory)
-                    if world is not None:
+                    if world is not None and (rested is None or world != rested[0] or began > rested[1]):
                         world = await self._with_troubles(key, world, troubles)
                         if world.troubles or any(map(observing.prepares, world.pods)):
                             pause = TROUBLE_SECONDS
@@ -172,6 +176,7 @@ class Operator:
                         decide = deciding.release if ending_namespace else deciding.decide
                         decision = decide(world, time.time())
                         memory = decision.memory
+                        rested = (world, began + RECHECK_SECONDS) if _rests(world, decision) else None
                         memory = await self._carry_out(key, decision, memory, woken)
                         self._show(body, decision.events, shown)
                         self.metrics.stacks.known[key] = (world.stack, world.engines)
@@ -355,6 +360,20 @@ def register(registry: kopf.OperatorRegistry, operator: Operator) -> None:
 
     daemon: Any = kopf.daemon(*GROUP, "packetstacks", id="keep", cancellation_polling=0.5, registry=registry)
     daemon(keep)
+
+
+def _rests(world: World, decision: Decision) -> bool:
+    """Whether the same decision would be made of the same world at any later time."""
+    conditions = (world.stack.get("status") or {}).get("conditions") or ()
+    return (
+        not decision.writes
+        and decision.wake_at is None
+        and decision.memory == world.memory
+        and not world.troubles
+        and not any(map(observing.prepares, world.pods))
+        and not any(map(observing.terminating, world.pods))
+        and any(c["type"] == "Progressing" and c["status"] == "False" for c in conditions)
+    )
 
 
 def _version(raw: Raw) -> int:

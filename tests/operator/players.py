@@ -117,6 +117,7 @@ class PlayedNode:
     def __init__(self, server: Server, namespace: str, name: str = "node-0") -> None:
         self.server, self.namespace, self.name = server, namespace, name
         self.room = 100
+        self.batch = 150  # buckets that change hands in one step
         self.refuse: tuple[str, str] | None = None
         self.holds = False
         self.agent = True
@@ -237,7 +238,7 @@ class PlayedNode:
             if now == then or (not then and staying) or (then and then not in ready):
                 settled = settled and now == then
                 continue
-            if moved == 150:  # in batches, as real handovers are
+            if moved == self.batch:  # as real handovers are
                 settled = False
                 break
             words[bucket] = then

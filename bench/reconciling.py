@@ -1,0 +1,40 @@
+"""T17: what many stacks cost the operator, before a real API server. Nodes and agents are played, engines are not run."""
+
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rows import Row, Unavailable, yes
+
+ROOT = Path(__file__).resolve().parents[1]
+STACKS, ENGINES = 100, 10
+WINDOW_SECONDS = 15.0
+"""As long as the operator's tick: each stack is looked at once."""
+
+
+def reconciling(quick: bool) -> Iterator[Row]:
+    """At rest, and after a change of one stack of many."""
+    sys.path.insert(0, str(ROOT))  # its players are those of the tests
+    from tests.cluster import kubernetes_binaries
+    from tests.operator.crowd import crowd
+
+    missing = {"kube-apiserver", "kubectl"} & set(kubernetes_binaries.missing())
+    if missing:
+        raise Unavailable(f"{', '.join(sorted(missing))}: not there; `python -m tests.cluster binaries` makes them")
+    if shutil.which("etcd") is None:
+        raise Unavailable("etcd: not installed; install the package etcd-server")
+    with tempfile.TemporaryDirectory() as directory, crowd(Path(directory), STACKS, ENGINES) as stacks:
+        stacks.create(600)
+        rest = stacks.rest(2 if quick else 5, WINDOW_SECONDS)
+        taken = stacks.reactions(STACKS if quick else 2 * STACKS)
+    what = f"operator, {STACKS} stacks of {ENGINES} engines"
+    yield Row("T17", f"{what}, writes at rest", rest.writes, "requests", goal="0", met=yes(rest.writes == 0))
+    cpu = round(100 * rest.cpu, 2)
+    yield Row("T17", f"{what}, CPU at rest", cpu, "% of a core", goal="< 5", met=yes(cpu < 5))
+    memory = round(rest.resident / 1e6, 1)
+    yield Row("T17", f"{what}, memory", memory, "MB", goal="< 200", met=yes(memory < 200))
+    yield Row("T17", f"{what}, from a change to its flow table", round(taken[len(taken) // 2], 3), "s")
+    p99 = taken[int(0.99 * len(taken))]
+    yield Row("T17", f"{what}, the same, p99", round(p99, 3), "s", goal="< 1", met=yes(p99 < 1))
