@@ -208,3 +208,17 @@ def test_check_reads_a_file_and_changes_nothing(lab: Lab) -> None:
     shown = yaml.safe_load(lab.packetstack("check", str(ROOT / "examples/demo.yaml")))
     assert shown["spec"]["replicas"] == 2
     assert lab.packetstack("get").count("web") == 1
+
+
+def test_preflight_finds_a_host_that_forwards_fit_and_one_that_does_not_unfit(lab: Lab) -> None:
+    assert "net.ipv4.ip_forward=1" in lab.packetstack("preflight")
+    line = [sys.executable, "-m", "packetstack_cli.main", "preflight"]
+    done = lab.run("client", *line, check=False)
+    assert done.returncode == 1
+    [missing] = [text for text in done.stdout.splitlines() if text.startswith("missing")]
+    assert missing.split("  ")[-1] == "net.ipv4.ip_forward=0; sysctl -w net.ipv4.ip_forward=1"
+
+
+def test_logs_take_an_engine_by_its_name_too(lab: Lab) -> None:
+    engine = json.loads(lab.packetstack("get", "web", "-o", "json"))["status"]["engines"][0]
+    assert lab.packetstack("logs", engine["name"]) == lab.packetstack("logs", str(engine["slot"]))
