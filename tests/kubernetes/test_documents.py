@@ -112,7 +112,7 @@ def test_every_command_on_the_page_about_kubernetes_works_in_its_order(reader: R
                 reader.do(command)
     assert skipped == set(NOT_HERE), "what is not run is still on the page"
     left = reader.cluster.node.run("ip", "-br", "link").stdout
-    assert not re.search(r"^(ps\d|pse)", left, re.MULTILINE), f"nothing is left on the node:\n{left}"
+    assert not re.search(r"^(ps|pe)\d", left, re.MULTILINE), f"nothing is left on the node:\n{left}"
     objects = reader.cluster.kubectl("get", "crd,clusterrole,clusterrolebinding,namespace", "-o", "name").split()
     assert [o for o in objects if "packetstack" in o and "packetstack-tests" not in o] == []
 
