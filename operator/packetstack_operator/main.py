@@ -90,6 +90,8 @@ def settle(settings: kopf.OperatorSettings, namespaced: bool) -> None:
     settings.networking.error_backoffs = Pauses()
     # Definitions and namespaces may not be read with rights in one namespace only.
     settings.scanning.disabled = namespaced
+    # A task for each object that has changed lately: after its batch it is not needed.
+    settings.queueing.idle_timeout = 1.0
     settings.background.instant_exit_timeout = 0.5
 
 

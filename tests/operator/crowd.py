@@ -4,6 +4,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 
 from tests.cluster.control_plane import ControlPlane
 from tests.operator.operator_process import USER, OperatorProcess, grant
-from tests.operator.players import STACKS, TABLES, PlayedNode, Server, wait
+from tests.operator.players import STACKS, TABLES, PlayedNode, Server, ServerError, wait
 
 from packetstack_core import crds
 
-NAMESPACE = "crowd"
+NODES = 8
+"""Each with its share of the stacks, in a namespace of its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,27 +33,29 @@ class Rest:
 
 
 class Crowd:
-    """`stacks` stacks of `engines` engines each, in one namespace."""
+    """`stacks` stacks of `engines` engines each."""
 
     def __init__(self, server: Server, operator: OperatorProcess, stacks: int, engines: int) -> None:
         self.server, self.operator, self.engines = server, operator, engines
-        self.names = [f"stack-{number}" for number in range(stacks)]
-        self.node = PlayedNode(server, NAMESPACE)
-        self.node.room, self.node.batch = 2 * stacks * engines, 1 << 16
+        self.places = [(f"crowd-{number % NODES}", f"stack-{number}") for number in range(stacks)]
+        self.nodes = [PlayedNode(server, f"crowd-{number}", f"node-{number}") for number in range(NODES)]
+        for node in self.nodes:
+            node.room, node.batch = 2 * stacks * engines, 1 << 16
 
     def create(self, seconds: float) -> None:
         """All of them, until they are settled. AssertionError if that takes longer."""
-        for number, name in enumerate(self.names):
-            self.server.request("POST", STACKS.format(NAMESPACE), _stack(name, number, self.engines))
+        for number, (namespace, name) in enumerate(self.places):
+            body = _stack(namespace, name, number, self.engines)
+            self.server.request("POST", STACKS.format(namespace), body)
         deadline = time.monotonic() + seconds
-        while unsettled := self._unsettled():
-            assert time.monotonic() < deadline, f"not settled in {seconds:g} s: {len(unsettled)}, as {unsettled[0]}"
-            self.node.step()
-            assert self.node.broken == []
+        with ThreadPoolExecutor(NODES) as pool:
+            while unsettled := self._unsettled():
+                assert time.monotonic() < deadline, f"not settled in {seconds:g} s: {len(unsettled)}, as {unsettled[0]}"
+                list(pool.map(_play, self.nodes))
 
     def _unsettled(self) -> list[dict[str, Any]]:
         left = []
-        for stack in self.server.items(STACKS.format(NAMESPACE)):
+        for stack in self.server.items("/apis/packetstack.io/v1alpha1/packetstacks"):
             status = stack.get("status", {})
             progressing = {c["type"]: c["status"] for c in status.get("conditions", ())}.get("Progressing")
             if status.get("readyReplicas") != self.engines or progressing != "False":
@@ -71,20 +75,22 @@ class Crowd:
         """Seconds from a change of one stack's replicas until its flow table has another engine, sorted."""
         taken = []
         for number in range(count):
-            name = self.names[number % len(self.names)]
+            place = self.places[number % len(self.places)]
             began = time.monotonic()
-            self._scale(name, self.engines + 1)
-            wait(lambda name=name: self._named(name) == self.engines + 1, every=0.005)
+            self._scale(place, self.engines + 1)
+            wait(lambda place=place: self._named(place) == self.engines + 1, every=0.005)
             taken.append(time.monotonic() - began)
-            self._scale(name, self.engines)
-            wait(lambda name=name: self._named(name) == self.engines)
+            self._scale(place, self.engines)
+            wait(lambda place=place: self._named(place) == self.engines)
         return sorted(taken)
 
-    def _scale(self, name: str, replicas: int) -> None:
-        self.server.merge(f"{STACKS.format(NAMESPACE)}/{name}", {"spec": {"replicas": replicas}})
+    def _scale(self, place: tuple[str, str], replicas: int) -> None:
+        namespace, name = place
+        self.server.merge(f"{STACKS.format(namespace)}/{name}", {"spec": {"replicas": replicas}})
 
-    def _named(self, name: str) -> int:
-        return len(self.server.get(f"{TABLES.format(NAMESPACE)}/{name}")["spec"]["engines"])
+    def _named(self, place: tuple[str, str]) -> int:
+        namespace, name = place
+        return len(self.server.get(f"{TABLES.format(namespace)}/{name}")["spec"]["engines"])
 
     def _cpu_seconds(self) -> float:
         fields = Path(f"/proc/{self.operator.pid}/stat").read_text().rpartition(")")[2].split()
@@ -95,12 +101,22 @@ class Crowd:
         return pages * os.sysconf("SC_PAGESIZE")
 
 
-def _stack(name: str, number: int, engines: int) -> dict[str, Any]:
+def _play(node: PlayedNode) -> None:
+    try:
+        node.step()
+    except ServerError as e:
+        if e.status not in (404, 409):  # the operator was faster
+            raise
+    finally:
+        node.server.close()  # of this thread
+
+
+def _stack(namespace: str, name: str, number: int, engines: int) -> dict[str, Any]:
     address = f"198.18.{number // 250}.{number % 250 + 1}"
     backends = {"endpoints": [{"address": f"10.1.0.{n}", "port": 80} for n in range(1, 6)]}
     listener = {"name": "web", "address": address, "port": 80, "backends": backends}
     spec = {"replicas": engines, "listeners": [listener], "snat": {"addresses": [f"198.51.100.{number % 250 + 1}/32"]}}
-    meta = {"name": name, "namespace": NAMESPACE}
+    meta = {"name": name, "namespace": namespace}
     return {"apiVersion": "packetstack.io/v1alpha1", "kind": "PacketStack", "metadata": meta, "spec": spec}
 
 
@@ -108,9 +124,11 @@ def _stack(name: str, number: int, engines: int) -> dict[str, Any]:
 def crowd(directory: Path, stacks: int, engines: int) -> Iterator[Crowd]:
     """An API server of their own without controllers: nobody but the operator and the players writes."""
     with ControlPlane(directory / "control-plane", controllers=False) as control_plane:
-        control_plane.create_namespace(NAMESPACE)
+        for number in range(NODES):
+            control_plane.create_namespace(f"crowd-{number}")
         control_plane.apply(*crds.definitions())
-        control_plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-0"}})
+        for number in range(NODES):
+            control_plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"node-{number}"}})
         for definition in crds.definitions():
             name = f"crd/{definition['metadata']['name']}"
             control_plane.kubectl("wait", "--for=condition=Established", name, "--timeout=30s")
