@@ -13,6 +13,8 @@ Rules
   not counted), and never fewer than `replicas - max_unavailable` that are ready.
 - `replicas` 0 takes the owner from every bucket and removes all engines. The flows stay in the arena and go
   on when an engine comes back before they time out.
+- While paused all engines stay as they are, and no other is made. Only buckets that no engine will serve, since
+  theirs is leaving, given up or gone, are given to active ones.
 """
 
 from collections import Counter
@@ -138,20 +140,22 @@ _KEEP = {State.ACTIVE: 0, State.DRAINING: 1, State.STARTING: 2, State.PENDING: 3
 
 
 def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
-    """The next actions, to be carried out in this order; empty at the goal, and while paused.
+    """The next actions, to be carried out in this order; empty at the goal.
 
     `now`: seconds on the clock of `Observed.create_after`. O(engines x log + buckets).
     """
-    if desired.paused:
-        return []
     owned = Counter(o.slot for o in observed.owners if o is not None and o != NOBODY)
     alive = [e for e in observed.engines if e.state is not State.FAILED and not e.leaving]
-    kept = _kept(desired, alive, owned)
+    kept = alive if desired.paused else _kept(desired, alive, owned)
     actions: list[Action] = []
 
     stay = {e.slot for e in kept}
     serving = []
     for engine in kept:
+        if desired.paused:
+            if engine.ready and engine.state is State.ACTIVE:
+                serving.append(engine)
+            continue
         if engine.state is State.DRAINING or (engine.state is State.STARTING and engine.ready):
             actions.append(ActivateEngine(engine.slot))
         if engine.ready and engine.state is not State.PENDING:
@@ -163,13 +167,13 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
 
     missing = desired.replicas - sum(e.template == desired.template for e in kept)
     room = desired.replicas + desired.max_surge - len(kept)
-    if now >= observed.create_after:
+    if now >= observed.create_after and not desired.paused:
         # With nobody to serve, one engine is made whatever the surge says.
         count = min(missing, max(room, 0 if kept else 1))
         actions += [CreateEngine(desired.template, desired.queues)] * max(0, count)
 
     # An engine that stays but is not ready keeps what it owns: it cannot hand it over now, and may be back soon.
-    pinned = {e.slot for e in kept if not e.ready}
+    pinned = {e.slot for e in kept if not e.ready or desired.paused}
     moves = _moves(desired, observed, serving, pinned)
     if moves:
         actions.append(AssignBuckets(tuple(moves)))
@@ -196,7 +200,7 @@ def _kept(desired: Desired, alive: Sequence[Engine], owned: Counter[int]) -> lis
 def _moves(desired: Desired, observed: Observed, serving: Sequence[Engine], pinned: set[int]) -> list[Move]:
     owners = observed.owners
     free = [b for b, owner in enumerate(owners) if owner is None or owner.slot not in pinned]
-    if desired.replicas == 0:
+    if desired.replicas == 0 and not desired.paused:
         moves = [Move(b, NOBODY) for b in free if owners[b] not in (None, NOBODY)]
     else:
         shares = [EngineShare(e.slot, e.queues, e.weight) for e in sorted(serving, key=lambda e: e.slot)]

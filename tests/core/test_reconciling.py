@@ -127,8 +127,34 @@ def test_at_the_goal_there_is_nothing_to_do():
     assert plan(desired(3), started(3).observed(), 0) == []
 
 
-def test_while_paused_nothing_is_done():
-    assert plan(desired(5, paused=True), started(3).observed(), 0) == []
+@pytest.mark.parametrize("wish", [desired(0), desired(1), desired(5), desired(3, "b")])
+def test_while_paused_nothing_is_done(wish):
+    assert plan(replace(wish, paused=True), started(3).observed(), 0) == []
+
+
+@pytest.mark.parametrize("trouble", [{"leaving": True}, {"state": State.FAILED, "ready": False}, None])
+@pytest.mark.parametrize("replicas", [0, 3])
+def test_while_paused_buckets_that_nobody_will_serve_go_to_those_that_serve_and_no_others_move(trouble, replicas):
+    world = started(3)
+    before = list(world.owners)
+    if trouble is None:
+        del world.engines[1]
+    else:
+        world.change(1, **trouble)
+    world.settle(desired(replicas, paused=True))
+    assert set(world.engines) == {2, 3}
+    owned = Counter(o.slot for o in world.owners)
+    assert set(owned) == {2, 3}
+    assert max(owned.values()) - min(owned.values()) <= 1
+    assert all(a == b for a, b in zip(before, world.owners, strict=True) if a.slot != 1)
+
+
+def test_while_paused_an_engine_that_is_leaving_keeps_its_buckets_if_no_other_serves():
+    world = started(1)
+    world.change(1, leaving=True)
+    assert kinds(plan(desired(1, paused=True), world.observed(), 0)) == {"DrainEngine": 1}
+    world.change(1, state=State.DRAINING)
+    assert plan(desired(1, paused=True), world.observed(), 0) == []
 
 
 def test_before_the_back_off_is_over_no_engine_is_created():

@@ -280,6 +280,33 @@ def test_a_paused_stack_keeps_its_engines_as_they_are():
     model.check_goal()
 
 
+def test_the_buckets_of_an_evicted_engine_of_a_paused_stack_go_to_the_others():
+    model = settled(3)
+    model.set_spec(paused=True)
+    model.delete_pod("edge-1")
+    for _ in range(20):
+        model.operator()
+        model.kubelet()
+        model.agent()
+        assert 0 not in model.words
+        model.now += 1
+    assert set(model.words) == {2, 3}
+    assert [p["metadata"]["name"] for p in model.of("Pod")] == ["edge-2", "edge-3"]
+    assert "EngineLost" not in reasons(model)
+    model.set_spec(paused=False)
+    model.settle()
+    model.check_goal()
+
+
+def test_the_buckets_of_a_lost_engine_of_a_paused_stack_go_to_the_others():
+    model = settled(3)
+    model.set_spec(paused=True)
+    model.vanish("edge-1")
+    model.settle()
+    assert set(model.words) == {2, 3}
+    assert len(model.of("Pod")) == 2
+
+
 @pytest.mark.parametrize(
     ("spec", "field"),
     [({"engine": {"mode": "DPDK"}}, "spec.engine.mode"), ({"handover": {"strategy": "Mirror"}}, "spec.handover")],
