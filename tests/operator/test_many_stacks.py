@@ -1,8 +1,10 @@
 """What the goals for many stacks rest on, with fewer of them than `make bench` has."""
 
+import pytest
 from tests.operator.crowd import crowd
 
 
+@pytest.mark.slow
 def test_at_rest_nothing_is_written_and_a_change_is_acted_on_soon(tmp_path):
     with crowd(tmp_path, 12, 4) as stacks:
         stacks.create(120)
