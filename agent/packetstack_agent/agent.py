@@ -17,6 +17,8 @@ from ipaddress import ip_address, ip_network
 from itertools import count, islice
 from typing import Any, TypeVar
 
+from pyroute2.netlink.exceptions import NetlinkError
+
 from packetstack_agent import engines, namespaces, networks, processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
@@ -82,6 +84,7 @@ class Agent:
         """Pair and uplinks (name -> interface index) that the director was last put on."""
         self._watches: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
+        self._ending = False
         self._node = asyncio.Lock()
         """Held while routes, proxied addresses and attached programs are being changed."""
         self.applying = asyncio.Lock()
@@ -155,13 +158,14 @@ class Agent:
             return
         try:
             await asyncio.to_thread(engines.regain, engine, tuple(known["init"]))
-        except AgentError as e:
+        except (AgentError, NetlinkError, OSError) as e:
             await self._rebuild(managed, engine, str(e))
         else:
             self._attend(engine)
 
     async def stop(self) -> None:
         """Remove everything, in the order in which nothing is missed."""
+        self._ending = True
         for name in list(self.stacks):
             await self._remove_stack(name)
         await self._halt()
@@ -169,6 +173,7 @@ class Agent:
 
     async def leave(self) -> None:
         """End, and leave all as it is: engines go on, and the next agent takes them over."""
+        self._ending = True
         for managed in self.stacks.values():
             if managed.task is not None:
                 managed.task.cancel()
@@ -417,6 +422,7 @@ class Agent:
                 managed.stack.resource = resource
                 self.run.record.documents[name] = resource.document()
             managed.table, managed.generation = table, generation
+            managed.settled = False  # until packets have been seen to follow it
             kept = table.model_dump(mode="json", by_alias=True, exclude_none=True)
             kept["metadata"]["generation"] = generation
             self.run.record.tables[name] = kept
@@ -533,7 +539,10 @@ class Agent:
                 state = State(wanted.state)
                 if engine is not None and State.PENDING not in (engine.state, state) and engine.state is not state:
                     self._become_state(engine, state)
-            steps = following.follow(table, _attached(managed), managed.stack.owners(), managed.stack.open_fences())
+            stack = managed.stack
+            steps = following.follow(
+                table, _attached(managed), stack.owners(), stack.open_fences(), stack.shard_slots()
+            )
             if time.monotonic() < managed.create_after:
                 steps = [s for s in steps if not isinstance(s, following.Attach)]
             again = False
@@ -573,8 +582,14 @@ class Agent:
             "interface": wanted.interface,
         }
         engine = Engine(self._blueprint(stack, known), self.director)
+        self.run.record.leaving.pop(engine.blueprint.directory.name, None)
+        try:
+            self._note(engine, must=True)
+        except AgentError as e:
+            self.run.record.engines.pop(str(slot))
+            self._failed(managed, slot, str(e))
+            return
         managed.engines[slot] = engine
-        self._note(engine)
         engine.making = asyncio.create_task(self._make(managed, engine))
 
     def _observe(self, managed: Managed) -> Observed:
@@ -684,6 +699,8 @@ class Agent:
         except Exception as e:
             managed.engines.pop(b.slot, None)
             self.run.record.engines.pop(str(b.slot), None)
+            if b.pod:
+                self.run.record.leaving[b.directory.name] = b.pod_uid
             self.run.save()
             self._failed(managed, b.slot, str(e))
             managed.changed.set()
@@ -759,7 +776,7 @@ class Agent:
         before = -1
         for look in count():
             async with managed.busy:  # its memory stays meanwhile
-                if not engine.ready or engine.removing:
+                if not engine.ready or engine.removing or self._ending:
                     return
                 came = engine.counters()["markers"]
                 if before >= 0 and came - before >= engine.blueprint.queues:
@@ -794,6 +811,8 @@ class Agent:
 
     async def _tear_down(self, managed: Managed, engine: Engine) -> None:
         if engine.attachments is not None:
+            if engine.blueprint.pod:  # its processes are not ours to start, but nobody may serve from now on
+                await engine.attachments.end()
             await engine.attachments.close()
             engine.attachments = None
         if engine.view is not None:
@@ -856,10 +875,10 @@ class Agent:
                     async with self._node:
                         attached = await asyncio.to_thread(self._attach)
                         added = await asyncio.to_thread(self._route)
+                    await asyncio.to_thread(self._forget_pods)
                 except Exception as e:
                     self.event("-", "RoutesFailed", str(e), "Warning")
                 else:
-                    await asyncio.to_thread(self._forget_pods)
                     if attached:
                         self.event("-", "DirectorAttached", "a link came, went or was made anew", "Warning")
                     if added:
@@ -870,8 +889,9 @@ class Agent:
     def _forget_pods(self) -> None:
         """Remove the directories of pods that have gone. Blocks."""
         leaving = self.run.record.leaving
+        used = {e.blueprint.directory.name for m in list(self.stacks.values()) for e in list(m.engines.values())}
         for name, uid in list(leaving.items()):
-            if not processes.of_pod(uid):
+            if name not in used and not processes.of_pod(uid):
                 shutil.rmtree(self.run.engine(name), ignore_errors=True)
                 leaving.pop(name)
         self.run.save()
@@ -966,7 +986,7 @@ class Agent:
 
     async def scale(self, name: str, replicas: int) -> dict[str, Any]:
         """Set spec.replicas, as the scale subresource does."""
-        managed = self._planned(name)
+        managed = self.planned(name)
         document = managed.stack.resource.document()
         document["spec"]["replicas"] = replicas
         resource = resources.parse(document)
@@ -982,7 +1002,7 @@ class Agent:
 
     async def move_buckets(self, name: str, buckets: Sequence[int], slot: int, queue: int | None) -> dict[str, Any]:
         """Give buckets to an engine; they stay there while it does."""
-        managed = self._planned(name)
+        managed = self.planned(name)
         engine = self._active(managed, slot)
         wrong = [b for b in buckets if type(b) is not int or not 0 <= b < managed.stack.buckets]
         if wrong:
@@ -1050,7 +1070,8 @@ class Agent:
         pods = {e.slot: e.blueprint.pod for e in managed.engines.values() if e.blueprint.pod}
         return explain(managed.stack, pods, protocol, source, sport, destination, dport)
 
-    def _planned(self, name: str) -> Managed:
+    def planned(self, name: str) -> Managed:
+        """A stack that the agent plans for; AgentError for one that follows a table."""
         managed = self._managed(name)
         if managed.table is not None:
             raise AgentError(
@@ -1119,13 +1140,15 @@ def hung(engine: Engine, now: float) -> int | None:
     for c in range(engine.blueprint.cores):
         core = engine.core(c)
         beat, thread = int(core.heartbeat), int(core.thread)
-        last, since, ran = engine.beats.get(c, (-1, now, ()))
+        last, since, ran = engine.beats.get(c, (-1, now, None))
         if beat != last:
-            engine.beats[c] = (beat, now, ())
-        elif now - since > HANG_SECONDS / 2 and not ran:
+            engine.beats[c] = (beat, now, None)
+        elif now - since > HANG_SECONDS / 2 and ran is None:
             engine.beats[c] = (beat, since, processes.run_time(engine.pid, thread))
-        elif now - since > HANG_SECONDS and (
-            now - since > STARVED_SECONDS or not processes.starved(engine.pid, thread, ran)
+        elif (
+            now - since > HANG_SECONDS
+            and ran is not None
+            and (now - since > STARVED_SECONDS or not processes.starved(engine.pid, thread, ran))
         ):
             return c
     return None

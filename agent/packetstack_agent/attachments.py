@@ -92,6 +92,15 @@ class Attachments:
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepting = asyncio.create_task(self._accept())
 
+    async def end(self) -> None:
+        """Kill the process that serves, let no other in, and wait until it is gone: then its queues are nobody's."""
+        self._report = _say_nothing
+        self._accepting.cancel()
+        if self.serving is not None:
+            serving = self.serving
+            serving.kill()
+            await _until_stopped(serving)
+
     async def close(self) -> None:
         """Hang up. The processes go on without us."""
         self._report = _say_nothing
@@ -237,11 +246,15 @@ async def stop(link: Link) -> None:
             await link.stopped.wait()
     except TimeoutError:
         link.kill()
-        try:
-            async with asyncio.timeout(ANSWER_SECONDS):
-                await link.stopped.wait()
-        except TimeoutError:
-            raise AgentError(f"datapath {link.pid}: was killed and does not end; see its state in ps") from None
+        await _until_stopped(link)
+
+
+async def _until_stopped(link: Link) -> None:
+    try:
+        async with asyncio.timeout(ANSWER_SECONDS):
+            await link.stopped.wait()
+    except TimeoutError:
+        raise AgentError(f"datapath {link.pid}: was killed and does not end; see its state in ps") from None
 
 
 def _is_xdp(fd: int) -> bool:

@@ -6,12 +6,15 @@ engines go on by the last tables, and a dead datapath is still followed.
 
 import asyncio
 import json
+import time
+from contextlib import suppress
 from importlib.metadata import version
 from typing import Any
 
 import aiohttp
 from kubernetes.aio import client, config, watch
 from kubernetes.aio.client.exceptions import ApiException
+from pyroute2.netlink.exceptions import NetlinkError
 
 from packetstack_agent.agent import Agent
 from packetstack_agent.engines import Engine
@@ -28,8 +31,8 @@ PAUSE_SECONDS = (0.2, 0.5, 1.0, 2.0)
 """Before a failed request is repeated."""
 ORPHAN_SECONDS = 60.0
 """How long engines go on when their table is gone: time for the operator to write it anew."""
-REFUSED_SECONDS = 5.0
-"""Before a table that could not be followed is tried again: what was in its way may be gone."""
+RESYNC_SECONDS = 5.0
+"""Before all tables are looked at again, changed or not."""
 FLOWS_SECONDS = 15.0
 """Between two reports that differ in nothing but numbers of flows."""
 
@@ -90,15 +93,13 @@ class Follower:
                 api = await self._connect()
                 seen = await self._list(api)
                 while True:
-                    failures = 0
                     seen = await self._stream(api, seen)
+                    failures = 0
             except ApiException as e:
                 problem = f"{e.status} {e.reason}"
-                if e.status == 410:  # too long ago: listed again at once
-                    continue
-            except (aiohttp.ClientError, OSError, TimeoutError, config.ConfigException) as e:
+            except Exception as e:  # whatever came instead of an answer, also half a line: this task must go on
                 problem = f"{type(e).__name__}: {e}"
-            if failures == 0:
+            if failures == 0 and not problem.startswith("410 "):  # "too long ago" is how watches end
                 self._agent.event("-", "ApiServerLost", f"{problem}; packets go on by the last flow tables", "Warning")
             await asyncio.sleep(PAUSE_SECONDS[min(failures, len(PAUSE_SECONDS) - 1)])
             failures += 1
@@ -133,10 +134,6 @@ class Follower:
 
     def _see(self, item: dict[str, Any]) -> None:
         name = _name(item)
-        if item["spec"].get("node") != self._node:
-            if name in self._wanted or name in self._agent.run.record.tables:
-                self._gone(name)  # it went to another node
-            return
         generation = int(item["metadata"].get("generation", 0))
         if name in self._wanted and self._wanted[name][1] == generation:
             return  # our own report came back
@@ -183,10 +180,21 @@ class Follower:
 
     # ---- following and answering -----------------------------------------------------------------------------
 
+    def healthy(self) -> bool:
+        """Whether all of it still runs."""
+        return not any(task.done() for task in self._tasks)
+
     async def _act(self) -> None:
+        looked = time.monotonic()
         while True:
-            await self._changed.wait()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(RESYNC_SECONDS):
+                    await self._changed.wait()
             self._changed.clear()
+            if time.monotonic() - looked > RESYNC_SECONDS:
+                # A stack that could not be followed, or that somebody took away: what was in the way may be gone.
+                looked = time.monotonic()
+                self._dirty.update(self._wanted)
             names, self._dirty = self._dirty, set()
             for name in sorted(names):
                 try:
@@ -214,9 +222,10 @@ class Follower:
             try:
                 await self._agent.follow(name, table, generation)
                 self._refused.pop(name, None)
-            except (AgentError, ResourceError) as e:
-                self._refuse(name, e.problems[0] if isinstance(e, ResourceError) else str(e))
-                self._later(name, REFUSED_SECONDS)
+            except ResourceError as e:
+                self._refuse(name, e.problems[0])
+            except (AgentError, NetlinkError) as e:
+                self._refuse(name, str(e))
         await self._report(name, table)
 
     async def _report(self, name: str, table: kinds.FlowTable) -> None:
@@ -244,8 +253,9 @@ class Follower:
         managed = self._agent.stacks.get(name)
         message = self._refused.get(name, "")
         if managed is None:
-            report = kinds.NodeReport(node=self._node, message=message)
-            return report.model_dump(mode="json", by_alias=True)
+            seen = self._wanted[name][1] if name in self._wanted else 0
+            report = {"node": self._node, "observedGeneration": seen, "message": message}
+            return kinds.NodeReport.model_validate(report).model_dump(mode="json", by_alias=True)
         return report_of(managed, self._node, message or managed.problem).model_dump(mode="json", by_alias=True)
 
 

@@ -86,7 +86,11 @@ class Blueprint:
         if not pids:
             raise AgentError(f"pod {self.pod}: has no process on this node; it is starting or gone")
         path = Path(f"/proc/{pids[0]}/ns/net")
-        if path.stat().st_ino == namespaces.own_inode():
+        try:
+            inode = path.stat().st_ino
+        except OSError:
+            raise AgentError(f"pod {self.pod}: has ended") from None
+        if inode == namespaces.own_inode():
             raise AgentError(f"pod {self.pod}: uses the node's network; an engine needs a network namespace of its own")
         return path
 
@@ -120,8 +124,8 @@ class Engine:
     """Arena, configuration, marker socket."""
     samples: dict[str, Any] = field(default_factory=dict)
     """Last rates; see `measuring`."""
-    beats: dict[int, tuple[int, float, tuple[int, ...]]] = field(default_factory=dict)
-    """Core -> (heartbeat, when it was first seen, the thread's run time then)."""
+    beats: dict[int, tuple[int, float, tuple[int, ...] | None]] = field(default_factory=dict)
+    """Core -> (heartbeat, when it was first seen, the thread's run time some time later)."""
     silent_since: float = 0.0
     """No datapath serves it since then, 0 = one does."""
     restarted: float = 0.0

@@ -6,6 +6,7 @@ import fcntl
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ async def _serve(run: RunDirectory, node: str | None, uplinks: list[str]) -> Non
     try:
         await agent.start()
         follower = await _follow(agent, node, uplinks) if node else None
-        http = await _metrics(agent, run.record.metrics_listen) if run.record.metrics_listen else None
+        listen = run.record.metrics_listen
+        http = await _metrics(agent, listen, follower.healthy if follower else lambda: True) if listen else None
         listener = await server.listen()
     except BaseException:
         await (agent.stop() if first else agent.leave())
@@ -106,12 +108,12 @@ async def _follow(agent: Agent, node: str, uplinks: list[str]) -> Any:
     return follower
 
 
-async def _metrics(agent: Agent, listen: str) -> web.AppRunner:
+async def _metrics(agent: Agent, listen: str, well: Callable[[], bool]) -> web.AppRunner:
     async def answer(_: web.Request) -> web.Response:
         return web.Response(text=render(agent), content_type="text/plain")
 
     async def healthy(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
+        return web.Response(text="ok\n") if well() else web.Response(text="it follows no table\n", status=503)
 
     address, _, port = listen.rpartition(":")
     application = web.Application()

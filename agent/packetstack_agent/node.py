@@ -179,9 +179,25 @@ def clean(run: RunDirectory) -> list[str]:
     if run.path.is_dir():
         for name in ("state.json", "state.new", "agent.sock", "agent.pid"):
             (run.path / name).unlink(missing_ok=True)
-        for name in ("engines", "stacks", "bpf"):
+        _clear_engines(run)
+        for name in ("stacks", "bpf"):
             shutil.rmtree(run.path / name, ignore_errors=True)
         with suppress(OSError):
             run.path.rmdir()
     run.record = Record()
     return removed
+
+
+def _clear_engines(run: RunDirectory) -> None:
+    """Engines' files. The directory of a pod stays while the pod does: it is mounted there, for the next agent."""
+    pods = dict(run.record.leaving)
+    for engine in run.record.engines.values():
+        if engine.get("pod"):
+            pods[f"{engine['stack'].partition('.')[0]}_{engine['pod']}"] = engine["pod_uid"]
+    for directory in (run.path / "engines").glob("*"):
+        for file in directory.iterdir():
+            file.unlink()
+        if "_" not in directory.name or (directory.name in pods and not processes.of_pod(pods[directory.name])):
+            directory.rmdir()
+    with suppress(OSError):
+        (run.path / "engines").rmdir()

@@ -1,6 +1,7 @@
 """Processes as the agent must know them: by something that cannot come to mean another process."""
 
 import os
+import re
 import select
 import signal
 import subprocess
@@ -70,7 +71,12 @@ class Process:
 
 def start_time(pid: int) -> int:
     """Field 22 of /proc/PID/stat; OSError if there is no such process."""
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return int(_stat(Path(f"/proc/{pid}"))[19])
+
+
+def _stat(entry: Path) -> list[bytes]:
+    """Fields of a `stat` file of /proc, from the third on: the second is a name, and may be any bytes."""
+    return (entry / "stat").read_bytes().rpartition(b")")[2].split()
 
 
 def starved(pid: int, thread: int, since: tuple[int, ...]) -> bool:
@@ -79,17 +85,26 @@ def starved(pid: int, thread: int, since: tuple[int, ...]) -> bool:
     `since`: what `run_time` gave about a quarter of a second ago.
     """
     now = run_time(pid, thread)
+    if not now or not since:
+        return True  # nobody can tell: it gets the longer time
     # A loop that never ends burns what it is given; one that starves has hardly got any.
-    return bool(now and since and now[0] == ord("R") and now[1] - since[1] <= 2)
+    return now[0] == ord("R") and now[1] - since[1] <= 2
 
 
 def run_time(pid: int, thread: int) -> tuple[int, ...]:
-    """(state as a character code, clock ticks of CPU used) of a thread; () if it cannot be read."""
+    """(state as a character code, clock ticks of CPU used) of a thread; () if it cannot be read.
+
+    `thread` is what the process calls it: in a container that is a number of its own pid namespace.
+    """
     try:
-        fields = Path(f"/proc/{pid}/task/{thread}/stat").read_text().rpartition(")")[2].split()
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            names = re.search(rb"^NSpid:\t(.*)$", (task / "status").read_bytes(), re.MULTILINE)
+            if names and int(names[1].split()[-1]) == thread:
+                fields = _stat(task)
+                return ord(fields[0]), int(fields[11]) + int(fields[12])
     except OSError:
-        return ()
-    return ord(fields[0]), int(fields[11]) + int(fields[12])
+        pass
+    return ()
 
 
 def in_namespace(namespace: Path) -> list[int]:
@@ -106,8 +121,8 @@ def in_namespace(namespace: Path) -> list[int]:
         if entry.name.isdigit():
             with suppress(OSError):
                 there = (entry / "ns/net").stat()
-                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
-                if (there.st_ino, there.st_dev) == (wanted.st_ino, wanted.st_dev) and state not in "ZX":
+                state = _stat(entry)[0]
+                if (there.st_ino, there.st_dev) == (wanted.st_ino, wanted.st_dev) and state not in b"ZX":
                     found.append(int(entry.name))
     return found
 
@@ -118,8 +133,9 @@ def in_pod(uid: str, pid: int) -> bool:
         groups = Path(f"/proc/{pid}/cgroup").read_text()
     except OSError:
         return False
-    # The systemd driver writes dashes as underscores.
-    return bool(uid) and (f"pod{uid}" in groups or f"pod{uid.replace('-', '_')}" in groups)
+    # The systemd driver writes dashes as underscores. A UID that only begins like this one is another's.
+    name = re.escape(uid).replace(r"\-", "[-_]")
+    return bool(uid) and re.search(rf"pod{name}(?![-_0-9A-Za-z])", groups) is not None
 
 
 def of_pod(uid: str) -> list[int]:
@@ -128,7 +144,7 @@ def of_pod(uid: str) -> list[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and in_pod(uid, int(entry.name)):
             with suppress(OSError):
-                if (entry / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                if _stat(entry)[0] not in b"ZX":
                     found.append((start_time(int(entry.name)), int(entry.name)))
     return [pid for _, pid in sorted(found)]
 

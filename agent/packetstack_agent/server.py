@@ -75,7 +75,7 @@ class Server:
                 return agent.get(r.get("name"))
             case "delete":
                 async with agent.applying:
-                    return await agent.delete(r["name"])
+                    return await agent.delete(agent.planned(r["name"]).stack.name)
             case "scale":
                 return await agent.scale(r["name"], r["replicas"])
             case "move_buckets":

@@ -236,6 +236,10 @@ class Stack:
         words = self.words()
         return frozenset(b for b, owner in enumerate(self._shard_owners()) if owner != words[b] & ~0xFFFF)
 
+    def shard_slots(self) -> set[int]:
+        """Slots that shards name: those engines may be handling packets of them still."""
+        return {owner >> 22 & 1023 for owner in self._shard_owners()} - {0}
+
     def _shard_owners(self) -> list[int]:
         return self._headers()[0]
 
@@ -253,7 +257,7 @@ class Stack:
         """
         report = Report()
         present = [e for e in engines if e.view is not None]
-        gone = {owner >> 22 & 1023 for owner in self._shard_owners()} - {0} - {e.slot for e in engines}
+        gone = self.shard_slots() - {e.slot for e in engines}
         fence = ffi.new("struct ps_fence_engine[]", len(present) + len(gone) + 1)
         for i, engine in enumerate(present):
             fence[i] = engine.fence[0]

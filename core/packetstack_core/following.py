@@ -12,7 +12,7 @@ Rules
   written anew: the buckets stay where they are until it says more.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from packetstack_core.kinds import FlowTableSpec, TableEngine
@@ -56,11 +56,16 @@ _STAYING = ("Pending", "Starting", "Active")
 
 
 def follow(
-    table: FlowTableSpec, attached: Sequence[Attached], owners: Sequence[Owner | None], moving: frozenset[int]
+    table: FlowTableSpec,
+    attached: Sequence[Attached],
+    owners: Sequence[Owner | None],
+    moving: frozenset[int],
+    held: Collection[int] = (),
 ) -> list[Step]:
     """The next actions, in this order; empty when nothing can be done now.
 
-    `owners`: by bucket, as packets see them, `Owner.slot` being a slot. `moving`: buckets with an open fence.
+    `owners`: by bucket, as packets see them, `Owner.slot` being a slot. `moving`: buckets with an open fence. `held`:
+    slots whose engines may still be handling packets of a bucket, whoever packets go to by now.
     """
     there = {e.id: e for e in attached}
     named = {e.id: e for e in table.engines}
@@ -73,7 +78,7 @@ def follow(
         moves.append(Move(bucket, wanted))
     if moves:
         steps.append(Assign(tuple(moves)))
-    owning = {o.slot for o in owners if o is not None}
+    owning = {o.slot for o in owners if o is not None} | set(held)
     for engine in attached:
         wanted_here = named.get(engine.id)
         # A pod of the same name is another pod: what it had is gone.

@@ -33,7 +33,7 @@ class View:
         error = abi.ffi.new("struct ps_error *")
         self.engine: Any = abi.lib().ps_engine_open(os.fsencode(path), 1, error)
         if self.engine == abi.ffi.NULL:
-            raise SystemExit(abi.ffi.string(error.text).decode())
+            raise OSError(abi.ffi.string(error.text).decode())
         self._beats: dict[int, tuple[int, float]] = {}
         # Read now: without privileges the declarations may be out of reach.
         self._names = abi.enum_names("ps_counter")
@@ -77,6 +77,9 @@ class View:
 
 class Handler(BaseHTTPRequestHandler):
     """GET /metrics, /healthz."""
+
+    timeout = 5
+    """Seconds: who connects and says nothing keeps nobody waiting for longer."""
 
     path_of_engine: Path
     view: View | None = None
@@ -151,7 +154,10 @@ def _server(directory: Path, listen: str | None) -> socketserver.BaseServer:
             raise SystemExit(f"--listen {listen}: is not an address with a port; use :9471 or 127.0.0.1:9471")
         family = socket.AF_INET if "." in address else socket.AF_INET6
         return Tcp((address.strip("[]") or "::", int(port)), family)
-    Handler.view = View(directory / "queues")
+    try:
+        Handler.view = View(directory / "queues")
+    except OSError as e:
+        raise SystemExit(str(e)) from None
     path = directory / "supervisor.sock"
     path.unlink(missing_ok=True)
     server = socketserver.UnixStreamServer(str(path), Handler)
@@ -159,10 +165,11 @@ def _server(directory: Path, listen: str | None) -> socketserver.BaseServer:
     return server
 
 
-class Tcp(socketserver.TCPServer):
+class Tcp(socketserver.ThreadingTCPServer):
     """For the kubelet and Prometheus."""
 
     allow_reuse_address = True
+    daemon_threads = True
 
     def __init__(self, address: tuple[str, int], family: socket.AddressFamily) -> None:
         self.address_family = family

@@ -82,6 +82,13 @@ def test_an_engine_that_the_table_does_not_name_is_detached_when_it_owns_nothing
     assert settled(wanted, both[1:], all_of(Owner(8, 0)))
 
 
+def test_an_engine_that_has_not_finished_its_last_handover_is_not_detached() -> None:
+    wanted = table(all_of(Owner(2, 0)), 2)
+    both = [there(1, 7), there(2, 8)]
+    assert follow(wanted, both, all_of(Owner(8, 0)), frozenset({3}), held={7, 8}) == []
+    assert follow(wanted, both, all_of(Owner(8, 0)), frozenset(), held={8}) == [Detach(7)]
+
+
 def test_an_engine_that_does_not_serve_and_is_named_no_more_is_detached_with_its_buckets() -> None:
     wanted = table(all_of(Owner(2, 0)), 2)
     both = [there(1, 7, ready=False), there(2, 8)]

@@ -85,14 +85,14 @@ def test_another_image_replaces_all_engines_and_breaks_no_connection(scene: Scen
     scene.wait()
 
 
-@pytest.mark.parametrize("what", ["datapath", "container"])
+@pytest.mark.parametrize("what", ["datapath", "container", "hangs"])
 def test_a_killed_engine_breaks_no_connection(scene: Scene, what: str) -> None:
     before = scene.pods()
     for engine in scene.agent_status()["engines"]:
         pid = engine["pid"]
         if what == "container":  # its init: the kubelet starts the container again
             pid = int(scene.packetstack.cluster.node.run("ps", "-o", "ppid=", "-p", str(pid)).stdout)
-        scene.packetstack.cluster.node.run("kill", "-9", str(pid))
+        scene.packetstack.cluster.node.run("kill", "-STOP" if what == "hangs" else "-KILL", str(pid))
         eventually(lambda pid=engine["pid"]: scene.serves_without(pid), "the engine's successor")
     scene.wait()
     assert scene.pods() == before
