@@ -36,7 +36,7 @@ def ask(vip):
         except OSError as e:
             failed.append(f"{vip}: {e} after {time.monotonic() - began:.1f} s")
         time.sleep(0.01)
-threads = [threading.Thread(target=ask, args=(vip,)) for vip in 4 * sys.argv[1:]]
+threads = [threading.Thread(target=ask, args=(vip,)) for vip in sys.argv[1:]]
 for thread in threads: thread.start()
 sys.stdin.read()
 over.set()
