@@ -102,6 +102,24 @@ def test_engines_get_the_image_of_the_operator(render: Render) -> None:
         assert {"name": "PACKETSTACK_IMAGE", "value": image} in operator["env"]
 
 
+def test_an_agent_has_no_limit_of_memory_since_flows_and_rings_of_all_stacks_are_charged_to_it(render: Render) -> None:
+    agent = next(o for o in render(None) if o["kind"] == "DaemonSet")["spec"]["template"]["spec"]["containers"][0]
+    assert set(agent["resources"]) == {"requests"}
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_who_may_edit_a_namespace_may_make_stacks_in_it_only_if_the_cluster_says_so(render: Render, on: bool) -> None:
+    objects = render(None, *(('rbac={"aggregateToEdit": true}',) if on else ()))
+    roles = {o["metadata"]["name"]: o for o in objects if o["kind"] == "ClusterRole"}
+    given = {
+        name: {label.rpartition("/")[2] for label in role["metadata"]["labels"] if "/aggregate-to-" in label}
+        for name, role in roles.items()
+    }
+    assert given["packetstack-edit"] == ({"aggregate-to-edit", "aggregate-to-admin"} if on else set())
+    assert "aggregate-to-view" in given["packetstack-view"]
+    assert {v for rule in roles["packetstack-view"]["rules"] for v in rule["verbs"]} == {"get", "list", "watch"}
+
+
 def test_an_operator_of_named_namespaces_has_no_rights_elsewhere(render: Render) -> None:
     objects = render(CHART / "ci/namespaced-values.yaml")
     named = [
