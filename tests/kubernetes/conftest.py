@@ -87,7 +87,8 @@ class Installed:
         table = self.cluster.get("flowtable", name, "-n", namespace)
         status, reports = raw.get("status", {}), table.get("status", {}).get("nodes", [])
         return (
-            status.get("observedGeneration") == raw["metadata"]["generation"]
+            len(reports) == 1
+            and status.get("observedGeneration") == raw["metadata"]["generation"]
             and status.get("readyReplicas") == status.get("updatedReplicas") == replicas
             and len(self.engines(namespace, name)) == replicas == len(table["spec"]["engines"])
             and all(r["settled"] and r["observedGeneration"] == table["metadata"]["generation"] for r in reports)
@@ -111,10 +112,10 @@ class Installed:
             f"not {replicas} engines in {seconds:g} s: {json.dumps(self.status(namespace, name))}\n{found}"
         )
 
-    def scale(self, namespace: str, name: str, replicas: int) -> None:
+    def scale(self, namespace: str, name: str, replicas: int, seconds: float = WAIT_SECONDS) -> None:
         """`kubectl scale`, and until it is done."""
         self.kubectl("scale", "packetstack", name, "-n", namespace, f"--replicas={replicas}")
-        self.wait(namespace, name, replicas)
+        self.wait(namespace, name, replicas, seconds)
 
     def answers(self) -> bool:
         """Whether a connection from the client to the virtual address opens."""
