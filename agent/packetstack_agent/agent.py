@@ -583,14 +583,7 @@ class Agent:
         }
         engine = Engine(self._blueprint(stack, known), self.director)
         self.run.record.leaving.pop(engine.blueprint.directory.name, None)
-        try:
-            self._note(engine, must=True)
-        except AgentError as e:
-            self.run.record.engines.pop(str(slot))
-            self._failed(managed, slot, str(e))
-            return
-        managed.engines[slot] = engine
-        engine.making = asyncio.create_task(self._make(managed, engine))
+        self._begin(managed, engine)
 
     def _observe(self, managed: Managed) -> Observed:
         stack = managed.stack
@@ -670,6 +663,11 @@ class Agent:
             "namespace": self.run.namespace(stack.name, slot),
         }
         engine = Engine(self._blueprint(stack, known), self.director)
+        self._begin(managed, engine)
+
+    def _begin(self, managed: Managed, engine: Engine) -> None:
+        """Make it, when it has been written down that there is such an engine."""
+        slot = engine.slot
         try:
             self._note(engine, must=True)
         except AgentError as e:

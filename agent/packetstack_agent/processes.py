@@ -130,9 +130,13 @@ def in_namespace(namespace: Path) -> list[int]:
 def in_pod(uid: str, pid: int) -> bool:
     """Whether a process belongs to the pod with this UID: its cgroup, made by the kubelet, says so."""
     try:
-        groups = Path(f"/proc/{pid}/cgroup").read_text()
+        return names_pod(Path(f"/proc/{pid}/cgroup").read_text(errors="replace"), uid)
     except OSError:
         return False
+
+
+def names_pod(groups: str, uid: str) -> bool:
+    """Whether the cgroups of a process, as in /proc/PID/cgroup, are those of the pod with this UID."""
     # The systemd driver writes dashes as underscores. A UID that only begins like this one is another's.
     name = re.escape(uid).replace(r"\-", "[-_]")
     return bool(uid) and re.search(rf"pod{name}(?![-_0-9A-Za-z])", groups) is not None

@@ -1,0 +1,76 @@
+"""Processes of a node as the agent must find them: whatever they are called, in containers too."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from packetstack_agent import processes
+
+UID = "7920001a-ff85-4e83-9ec8-039a6cd7e419"
+RENAMED = (
+    "import ctypes, sys, time; ctypes.CDLL(None).prctl(15, b'\\xff)\\xfe', 0, 0, 0); print(flush=True); time.sleep(60)"
+)
+"""PR_SET_NAME; a name may be any bytes."""
+FIRST = "import time; print(flush=True); time.sleep(60)"
+
+
+@contextmanager
+def child(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that has said a line."""
+    made = subprocess.Popen(command, stdout=subprocess.PIPE)
+    assert made.stdout is not None
+    try:
+        made.stdout.readline()
+        yield made
+    finally:
+        made.send_signal(signal.SIGKILL)
+        made.wait()
+        made.stdout.close()
+
+
+def test_a_process_whose_name_is_no_text_is_a_process() -> None:
+    with child("unshare", "--net", sys.executable, "-c", RENAMED) as renamed:
+        there = Path(f"/proc/{renamed.pid}/ns/net")
+        assert processes.in_namespace(there) == [renamed.pid]
+        assert processes.start_time(renamed.pid) > 0
+        assert processes.run_time(renamed.pid, renamed.pid)[0] in (ord("S"), ord("R"))
+        assert processes.of_pod(UID) == []
+
+
+def test_a_thread_is_found_by_its_number_in_its_container() -> None:
+    command = ("unshare", "--pid", "--fork", "--kill-child=KILL", sys.executable, "-c", FIRST)
+    with child(*command) as outer:
+        inner = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text())
+        assert processes.run_time(inner, 1) != ()
+        assert processes.run_time(inner, inner) == ()
+
+
+def test_a_thread_that_nobody_can_look_at_gets_the_longer_time() -> None:
+    assert processes.starved(os.getpid(), 1 << 22, (ord("R"), 0))
+    assert processes.starved(os.getpid(), os.getpid(), ())
+
+
+@pytest.mark.parametrize(
+    ("groups", "found"),
+    [
+        (f"3:memory:/kubepods/besteffort/pod{UID}/0a1b", True),
+        (f"0::/kubepods.slice/kubepods-pod{UID.replace('-', '_')}.slice/cri-containerd-0a1b.scope", True),
+        (f"0::/../../kubepods/pod{UID}", True),
+        (f"3:memory:/kubepods/besteffort/pod{UID}0/0a1b", False),
+        ("3:memory:/system.slice/other.service", False),
+    ],
+    ids=["cgroupfs", "systemd", "seen from a container", "begins alike", "none"],
+)
+def test_a_pods_process_is_told_by_its_cgroups(groups: str, found: bool) -> None:
+    assert processes.names_pod(groups, UID) is found
+
+
+def test_no_uid_is_no_pod() -> None:
+    assert not processes.names_pod("3:memory:/kubepods/pod/0a1b", "")
+    assert not processes.names_pod(f"3:memory:/kubepods/pod{UID}/0a1b", UID[:8])
