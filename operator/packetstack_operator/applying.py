@@ -38,6 +38,11 @@ class Refused(Exception):
         self.status, self.reason, self.message, self.causes = status, reason, message, causes
 
     @property
+    def exists(self) -> bool:
+        """Something of this name was there before."""
+        return self.status == 409 and self.reason == "AlreadyExists"
+
+    @property
     def ending(self) -> bool:
         """The namespace is being deleted and takes nothing new."""
         return self.status == 403 and "NamespaceTerminating" in self.causes

@@ -6,6 +6,7 @@ decision goes on from what is there. So their order counts:
 
 - An engine is in the flow table before its pod exists, and its number is never given twice.
 - A pod is deleted when the flow table no longer names its engine and the node's agent has let it go.
+- What is not needed to serve comes after the status, so that its refusal is not all that is ever heard.
 """
 
 import re
@@ -165,8 +166,11 @@ class _Deciding:
         self.wake_at: float | None = None
         self.template = pods.template(stack.spec.engine, world.image)
         if self.memory.template != self.template:  # what failed before says nothing about another shape
-            self.memory = Memory(template=self.template, counted=self.memory.counted)
-        self.pods = {str(p["metadata"]["name"]): p for p in world.pods if observing.number_of(p)}
+            self.memory = Memory(template=self.template, counted=self.memory.counted, taken=self.memory.taken)
+        # The name of a pod is taken once: its engine gets another number. A budget has no other name.
+        still = {(k, name) for k, name in self.memory.taken & world.strangers if k != "Pod"}
+        self.memory = replace(self.memory, taken=frozenset(still))
+        self.pods = {str(p["metadata"]["name"]): p for p in world.pods if observing.is_engine(p, stack.name)}
         self.table = observing.read_table(world.table)
         self.report: NodeReport | None = self.table.report() if self.table is not None else None
         self.reported = {e.id: e for e in self.report.engines} if self.report is not None else {}
@@ -196,8 +200,8 @@ class _Deciding:
             *self._marks(),
             *self._pods_to_delete(),
             *self._packet_engines(),
-            *self._budget(),
             *self._stack_status(settled=not table_writes),
+            *self._budget(),
         ]
         return Decision(self.memory, tuple(writes), tuple(self.events), self.wake_at)
 
@@ -244,6 +248,10 @@ class _Deciding:
                 if entry.pod_uid:
                     del self.entries[entry.id]
                     self._event("EngineLost", f"engine {entry.id}: its pod {entry.name} is gone", "Warning")
+                elif ("Pod", entry.name) in self.world.strangers:
+                    del self.entries[entry.id]
+                    message = f"engine {entry.id}: there is a pod {entry.name} of somebody else; it gets another number"
+                    self._event("NameTaken", message, "Warning")
                 elif entry.template != self.template:  # and will never be: pods are made of the present template
                     del self.entries[entry.id]
                 continue
@@ -355,7 +363,7 @@ class _Deciding:
             self._wake(self.memory.create_after)
         missing = desired.replicas > sum(e.state not in ("Draining", "Failed") for e in self.entries.values())
         if not missing and all(e.state != "Pending" for e in self.entries.values()):
-            self.memory = Memory(template=self.template, counted=self.memory.counted)
+            self.memory = Memory(template=self.template, counted=self.memory.counted, taken=self.memory.taken)
         for action in self.actions:
             self._act(action)
 
@@ -383,6 +391,7 @@ class _Deciding:
     def _create(self, template: str, queues: int) -> None:
         used = set(self.entries) | set(self.reported) | {observing.number_of(p) for p in self.pods.values()}
         used |= {o.slot for o in self.owners if o is not None}
+        used |= {i for i in range(1, MAX_ENGINE_ID + 1) if ("Pod", f"{self.stack.name}-{i}") in self.world.strangers}
         after = [*range(self.last + 1, MAX_ENGINE_ID + 1), *range(1, self.last + 1)]
         number = next((i for i in after if i not in used), 0)
         if not number:
@@ -507,6 +516,8 @@ class _Deciding:
         present = {str(e["metadata"]["name"]): e for e in self.world.engines}
         wanted: dict[str, int] = {name: observing.number_of(pod) for name, pod in self.pods.items()}
         wanted |= {e.name: e.id for e in self.entries.values()}
+        # One look longer than its entry: by it a pod is looked for that a watch does not bring.
+        still = {e.name for e in self.table.spec.engines} if self.table is not None else set()
         writes = []
         for name, number in sorted(wanted.items()):
             raw = present.get(name)
@@ -526,7 +537,7 @@ class _Deciding:
         writes += [
             _delete("PacketEngine", raw)
             for name, raw in sorted(present.items())
-            if name not in wanted and not observing.terminating(raw)
+            if name not in wanted and name not in still and not observing.terminating(raw)
         ]
         return writes
 
@@ -568,10 +579,13 @@ class _Deciding:
 
     def _budget(self) -> list[Write]:
         body = pods.disruption_budget(self.world.stack)
-        present = self.world.budget
-        if present is not None and _within({k: body[k] for k in ("metadata", "spec")}, present):
+        name, present = pods.budget_name(self.stack.name), self.world.budget
+        if present is None:
+            taken = ("PodDisruptionBudget", name) in self.world.strangers
+            return [] if taken else [Write("create", "PodDisruptionBudget", name, body)]
+        if _within({k: body[k] for k in ("metadata", "spec")}, present):
             return []
-        return [Write("apply", "PodDisruptionBudget", self.stack.name, body)]
+        return [Write("apply", "PodDisruptionBudget", name, body)]
 
     # ---- status ------------------------------------------------------------------------------------------------
 
@@ -676,6 +690,9 @@ class _Deciding:
         if strays and any(observing.terminating(self.pods[e.name]) for e in strays):
             names = ", ".join(e.name for e in strays[:5])
             return True, "EngineEvicted", f"{names}: being deleted; its buckets go to another engine"
+        name = pods.budget_name(self.stack.name)
+        if ("PodDisruptionBudget", name) in self.world.strangers:
+            return True, "NameTaken", f"disruption budget {name} is not of this stack, which has none; rename it"
         if self.world.outdated:
             return True, "CRDOutdated", f"{self.world.outdated}: not of this operator's version; apply its CRDs"
         return False, "AsExpected", ""

@@ -13,7 +13,7 @@ import aiohttp
 import kopf
 
 from packetstack_operator import deciding, observing, pods
-from packetstack_operator.applying import Api, Refused
+from packetstack_operator.applying import PATHS, Api, Refused
 from packetstack_operator.deciding import BACK_OFF_SECONDS, Decision, Event
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import Memory, Raw, Slice, World
@@ -33,6 +33,9 @@ REPEAT_SECONDS = 600.0
 """The same event is shown again only after this."""
 GROUP = ("packetstack.io", "v1alpha1")
 CHILDREN = {"Pod": "pods", "FlowTable": "flowtables", "PacketEngine": "packetengines", "PodDisruptionBudget": "pdbs"}
+
+MAYBE_TAKEN = ("Pod", "PodDisruptionBudget")
+"""Kinds of which others make objects too."""
 
 Key = tuple[str, str]
 """Namespace and name of a stack."""
@@ -64,6 +67,9 @@ class Operator:
             del self._recent[at]
         stack = meta["name"] if kind in ("FlowTable", "PacketStack") else meta.get("labels", {}).get(pods.STACK)
         self.wake((meta["namespace"], str(stack)))
+        for owner in meta.get("ownerReferences") or ():  # its labels may say another one
+            if owner["name"] != stack:
+                self.wake((meta["namespace"], str(owner["name"])))
 
     def backends_changed(self, namespace: str, service: str) -> None:
         """Of a Service: wake the stacks that follow it."""
@@ -107,12 +113,28 @@ class Operator:
             table=next(iter(found["FlowTable"]), None),
             pods=tuple(p for p in found["Pod"] if observing.mine(p, uid)),
             engines=tuple(e for e in found["PacketEngine"] if observing.mine(e, uid)),
-            budget=next((b for b in found["PodDisruptionBudget"] if b["metadata"]["name"] == key[1]), None),
+            budget=next(
+                (
+                    b
+                    for b in found["PodDisruptionBudget"]
+                    if b["metadata"]["name"] == pods.budget_name(key[1]) and observing.mine(b, uid)
+                ),
+                None,
+            ),
             services={name: ports[0] for name, ports in listed.items() if ports},
             slices={name: tuple(indices["endpointslices"].get((key[0], name), ())) for name in services},
             outdated=self.outdated,
             memory=memory,
         )
+
+    async def _with_doubtful(self, key: Key, world: World) -> World:
+        found = {}
+        for kind, name in sorted(observing.doubtful(world)):
+            # A list, since that is a right that the watches have already.
+            listed = await self.api.get(f"{PATHS[kind].format(key[0])}?fieldSelector=metadata.name%3D{name}")
+            for raw in listed.get("items") or ():
+                found[kind, name] = raw
+        return observing.looked_up(world, found)
 
     async def _with_troubles(self, key: Key, world: World, known: dict[str, tuple[str, float]]) -> World:
         """`known`: UID of a pod -> the kubelet's last warning, and when it was read."""
@@ -170,6 +192,8 @@ class Operator:
                 try:
                     world = self._world(key, indices, memory)
                     if world is not None and (rested is None or world != rested[0] or began > rested[1]):
+                        brought = world
+                        world = await self._with_doubtful(key, world)
                         world = await self._with_troubles(key, world, troubles)
                         if world.troubles or any(map(observing.prepares, world.pods)):
                             pause = TROUBLE_SECONDS
@@ -177,7 +201,7 @@ class Operator:
                         decide = deciding.release if ending_namespace else deciding.decide
                         decision = decide(world, time.time())
                         memory = decision.memory
-                        rested = (world, began + RECHECK_SECONDS) if _rests(world, decision) else None
+                        rested = (brought, began + RECHECK_SECONDS) if _rests(world, decision) else None
                         memory = await self._carry_out(key, decision, memory, woken)
                         self._show(body, decision.events, shown)
                         self.metrics.stacks.known[key] = (world.stack, world.engines)
@@ -218,7 +242,11 @@ class Operator:
                 self.metrics.writes.labels(write.verb, write.kind).inc()
                 written = await self.api.write(key[0], write)
             except Refused as e:
-                if (write.verb, write.kind) != ("create", "Pod") or e.status not in (400, 403, 422) or e.ending:
+                if write.verb == "create" and write.kind in MAYBE_TAKEN and e.exists:
+                    # Ours, and the watch has not brought it, or somebody else's: the next look finds out.
+                    woken.set()
+                    return replace(memory, taken=memory.taken | {(write.kind, write.name)})
+                if (write.verb, write.kind) != ("create", "Pod") or e.status not in (400, 403, 422, 500) or e.ending:
                     raise
                 # The API server does not take pods of this shape, or no more of them. Say so, and try less often.
                 log.warning("stack %s/%s: %s", *key, e)

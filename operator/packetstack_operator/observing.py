@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from ipaddress import ip_address
 from typing import Any
@@ -64,6 +64,10 @@ def service_ports(raw: Raw) -> dict[tuple[int, str], str]:
     return {(p["port"], p.get("protocol") or "TCP"): p.get("name") or "" for p in listed}
 
 
+Named = tuple[str, str]
+"""Kind and name of an object in the stack's namespace."""
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """What one decision hands to the next one of the same process. Losing it costs one early try."""
@@ -76,6 +80,8 @@ class Memory:
     """Reason and message of the last one."""
     counted: frozenset[str] = frozenset()
     """UIDs of pods that are in `failures`."""
+    taken: frozenset[Named] = frozenset()
+    """What could not be created since there is one of that name already."""
     template: str = ""
     """What all of this is about."""
 
@@ -94,6 +100,8 @@ class World:
     budget: Raw | None = None
     services: Mapping[str, ServicePorts] = field(default_factory=dict)
     slices: Mapping[str, Sequence[Slice]] = field(default_factory=dict)
+    strangers: frozenset[Named] = frozenset()
+    """Objects of others that have the names of ours."""
     troubles: Mapping[str, str] = field(default_factory=dict)
     """Name of a pod -> the last warning about it, while its containers are being prepared."""
     outdated: str = ""
@@ -112,6 +120,34 @@ def mine(raw: Raw, uid: str) -> bool:
     return not owners or owners[0]["uid"] == uid
 
 
+def doubtful(world: World) -> set[Named]:
+    """What may be there though no watch brings it: the watches see labels, which can be taken off by hand.
+
+    Empty for a stack at rest. To be read by name, and handed to `looked_up`.
+    """
+    seen = {str(p["metadata"]["name"]) for p in world.pods}
+    entries = (world.table or {}).get("spec", {}).get("engines") or ()
+    ran = {str(e["name"]) for e in entries if e.get("podUid")}
+    leaving = {str(e["metadata"]["name"]) for e in world.engines} - {str(e["name"]) for e in entries}
+    return {("Pod", name) for name in (ran | leaving) - seen} | world.memory.taken
+
+
+def looked_up(world: World, found: Mapping[Named, Raw]) -> World:
+    """With what `doubtful` asked for: ours join the others of their kind. What is not in `found` is not there."""
+    uids = {str(e.get("podUid")) for e in (world.table or {}).get("spec", {}).get("engines") or ()}
+    names = {str(p["metadata"]["name"]) for p in world.pods}
+    joined, budget, strangers = list(world.pods), world.budget, set()
+    for (kind, name), raw in sorted(found.items()):
+        owners = raw["metadata"].get("ownerReferences") or ()
+        if not any(o["uid"] == world.uid for o in owners) and str(raw["metadata"]["uid"]) not in uids:
+            strangers.add((kind, name))
+        elif kind == "PodDisruptionBudget":
+            budget = raw
+        elif name not in names:
+            joined.append(raw)
+    return replace(world, pods=tuple(joined), budget=budget, strangers=frozenset(strangers))
+
+
 def seconds(timestamp: str) -> float:
     """Unix time of an API server's timestamp."""
     return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp()
@@ -126,9 +162,16 @@ def timestamp(now: float) -> str:
 
 
 def number_of(pod: Raw) -> int:
-    """The engine that a pod is of; 0 if its label is no number."""
-    text = pod["metadata"].get("labels", {}).get(pods.ENGINE, "")
+    """The engine that a pod is of, by its name, which nobody can change; 0 if that is none of an engine."""
+    text = str(pod["metadata"]["name"]).rpartition("-")[2]
     return int(text) if text.isascii() and text.isdigit() and len(text) < 5 else 0
+
+
+def is_engine(pod: Raw, stack: str) -> bool:
+    """Whether a pod with the labels or the owner of this stack is one that was made here."""
+    meta = pod["metadata"]
+    made = pods.SHAPE in (meta.get("annotations") or {}) or bool(meta.get("ownerReferences"))
+    return made and number_of(pod) > 0 and meta["name"] == f"{stack}-{number_of(pod)}"
 
 
 def phase(pod: Raw) -> str:

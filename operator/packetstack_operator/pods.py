@@ -203,6 +203,11 @@ def packet_engine(raw: Mapping[str, Any], name: str, number: int) -> dict[str, A
     }
 
 
+def budget_name(stack: str) -> str:
+    """Of a stack's disruption budget. Not the stack's name, which a user's own budget is likely to have."""
+    return f"{stack}-engines"
+
+
 def disruption_budget(raw: Mapping[str, Any]) -> dict[str, Any]:
     """One engine at a time may be evicted: an eviction is a handover, and the next waits until another is active.
 
@@ -213,7 +218,7 @@ def disruption_budget(raw: Mapping[str, Any]) -> dict[str, Any]:
         "apiVersion": "policy/v1",
         "kind": "PodDisruptionBudget",
         "metadata": {
-            "name": meta["name"],
+            "name": budget_name(meta["name"]),
             "namespace": meta["namespace"],
             "labels": kinds.labels(meta["name"]),
             "ownerReferences": owner(raw),

@@ -6,11 +6,13 @@ It refuses what may never be asked for, so that any sequence of steps is a test.
 import copy
 import json
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from packetstack_core import kinds
 from packetstack_core.kinds import FlowTable
-from packetstack_operator import deciding, observing
+from packetstack_operator import deciding, observing, pods
+from packetstack_operator.handlers import MAYBE_TAKEN
 from packetstack_operator.observing import Memory, World
 
 BUCKETS = 256
@@ -31,6 +33,7 @@ class Model:
         self.services, self.slices = {}, {}
         self.events = []
         self.writes = 0
+        self.reads = 0
         self.room = 100
         self.refuse = None
         self.nodes = [NODE]
@@ -123,7 +126,8 @@ class Model:
             if write.kind == "FlowTable":
                 self._check_table(None, body)
                 return self.put(body)
-            body["status"] = {"phase": "Pending"}
+            if write.kind == "Pod":
+                body["status"] = {"phase": "Pending"}
             self.put(body)
             return None
         if write.subresource:
@@ -160,7 +164,8 @@ class Model:
         for engine in new.engines:
             if engine.state == "Pending" and engine.id not in before and old is not None:
                 assert engine.id not in self.words, "never gives a number that packets still reach"
-                assert ("Pod", engine.name) not in self.objects
+                there = self.get("Pod", engine.name)
+                assert there is None or not observing.mine(there, self.stack["metadata"]["uid"])
         for number, engine in before.items():
             pod = self.get("Pod", engine["name"])
             alive = pod is not None and not observing.dead(pod, self.now) and engine.get("podUid")
@@ -175,22 +180,28 @@ class Model:
 
     def world(self):
         uid = self.stack["metadata"]["uid"]
-        return World(
+        labelled = [o for o in self.objects.values() if o["metadata"].get("labels", {}).get(pods.STACK) == "edge"]
+        ours = [o for o in labelled if observing.mine(o, uid)]
+        world = World(
             stack=self.stack,
             image=self.image,
             table=self.get("FlowTable"),
-            pods=tuple(p for p in self.of("Pod") if observing.mine(p, uid)),
+            pods=tuple(o for o in ours if o["kind"] == "Pod"),
             engines=tuple(self.of("PacketEngine")),
-            budget=self.get("PodDisruptionBudget"),
+            budget=next((o for o in ours if o["kind"] == "PodDisruptionBudget"), None),
             services=self.services,
             slices=self.slices,
             memory=self.memory,
         )
+        asked = observing.doubtful(world)
+        self.reads += len(asked)
+        return observing.looked_up(world, {at: self.objects[at] for at in asked if at in self.objects})
 
     def operator(self, most=None):
         """One look. With `most` it is killed after so many writes, and starts again with nothing in its mind."""
         decision = deciding.decide(copy.deepcopy(self.world()), self.now)
         self.memory = decision.memory
+        write = None
         try:
             for n, write in enumerate(decision.writes):
                 if n == most:
@@ -198,6 +209,9 @@ class Model:
                     return decision
                 self.do(write)
         except Conflict:
+            if write.verb == "create" and write.kind in MAYBE_TAKEN:
+                self.memory = replace(self.memory, taken=self.memory.taken | {(write.kind, write.name)})
+                self.events += decision.events
             return decision
         self.events += decision.events
         return decision

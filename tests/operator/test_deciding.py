@@ -248,7 +248,7 @@ def test_what_was_edited_by_hand_is_put_back():
     model = settled(2)
     before = copy.deepcopy(model.objects)
     model.change(("Pod", "edge-1"), lambda b: b["metadata"]["labels"].update({"packetstack.io/engine-state": "x"}))
-    model.change(("PodDisruptionBudget", "edge"), lambda b: b["spec"].update(maxUnavailable=2))
+    model.change(("PodDisruptionBudget", "edge-engines"), lambda b: b["spec"].update(maxUnavailable=2))
     model.change(("FlowTable", "edge"), lambda b: b["spec"].update(unknownFlow="Reset"))
     model.change(("PacketEngine", "edge-2"), lambda b: b["status"].update(state="Failed"))
     model.settle()
@@ -256,6 +256,103 @@ def test_what_was_edited_by_hand_is_put_back():
     for at, old in before.items():
         assert model.objects[at].get("spec") == old.get("spec")
         assert model.objects[at]["metadata"].get("labels") == old["metadata"].get("labels")
+
+
+@pytest.mark.parametrize("missing", [["stack"], ["engine"], ["stack", "engine"], ["stack", "engine-state", "revision"]])
+def test_labels_that_were_taken_off_a_pod_are_put_back_and_nothing_is_lost(missing):
+    model = settled(2)
+    before = copy.deepcopy(model.objects)
+
+    def strip(pod):
+        for label in missing:
+            del pod["metadata"]["labels"][f"packetstack.io/{label}"]
+
+    model.change(("Pod", "edge-1"), strip)
+    model.settle()
+    model.check_goal()
+    assert model.objects["Pod", "edge-1"]["metadata"]["labels"] == before["Pod", "edge-1"]["metadata"]["labels"]
+    assert "EngineLost" not in reasons(model)
+
+
+@pytest.mark.parametrize("label", ["stack", "engine"])
+def test_labels_of_another_stack_or_engine_are_put_right(label):
+    model = settled(2)
+    model.change(("Pod", "edge-1"), lambda b: b["metadata"]["labels"].update({f"packetstack.io/{label}": "9"}))
+    model.settle()
+    model.check_goal()
+    labels = model.get("Pod", "edge-1")["metadata"]["labels"]
+    assert (labels["packetstack.io/stack"], labels["packetstack.io/engine"]) == ("edge", "1")
+    assert "EngineLost" not in reasons(model)
+
+
+@pytest.mark.parametrize("looks", range(12))
+def test_a_pod_without_labels_is_not_left_behind_wherever_it_is_in_its_life(looks):
+    model = Model(1)
+    for _ in range(looks):
+        model.operator()
+        model.kubelet()
+        model.agent()
+    if looks == 9:
+        model.set_spec(replicas=0)
+        model.operator()
+    for pod in model.of("Pod"):
+        model.change(("Pod", pod["metadata"]["name"]), lambda b: b["metadata"].update(labels={}))
+    model.settle()
+    model.check_goal()
+
+
+def test_at_rest_nothing_is_read():
+    model = settled(3)
+    model.reads = 0
+    model.operator()
+    assert model.reads == 0
+
+
+def stranger(model, kind, name, **fields):
+    """An object that a user has made, with an owner of its own."""
+    owners = [{"apiVersion": "apps/v1", "kind": "StatefulSet", "name": "x", "uid": "x", "controller": True}]
+    meta = {"name": name, "namespace": "shop", "labels": {"app": "x"}, "ownerReferences": owners}
+    return copy.deepcopy(model.put({"apiVersion": "v1", "kind": kind, "metadata": meta, **fields}))
+
+
+def test_engines_are_called_otherwise_where_pods_of_others_have_their_names():
+    model = Model(2)
+    theirs = [
+        stranger(model, "Pod", f"edge-{n}", spec={"nodeName": "node-9"}, status={"phase": "Running"}) for n in (1, 2, 4)
+    ]
+    model.settle()
+    assert [model.objects["Pod", p["metadata"]["name"]] for p in theirs] == theirs
+    assert sorted(e.name for e in model.table().spec.engines) == ["edge-3", "edge-5"]
+    assert reasons(model).count("NameTaken") == 3
+    for pod in theirs:
+        del model.objects["Pod", pod["metadata"]["name"]]
+    model.check_goal()
+    model.reads = 0
+    assert writes(model.operator()) == []
+    assert model.reads == 0
+
+
+def test_the_disruption_budget_of_somebody_else_is_left_alone_and_the_stack_serves():
+    model = Model(2)
+    theirs = [
+        stranger(model, "PodDisruptionBudget", name, spec={"minAvailable": 1}) for name in ("edge", "edge-engines")
+    ]
+    model.settle()
+    assert [model.get("PodDisruptionBudget", n) for n in ("edge", "edge-engines")] == theirs
+    assert model.status["readyReplicas"] == 2
+    assert model.condition("Degraded")["reason"] == "NameTaken"
+    assert "NameTaken" in reasons(model)
+    assert writes(model.operator()) == []
+    del model.objects["PodDisruptionBudget", "edge-engines"]
+    model.settle()
+    model.check_goal()
+    assert model.get("PodDisruptionBudget", "edge-engines")["spec"]["maxUnavailable"] == 1
+
+
+def test_a_budget_that_is_refused_does_not_keep_the_status_from_being_written():
+    decision = Model(1).operator(most=0)
+    order = [(w.kind, w.subresource) for w in decision.writes]
+    assert order.index(("PacketStack", "status")) < order.index(("PodDisruptionBudget", ""))
 
 
 def test_owners_that_were_edited_by_hand_become_fair_again():
@@ -488,7 +585,7 @@ class Operating(RuleBasedStateMachine):
         self.model.now += seconds
 
     @precondition(lambda self: self.model.of("Pod"))
-    @rule(data=st.data(), how=st.sampled_from(["delete", "vanish", "stuck", "relabel"]))
+    @rule(data=st.data(), how=st.sampled_from(["delete", "vanish", "stuck", "relabel", "strip"]))
     def something_happens_to_a_pod(self, data, how):
         name = data.draw(st.sampled_from([p["metadata"]["name"] for p in self.model.of("Pod")]))
         if how == "delete":
@@ -497,7 +594,9 @@ class Operating(RuleBasedStateMachine):
             self.model.vanish(name)
         elif how == "stuck":
             self.model.stuck ^= {int(name.split("-")[1])}
-        else:
+        elif how == "strip" and self.model.get("PacketEngine", name):
+            self.model.change(("Pod", name), lambda b: b["metadata"].update(labels={}))
+        elif how == "relabel":
             state = data.draw(st.sampled_from(["Active", "Draining", "nonsense"]))
             self.model.change(
                 ("Pod", name), lambda b: b["metadata"]["labels"].update({"packetstack.io/engine-state": state})

@@ -28,6 +28,7 @@ STACK = {
         "snat": {"addresses": ["192.0.2.64/28"]},
     },
 }
+BUDGETS = "/apis/policy/v1/namespaces/{}/poddisruptionbudgets"
 SLICES = "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices"
 
 
@@ -286,6 +287,53 @@ def test_what_another_writer_added_to_a_flow_table_is_taken_out(operator, place)
     place.server.apply(place.path(TABLES), body, "somebody")
     wait(lambda: place.table()["spec"]["engines"] == engines)
     place.settle()
+
+
+def test_names_that_others_have_taken_are_left_to_them_and_the_stack_serves(operator, place):
+    container = {"name": "web", "image": "localhost/web"}
+    taken = {"kind": "Pod", "metadata": {"name": "edge-1"}, "spec": {"containers": [container]}}
+    theirs = place.server.request("POST", PODS.format(place.namespace), taken)
+    selector = {"matchLabels": {"app": "edge"}}
+    for name in ("edge", "edge-engines"):
+        body = {"metadata": {"name": name}, "spec": {"minAvailable": 1, "selector": selector}}
+        place.server.request("POST", BUDGETS.format(place.namespace), body)
+    budgets = place.server.items(BUDGETS.format(place.namespace))
+    place.create(replicas=1)
+    wait(lambda: place.condition("Degraded").get("reason") == "NameTaken")
+    wait(lambda: place.stack()["status"]["readyReplicas"] == 1 and place.condition("Progressing")["status"] == "False")
+    assert set(place.pods()) == {"edge-1", "edge-2"}
+    now = place.pods()["edge-1"]
+    assert [now["metadata"].get(k) for k in ("uid", "labels", "ownerReferences", "deletionTimestamp")] == [
+        theirs["metadata"]["uid"],
+        None,
+        None,
+        None,
+    ]
+    before = operator.writes()
+    time.sleep(2)
+    assert operator.writes() == before
+    assert [b["metadata"]["resourceVersion"] for b in place.server.items(BUDGETS.format(place.namespace))] == [
+        b["metadata"]["resourceVersion"] for b in budgets
+    ]
+    events = place.server.items(f"/api/v1/namespaces/{place.namespace}/events")
+    assert any(e["reason"] == "NameTaken" and "edge-1" in e["message"] for e in events)
+    place.server.delete(place.path(PODS, "edge-1"), gracePeriodSeconds=0)
+    place.server.delete(place.path(BUDGETS, "edge-engines"))
+    place.change(replicas=2)
+    place.settle()
+    assert place.server.get(place.path(BUDGETS, "edge-engines"))["spec"]["maxUnavailable"] == 1
+
+
+@pytest.mark.parametrize("labels", [None, {"packetstack.io/stack": None}, {"packetstack.io/stack": "other"}])
+def test_labels_of_a_pod_are_put_back_and_it_stays_the_same_pod(operator, place, labels):
+    place.create()
+    place.settle()
+    before = {n: p["metadata"]["uid"] for n, p in place.pods().items()}
+    kept = place.pods()["edge-1"]["metadata"]["labels"]
+    place.server.merge(place.path(PODS, "edge-1"), {"metadata": {"labels": labels}})
+    wait(lambda: place.pods()["edge-1"]["metadata"].get("labels") == kept)
+    place.settle()
+    assert {n: p["metadata"]["uid"] for n, p in place.pods().items()} == before
 
 
 def test_a_deleted_flow_table_comes_back_and_no_pod_is_lost(operator, place):
