@@ -911,6 +911,7 @@ static void take_configuration(struct worker *w)
 		return;
 	w->handler.config = &file->buffer[generation & 1];
 	w->handler.half_limit = ps_half_limit(w->d->arena, w->handler.config);
+	w->handler.since = w->handler.now;
 	STORE(&w->core->config_seen, generation);
 }
 

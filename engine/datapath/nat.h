@@ -33,6 +33,7 @@ struct ps_handler { /* one per core */
 	const struct ps_engine *engine;
 	uint64_t *counters;  /* enum ps_counter */
 	uint32_t now;	     /* ticks */
+	uint32_t since;	     /* when `config` was taken, ticks */
 	uint32_t half_limit; /* entries of a shard that half-open flows may hold */
 	uint32_t turn[256];  /* round robin, per listener */
 };
@@ -196,6 +197,20 @@ static inline bool ps_backend_serves(const struct ps_config *c, const struct ps_
 			return true;
 	}
 	return false;
+}
+
+/*
+ * A UDP flow has no end that anybody would wait for: it leaves a backend that gets no new flows, with its next
+ * packet, if there is another. Looked at once a flow and configuration: not when it was seen since.
+ */
+static inline bool ps_flow_leaves(const struct ps_handler *h, const struct ps_flow *f, const struct ps_key *k)
+{
+	const struct ps_listener *l;
+
+	if (!k->udp || (int32_t)(f->last_seen - h->since) > 0)
+		return false;
+	l = ps_listener_find(h->config, k->destination, k->dport, 17);
+	return l && l->backends && !ps_backend_serves(h->config, f, k);
 }
 
 /* ---- connection state ------------------------------------------------------------------------------ */
@@ -504,6 +519,11 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	f = reply ? ps_find_reply(h->arena, s, &k) : ps_find_forward(h->arena, s, &k);
 	if (p.kind == PS_PKT_ICMP_ERROR)
 		return f ? ps_translate_icmp(h, f, frame, &p, reply) : ps_refuse(h, PS_C_DROP_NO_FLOW);
+	if (f && !reply && ps_flow_leaves(h, f, &k)) {
+		ps_flow_remove(h->arena, s, f);
+		h->counters[PS_C_FLOWS_ENDED]++;
+		f = NULL;
+	}
 	if (f && !reply && f->state == PS_FLOW_CLOSED && (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN &&
 	    !k.udp) {
 		/* The client's port is used again. Same backend and SNAT port if that backend still serves. */

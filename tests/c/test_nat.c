@@ -294,6 +294,58 @@ static void conversations(uint64_t seed)
 	stack_free(&t);
 }
 
+/* With its next packet a UDP flow leaves a backend that a new configuration does not have; a TCP flow stays. */
+static void leaving(uint64_t seed)
+{
+	static struct conversation all[60];
+	uint32_t left = 0;
+
+	random_state = seed;
+	stack_new(&t, 256, 64, 128);
+	memset(all, 0, sizeof(all));
+	for (uint32_t i = 0; i < 60; i++) {
+		struct conversation *c = &all[i];
+
+		draw_forward(&c->forward, i % 2, 50);
+		c->forward.sport = htons((uint16_t)(2000 + i));
+		c->stamp = stamp_of_flow(&t, c->forward.source, c->forward.sport, c->forward.destination, htons(80),
+					 c->forward.protocol);
+		one_packet(c, TCP_SYN, false);
+		one_packet(c, TCP_SYN | TCP_ACK, true);
+		one_packet(c, TCP_ACK, false);
+	}
+	/* The third backend of each family goes. */
+	for (uint32_t i = 0; i < t.config->listeners; i++)
+		t.config->listener[i].backends = 2;
+	for (uint32_t i = 0; i < 7; i++)
+		t.config->lookup[i] = (uint16_t)(i % 2);
+	t.handler.since = t.handler.now += 5;
+	for (int round = 0; round < 2; round++) {
+		t.handler.now += 5;
+		for (uint32_t i = 0; i < 60; i++) {
+			struct conversation *c = &all[i];
+			bool v6 = ps_is_v6(c->forward.source);
+			bool gone = !memcmp(c->sent.destination, t.backend[v6][2], 16);
+
+			left += gone && i % 2;
+			c->open = !(gone && i % 2); /* what it is sent as now is noted, and holds from then on */
+			one_packet(c, TCP_ACK, false);
+			CHECK(!(i % 2) || memcmp(c->sent.destination, t.backend[v6][2], 16), "it stays");
+			one_packet(c, TCP_ACK, true);
+		}
+	}
+	CHECK(left > 5, "%u flows had to leave", left);
+	/* No backend is left: a flow stays with the one it has. */
+	for (uint32_t i = 0; i < t.config->listeners; i++)
+		t.config->listener[i].backends = 0;
+	t.handler.since = t.handler.now += 5;
+	for (uint32_t i = 0; i < 60; i++)
+		one_packet(&all[i], TCP_ACK, false);
+	for (uint32_t b = 0; b < 256; b++)
+		shard_check(t.arena, ps_shard_at(t.arena, b), t.config->timeout);
+	stack_free(&t);
+}
+
 /* Openers that are never answered take no entry and no port from a flow that lives. */
 static void flood(void)
 {
@@ -381,6 +433,7 @@ int main(int argc, char **argv)
 
 	for (uint32_t seed = 1; seed <= seeds; seed++)
 		conversations(seed);
+	leaving(1);
 	flood();
 	garbage();
 	printf("%u seeds\n", seeds);
