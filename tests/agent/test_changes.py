@@ -3,6 +3,7 @@
 import contextlib
 import json
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from packetstack_cli.client import CliError
+from packetstack_cli.lab import inside
 
 from .conftest import BACKENDS, VIP, VIP6, Node, ask, eventually, listener, stack
 
@@ -94,6 +96,45 @@ def test_a_backend_that_goes_keeps_its_connections_and_gets_no_new_ones(node: No
     after = node.status()
     assert after["flowTableGeneration"] == before["flowTableGeneration"]
     assert pids(node) == engines
+
+
+ECHO = "import socket, sys\ns = socket.socket(type=socket.SOCK_DGRAM)\ns.bind((sys.argv[1], 9000))\n" + (
+    "while True: s.sendto(sys.argv[1].encode(), s.recvfrom(64)[1])"
+)
+
+
+def test_a_udp_flow_leaves_a_backend_that_goes(node: Node) -> None:
+    echo = {"name": "echo", "address": VIP, "protocol": "UDP", "port": 90}
+    servers = [node.lab.start("server", sys.executable, "-S", "-c", ECHO, b) for b in BACKENDS]
+
+    def asking(backends: tuple[str, ...]) -> dict[str, Any]:
+        ends = {"endpoints": [{"address": b, "port": 9000} for b in backends]}
+        return stack(listeners=[*web(*BACKENDS), {**echo, "backends": ends}])
+
+    try:
+        node.up(asking(BACKENDS))
+        with inside(node.lab.namespace("client")):
+            flow = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with flow:
+            flow.settimeout(1)
+            flow.connect((VIP, 90))
+
+            def who() -> str:
+                flow.send(b"who?")
+                try:
+                    return flow.recv(64).decode()
+                except OSError:  # a server that is only starting
+                    return ""
+
+            first = eventually(who)
+            assert {who() for _ in range(5)} == {first}
+            node.up(asking(tuple(b for b in BACKENDS if b != first)))
+            assert {who() for _ in range(5)} == set(BACKENDS) - {first}
+    finally:
+        for server in servers:
+            server.kill()
+            server.wait()
+        node.up(stack())
 
 
 def test_a_listener_comes_and_goes(node: Node, talks: list[Talk]) -> None:
