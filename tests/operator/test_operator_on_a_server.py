@@ -80,8 +80,8 @@ class Place:
     def table(self):
         return self.server.get(self.path(TABLES))
 
-    def condition(self, kind):
-        stack = self.stack() or {}
+    def condition(self, kind, stack=None):
+        stack = stack or self.stack() or {}
         return next((c for c in stack.get("status", {}).get("conditions", ()) if c["type"] == kind), {"status": ""})
 
     def pods(self):
@@ -91,7 +91,7 @@ class Place:
         """The stack is as its resource says, and the operator knows it."""
         stack = self.stack()
         status, generation = stack.get("status", {}), stack["metadata"]["generation"]
-        progressing = self.condition("Progressing")
+        progressing = self.condition("Progressing", stack)
         replicas = stack["spec"]["replicas"]
         return (
             progressing["status"] == "False"
