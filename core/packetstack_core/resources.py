@@ -443,7 +443,7 @@ class Engine(Model):
 
 
 class Endpoint(Model):
-    """One backend. Weight 0: no new flows, live ones stay."""
+    """One backend. Weight 0: no new flows; live TCP flows stay."""
 
     address: Ip
     """IPv4 or IPv6, as the listener's."""
