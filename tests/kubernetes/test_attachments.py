@@ -1,15 +1,17 @@
 """Engines on an interface that a CNI plugin has made, named by a NetworkAttachmentDefinition."""
 
 import json
+from typing import Any
 
 import pytest
+from tests.cluster.node import VETH_RESOURCE
 
 from packetstack_cli.traffic import Servers, Traffic
 
 from .conftest import PORT, UDP_PORT, VIP, Installed, eventually, stack
 
 
-def definition(name: str, namespace: str, **plugin: object) -> dict[str, object]:
+def definition(name: str, namespace: str, **plugin: object) -> dict[str, Any]:
     """A network that gives a pod one more interface."""
     config = {"cniVersion": "1.0.0", "name": name, **plugin}
     return {
@@ -40,6 +42,38 @@ def test_engines_on_attached_interfaces_are_scaled_without_a_broken_connection(
     traffic.wait_open()
     for replicas in (3, 1):
         packetstack.scale(space, "web", replicas)
+    outcome = traffic.stop()
+    print(outcome)
+    assert outcome.broken == 0, outcome.what_broke()
+
+
+DEVICES = 3
+
+
+def test_engines_on_devices_of_a_device_plugin_serve_until_there_is_none_left(
+    packetstack: Installed, servers: Servers, space: str
+) -> None:
+    packetstack.cluster.node.offer_veths(DEVICES)
+    network = definition("ports", space, type="host-device")
+    network["metadata"] = {**network["metadata"], "annotations": {"k8s.v1.cni.cncf.io/resourceName": VETH_RESOURCE}}
+    packetstack.cluster.apply(network)
+    device = {"resourceName": VETH_RESOURCE, "networkAttachmentDefinition": "ports"}
+    shape = {"cores": 1, "queuesPerCore": 2, "memory": "256Mi", "interface": {"devicePlugin": device}}
+    packetstack.cluster.apply(stack("web", space, engine=shape))
+    packetstack.wait(space, "web", 2)
+    traffic = Traffic(packetstack.lab, [f"{VIP}:{PORT}"], connections=200, new_rate=10)
+    traffic.wait_open()
+    packetstack.kubectl("scale", "packetstack", "web", "-n", space, f"--replicas={DEVICES + 1}")
+
+    def refused() -> bool:
+        status = packetstack.status(space, "web")
+        found = {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}
+        return found["CapacityAvailable"] == ("False", "NoFreeVF") and status["readyReplicas"] == DEVICES
+
+    eventually(refused, "CapacityAvailable=False, NoFreeVF")
+    assert len(packetstack.engines(space, "web")) <= DEVICES + 1, "no heap of pods that cannot run"
+    packetstack.scale(space, "web", 1)
+    packetstack.scale(space, "web", 2)  # on a device that another engine has had
     outcome = traffic.stop()
     print(outcome)
     assert outcome.broken == 0, outcome.what_broke()
