@@ -254,7 +254,7 @@ def calculator_reading(kind: str, answer: Case, named: str) -> a.Reading:
     if failed is not None:
         return failed
     if kind == "Object":
-        return number(answer["valueMilli"])
+        return int(number(answer["valueMilli"]))
     if kind == "External":
         values = tuple(number(value) for value in answer.get("valuesMilli", []))
         return values or a.MetricError("api_empty", "no metrics returned")
@@ -432,7 +432,7 @@ def timeline_reading(asked: a.Metric, answer: Case) -> a.Reading:
     if failed is not None:
         return failed
     if asked.type == "Object":
-        return number(answer["valueMilli"])
+        return int(number(answer["valueMilli"]))
     if asked.type == "External":
         values = tuple(number(value) for value in answer.get("valuesMilli", []))
         return values or a.MetricError("api_empty", "no metrics returned")
