@@ -13,7 +13,7 @@ import yaml
 from rich.live import Live
 
 from packetstack_cli import preflight as checks
-from packetstack_cli import views
+from packetstack_cli import simulate, views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent
 from packetstack_cli.cluster import ClusterClient
 from packetstack_cli.demo import run_demo
@@ -439,6 +439,45 @@ def check(client: Client | ClusterClient, files: tuple[str, ...]) -> None:
         client.check(stacks)
         for stack in stacks:
             click.echo(yaml.safe_dump(stack.document(), sort_keys=False).rstrip())
+
+
+@main.command("simulate")
+@click.argument("name", required=False)
+@click.option("-f", "--file", required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("--series", required=True, type=click.Path(path_type=Path), help="Load over time, as CSV.")
+@click.option("--replicas", type=click.IntRange(0, 1000), help="Engines at the beginning; default: as in the file.")
+@click.option("--interval", default=15.0, show_default=True, help="Seconds between two decisions.")
+@click.option("--start", "start_seconds", default=5.0, show_default=True, help="Seconds until a new engine serves.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw load and replicas into this file.")
+@_output
+def simulate_(
+    name: str | None,
+    file: str,
+    series: Path,
+    replicas: int | None,
+    interval: float,
+    start_seconds: float,
+    picture: Path | None,
+    output: str | None,
+) -> None:
+    """Show what the autoscaler of a stack in a file would do under a load.
+
+    The series is CSV: a column `seconds` and one for each metric, with what the whole stack gets. Utilization counts
+    fully busy engines.
+    """
+    if not 1 <= interval <= 3600 or not 0 <= start_seconds <= 3600:
+        raise click.UsageError("--interval takes 1 to 3600 seconds, --start 0 to 3600")
+    stacks = [stack for stack in _load(file) if name in (None, stack.metadata.name)]
+    if len(stacks) != 1:
+        names = "no" if not stacks else ", ".join(stack.metadata.name for stack in stacks)
+        raise CliError(f"{file}: has {names} {f'stack {name}' if name else 'stacks'}; name one that it has")
+    spec = simulate.spec_of(stacks[0])
+    load = simulate.read_series(series, spec)
+    first = stacks[0].spec.replicas if replicas is None else replicas
+    ticks = simulate.simulate(spec, load, first, interval, start_seconds)
+    if picture:
+        simulate.draw(spec, ticks, f"stack {stacks[0].metadata.name} under {series.name}", picture)
+    _show([tick.document() for tick in ticks], output, lambda: views.decisions(ticks))
 
 
 @main.command()
