@@ -231,15 +231,14 @@ def calculator(case: Case) -> Iterator[Found]:
     try:
         if case.get("badMetricSelector"):
             raise a.MetricError("invalid_selector", "the selector cannot be parsed")
-        calculation = a.propose(
-            asked,
-            calculator_reading(kind, answer, named),
+        view = a.View(
             [calculator_pod(resource, item) for item in case.get("pods", [])],
-            scale=a.Scale(number(case.get("currentReplicas", 0)), number(case.get("statusReplicas", 0))),
-            tolerances=a.Tolerances(number(case["tolerances"]["scaleUp"]), number(case["tolerances"]["scaleDown"])),
-            settings=settings,
+            a.Scale(number(case.get("currentReplicas", 0)), number(case.get("statusReplicas", 0))),
+            a.Tolerances(number(case["tolerances"]["scaleUp"]), number(case["tolerances"]["scaleDown"])),
+            settings,
             now=0,
         )
+        calculation = a.propose(asked, calculator_reading(kind, answer, named), view)
     except a.MetricError as error:
         yield from differences({"error": error.kind}, dict(case["expect"]))
         return

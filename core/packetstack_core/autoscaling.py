@@ -195,6 +195,25 @@ class Settings:
     """Of `Engine` metrics: three sync periods of the default 15 s."""
 
 
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What `/scale` of the target says."""
+
+    spec_replicas: int
+    status_replicas: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What every metric of a reconcile is judged against."""
+
+    pods: Sequence[Pod]
+    scale: Scale
+    tolerances: Tolerances
+    settings: Settings
+    now: float
+
+
 # ---- replicas that one metric asks for -------------------------------------------------------------------------
 
 
@@ -217,27 +236,25 @@ class _Groups:
     ignored: set[str] = field(default_factory=set)
 
 
-def _is_cpu_unready(pod: Pod, sample: Sample, settings: Settings, now: float) -> bool:
+def _is_cpu_unready(pod: Pod, sample: Sample, view: View) -> bool:
     if pod.ready is None or pod.start_time is None:
         return True
-    if pod.start_time + settings.cpu_initialization_period_seconds > now:
+    if pod.start_time + view.settings.cpu_initialization_period_seconds > view.now:
         return pod.ready == "False" or sample.timestamp < pod.ready_transition + sample.window
-    never_ready = pod.start_time + settings.initial_readiness_delay_seconds > pod.ready_transition
+    never_ready = pod.start_time + view.settings.initial_readiness_delay_seconds > pod.ready_transition
     return pod.ready == "False" and never_ready
 
 
-def _group(
-    pods: Sequence[Pod], samples: Mapping[str, Sample], resource: str, settings: Settings, now: float
-) -> _Groups:
+def _group(samples: Mapping[str, Sample], resource: str, view: View) -> _Groups:
     groups = _Groups()
-    for pod in pods:
+    for pod in view.pods:
         if pod.deleting or pod.phase == "Failed":
             groups.ignored.add(pod.name)
         elif pod.phase == "Pending":
             groups.unready.add(pod.name)
         elif pod.name not in samples:
             groups.missing.add(pod.name)
-        elif resource == "cpu" and _is_cpu_unready(pod, samples[pod.name], settings, now):
+        elif resource == "cpu" and _is_cpu_unready(pod, samples[pod.name], view):
             groups.unready.add(pod.name)
         else:
             groups.ready += 1
@@ -249,14 +266,10 @@ _Measure = Callable[[Mapping[str, int]], tuple[float, int, int | None]]
 
 
 def _from_values(
-    values: dict[str, int],
-    groups: _Groups,
-    current: int,
-    tolerances: Tolerances,
-    measure: _Measure,
-    fill: Callable[[str], int],
+    values: dict[str, int], groups: _Groups, view: View, measure: _Measure, fill: Callable[[str], int]
 ) -> Calculation:
     """`fill` gives what a missing pod is taken for when the others ask for fewer replicas."""
+    current, within = view.scale.spec_replicas, view.tolerances.within
     ratio, average, percent = measure(values)
 
     def asks(replicas: int) -> Calculation:
@@ -264,7 +277,7 @@ def _from_values(
 
     up_with_unready = bool(groups.unready) and ratio > 1.0
     if not up_with_unready and not groups.missing:
-        return asks(current if tolerances.within(ratio) else _ceil32(ratio * groups.ready))
+        return asks(current if within(ratio) else _ceil32(ratio * groups.ready))
     # What is not known counts against the direction in which the rest goes.
     if ratio < 1.0:
         values |= {name: fill(name) for name in groups.missing}
@@ -273,7 +286,7 @@ def _from_values(
     if up_with_unready:
         values |= dict.fromkeys(groups.unready, 0)
     again, _, _ = measure(values)
-    if tolerances.within(again) or ratio < 1.0 < again or ratio > 1.0 > again:
+    if within(again) or ratio < 1.0 < again or ratio > 1.0 > again:
         return asks(current)
     replicas = _ceil32(again * len(values))
     if (again < 1.0 and replicas > current) or (again > 1.0 and replicas < current):
@@ -281,12 +294,10 @@ def _from_values(
     return asks(replicas)
 
 
-def _usable(
-    samples: Mapping[str, Sample], pods: Sequence[Pod], resource: str, settings: Settings, now: float
-) -> tuple[dict[str, int], _Groups]:
-    if not pods:
+def _usable(samples: Mapping[str, Sample], resource: str, view: View) -> tuple[dict[str, int], _Groups]:
+    if not view.pods:
         raise MetricError("no_pods", "no pods returned by selector while calculating replica count")
-    groups = _group(pods, samples, resource, settings, now)
+    groups = _group(samples, resource, view)
     dropped = groups.ignored | groups.unready
     values = {name: sample.value for name, sample in samples.items() if name not in dropped}
     if not values:
@@ -295,30 +306,16 @@ def _usable(
 
 
 def by_utilization(
-    samples: Mapping[str, Sample],
-    pods: Sequence[Pod],
-    *,
-    resource: str,
-    container: str = "",
-    current: int,
-    target: int,
-    tolerances: Tolerances,
-    settings: Settings,
-    now: float,
+    samples: Mapping[str, Sample], view: View, target: int, *, resource: str, container: str = ""
 ) -> Calculation:
     """Replicas for a use of `target` percent of the pods' requests. Raises MetricError."""
-    values, groups = _usable(samples, pods, resource, settings, now)
-    requests = {pod.name: _request(pod, resource, container) for pod in pods}
-    return _by_share(values, groups, requests, current, target, tolerances)
+    values, groups = _usable(samples, resource, view)
+    requests = {pod.name: _request(pod, resource, container) for pod in view.pods}
+    return _by_share(values, groups, requests, view, target)
 
 
 def _by_share(
-    values: dict[str, int],
-    groups: _Groups,
-    requests: Mapping[str, int],
-    current: int,
-    target: int,
-    tolerances: Tolerances,
+    values: dict[str, int], groups: _Groups, requests: Mapping[str, int], view: View, target: int
 ) -> Calculation:
     def measure(values: Mapping[str, int]) -> tuple[float, int, int]:
         # Samples of pods that are not in the list are left out here, but counted in len(values).
@@ -333,50 +330,42 @@ def _by_share(
     def fill(name: str) -> int:
         return _quotient(_int64(requests[name] * max(100, target)), 100)
 
-    return _from_values(values, groups, current, tolerances, measure, fill)
+    return _from_values(values, groups, view, measure, fill)
 
 
-def by_average(
-    samples: Mapping[str, Sample],
-    pods: Sequence[Pod],
-    *,
-    resource: str = "",
-    current: int,
-    target: int,
-    tolerances: Tolerances,
-    settings: Settings,
-    now: float,
-) -> Calculation:
+def by_average(samples: Mapping[str, Sample], view: View, target: int, *, resource: str = "") -> Calculation:
     """Replicas for an average of `target` milli-units per pod. Raises MetricError."""
-    values, groups = _usable(samples, pods, resource, settings, now)
+    values, groups = _usable(samples, resource, view)
 
     def measure(values: Mapping[str, int]) -> tuple[float, int, None]:
         average = _quotient(_int64(sum(values.values())), len(values))
         return _ratio(average, float(target)), average, None
 
-    return _from_values(values, groups, current, tolerances, measure, lambda _: target)
+    return _from_values(values, groups, view, measure, lambda _: target)
 
 
-def by_value(total: int, pods: Sequence[Pod], *, current: int, target: int, tolerances: Tolerances) -> Calculation:
-    """Replicas for a value of `target` milli-units in all, assumed to shrink with each ready pod. Raises MetricError."""
+def by_value(total: int, view: View, target: int) -> Calculation:
+    """Replicas for a value of `target` milli-units in all, taken to shrink with each ready pod. Raises MetricError."""
+    current = view.scale.spec_replicas
     ratio = _ratio(total, float(target))
     if current == 0:
         return Calculation(_ceil32(ratio), total)
-    if tolerances.within(ratio):
+    if view.tolerances.within(ratio):
         return Calculation(current, total)
-    if not pods:
+    if not view.pods:
         message = "no pods returned by selector while calculating replica count"
         raise MetricError("no_pods", f"unable to calculate ready pods: {message}")
-    ready = sum(pod.phase == "Running" and pod.ready == "True" for pod in pods)
+    ready = sum(pod.phase == "Running" and pod.ready == "True" for pod in view.pods)
     return Calculation(_ceil32(ratio * ready), total)
 
 
-def by_value_per_replica(total: int, *, status_replicas: int, target: int, tolerances: Tolerances) -> Calculation:
+def by_value_per_replica(total: int, view: View, target: int) -> Calculation:
     """Replicas for `target` milli-units of the value for each of the replicas that the scale reports."""
-    replicas = status_replicas
-    if not tolerances.within(_ratio(total, float(target) * float(status_replicas))):
+    replicas = view.scale.status_replicas
+    usage = _ceil64(_ratio(total, float(replicas)))
+    if not view.tolerances.within(_ratio(total, float(target) * float(replicas))):
         replicas = _ceil32(_ratio(total, float(target)))
-    return Calculation(replicas, _ceil64(_ratio(total, float(status_replicas))))
+    return Calculation(replicas, usage)
 
 
 def external_total(values: Iterable[int]) -> int:
@@ -399,10 +388,10 @@ def external_total_per_replica(values: Iterable[int]) -> int:
     return total
 
 
-def by_external_per_replica(total: int, *, status_replicas: int, target: int, tolerances: Tolerances) -> Calculation:
+def by_external_per_replica(total: int, view: View, target: int) -> Calculation:
     """As `by_value_per_replica`, with the reported value kept at MaxInt64 when the sum was."""
-    calculation = by_value_per_replica(total, status_replicas=status_replicas, target=target, tolerances=tolerances)
-    return replace(calculation, usage=_MAX_INT64) if float(total) >= float(_MAX_INT64) else calculation
+    found = by_value_per_replica(total, view, target)
+    return replace(found, usage=_MAX_INT64) if float(total) >= float(_MAX_INT64) else found
 
 
 def _request(pod: Pod, resource: str, container: str) -> int:
@@ -777,14 +766,6 @@ class Spec:
         return any(metric.type in ("Object", "External") for metric in self.metrics)
 
 
-@dataclass(frozen=True, slots=True)
-class Scale:
-    """What `/scale` of the target says."""
-
-    spec_replicas: int
-    status_replicas: int
-
-
 class SelectorError(Exception):
     """A selector of the scale by which pods cannot be found. `event` is the reason of the event."""
 
@@ -795,25 +776,20 @@ class SelectorError(Exception):
         self.event = event
 
 
-def _fresh(samples: Mapping[str, Sample], settings: Settings, now: float) -> Mapping[str, Sample]:
-    limit = settings.sample_max_age_seconds
-    return {name: sample for name, sample in samples.items() if abs(now - sample.timestamp) <= limit}
+def _fresh(samples: Mapping[str, Sample], view: View) -> Mapping[str, Sample]:
+    """Recent samples of the engines that are listed: unlike the metrics APIs we know exactly who is meant."""
+    listed = {pod.name for pod in view.pods}
+    limit = view.settings.sample_max_age_seconds
+    return {
+        name: sample for name, sample in samples.items() if name in listed and abs(view.now - sample.timestamp) <= limit
+    }
 
 
 ENGINE_CAPACITY = 1000
 """What a fully busy engine shows as `Utilization`: the share of its cycles that do work, in thousandths."""
 
 
-def propose(
-    metric: Metric,
-    reading: Reading,
-    pods: Sequence[Pod],
-    *,
-    scale: Scale,
-    tolerances: Tolerances,
-    settings: Settings,
-    now: float,
-) -> Calculation:
+def propose(metric: Metric, reading: Reading, view: View) -> Calculation:
     """Replicas that one metric asks for. Raises MetricError.
 
     Raises TypeError for a reading that is not of the metric's kind, which is an error of the caller.
@@ -842,63 +818,28 @@ def propose(
         else:
             raise TypeError(f"{metric.type} metric {metric.name}: a reading of type {type(reading).__name__}")
         if not per_replica:
-            return by_value(total, pods, current=scale.spec_replicas, target=target, tolerances=tolerances)
-        calculate = by_external_per_replica if metric.type == "External" else by_value_per_replica
-        return calculate(total, status_replicas=scale.status_replicas, target=target, tolerances=tolerances)
+            return by_value(total, view, target)
+        return (by_external_per_replica if metric.type == "External" else by_value_per_replica)(total, view, target)
     if not isinstance(reading, Mapping):
         raise TypeError(f"{metric.type} metric {metric.name}: a reading of type {type(reading).__name__}")
-    current = scale.spec_replicas
     if metric.type == "Engine":
-        return _of_engines(metric, _fresh(reading, settings, now), pods, current, tolerances, settings, now)
+        return _of_engines(metric, _fresh(reading, view), view)
     resource = metric.name if metric.type in ("Resource", "ContainerResource") else ""
     if metric.target.type == "Utilization":
-        return by_utilization(
-            reading,
-            pods,
-            resource=resource,
-            container=metric.container,
-            current=current,
-            target=target,
-            tolerances=tolerances,
-            settings=settings,
-            now=now,
-        )
-    return by_average(
-        reading,
-        pods,
-        resource=resource,
-        current=current,
-        target=target,
-        tolerances=tolerances,
-        settings=settings,
-        now=now,
-    )
+        return by_utilization(reading, view, target, resource=resource, container=metric.container)
+    return by_average(reading, view, target, resource=resource)
 
 
-def _of_engines(
-    metric: Metric,
-    samples: Mapping[str, Sample],
-    pods: Sequence[Pod],
-    current: int,
-    tolerances: Tolerances,
-    settings: Settings,
-    now: float,
-) -> Calculation:
-    # Samples of engines that left have no say: unlike the metrics APIs we know exactly who is meant.
-    listed = {pod.name for pod in pods}
-    samples = {name: sample for name, sample in samples.items() if name in listed}
-    target = metric.target.value
+def _of_engines(metric: Metric, samples: Mapping[str, Sample], view: View) -> Calculation:
     if metric.target.type == "Utilization":
-        values, groups = _usable(samples, pods, "", settings, now)
-        requests = dict.fromkeys(listed, ENGINE_CAPACITY)
-        found = _by_share(values, groups, requests, current, target, tolerances)
+        values, groups = _usable(samples, "", view)
+        requests = {pod.name: ENGINE_CAPACITY for pod in view.pods}
+        found = _by_share(values, groups, requests, view, metric.target.value)
     else:
-        found = by_average(
-            samples, pods, current=current, target=target, tolerances=tolerances, settings=settings, now=now
-        )
-    if found.missing and found.replicas < current:
-        message = f"{found.missing} of {len(pods)} engines have no recent sample, which may not lead to fewer replicas"
-        raise MetricError("missing_samples", message)
+        found = by_average(samples, view, metric.target.value)
+    if found.missing and found.replicas < view.scale.spec_replicas:
+        who = f"{found.missing} of {len(view.pods)} engines have no recent sample"
+        raise MetricError("missing_samples", f"{who}, which may not lead to fewer replicas")
     return found
 
 
@@ -1052,18 +993,10 @@ class _Metrics:
     error: str
 
 
-def _read_metrics(
-    spec: Spec,
-    settings: Settings,
-    conditions: Conditions,
-    scale: Scale,
-    pods: Sequence[Pod],
-    readings: Sequence[Reading],
-    now: float,
-) -> _Metrics:
+def _read_metrics(spec: Spec, conditions: Conditions, view: View, readings: Sequence[Reading]) -> _Metrics:
     if len(readings) != len(spec.metrics):
         raise ValueError(f"{len(readings)} readings for {len(spec.metrics)} metrics; give one for each")
-    tolerances = tolerances_of(spec.behavior, settings)
+    now = view.now
     replicas, winner = 0, ""
     statuses: list[MetricStatus | None] = []
     proposals: list[Proposal] = []
@@ -1071,7 +1004,7 @@ def _read_metrics(
     for metric, reading in zip(spec.metrics, readings, strict=True):
         title = metric.title()
         try:
-            found = propose(metric, reading, pods, scale=scale, tolerances=tolerances, settings=settings, now=now)
+            found = propose(metric, reading, view)
         except MetricError as failure:
             failures.append(_explained(metric, failure))
             statuses.append(None)
@@ -1090,7 +1023,7 @@ def _read_metrics(
         first = failures[0][2]
         error = f"invalid metrics ({len(failures)} invalid out of {len(spec.metrics)}), first error is: {first}"
     # Never fewer replicas on a part of the data.
-    usable = len(failures) < len(spec.metrics) and not (failures and replicas < scale.spec_replicas)
+    usable = len(failures) < len(spec.metrics) and not (failures and replicas < view.scale.spec_replicas)
     if usable:
         message = f"the HPA was able to successfully calculate a replica count from {winner}"
         conditions = set_condition(conditions, "ScalingActive", "True", "ValidMetricFound", message, now)
@@ -1185,7 +1118,8 @@ def decide(
     if selector_error is not None:
         metrics = _bad_selector(conditions, selector_error, now)
     else:
-        metrics = _read_metrics(spec, settings, conditions, scale, pods, readings, now)
+        view = View(pods, scale, tolerances_of(spec.behavior, settings), settings, now)
+        metrics = _read_metrics(spec, conditions, view, readings)
     if metrics.replicas is None:
         shown = replace(shown, conditions=metrics.conditions, current_metrics=metrics.statuses)
         why = f"not scaled: {metrics.error}"

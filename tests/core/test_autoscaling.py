@@ -34,6 +34,7 @@ from packetstack_core.autoscaling import (
     Status,
     Target,
     Tolerances,
+    View,
     approximate,
     decide,
     milli,
@@ -54,6 +55,11 @@ moderate = settings(max_examples=80, deadline=None)
 
 def engines(count):
     return [Pod(f"engine-{i}", start_time=-3600, ready="True", ready_transition=-3590) for i in range(count)]
+
+
+def view(pods):
+    """Of a scale that has all of these pods."""
+    return View(pods, Scale(len(pods), len(pods)), Tolerances(), SETTINGS, 0)
 
 
 def samples(values, now=0.0):
@@ -265,9 +271,7 @@ def test_more_load_never_asks_for_fewer_engines(values, data):
     ]
 
     def asked(of):
-        scale = Scale(len(values), len(values))
-        found = propose(metric, samples(of), pods, scale=scale, tolerances=Tolerances(), settings=SETTINGS, now=0)
-        return found.replicas
+        return propose(metric, samples(of), view(pods)).replicas
 
     assert asked(values) <= asked(more)
 
@@ -278,15 +282,7 @@ def test_engines_without_a_sample_never_turn_the_direction(values, missing):
     total = len(values) + missing
     metric = replace(PACKETS, type="Pods")
     average = sum(values) // len(values)
-    found = propose(
-        metric,
-        samples(values),
-        engines(total),
-        scale=Scale(total, total),
-        tolerances=Tolerances(),
-        settings=SETTINGS,
-        now=0,
-    )
+    found = propose(metric, samples(values), view(engines(total)))
     assert found.missing == missing
     assert found.replicas <= total if average < 1_000_000 else found.replicas >= total
 
@@ -467,15 +463,7 @@ def test_replicas_that_somebody_set_to_zero_stay_zero():
 
 
 def test_samples_of_engines_that_left_have_no_say():
-    found = propose(
-        BUSY,
-        samples([600, 600, 0, 0, 0]),
-        engines(2),
-        scale=Scale(2, 2),
-        tolerances=Tolerances(),
-        settings=SETTINGS,
-        now=0,
-    )
+    found = propose(BUSY, samples([600, 600, 0, 0, 0]), view(engines(2)))
     assert (found.replicas, found.utilization) == (2, 60)
 
 
