@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ from packetstack_cli import simulate, views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent
 from packetstack_cli.cluster import ClusterClient
 from packetstack_cli.demo import run_demo
-from packetstack_core import resources
+from packetstack_core import autoscaling, resources
 from packetstack_core.resources import PacketStack, ResourceError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -448,6 +449,7 @@ def check(client: Client | ClusterClient, files: tuple[str, ...]) -> None:
 @click.option("--replicas", type=click.IntRange(0, 1000), help="Engines at the beginning; default: as in the file.")
 @click.option("--interval", default=15.0, show_default=True, help="Seconds between two decisions.")
 @click.option("--start", "start_seconds", default=5.0, show_default=True, help="Seconds until a new engine serves.")
+@click.option("--begin", type=click.DateTime(), default="2026-01-05", help="UTC of the first line, for schedules.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw load and replicas into this file.")
 @_output
 def simulate_(
@@ -457,6 +459,7 @@ def simulate_(
     replicas: int | None,
     interval: float,
     start_seconds: float,
+    begin: datetime,
     picture: Path | None,
     output: str | None,
 ) -> None:
@@ -471,12 +474,13 @@ def simulate_(
     if len(stacks) != 1:
         names = "no" if not stacks else ", ".join(stack.metadata.name for stack in stacks)
         raise CliError(f"{file}: has {names} {f'stack {name}' if name else 'stacks'}; name one that it has")
-    spec = simulate.spec_of(stacks[0])
-    load = simulate.read_series(series, spec)
+    wanted = simulate.autoscaling_of(stacks[0])
+    metrics = autoscaling.spec_of(wanted).metrics
+    load = simulate.read_series(series, metrics)
     first = stacks[0].spec.replicas if replicas is None else replicas
-    ticks = simulate.simulate(spec, load, first, interval, start_seconds)
+    ticks = simulate.simulate(wanted, load, first, begin.replace(tzinfo=UTC), interval, start_seconds)
     if picture:
-        simulate.draw(spec, ticks, f"stack {stacks[0].metadata.name} under {series.name}", picture)
+        simulate.draw(metrics, ticks, f"stack {stacks[0].metadata.name} under {series.name}", picture)
     _show([tick.document() for tick in ticks], output, lambda: views.decisions(ticks))
 
 

@@ -10,14 +10,16 @@ import csv
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from packetstack_cli.client import CliError
 from packetstack_core import autoscaling
-from packetstack_core.autoscaling import Memory, MetricError, Pod, Reading, Sample, Scale, Settings, Spec, Status
-from packetstack_core.resources import PacketStack
+from packetstack_core.autoscaling import Metric, MetricError, Pod, Reading, Sample, Scale, Settings
+from packetstack_core.autoscaling_options import State, reconcile, settled
+from packetstack_core.resources import Autoscaling, PacketStack
 
 MAX_TICKS = 100_000
 
@@ -44,6 +46,8 @@ class Tick:
     current: int
     replicas: int
     """From now on."""
+    limits: tuple[int, int]
+    """minReplicas and maxReplicas, perhaps of a schedule."""
     busy: float | None
     """Share of the engines' cycles that do work; None without `Utilization`."""
     record: autoscaling.Record
@@ -58,6 +62,8 @@ class Tick:
             "activeEngines": self.active,
             "currentReplicas": self.current,
             "replicas": self.replicas,
+            "minReplicas": self.limits[0],
+            "maxReplicas": self.limits[1],
             "proposals": [
                 {"metric": p.metric, "replicas": p.replicas} | ({"error": p.error} if p.error else {})
                 for p in self.record.proposals
@@ -67,25 +73,21 @@ class Tick:
         }
 
 
-def spec_of(stack: PacketStack) -> Spec:
-    """What the stack says about its replicas. CliError when nothing, or more than is simulated."""
-    wanted = stack.spec.autoscaling
-    if wanted is None:
+def autoscaling_of(stack: PacketStack) -> Autoscaling:
+    """What the stack says about its replicas. CliError when nothing."""
+    if stack.spec.autoscaling is None:
         raise CliError(f"stack {stack.metadata.name}: has no spec.autoscaling, so nothing changes its replicas; add it")
-    for field in ("paused", "panic", "schedules", "fallback"):
-        if getattr(wanted, field):
-            raise CliError(f"stack {stack.metadata.name}: spec.autoscaling.{field} is not simulated; take it out")
-    return autoscaling.spec_of(wanted)
+    return stack.spec.autoscaling
 
 
-def read_series(path: Path, spec: Spec) -> Series:
+def read_series(path: Path, metrics: Sequence[Metric]) -> Series:
     """A series with a column for each metric. CliError names the line."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [(i, row) for i, row in enumerate(csv.reader(file), 1) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise CliError(f"{path}: cannot be read: {e}") from None
-    wanted = [metric.name for metric in spec.metrics]
+    wanted = [metric.name for metric in metrics]
     header = [cell.strip() for cell in rows[0][1]] if rows else []
     if not header or header[0] != "seconds" or sorted(header[1:]) != sorted(set(wanted)):
         right = ",".join(["seconds", *dict.fromkeys(wanted)])
@@ -122,43 +124,53 @@ def _number(cell: str, where: str) -> Decimal | None:
 
 
 def simulate(
-    spec: Spec, series: Series, replicas: int, interval_seconds: float = 15, start_seconds: float = 5
+    wanted: Autoscaling,
+    series: Series,
+    replicas: int,
+    begin: datetime,
+    interval_seconds: float = 15,
+    start_seconds: float = 5,
 ) -> list[Tick]:
-    """Reconciles from the first row to the last, beginning with `replicas` active engines.
+    """Reconciles from the first row, which is at `begin`, to the last, from `replicas` active engines on.
 
-    An engine serves `start_seconds` after it was asked for. CliError when there would be too many reconciles.
+    An engine serves `start_seconds` after it was asked for. CliError when there would be too many reconciles, or a
+    schedule is wrong.
     """
     first, last = series.times[0], series.times[-1]
     if (last - first) / interval_seconds > MAX_TICKS:
         raise CliError(
             f"{last - first:g} s every {interval_seconds:g} s are more than {MAX_TICKS} decisions; ask fewer"
         )
-    settings = Settings()
-    memory, status = Memory(), Status()
+    settings, state = Settings(), State()
+    metrics = autoscaling.spec_of(wanted).metrics
     ready_at = [first] * replicas
     ticks = []
     for i in range(int((last - first) / interval_seconds) + 1):
         now = first + i * interval_seconds
-        active = sum(at <= now for at in ready_at)
+        active, current = sum(at <= now for at in ready_at), len(ready_at)
         pods = [Pod(f"engine-{j}", ready="True") for j in range(active)]
-        load = {metric.name: series.at(metric.name, now) for metric in spec.metrics}
-        readings = [_reading(metric, load[metric.name], active, now) for metric in spec.metrics]
-        scale = Scale(len(ready_at), len(ready_at))
-        decision = autoscaling.decide(spec, settings, memory, status, scale, pods, readings, now)
-        current = len(ready_at)
+        load = {metric.name: series.at(metric.name, now) for metric in metrics}
+        readings = [_reading(metric, load[metric.name], active, now) for metric in metrics]
+        scale, date_and_time = Scale(current, current), begin + timedelta(seconds=now - first)
+        try:
+            decision, spec, state = reconcile(wanted, settings, state, scale, pods, readings, now, date_and_time)
+        except ValueError as e:
+            raise CliError(f"spec.autoscaling.schedules: {e}") from None
         if decision.write is not None:
-            decision = autoscaling.written(decision, spec, settings, now)
             # Those that serve longest stay.
             ready_at = sorted(ready_at)[: decision.write]
-            ready_at += [now + start_seconds] * ((decision.write or 0) - len(ready_at))
-        memory, status = decision.memory, decision.status
+            ready_at += [now + start_seconds] * (decision.write - len(ready_at))
+            decision = autoscaling.written(decision, spec, settings, now)
+            state = settled(state, decision)
         work = load.get("Utilization")
         busy = None if work is None or not active else min(1.0, float(work) / active)
-        ticks.append(Tick(now, load, active, current, len(ready_at), busy, decision.record, status.conditions))
+        limits = (spec.minimum, spec.maximum)
+        conditions = state.status.conditions
+        ticks.append(Tick(now, load, active, current, len(ready_at), limits, busy, decision.record, conditions))
     return ticks
 
 
-def _reading(metric: autoscaling.Metric, value: Decimal | None, active: int, now: float) -> Reading:
+def _reading(metric: Metric, value: Decimal | None, active: int, now: float) -> Reading:
     if value is None:
         return MetricError("api_empty", "no value at this time")
     milli = int((value * 1000).to_integral_value(ROUND_HALF_EVEN))
@@ -174,7 +186,7 @@ def _reading(metric: autoscaling.Metric, value: Decimal | None, active: int, now
     return {f"engine-{j}": Sample(each, now) for j in range(active)}
 
 
-def draw(spec: Spec, ticks: Sequence[Tick], title: str, path: Path) -> None:
+def draw(metrics: Sequence[Metric], ticks: Sequence[Tick], title: str, path: Path) -> None:
     """Load and replicas over time, with the limits. CliError without matplotlib or when it cannot be written."""
     try:
         import matplotlib as mpl
@@ -190,7 +202,7 @@ def draw(spec: Spec, ticks: Sequence[Tick], title: str, path: Path) -> None:
         figure, axes = plt.subplots(
             len(names) + 1, 1, sharex=True, figsize=(12, 2.4 * (len(names) + 1) + 1), layout="constrained"
         )
-        for plot, name, metric in zip(axes, names, spec.metrics, strict=False):
+        for plot, name, metric in zip(axes, names, metrics, strict=False):
             values = [float("nan") if (value := tick.load[name]) is None else float(value) for tick in ticks]
             plot.fill_between(at, values, step="post", color="#4e79a7", alpha=0.25, linewidth=0)
             plot.step(at, values, where="post", color="#4e79a7", label=f"load: {name}")
@@ -205,10 +217,13 @@ def draw(spec: Spec, ticks: Sequence[Tick], title: str, path: Path) -> None:
         asked = [float("nan") if tick.record.proposed is None else tick.record.proposed for tick in ticks]
         pool.plot(at, asked, ".", color="#f28e2b", markersize=3, label="asked for by the metrics")
         pool.step(at, [tick.replicas for tick in ticks], where="post", color="black", linewidth=2, label="replicas")
-        for limit, name in ((spec.minimum, "minReplicas"), (spec.maximum, "maxReplicas")):
-            pool.axhline(limit, color="#e15759", linewidth=0.9, linestyle=(0, (4, 3)))
-            pool.annotate(name, (1, limit), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
-        pool.set_ylim(0, 1.25 * max(spec.maximum, *(tick.replicas for tick in ticks)))
+        for i, name in enumerate(("minReplicas", "maxReplicas")):
+            limits = [tick.limits[i] for tick in ticks]
+            pool.step(at, limits, where="post", color="#e15759", linewidth=0.9, linestyle=(0, (4, 3)))
+            pool.annotate(
+                name, (1, limits[-1]), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+            )
+        pool.set_ylim(0, 1.25 * max(max(tick.limits[1], tick.replicas) for tick in ticks))
         pool.set_ylabel("engines")
         pool.set_xlabel("seconds")
         pool.legend(loc="upper left", frameon=False, ncols=2)

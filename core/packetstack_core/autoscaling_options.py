@@ -1,18 +1,20 @@
-"""What `spec.autoscaling` adds to `autoscaling/v2`, each of it off unless asked for: schedules, fallback, pause.
+"""What `spec.autoscaling` adds to `autoscaling/v2`, each of it off unless asked for: schedules, fallback, panic, pause.
 
-Around one reconcile: `with_schedule` before `autoscaling.decide`, `fall_back` or `hold` on its decision before
-anything is written.
+`reconcile` is one reconcile with all of them: limits of a schedule, the decision of `autoscaling.decide`, the
+fallback when it could not be made, panic when it is too slow, and no write while paused. As there, the caller
+writes and then calls `settled`.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from datetime import time as time_of_day
 from itertools import product
+from math import ceil
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from packetstack_core import resources
-from packetstack_core.autoscaling import Decision, Event, Spec, Status
+from packetstack_core import autoscaling, resources
+from packetstack_core.autoscaling import Decision, Event, Memory, Pod, Reading, Scale, Settings, Spec, Status
 
 _FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of the month", 1, 31), ("month", 1, 12), ("day of the week", 0, 7))
 _NAMES = {
@@ -144,3 +146,107 @@ def hold(decision: Decision) -> Decision:
         reason="",
         events=(*decision.events, Event("Normal", "AutoscalingPaused", f"{current} engines stay; {why}")),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PanicState:
+    """What is remembered for the panic windows."""
+
+    demands: tuple[tuple[float, float], ...] = ()
+    """When, and how many engines would have been at their target exactly."""
+    since: float | None = None
+    """When the load was last above the threshold; None: no panic."""
+    highest: int = 0
+    """Most engines that this panic asked for."""
+
+
+def _demand(decision: Decision, ready: int) -> float | None:
+    """Engines that would be at their target; of several metrics the most. None when no metric says."""
+    ratios = [
+        (p.usage or 0 if p.utilization is None else p.utilization) / p.target.value
+        for p in decision.record.proposals
+        if p.replicas is not None and p.target.type != "Value"
+    ]
+    return max(ratios) * ready if ratios else None
+
+
+def panic(
+    decision: Decision, spec: Spec, wanted: resources.Panic, state: PanicState, ready: int, now: float
+) -> tuple[Decision, PanicState]:
+    """The decision, or at once the most engines that a panic has asked for; and what to remember.
+
+    As Knative's KPA (`pkg/autoscaler/scaling/autoscaler.go`): a panic begins when the average of the panic window
+    needs `threshold_percentage` of the ready engines, never lowers the replicas, and ends when the load was below
+    the threshold for a stable window. It goes past windows and policies of the behavior, not past the limits.
+    """
+    demand = _demand(decision, ready)
+    if demand is None or ready == 0:
+        return decision, state
+    kept = [(at, value) for at, value in state.demands if now - wanted.stable_window_seconds < at < now]
+    kept.append((now, demand))
+    window = wanted.stable_window_seconds * wanted.window_percentage / 100
+    recent = [value for at, value in kept if at > now - window]
+    needed = ceil(sum(recent) / len(recent))
+    since, highest = state.since, state.highest
+    if 100 * needed >= wanted.threshold_percentage * ready:
+        since = now
+    elif since is not None and since + wanted.stable_window_seconds < now:
+        since, highest = None, 0
+    if since is not None:
+        highest = max(highest, needed)
+    state = PanicState(tuple(kept), since, highest)
+    current = decision.record.current
+    replicas = min(max(highest, current), spec.maximum)
+    # A write to or from outside the limits is not ours to change.
+    if since is None or decision.record.desired >= replicas or current > spec.maximum:
+        return decision, state
+    why = f"panic: {needed} engines needed by {ready}"
+    record = replace(decision.record, desired=replicas, limited=replicas, limited_by="panic", why=why)
+    if replicas == current:
+        status = replace(decision.status, desired_replicas=current)
+        return replace(decision, status=status, record=record, write=None, reason=""), state
+    return replace(decision, record=record, write=replicas, reason=f"Panic, {needed} engines are needed"), state
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All that is remembered between two reconciles of a stack."""
+
+    memory: Memory = field(default_factory=Memory)
+    status: Status = field(default_factory=Status)
+    failed: int = 0
+    """Reconciles in a row in which no metric could be used."""
+    panic: PanicState = field(default_factory=PanicState)
+
+
+def reconcile(
+    wanted: resources.Autoscaling,
+    settings: Settings,
+    state: State,
+    scale: Scale,
+    pods: Sequence[Pod],
+    readings: Sequence[Reading],
+    now: float,
+    date_and_time: datetime,
+) -> tuple[Decision, Spec, State]:
+    """The decision of one reconcile, the spec that held for it, and what to remember.
+
+    `now` is what the windows are measured in, `date_and_time` is for the schedules and has a time zone. Raises
+    ValueError for a schedule that cannot be read.
+    """
+    spec, _ = with_schedule(autoscaling.spec_of(wanted), wanted.schedules, date_and_time)
+    decision = autoscaling.decide(spec, settings, state.memory, state.status, scale, pods, readings, now)
+    failed = failures(state.failed, decision)
+    if wanted.fallback is not None:
+        decision = fall_back(decision, spec, state.status, wanted.fallback, failed)
+    panicking = state.panic
+    if wanted.panic is not None:
+        decision, panicking = panic(decision, spec, wanted.panic, panicking, len(pods), now)
+    if wanted.paused:
+        decision = hold(decision)
+    return decision, spec, State(decision.memory, decision.status, failed, panicking)
+
+
+def settled(state: State, decision: Decision) -> State:
+    """The state after `autoscaling.written` or `refused` gave this decision."""
+    return replace(state, memory=decision.memory, status=decision.status)

@@ -1,6 +1,7 @@
 """`packetstack simulate`: a series through the autoscaler, without an agent."""
 
 import json
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from packetstack_cli.main import main
 from packetstack_cli.simulate import Series, simulate
-from packetstack_core.autoscaling import Metric, Spec, Target
+from packetstack_core.resources import Autoscaling
 
 BUSY = {
     "type": "Engine",
@@ -122,9 +123,29 @@ def test_a_bad_series_is_refused_in_one_line(ask, series, says):
     assert out.count("\n") == 1
 
 
-def test_a_stack_without_autoscaling_or_with_more_than_is_simulated_is_refused(ask):
+def test_a_stack_without_autoscaling_is_refused(ask):
     assert "stack web: has no spec.autoscaling" in ask(autoscaling=None)[1]
-    assert "spec.autoscaling.paused is not simulated" in ask(autoscaling=AUTOSCALING | {"paused": True})[1]
+
+
+def test_a_schedule_moves_the_limits_while_it_lasts(ask):
+    office = {"name": "office", "cron": "1 8 * * 1-5", "durationSeconds": 240, "minReplicas": 3}
+    wanted = AUTOSCALING | {"schedules": [office]}
+    code, out = ask(
+        "-o", "json", "--begin", "2026-11-23T08:00:00", autoscaling=wanted, series="seconds,Utilization\n0,0.1\n600,0\n"
+    )
+    ticks = json.loads(out)
+    assert code == 0
+    assert [t["seconds"] for t in ticks if t["minReplicas"] == 3] == [60.0 + 15 * i for i in range(16)]
+    assert [t["replicas"] for t in ticks if t["seconds"] in (45, 60, 285, 345)] == [1, 3, 3, 1]
+    wrong = AUTOSCALING | {"schedules": [office | {"cron": "61 8 * * *"}]}
+    assert 'cron has minute "61"' in ask(autoscaling=wrong)[1]
+
+
+def test_a_paused_stack_keeps_its_size(ask):
+    code, out = ask("-o", "json", autoscaling=AUTOSCALING | {"paused": True})
+    ticks = json.loads(out)
+    assert (code, {t["replicas"] for t in ticks}) == (0, {1})
+    assert "paused, else 2" in ticks[10]["decision"]
 
 
 def test_a_stack_that_the_file_does_not_have_is_refused(ask):
@@ -134,9 +155,10 @@ def test_a_stack_that_the_file_does_not_have_is_refused(ask):
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.none() | st.integers(0, 9000), min_size=1, max_size=40), st.integers(0, 6))
 def test_any_series_stays_inside_the_limits(values, replicas):
-    spec = Spec(6, (Metric("Engine", "Utilization", Target("Utilization", 60)),), 2)
+    wanted = Autoscaling.model_validate({"minReplicas": 2, "maxReplicas": 6, "metrics": [BUSY]})
     loads = [None if value is None else Decimal(value) / 1000 for value in values]
-    ticks = simulate(spec, Series([15.0 * i for i in range(len(loads))], {"Utilization": loads}), replicas)
+    series = Series([15.0 * i for i in range(len(loads))], {"Utilization": loads})
+    ticks = simulate(wanted, series, replicas, datetime(2026, 1, 5, tzinfo=UTC))
     assert len(ticks) == len(loads)
     assert all(2 <= tick.replicas <= 6 for tick in ticks) or replicas == 0
     assert all(tick.active <= tick.current for tick in ticks)

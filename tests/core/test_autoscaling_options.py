@@ -22,7 +22,17 @@ from packetstack_core.autoscaling import (
     decide,
     written,
 )
-from packetstack_core.autoscaling_options import Cron, failures, fall_back, hold, is_active, with_schedule
+from packetstack_core.autoscaling_options import (
+    Cron,
+    State,
+    failures,
+    fall_back,
+    hold,
+    is_active,
+    reconcile,
+    settled,
+    with_schedule,
+)
 
 SPEC = Spec(10, (Metric("Engine", "Utilization", Target("Utilization", 60)),), 2)
 DOWN = MetricError("api_error", "no agent answers")
@@ -161,3 +171,61 @@ def test_a_paused_stack_says_what_it_would_do_and_does_nothing():
     assert decision.events[-1].reason == "AutoscalingPaused"
     still = decided({f"engine-{i}": Sample(600) for i in range(4)})
     assert hold(still) == still
+
+
+FLOWS = {
+    "type": "Engine",
+    "engine": {"name": "NewFlowsPerSecond", "target": {"type": "AverageValue", "averageValue": "1k"}},
+}
+
+
+def followed(loads, seconds=2.0, **options):
+    """Replicas after each reconcile under a load of flows per second, which the engines share."""
+    wanted = resources.Autoscaling.model_validate({"maxReplicas": 50, "metrics": [FLOWS]} | options)
+    state, current, replicas = State(), 2, []
+    for i, load in enumerate(loads):
+        now = i * seconds
+        pods = [Pod(f"engine-{j}", ready="True") for j in range(current)]
+        reading = DOWN if load is None else {pod.name: Sample(load * 1000 // current, now) for pod in pods}
+        scale = Scale(current, current)
+        decision, spec, state = reconcile(
+            wanted, Settings(), state, scale, pods, [reading], now, at("2026-11-23T12:00:00")
+        )
+        if decision.write is not None:
+            current = decision.write
+            state = settled(state, written(decision, spec, Settings(), now))
+        replicas.append(current)
+    return replicas
+
+
+CALM = {
+    "behavior": {
+        "scaleUp": {"policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}]},
+        "scaleDown": {"stabilizationWindowSeconds": 0},
+    }
+}
+
+
+def test_a_panic_answers_a_burst_at_once_and_never_goes_down_before_it_is_over():
+    burst = [2000] * 5 + [12000] * 5 + [2000] * 45
+    assert max(followed(burst, **CALM)) == 3
+    replicas = followed(burst, **CALM, panic={})
+    # The panic window of 6 s sees the burst at once, and all of it two reconciles later.
+    assert replicas[:8] == [2] * 5 + [6, 9, 12]
+    # The load was last above the threshold at 10 s; a stable window of 60 s must pass.
+    assert replicas[8:36] == [12] * 28
+    assert replicas[36:] == [2] * 19
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.none() | st.integers(0, 80_000), max_size=40), st.booleans(), st.booleans())
+def test_with_all_options_replicas_stay_between_the_limits(loads, panics, falls_back):
+    options = {"minReplicas": 2}
+    options |= {"panic": {"thresholdPercentage": 110}} if panics else {}
+    options |= {"fallback": {"failureThreshold": 2, "replicas": 90}} if falls_back else {}
+    assert all(2 <= replicas <= 50 for replicas in followed(loads, 15.0, **options))
+
+
+def test_without_options_nothing_is_added():
+    loads = [2000, 9000, None, None, 1000, 30_000, 0] * 6
+    assert followed(loads, 15.0) == followed(loads, 15.0, fallback={"failureThreshold": 3, "replicas": 9})
