@@ -56,6 +56,12 @@ def number(value: Any) -> Any:
     return value
 
 
+def one_of(value: Any, *allowed: str | None) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{value!r} is none of {', '.join(filter(None, allowed))}")
+    return value
+
+
 def container(resource: str, item: Case) -> a.Container:
     requests = {resource: number(item["requestMilli"])} if "requestMilli" in item else {}
     return a.Container(item["name"], requests)
@@ -76,10 +82,10 @@ def calculator_pod(resource: str, item: Case) -> a.Pod:
 def pod(item: Case) -> a.Pod:
     return a.Pod(
         item["name"],
-        phase=item.get("phase", "Running"),
+        phase=one_of(item.get("phase", "Running"), "Pending", "Running", "Succeeded", "Failed", "Unknown"),
         deleting=item.get("deleting", False),
         start_time=number(item["startTime"]) if "startTime" in item else None,
-        ready=item.get("ready"),
+        ready=one_of(item.get("ready"), "True", "False", "Unknown", None),
         ready_transition=number(item.get("readyTransition", -math.inf)),
     )
 
@@ -95,12 +101,13 @@ def behavior(item: Case | None) -> a.Behavior | None:
 
 def rules(item: Case, default: a.Rules) -> a.Rules:
     policies = tuple(
-        a.Policy(p["type"], number(p["value"]), number(p["periodSeconds"])) for p in item.get("policies") or []
+        a.Policy(one_of(p["type"], "Pods", "Percent"), number(p["value"]), number(p["periodSeconds"]))
+        for p in item.get("policies") or []
     )
     tolerance = item.get("toleranceMilli")
     return a.Rules(
         policies or default.policies,
-        item.get("selectPolicy", default.select_policy),
+        one_of(item.get("selectPolicy", default.select_policy), "Max", "Min", "Disabled"),
         item.get("stabilizationWindowSeconds", default.stabilization_window_seconds),
         None if tolerance is None else a.approximate(Decimal(number(tolerance)) / 1000),
     )

@@ -67,7 +67,7 @@ class Group(click.Group):
     """Errors are one line on standard error and exit code 1; wrong usage is exit code 2."""
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        if cmd.name != "demo":
+        if cmd.name not in ("demo", "simulate"):
             cmd.params += _cluster_options()
         super().add_command(cmd, name)
 

@@ -138,6 +138,11 @@ def test_the_replay_notices_any_one_wrong_value():
         ('[{"id": "x1"}]', "case x1: 'metrics' is missing"),
         ('[{"id": "x1", "fn": "nothing", "in": {}, "expect": {}}]', "case x1: 'nothing' is missing or unknown"),
         ('[{"id": "x1", "ticks": 5, "controller": 1, "spec": 2}]', "case x1: not of the format"),
+        (
+            '[{"id": "x1", "fn": "storeScaleEvent", "expect": {}, "in": '
+            '{"prevReplicas": 1, "newReplicas": 2, "behavior": {"scaleUp": {"selectPolicy": "Mux"}}}}]',
+            "case x1: not of the format: 'Mux' is none of Max, Min, Disabled",
+        ),
         ("[" * 100_000, "not JSON"),
     ],
 )
