@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,11 +14,11 @@ import yaml
 from rich.live import Live
 
 from packetstack_cli import preflight as checks
-from packetstack_cli import views
+from packetstack_cli import simulate, views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent
 from packetstack_cli.cluster import ClusterClient
 from packetstack_cli.demo import run_demo
-from packetstack_core import resources
+from packetstack_core import autoscaling, resources
 from packetstack_core.resources import PacketStack, ResourceError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -66,7 +67,7 @@ class Group(click.Group):
     """Errors are one line on standard error and exit code 1; wrong usage is exit code 2."""
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        if cmd.name != "demo":
+        if cmd.name not in ("demo", "simulate"):
             cmd.params += _cluster_options()
         super().add_command(cmd, name)
 
@@ -439,6 +440,48 @@ def check(client: Client | ClusterClient, files: tuple[str, ...]) -> None:
         client.check(stacks)
         for stack in stacks:
             click.echo(yaml.safe_dump(stack.document(), sort_keys=False).rstrip())
+
+
+@main.command("simulate")
+@click.argument("name", required=False)
+@click.option("-f", "--file", required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
+@click.option("--series", required=True, type=click.Path(path_type=Path), help="Load over time, as CSV.")
+@click.option("--replicas", type=click.IntRange(0, 1000), help="Engines at the beginning; default: as in the file.")
+@click.option("--interval", default=15.0, show_default=True, help="Seconds between two decisions.")
+@click.option("--start", "start_seconds", default=5.0, show_default=True, help="Seconds until a new engine serves.")
+@click.option("--begin", type=click.DateTime(), default="2026-01-05", help="UTC of the first line, for schedules.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw load and replicas into this file.")
+@_output
+def simulate_(
+    name: str | None,
+    file: str,
+    series: Path,
+    replicas: int | None,
+    interval: float,
+    start_seconds: float,
+    begin: datetime,
+    picture: Path | None,
+    output: str | None,
+) -> None:
+    """Show what the autoscaler of a stack in a file would do under a load.
+
+    The series is CSV: a column `seconds` and one for each metric, with what the whole stack gets. Utilization counts
+    fully busy engines.
+    """
+    if not 1 <= interval <= 3600 or not 0 <= start_seconds <= 3600:
+        raise click.UsageError("--interval takes 1 to 3600 seconds, --start 0 to 3600")
+    stacks = [stack for stack in _load(file) if name in (None, stack.metadata.name)]
+    if len(stacks) != 1:
+        names = "no" if not stacks else ", ".join(stack.metadata.name for stack in stacks)
+        raise CliError(f"{file}: has {names} {f'stack {name}' if name else 'stacks'}; name one that it has")
+    wanted = simulate.autoscaling_of(stacks[0])
+    metrics = autoscaling.spec_of(wanted).metrics
+    load = simulate.read_series(series, metrics)
+    first = stacks[0].spec.replicas if replicas is None else replicas
+    ticks = simulate.simulate(wanted, load, first, begin.replace(tzinfo=UTC), interval, start_seconds)
+    if picture:
+        simulate.draw(metrics, ticks, f"stack {stacks[0].metadata.name} under {series.name}", picture)
+    _show([tick.document() for tick in ticks], output, lambda: views.decisions(ticks))
 
 
 @main.command()

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from packetstack_cli.preflight import Check
+from packetstack_cli.simulate import Tick
 
 # Output that goes into a file or a pipe is never cut.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -177,3 +178,19 @@ def checks(found: Sequence[Check]) -> list[Text]:
         )
         for c in found
     ]
+
+
+def decisions(ticks: Sequence[Tick]) -> Table:
+    """A line for each decision that was another than the one before."""
+    table = _table("SECONDS", "ENGINES", "DECISION")
+    table.columns[-1].no_wrap = False
+    said = None
+    for tick in ticks:
+        # Readings differ at every tick; what a person looks for is when the outcome does.
+        record = tick.record
+        failed = [p.metric for p in record.proposals if p.replicas is None]
+        outcome = (tick.replicas, record.stabilized_by, record.limited_by, record.why, failed)
+        if outcome != said or tick.replicas != tick.current:
+            table.add_row(f"{tick.seconds:g}", str(tick.replicas), str(record))
+        said = outcome
+    return table
