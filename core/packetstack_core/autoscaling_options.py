@@ -7,88 +7,42 @@ writes and then calls `settled`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, date, datetime, timedelta
-from datetime import time as time_of_day
-from itertools import product
+from datetime import UTC, datetime, timedelta
 from math import ceil
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from croniter import CroniterBadDateError, CroniterError, croniter
 
 from packetstack_core import autoscaling, resources
 from packetstack_core.autoscaling import Decision, Event, Memory, Pod, Reading, Scale, Settings, Spec, Status
 
-_FIELDS = (("minute", 0, 59), ("hour", 0, 23), ("day of the month", 1, 31), ("month", 1, 12), ("day of the week", 0, 7))
-_NAMES = {
-    name: i
-    for names, first in (
-        ("jan feb mar apr may jun jul aug sep oct nov dec", 1),
-        ("sun mon tue wed thu fri sat", 0),
-    )
-    for i, name in enumerate(names.split(), first)
-}
-
-
-class Cron:
-    """A schedule of five fields as cron(8) reads them: `*`, numbers, names, lists, ranges, steps.
-
-    A day matches when its month does and, of day of the month and day of the week, both, or either when neither
-    is `*`. Raises ValueError with the field that is wrong.
-    """
-
-    def __init__(self, text: str) -> None:
-        parts = text.split()
-        if len(parts) != len(_FIELDS):
-            raise ValueError(f'cron "{text}" has {len(parts)} fields; use five, as in "0 8 * * 1-5"')
-        self.minutes, self.hours, self.days, self.months, weekdays = (
-            _values(part, *field) for part, field in zip(parts, _FIELDS, strict=True)
-        )
-        self.weekdays = {day % 7 for day in weekdays}
-        self._either = not parts[2].startswith("*") and not parts[4].startswith("*")
-
-    def is_on(self, day: date) -> bool:
-        """Whether anything begins on this day."""
-        in_month, in_week = day.day in self.days, day.isoweekday() % 7 in self.weekdays
-        return day.month in self.months and (in_month or in_week if self._either else in_month and in_week)
-
-
-def _values(part: str, name: str, low: int, high: int) -> set[int]:
-    found: set[int] = set()
-    for item in part.lower().split(","):
-        span, slash, step = item.partition("/")
-        first, dash, last = ("*", "", "") if span == "*" else span.partition("-")
-        try:
-            start = low if first == "*" else _NAMES[first] if first in _NAMES else int(first)
-            # "5/10" begins at 5 and goes on to the end, as "5-59/10".
-            end = (_NAMES[last] if last in _NAMES else int(last)) if dash else high if slash or first == "*" else start
-            every = int(step) if slash else 1
-        except ValueError:
-            start, end, every = 0, 0, 0
-        if not (low <= start <= end <= high and every > 0):
-            raise ValueError(f'cron has {name} "{item}"; use {low} to {high}, ranges, lists and steps of these, or *')
-        found |= set(range(start, end + 1, every))
-    return found
+_CHANGE = timedelta(hours=3)
+"""More than any clock is ever changed by."""
 
 
 def is_active(schedule: resources.Schedule, now: datetime) -> bool:
-    """Whether a beginning of the schedule lies at most its duration back. O(days of the duration).
+    """Whether a beginning of the schedule lies at most its duration back.
 
     `now` has a time zone. A beginning in an hour that a change of clocks leaves out is an hour later; one in an
     hour that comes twice is in the first. Raises ValueError for a wrong cron or an unknown time zone.
     """
-    cron = Cron(schedule.cron)
     try:
         zone = ZoneInfo(schedule.time_zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise ValueError(f'time zone "{schedule.time_zone}" is unknown; use one as in "Europe/Berlin"') from None
     duration = timedelta(seconds=schedule.duration_seconds)
-    earliest = (now - duration).astimezone(zone).date() - timedelta(days=1)
-    day = now.astimezone(zone).date()
-    while day >= earliest:
-        if cron.is_on(day):
-            for hour, minute in product(cron.hours, cron.minutes):
-                begin = datetime.combine(day, time_of_day(hour, minute), zone).astimezone(UTC)
-                if begin <= now < begin + duration:
-                    return True
-        day -= timedelta(days=1)
+    # On the wall's clock, with room for its changes on both sides.
+    latest, earliest = (t.astimezone(zone).replace(tzinfo=None) for t in (now + _CHANGE, now - duration - _CHANGE))
+    try:
+        beginnings = croniter(schedule.cron, latest)
+        while (beginning := beginnings.get_prev(datetime)) >= earliest:
+            begin = beginning.replace(tzinfo=zone).astimezone(UTC)
+            if begin <= now < begin + duration:
+                return True
+    except CroniterBadDateError:
+        return False  # as on the 30th of February
+    except CroniterError as e:
+        raise ValueError(f'cron "{schedule.cron}" cannot be read ({e}); use five fields, as in "0 8 * * 1-5"') from None
     return False
 
 
