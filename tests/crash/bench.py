@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ class Keeper:
         for device in ("up0", "dn0"):
             index = socket.if_nametoindex(device)
             call(lib().ps_director_attach, self.director, index, lib().PS_ROLE_UPLINK, device.encode())
-        self.stack = stacks.Stack(resources.parse(STACK), 0, directory / "stack", self.director)
+        self.stack = stacks.Stack("deaths", resources.parse(STACK), 0, directory / "stack", self.director)
         networks.ensure_routes(self.stack.resource.prefixes())
         self.stack.direct()
         config = self.stack.config
@@ -241,9 +242,9 @@ class Keeper:
         path = namespaces.create(b.namespace)
         namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            link = networks.make_engine_link(SLOT, namespace, OWNER)
+            link = networks.make_engine_link(SLOT, namespace, "eth0", OWNER)
             e.ifindex = link.ifindex
-            mac = namespaces.run_in(path, networks.set_up_engine_end)
+            mac = namespaces.run_in(path, partial(networks.set_up_engine_end, "eth0"))
             queues = call(lib().ps_engine_attach, self.director, namespace, b"eth0", text(e.link))
             call(lib().ps_host_attach, self.director, link.ifindex)
             call(lib().ps_director_engine, self.director, SLOT, link.ifindex)

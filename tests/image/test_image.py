@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 NAME = "localhost/packetstack:dev"
 ARCHIVE = ROOT / "build/image/packetstack.tar"
-ENTRY_POINTS = ["packetstack", "packetstack-agent", "packetstack-engine", "packetstack-operator"]
+ENTRY_POINTS = ["kubectl-packetstack", "packetstack", "packetstack-agent", "packetstack-engine", "packetstack-operator"]
 NOBODY_IN_PARTICULAR = "54321:54321"
 
 pytestmark = pytest.mark.slow
