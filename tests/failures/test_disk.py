@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,8 +22,13 @@ def full(node: Node, disk: Path, request: pytest.FixtureRequest) -> Callable[[],
     node.up(stack())
     if request.param == "bytes":
         return fill(disk).unlink
-    has = os.statvfs(disk)
-    remount(disk, f"nr_inodes={has.f_files - has.f_ffree}")
+    for _ in range(50):
+        has = os.statvfs(disk)
+        try:
+            remount(disk, f"nr_inodes={has.f_files - has.f_ffree}")
+            break
+        except subprocess.CalledProcessError:  # one more file has come meanwhile
+            time.sleep(0.02)
     return partial(remount, disk, "nr_inodes=100000")
 
 

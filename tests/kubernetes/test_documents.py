@@ -78,6 +78,10 @@ def reader(cluster: Cluster, tmp_path: Path) -> Reader:
     """With kubectl and helm, the charts, the image of this checkout under the document's names, and backends."""
     run(ROOT / "deploy/build-image", f"{REPOSITORY}:{TAG}", ARCHIVE, timeout_seconds=1200)
     cluster.node.load(ARCHIVE)
+    # Other tests have had PacketStack in this cluster, and its kinds stay.
+    kinds = [f"{kind}.packetstack.io" for kind in ("packetstacks", "packetengines", "flowtables")]
+    cluster.kubectl("delete", "crd", *kinds, "--ignore-not-found")
+    cluster.kubectl("delete", "namespace", "packetstack-system", "--ignore-not-found")
     for image in IMAGES:
         cluster.node.tag(f"{REPOSITORY}:{TAG}", image)
     (tmp_path / "bin").mkdir()

@@ -16,6 +16,8 @@ from packetstack_operator.handlers import MAYBE_TAKEN
 from packetstack_operator.observing import Memory, World
 
 BUCKETS = 256
+ORPHAN_SECONDS = 60.0
+"""As in packetstack_agent/cluster.py."""
 NODE = "node-0"
 
 
@@ -39,6 +41,8 @@ class Model:
         self.nodes = [NODE]
         self.words = [0] * BUCKETS
         """Engine by bucket, as packets see it."""
+        self.followed = self.now
+        """When the node's agent last had a table."""
         self.attached = {}
         """Engine -> UID of its pod."""
         self.stuck = set()
@@ -272,7 +276,10 @@ class Model:
         here = {p["metadata"]["uid"] for p in self.of("Pod")}
         self.attached = {i: uid for i, uid in self.attached.items() if uid in here}
         if table is None or table.spec.node not in self.nodes:
+            if self.now - self.followed > ORPHAN_SECONDS:  # no table of its own for so long: it lets the stack go
+                self.words, self.attached = [0] * BUCKETS, {}
             return
+        self.followed = self.now
         spec = table.spec
         for engine in spec.engines:
             if engine.pod_uid in here:
