@@ -128,8 +128,8 @@ def doubtful(world: World) -> set[Named]:
     seen = {str(p["metadata"]["name"]) for p in world.pods}
     entries = (world.table or {}).get("spec", {}).get("engines") or ()
     ran = {str(e["name"]) for e in entries if e.get("podUid")}
-    leaving = {str(e["metadata"]["name"]) for e in world.engines} - {str(e["name"]) for e in entries}
-    return {("Pod", name) for name in (ran | leaving) - seen} | world.memory.taken
+    made = {str(e["metadata"]["name"]) for e in world.engines}
+    return {("Pod", name) for name in (ran | made) - seen} | world.memory.taken
 
 
 def looked_up(world: World, found: Mapping[Named, Raw]) -> World:
