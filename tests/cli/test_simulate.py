@@ -138,7 +138,7 @@ def test_a_schedule_moves_the_limits_while_it_lasts(ask):
     assert [t["seconds"] for t in ticks if t["minReplicas"] == 3] == [60.0 + 15 * i for i in range(16)]
     assert [t["replicas"] for t in ticks if t["seconds"] in (45, 60, 285, 345)] == [1, 3, 3, 1]
     wrong = AUTOSCALING | {"schedules": [office | {"cron": "61 8 * * *"}]}
-    assert 'cron has minute "61"' in ask(autoscaling=wrong)[1]
+    assert 'cron "61 8 * * *" cannot be read' in ask(autoscaling=wrong)[1]
 
 
 def test_a_paused_stack_keeps_its_size(ask):
