@@ -65,7 +65,6 @@ PROBE_SECONDS, PROBE_LOOKS = 0.01, 50
 UPGRADE_SECONDS = 10.0
 REGAIN_SECONDS = 2.0
 """How long running datapaths may take to find a restarted agent."""
-BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 EVENTS = 1000
 
 
@@ -731,7 +730,7 @@ class Agent:
     def _failed(self, managed: Managed, slot: int, problem: str) -> None:
         """An engine could not be made: say why, and wait longer each time before the next try."""
         managed.problem = problem
-        pause = BACK_OFF_SECONDS[min(managed.failures, len(BACK_OFF_SECONDS) - 1)]
+        pause = reconciling.back_off(managed.failures)
         managed.failures += 1
         managed.create_after = time.monotonic() + pause
         message = f"engine {slot}: {problem}; next try in {pause:g} s"

@@ -25,6 +25,13 @@ from enum import StrEnum
 from packetstack_core.planning import NOBODY, EngineShare, Move, Owner, assign
 from packetstack_core.resources import PacketStack
 
+BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
+
+
+def back_off(failures: int) -> float:
+    """Seconds before the next engine is tried, after one that could not be made and `failures` before it."""
+    return BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)]
+
 
 class State(StrEnum):
     """Where an engine is in its life, as `PacketEngine` shows it."""

@@ -42,7 +42,6 @@ from packetstack_core.resources import API_VERSION, PacketStack, ResourceError
 from packetstack_operator import observing, pods
 from packetstack_operator.observing import Memory, Raw, World
 
-BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
 NODE_SECONDS = 30.0
 """So long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
 AGENT_SECONDS = 10.0
@@ -271,7 +270,7 @@ class _Deciding:
         self.memory = replace(self.memory, counted=self.memory.counted & uids)
 
     def _count_failure(self, uid: str, reason: str, message: str) -> None:
-        pause = BACK_OFF_SECONDS[min(self.memory.failures, len(BACK_OFF_SECONDS) - 1)]
+        pause = reconciling.back_off(self.memory.failures)
         self.memory = replace(
             self.memory,
             failures=self.memory.failures + 1,

@@ -12,9 +12,10 @@ from typing import Any
 import aiohttp
 import kopf
 
+from packetstack_core.reconciling import back_off
 from packetstack_operator import deciding, observing, pods
 from packetstack_operator.applying import PATHS, Api, Refused
-from packetstack_operator.deciding import BACK_OFF_SECONDS, Decision, Event
+from packetstack_operator.deciding import Decision, Event
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import Memory, Raw, Slice, World
 
@@ -252,7 +253,7 @@ class Operator:
                 log.warning("stack %s/%s: %s", *key, e)
                 self.metrics.errors.labels("PodRefused").inc()
                 reason = "QuotaExceeded" if "exceeded quota" in e.message else "PodRefused"
-                pause = BACK_OFF_SECONDS[min(memory.failures, len(BACK_OFF_SECONDS) - 1)]
+                pause = back_off(memory.failures)
                 woken.set()
                 return replace(
                     memory,
@@ -438,7 +439,7 @@ def _service_of(raw: Raw) -> str:
 
 
 def _back_off(failures: int) -> float:
-    return BACK_OFF_SECONDS[min(failures, 3)]
+    return back_off(min(failures, 3))
 
 
 async def _until(stopped: Any) -> None:
