@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from packetstack_agent import engines, namespaces, networks, processes
+from packetstack_agent import engines, loading, namespaces, networks, processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
 from packetstack_agent.stacks import Managed, Stack
-from packetstack_agent.status import Status, add_drops, captures, census, explain, sample
+from packetstack_agent.status import Status, add_drops, captures, census, explain
 from packetstack_core import abi, following, kinds, reconciling, resources
 from packetstack_core.kinds import FlowTable, FlowTableSpec, TableEngine
 from packetstack_core.planning import Move, Owner
@@ -959,7 +959,6 @@ class Agent:
     async def _measure_rates(self) -> None:
         told = ""
         while True:
-            now = time.monotonic()
             if self.run.unsaved:
                 self.run.save()
             if self.run.unsaved != told:
@@ -969,9 +968,8 @@ class Agent:
                     "-", "RecordNotWritten" if told else "RecordWritten", message, "Warning" if told else "Normal"
                 )
             for managed in self.stacks.values():
-                for engine in managed.engines.values():
-                    if engine.view is not None and not engine.removing:
-                        sample(engine, now)
+                with contextlib.suppress(AgentError):  # an engine is going: the next look does without it
+                    managed.history.add(loading.snapshot(managed), time.time())
             await asyncio.sleep(1.0)
 
     # ---- verbs -----------------------------------------------------------------------------------------------

@@ -122,8 +122,6 @@ class Engine:
     listener: socket.socket | None = None
     files: list[int] = field(default_factory=list)
     """Arena, configuration, marker socket."""
-    samples: dict[str, Any] = field(default_factory=dict)
-    """Last rates; see `measuring`."""
     beats: dict[int, tuple[int, float, tuple[int, ...] | None]] = field(default_factory=dict)
     """Core -> (heartbeat, when it was first seen, the thread's run time some time later)."""
     silent_since: float = 0.0

@@ -12,12 +12,14 @@ from typing import Any
 
 from aiohttp import web
 
+from packetstack_agent import loading
 from packetstack_agent.agent import Agent
 from packetstack_agent.errors import AgentError
 from packetstack_agent.metrics import render
 from packetstack_agent.node import DEFAULT_RUN_DIRECTORY, RunDirectory, clean
 from packetstack_agent.server import Server
 from packetstack_core.abi import NativeError as NotBuilt
+from packetstack_core.load import to_json
 
 LONGEST_PATH = 80
 """Bytes of the run directory's path: a unix socket's has 107 at most."""
@@ -115,9 +117,20 @@ async def _metrics(agent: Agent, listen: str, well: Callable[[], bool]) -> web.A
     async def healthy(_: web.Request) -> web.Response:
         return web.Response(text="ok\n") if well() else web.Response(text="it follows no table\n", status=503)
 
+    async def load(request: web.Request) -> web.Response:
+        managed = agent.stacks.get(request.query.get("stack", ""))
+        if managed is None:
+            return web.Response(text="no such stack\n", status=404)
+        try:
+            snapshot = loading.snapshot(managed, with_buckets=request.query.get("buckets") == "1")
+        except AgentError as e:
+            return web.Response(text=f"{e}\n", status=503)
+        return web.Response(body=to_json(snapshot), content_type="application/json")
+
     address, _, port = listen.rpartition(":")
     application = web.Application()
     application.router.add_get("/metrics", answer)
+    application.router.add_get("/load", load)
     application.router.add_get("/healthz", healthy)
     runner = web.AppRunner(application)
     await runner.setup()

@@ -22,6 +22,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, wire
 from packetstack_core import maglev
 from packetstack_core.kinds import FlowTable
+from packetstack_core.load import History
 from packetstack_core.planning import NOBODY, Move, Owner
 from packetstack_core.resources import Address, Listener, PacketStack
 
@@ -343,6 +344,8 @@ class Managed:
     """Drops counted by engines that have left."""
     holds_ns: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
     moved: int = 0
+    history: History = field(default_factory=History)
+    """What its engines' counters said, once a second."""
     table: FlowTable | None = None
     """What the stack follows in a cluster. None: the agent plans for it."""
     generation: int = 0

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
 from typing import Any
 
-from packetstack_agent import devices, networks
+from packetstack_agent import devices, loading, networks
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
 from packetstack_agent.probes import Prober
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_core import abi
+from packetstack_core.load import EngineLoad
 from packetstack_core.reconciling import State
 
 
@@ -31,7 +32,11 @@ class Status:
         for owner in owners:
             if owner is not None and owner.slot:
                 buckets[owner.slot] = buckets.get(owner.slot, 0) + 1
-        shown = [engine_status(e, buckets, flows) for _, e in sorted(managed.engines.items())]
+        load = managed.history.load(1.0)
+        loads = {e.name: e for e in load.engines} if load is not None else {}
+        shown = [
+            engine_status(e, buckets, flows, loads.get(loading.name(e))) for _, e in sorted(managed.engines.items())
+        ]
         staying = [e for e in managed.engines.values() if e.state in (State.PENDING, State.STARTING, State.ACTIVE)]
         active = [e for e in staying if e.state is State.ACTIVE and e.ready]
         wanted = stack.resource.spec.replicas
@@ -118,8 +123,10 @@ def conditions(managed: Managed, ready: bool, active: int) -> list[dict[str, str
     ]
 
 
-def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]) -> dict[str, Any]:
-    """One engine: its cores and their queues."""
+def engine_status(
+    engine: Engine, buckets: dict[int, int], flows: dict[int, int], load: EngineLoad | None
+) -> dict[str, Any]:
+    """One engine: its cores and their queues. `load`: that of the last second, if it is known."""
     b = engine.blueprint
     status: dict[str, Any] = {
         "slot": b.slot,
@@ -132,14 +139,22 @@ def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]
         "initPid": engine.init.pid if engine.init is not None else 0,
         "namespace": b.namespace,
         "packetsPerSecond": 0.0,
+        "bitsPerSecond": 0.0,
+        "newFlowsPerSecond": 0.0,
+        "dropRatio": 0.0,
         "busy": 0.0,
         "cores": [],
     }
     if engine.view is None:
         return status
-    rates = engine.samples
-    status["packetsPerSecond"] = round(rates.get("packets_per_second", 0.0), 1)
-    status["busy"] = round(rates.get("busy", 0.0), 4)
+    if load is not None:
+        status |= {
+            "packetsPerSecond": round(load.packets_per_second, 1),
+            "bitsPerSecond": round(load.bits_per_second, 1),
+            "newFlowsPerSecond": round(load.new_flows_per_second, 1),
+            "dropRatio": round(load.drop_ratio, 6),
+            "busy": round(load.utilization, 4),
+        }
     status["captures"] = captures(engine)
     queues: dict[int, list[dict[str, Any]]] = {}
     for q in range(b.queues):
@@ -149,7 +164,9 @@ def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]
                 "queue": q,
                 "received": int(view.received),
                 "forwarded": int(view.forwarded),
-                "packetsPerSecond": round(rates.get("queues", {}).get(q, 0.0), 1),
+                "packetsPerSecond": round(load.queues[q].packets_per_second, 1) if load is not None else 0.0,
+                "busy": round(load.queues[q].busy, 4) if load is not None else 0.0,
+                "depth": int(view.depth),
                 "parked": (view.park.producer - view.park.consumer) & 0xFFFFFFFF,
                 "holds": int(view.holds),
                 "holdNanoseconds": int(view.hold_ns),
@@ -162,7 +179,7 @@ def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]
             {
                 "core": c,
                 "cpu": int(core.cpu),
-                "busy": round(rates.get("cores", {}).get(c, 0.0), 4),
+                "busy": round(load.cores[c], 4) if load is not None else 0.0,
                 "queues": queues.get(c, []),
             }
         )
@@ -285,25 +302,6 @@ def explain(
 
 def _condition(kind: str, status: bool, reason: str, message: str = "") -> dict[str, str]:
     return {"type": kind, "status": str(status), "reason": reason, "message": message}
-
-
-def sample(engine: Engine, now: float) -> None:
-    """Rates since the last call: packets by queue, busy share by core."""
-    b, last = engine.blueprint, engine.samples.get("last")
-    packets = {q: int(engine.queue(q).received) for q in range(b.queues)}
-    cycles = {c: (int(engine.core(c).busy_cycles), int(engine.core(c).total_cycles)) for c in range(b.cores)}
-    engine.samples["last"] = (now, packets, cycles)
-    if last is None or now <= last[0]:
-        return
-    seconds = now - last[0]
-    rates = {q: (packets[q] - last[1][q]) / seconds for q in packets}
-    busy = {c: (cycles[c][0] - last[2][c][0]) / max(1, cycles[c][1] - last[2][c][1]) for c in cycles}
-    engine.samples |= {
-        "queues": rates,
-        "packets_per_second": sum(rates.values()),
-        "cores": busy,
-        "busy": sum(busy.values()) / len(busy),
-    }
 
 
 def add_drops(engine: Engine, by_engine: dict[str, int], by_kernel: dict[str, int]) -> None:

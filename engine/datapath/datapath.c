@@ -561,11 +561,13 @@ static uint32_t serve(struct worker *w, struct queue *q)
 {
 	struct ps_queue *s = q->shared;
 	uint64_t begun = __rdtsc();
-	uint32_t done = 0;
+	uint32_t parked = LOAD(&s->park.producer) - LOAD(&s->park.consumer), waiting = ring_used(&q->rx), done = 0;
 
-	if (LOAD(&s->park.producer) != LOAD(&s->park.consumer))
+	if (s->depth != parked + waiting)
+		s->depth = parked + waiting;
+	if (parked)
 		done += batch(w, q, SOURCE_PARK);
-	if (ring_used(&q->rx))
+	if (waiting)
 		done += batch(w, q, SOURCE_RX);
 	if (s->kick)
 		kick(q);

@@ -254,7 +254,8 @@ struct ps_queue {
 	uint64_t hold_max_ns, hold_ns, holds;		       /* time from first parked to released */
 	uint64_t hold_since; /* CLOCK_MONOTONIC ns of the oldest parked frame's parking, 0 = none */
 	uint64_t cycles;     /* busy cycles spent on this queue */
-	uint64_t spare1[4];
+	uint64_t depth;	     /* frames in its receive and park rings when it was last looked at */
+	uint64_t spare1[3];
 	struct ps_ring park; /* ps_descriptor slots; the stamp stays before the frame */
 	struct ps_ring free; /* uint64_t slots: frames to give back to the fill ring */
 	struct ps_journal journal;

@@ -1,0 +1,44 @@
+"""Reads the counters of a stack's engines, for whoever decides by load. Changes nothing."""
+
+import time
+
+from packetstack_agent.engines import Engine
+from packetstack_agent.stacks import Managed
+from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
+
+
+def name(engine: Engine) -> str:
+    """What an engine is called where its load is spoken of: in a cluster as its pod."""
+    return engine.blueprint.pod or engine.blueprint.name
+
+
+def snapshot(managed: Managed, with_buckets: bool = False) -> Snapshot:
+    """All counters of the stack's engines now; those of an engine that is being made or removed cannot be read."""
+    flows = managed.stack.flows_by_slot()
+    readable = [e for e in managed.engines.values() if e.view is not None and e.fds is not None and not e.removing]
+    return Snapshot(
+        time.monotonic(),
+        tuple(_counters(e, flows.get(e.slot, 0)) for e in readable),
+        tuple(managed.stack.bucket_packets()) if with_buckets else (),
+    )
+
+
+def _counters(engine: Engine, flows: int) -> EngineCounters:
+    b = engine.blueprint
+    counters = engine.counters()
+    dropped = sum(n for counter, n in counters.items() if counter.startswith("drop_"))
+    cores = [engine.core(c) for c in range(b.cores)]
+    queues = [engine.queue(q) for q in range(b.queues)]
+    return EngineCounters(
+        id=b.id or b.slot,
+        name=name(engine),
+        state=str(engine.state),
+        ready=engine.ready,
+        cores=tuple(CoreCounters(int(c.busy_cycles), int(c.total_cycles)) for c in cores),
+        queues=tuple(QueueCounters((q.cur & 0xFF) - 1, int(q.cycles), int(q.received), int(q.depth)) for q in queues),
+        packets=counters["received"],
+        bytes=counters["received_bytes"],
+        flows_created=counters["flows_created"],
+        dropped=dropped + sum(engine.kernel_drops().values()),
+        flows=flows,
+    )

@@ -1,0 +1,285 @@
+"""Load of engines, from what their counters say at two times.
+
+A `Snapshot` is what an agent reads for one stack: counters that only rise, as they are in shared memory. Whoever
+needs a rate keeps a `History` and asks for the load of its last seconds. So any number of readers see the same
+counters, and nobody must reset them.
+
+Utilization is busy cycles by all cycles, never CPU time: a core that polls is always busy for the kernel.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from packetstack_core.autoscaling import ENGINE_CAPACITY, Sample
+from packetstack_core.planning import Owner
+from packetstack_core.reconciling import State
+from packetstack_core.resources import MAX_BUCKETS, MAX_CORES, MAX_QUEUES
+
+MAX_ENGINES = 1023
+"""Of a stack on one node."""
+KEEP_SECONDS = 60.0
+"""So long a history reaches back."""
+
+
+# ---- counters --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CoreCounters:
+    """Of one core, in cycles of the TSC."""
+
+    busy_cycles: int
+    """Spent in turns of the loop that handled frames."""
+    total_cycles: int
+    """All, also those spent asleep."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueCounters:
+    """Of one receive queue."""
+
+    core: int
+    """That serves it; -1: none."""
+    cycles: int
+    """Busy cycles spent on it."""
+    packets: int
+    """Taken out of its ring."""
+    depth: int
+    """Frames that wait in it now."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCounters:
+    """Of one engine since its interface was made. `id`: its slot on the node, in a cluster its id in the flow table."""
+
+    id: int
+    name: str
+    """Its own, in a cluster that of its pod."""
+    state: str
+    """`reconciling.State`."""
+    ready: bool
+    """Its datapath serves."""
+    cores: tuple[CoreCounters, ...]
+    queues: tuple[QueueCounters, ...]
+    packets: int
+    """Received."""
+    bytes: int
+    """Received."""
+    flows_created: int
+    dropped: int
+    """For any reason, by the engine or the kernel in front of it."""
+    flows: int
+    """Alive now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One stack on one node at one time."""
+
+    time: float
+    """Seconds, on a clock of the node that outlives its agent (CLOCK_MONOTONIC)."""
+    engines: tuple[EngineCounters, ...]
+    bucket_packets: tuple[int, ...] = ()
+    """Packets that the director has sent by bucket; empty where nobody asked for them."""
+
+
+_SNAPSHOT = TypeAdapter(Snapshot)
+
+
+def to_json(snapshot: Snapshot) -> bytes:
+    """As an agent answers."""
+    return _SNAPSHOT.dump_json(snapshot)
+
+
+def from_json(data: bytes) -> Snapshot:
+    """What `to_json` wrote. ValueError for anything else, or more than a stack can have."""
+    try:
+        snapshot = _SNAPSHOT.validate_json(data)
+    except ValidationError as e:
+        error = e.errors()[0]
+        where = ".".join(map(str, error["loc"]))
+        raise ValueError(f"load: {where}: {error['msg']}; use an agent of this version") from None
+    if (
+        len(snapshot.engines) > MAX_ENGINES
+        or len(snapshot.bucket_packets) > MAX_BUCKETS
+        or any(len(e.cores) > MAX_CORES or len(e.queues) > MAX_QUEUES for e in snapshot.engines)
+    ):
+        raise ValueError("load: names more engines, cores, queues or buckets than a stack can have")
+    return snapshot
+
+
+# ---- rates -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLoad:
+    """Of one receive queue."""
+
+    core: int
+    """That serves it; -1: none."""
+    busy: float
+    """Share of a core that it took."""
+    packets_per_second: float
+    depth: int
+    """Frames that waited in it at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Of one engine, over `window` seconds."""
+
+    id: int
+    name: str
+    state: str
+    ready: bool
+    window: float
+    cores: tuple[float, ...]
+    """Busy share of each core, 0 to 1."""
+    queues: tuple[QueueLoad, ...]
+    active_flows: int
+    new_flows_per_second: float
+    packets_per_second: float
+    bits_per_second: float
+    drop_ratio: float
+    """Dropped packets by all that came, 0 to 1."""
+
+    @property
+    def utilization(self) -> float:
+        """Busy share of all its cores, 0 to 1."""
+        return sum(self.cores) / len(self.cores)
+
+
+@dataclass(frozen=True, slots=True)
+class StackLoad:
+    """Of one stack on one node."""
+
+    read: float
+    """When the later of the two snapshots was read, on the reader's own clock."""
+    engines: tuple[EngineLoad, ...]
+    """Those that were in both snapshots, with counters that rose: of others nothing is known."""
+    bucket_packets_per_second: tuple[float, ...] = ()
+
+
+def engine_load(before: EngineCounters, after: EngineCounters, seconds: float) -> EngineLoad | None:
+    """What an engine did in between; None if these are not two looks at the same running engine.
+
+    A counter that went backwards, other cores or queues, or a core whose loop has not turned: it was made anew, or
+    stands still.
+    """
+    if (
+        seconds <= 0
+        or len(before.cores) != len(after.cores)
+        or len(before.queues) != len(after.queues)
+        or not after.cores
+    ):
+        return None
+    cores = []
+    for old, new in zip(before.cores, after.cores, strict=True):
+        busy, total = new.busy_cycles - old.busy_cycles, new.total_cycles - old.total_cycles
+        if total <= 0 or busy < 0:
+            return None
+        cores.append(min(1.0, busy / total))
+    cycles = sum(a.total_cycles - b.total_cycles for b, a in zip(before.cores, after.cores, strict=True)) / len(cores)
+    queues = []
+    for was, now in zip(before.queues, after.queues, strict=True):
+        spent, packets = now.cycles - was.cycles, now.packets - was.packets
+        if spent < 0 or packets < 0:
+            return None
+        queues.append(QueueLoad(now.core, min(1.0, spent / cycles), packets / seconds, now.depth))
+    packets, size = after.packets - before.packets, after.bytes - before.bytes
+    created, dropped = after.flows_created - before.flows_created, after.dropped - before.dropped
+    if min(packets, size, created, dropped) < 0:
+        return None
+    return EngineLoad(
+        after.id,
+        after.name,
+        after.state,
+        after.ready,
+        seconds,
+        tuple(cores),
+        tuple(queues),
+        after.flows,
+        created / seconds,
+        packets / seconds,
+        8 * size / seconds,
+        min(1.0, dropped / max(packets, dropped)) if dropped else 0.0,
+    )
+
+
+def stack_load(before: Snapshot, after: Snapshot, read: float) -> StackLoad:
+    """What a stack's engines did between two snapshots of the same node. `read`: see `StackLoad`."""
+    seconds = after.time - before.time
+    known = {(e.id, e.name): e for e in before.engines}
+    found = (engine_load(known[key], e, seconds) for e in after.engines if (key := (e.id, e.name)) in known and e.ready)
+    old, new = before.bucket_packets, after.bucket_packets
+    buckets: tuple[float, ...] = ()
+    if seconds > 0 and len(old) == len(new) and all(a >= b for b, a in zip(old, new, strict=True)):
+        buckets = tuple((a - b) / seconds for b, a in zip(old, new, strict=True))
+    return StackLoad(read, tuple(e for e in found if e is not None), buckets)
+
+
+@dataclass(slots=True)
+class History:
+    """Snapshots of one stack on one node, oldest first."""
+
+    _kept: list[tuple[float, Snapshot]] = field(default_factory=list)
+
+    def add(self, snapshot: Snapshot, read: float) -> None:
+        """`read`: when it was read, on the reader's own clock. A clock that went backwards begins anew."""
+        if self._kept and (snapshot.time <= self._kept[-1][1].time or read < self._kept[-1][0]):
+            self._kept.clear()
+        self._kept.append((read, snapshot))
+        while len(self._kept) > 2 and self._kept[1][1].time < snapshot.time - KEEP_SECONDS:
+            del self._kept[0]
+
+    def load(self, seconds: float) -> StackLoad | None:
+        """Of the last `seconds`, or of the time since there is one if that is shorter; None before two snapshots."""
+        if len(self._kept) < 2:
+            return None
+        read, last = self._kept[-1]
+        before = next((s for _, s in reversed(self._kept[:-1]) if s.time <= last.time - seconds), self._kept[0][1])
+        return stack_load(before, last, read)
+
+
+# ---- what the controllers see ----------------------------------------------------------------------------------
+
+VALUES: Mapping[str, Any] = {
+    "Utilization": lambda e: e.utilization * ENGINE_CAPACITY,
+    "ActiveFlows": lambda e: e.active_flows * 1000,
+    "NewFlowsPerSecond": lambda e: e.new_flows_per_second * 1000,
+    "PacketsPerSecond": lambda e: e.packets_per_second * 1000,
+    "BitsPerSecond": lambda e: e.bits_per_second * 1000,
+    "DropRatio": lambda e: e.drop_ratio * 1000,
+}
+"""By name of an `Engine` metric: an engine's value, in milli-units."""
+
+
+def samples(load: StackLoad, metric: str) -> dict[str, Sample]:
+    """An `Engine` metric's samples by engine. Only active ones: one that starts or drains is in no average."""
+    value = VALUES[metric]
+    return {e.name: Sample(round(value(e)), load.read, e.window) for e in load.engines if e.state == State.ACTIVE.value}
+
+
+def bucket_loads(load: StackLoad, owners: Sequence[Owner | None]) -> list[float] | None:
+    """Share of a core that each bucket takes: its packets times the cost of a packet in the queue that owns it.
+
+    `Owner.slot` is an `EngineLoad.id`. A queue without packets has the mean cost of the others. None when nothing is
+    known of the buckets.
+    """
+    rates = load.bucket_packets_per_second
+    if len(rates) != len(owners):
+        return None
+    busy = sum(q.busy for e in load.engines for q in e.queues)
+    packets = sum(q.packets_per_second for e in load.engines for q in e.queues)
+    mean = busy / packets if packets else 0.0
+    cost = {
+        Owner(e.id, i): q.busy / q.packets_per_second if q.packets_per_second else mean
+        for e in load.engines
+        for i, q in enumerate(e.queues)
+    }
+    return [
+        rate * cost.get(owner, mean) if owner is not None else 0.0 for rate, owner in zip(rates, owners, strict=True)
+    ]
