@@ -96,7 +96,7 @@ class ControlPlane:
         self.pki.issue("apiserver", "kube-apiserver", names=[self.address, "127.0.0.1", API_SERVICE, *names])
         self.pki.issue("apiserver-kubelet-client", "kube-apiserver-kubelet-client", groups=["system:masters"])
         self.pki.issue("front-proxy-client", "front-proxy-client", authority="front-proxy-ca")
-        etcd_port, peer_port, api_port, manager_port, scheduler_port = _free_ports(self.address, 5)
+        etcd_port, peer_port, api_port, manager_port, scheduler_port = free_ports(self.address, 5)
         self.server = f"https://{self.address}:{api_port}"
         self.kubeconfig_for("admin", groups=["system:masters"])
         self._run_etcd(etcd_port, peer_port)
@@ -146,8 +146,7 @@ class ControlPlane:
             f"--service-account-issuer={ISSUER}",
             f"--service-account-key-file={pki}/service-accounts.pub",
             f"--service-account-signing-key-file={pki}/service-accounts.key",
-            # Aggregated APIs (a server of custom metrics) are asked at their endpoints: the machine routes no services.
-            "--enable-aggregator-routing=true",
+            # As itself, to aggregated APIs.
             f"--requestheader-client-ca-file={pki}/front-proxy-ca.crt",
             "--requestheader-allowed-names=front-proxy-client",
             "--requestheader-username-headers=X-Remote-User",
@@ -177,7 +176,7 @@ class ControlPlane:
                     # A lost node and a busy engine are seen in seconds, not minutes: tests wait for both.
                     "--node-monitor-grace-period=12s",
                     "--node-monitor-period=1s",
-                    "--horizontal-pod-autoscaler-sync-period=5s",
+                    "--horizontal-pod-autoscaler-sync-period=1s",
                 ],
             ),
             ("kube-scheduler", scheduler_port, []),
@@ -371,7 +370,7 @@ def _write_private(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def _free_ports(address: str, count: int) -> list[int]:
+def free_ports(address: str, count: int) -> list[int]:
     """Ports that nobody uses now. All are held together before they are let go, so that they differ."""
     held = []
     try:
