@@ -838,6 +838,8 @@ class Autoscaling(Model):
     metrics: Items[Metric] = ()
     """The one that asks for most engines counts."""
     behavior: Behavior | None = None
+    sync_period_seconds: Annotated[int, Whole(1, 300, "a time in seconds")] = 15
+    """Time between two decisions; the default is that of an HPA."""
     paused: bool = False
     """Decide, but change nothing."""
     panic: Panic | None = None
