@@ -40,12 +40,14 @@ from packetstack_core.reconciling import (
 )
 from packetstack_core.resources import API_VERSION, PacketStack, ResourceError
 from packetstack_operator import observing, pods
-from packetstack_operator.observing import Memory, Raw, World
+from packetstack_operator.observing import Holder, Memory, Raw, World
 
 NODE_SECONDS = 30.0
 """So long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
 AGENT_SECONDS = 10.0
 """So long an agent may take to answer a flow table with engines of its node."""
+REUSE_SECONDS = 2.0
+"""After a pod with a device has gone, before one is made that may get it: a CNI plugin may still be resetting it."""
 
 Kind = Literal["FlowTable", "Pod", "PacketEngine", "PodDisruptionBudget", "PacketStack"]
 
@@ -165,7 +167,7 @@ class _Deciding:
         self.wake_at: float | None = None
         self.template = pods.template(stack.spec.engine, world.image)
         if self.memory.template != self.template:  # what failed before says nothing about another shape
-            self.memory = Memory(template=self.template, counted=self.memory.counted, taken=self.memory.taken)
+            self._forget_failures()
         # The name of a pod is taken once: its engine gets another number. A budget has no other name.
         still = {(k, name) for k, name in self.memory.taken & world.strangers if k != "Pod"}
         self.memory = replace(self.memory, taken=frozenset(still))
@@ -183,10 +185,13 @@ class _Deciding:
         self.owners: list[Owner | None]
         self.entries: dict[int, TableEngine] = {}
         self._load()
+        self.doubles = self._find_doubles()
+        """Engine -> the older one that has the MAC of its interface."""
         self.actions: list[reconciling.Action] = []
         self.listeners, self.backend_problems = observing.resolve(stack, world)
 
     def decision(self) -> Decision:
+        self._miss_devices()
         self._drop_what_is_gone()
         self._follow_the_node()
         self._start()
@@ -238,6 +243,37 @@ class _Deciding:
 
     def _event(self, reason: str, message: str, kind: Literal["Normal", "Warning"] = "Normal") -> None:
         self.events.append(Event(kind, reason, message))
+
+    def _find_doubles(self) -> dict[int, Holder]:
+        found = {}
+        by_mac: dict[str, list[Holder]] = {}
+        own: dict[int, Holder] = {}
+        for i, report in self.reported.items():
+            if not report.mac:
+                continue
+            starting = i in self.entries and self.entries[i].state in ("Pending", "Starting")
+            meta = self.pods[report.name]["metadata"] if report.name in self.pods else {}
+            since = str(meta.get("creationTimestamp") or "")
+            own[i] = Holder(starting, since, self.stack.metadata.namespace, self.stack.name, i, report.name)
+            by_mac.setdefault(report.mac, [*self.world.neighbours.get(report.mac, ())]).append(own[i])
+        for i, holder in own.items():
+            first = min(by_mac[self.reported[i].mac])
+            if first != holder:
+                found[i] = first
+        return found
+
+    def _miss_devices(self) -> None:
+        """A device whose pod has gone is not given to the next one at once."""
+        known = self.memory.devices
+        devices = frozenset(
+            str(p["metadata"]["uid"]) for p in self.pods.values() if observing.was_given(p) and observing.node_of(p)
+        )
+        self.memory = replace(self.memory, devices=devices)
+        if known - devices:
+            self.memory = replace(self.memory, reuse_after=self.now + REUSE_SECONDS)
+
+    def _forget_failures(self) -> None:
+        self.memory = replace(self.memory, failures=0, create_after=0.0, problem=None, template=self.template)
 
     def _drop_what_is_gone(self) -> None:
         """Entries whose pods will not run again. Those that never ran count for the back-off."""
@@ -328,7 +364,20 @@ class _Deciding:
 
     def _ready(self, entry: TableEngine) -> bool:
         report = self.reported.get(entry.id)
+        if entry.state == "Starting" and entry.id in self.doubles:
+            return False
         return entry.state != "Pending" and entry.name in self.pods and report is not None and report.ready
+
+    def _double(self, number: int) -> str:
+        """What is wrong with an engine that has the MAC of an older one."""
+        other = self.doubles[number]
+        pod = other.pod if other.namespace == self.stack.metadata.namespace else f"{other.namespace}/{other.pod}"
+        report = self.reported[number]
+        return f"pod {report.name}: its interface has MAC {report.mac}, which is that of pod {pod}; give each its own"
+
+    def _said(self, number: int) -> str:
+        """Why an engine that is attached is not ready."""
+        return self._double(number) if number in self.doubles else self.reported[number].message
 
     def _holds(self, entry: TableEngine) -> int:
         """Buckets that packets still reach it for, or may: 0 only if the agent says so."""
@@ -362,7 +411,7 @@ class _Deciding:
             self._wake(self.memory.create_after)
         missing = desired.replicas > sum(e.state not in ("Draining", "Failed") for e in self.entries.values())
         if not missing and all(e.state != "Pending" for e in self.entries.values()):
-            self.memory = Memory(template=self.template, counted=self.memory.counted, taken=self.memory.taken)
+            self._forget_failures()
         for action in self.actions:
             self._act(action)
 
@@ -444,9 +493,13 @@ class _Deciding:
     def _pods_to_create(self) -> list[Write]:
         writes = []
         waiting = self.node is None and any(self.entries[i].template == self.template for i in self._alive())
+        early = self.stack.spec.engine.interface.veth is None and self.now < self.memory.reuse_after
         for _, entry in sorted(self.entries.items()):
             if entry.name in self.pods or entry.pod_uid or waiting or self.now < self.memory.create_after:
                 continue
+            if early:
+                self._wake(self.memory.reuse_after)
+                break
             body = pods.pod(self.world.stack, self.stack, entry, self.world.image, self.node)
             writes.append(Write("create", "Pod", entry.name, body))
             waiting = self.node is None
@@ -476,7 +529,7 @@ class _Deciding:
                 continue
             report = self.reported.get(entry.id)
             ready = self._ready(entry)
-            message = "" if ready or report is None else report.message
+            message = "" if ready or report is None else self._said(entry.id)
             condition = {"type": pods.DATA_PATH, "status": str(ready), "reason": "Serving" if ready else "NotServing"}
             if message:
                 condition["message"] = message
@@ -549,7 +602,7 @@ class _Deciding:
         ours = number in self.entries
         ready = ours and self._ready(entry)
         state = entry.state if ours else "Failed" if pod and observing.dead(pod, self.now) else "Draining"
-        message = "" if ready else report.message if report is not None else ""
+        message = "" if ready or report is None else self._said(number)
         if not ready and not message and pod is not None:
             message = (_obstacle(pod) or self._trouble(pod) or ("", ""))[1]
         # While buckets are on their way the numbers change many times a second: they are metrics then.
@@ -680,6 +733,8 @@ class _Deciding:
             if self.now >= at:
                 return True, "NoAgent", f"no agent of node {self.node} has answered; its DaemonSet must run there"
             self._wake(at)
+        if self.doubles:
+            return True, "DuplicateMAC", self._double(min(self.doubles))
         lame = [e for e in staying if e.state == "Active" and not self._ready(e)]
         if lame:
             said = next((r.message for e in lame if (r := self.reported.get(e.id)) and r.message), "")

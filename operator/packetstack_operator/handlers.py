@@ -17,7 +17,7 @@ from packetstack_operator import deciding, observing, pods
 from packetstack_operator.applying import PATHS, Api, Refused
 from packetstack_operator.deciding import Decision, Event
 from packetstack_operator.metrics import Metrics
-from packetstack_operator.observing import Memory, Raw, Slice, World
+from packetstack_operator.observing import Holder, Memory, Raw, Slice, World
 
 TICK_SECONDS = 15.0
 SETTLE_SECONDS = 0.05
@@ -124,6 +124,7 @@ class Operator:
             ),
             services={name: ports[0] for name, ports in listed.items() if ports},
             slices={name: tuple(indices["endpointslices"].get((key[0], name), ())) for name in services},
+            neighbours=_neighbours(key, next(iter(found["FlowTable"]), None), indices),
             outdated=self.outdated,
             memory=memory,
         )
@@ -353,6 +354,9 @@ def register(registry: kopf.OperatorRegistry, operator: Operator) -> None:
     def pod_by_stack(namespace: str, body: kopf.Body, **_: Any) -> dict[Key, Raw]:
         return {(namespace, body["metadata"].get("labels", {}).get(pods.STACK, "")): lean_pod(body)}
 
+    def by_mac(body: kopf.Body, **_: Any) -> dict[tuple[str, str], tuple[Holder, ...]]:
+        return observing.holders(body)
+
     def by_service(namespace: str, body: kopf.Body, **_: Any) -> dict[Key, Slice]:
         return {(namespace, _service_of(body)): Slice.of(body)}
 
@@ -362,6 +366,7 @@ def register(registry: kopf.OperatorRegistry, operator: Operator) -> None:
     index: Any = kopf.index
     index(*GROUP, "packetstacks", id="packetstacks", registry=registry)(by_name)
     index(*GROUP, "flowtables", id="flowtables", registry=registry)(by_name)
+    index(*GROUP, "flowtables", id="macs", registry=registry)(by_mac)
     index(*GROUP, "packetengines", id="packetengines", registry=registry)(by_stack)
     index("", "v1", "pods", id="pods", registry=registry)(pod_by_stack)
     index("policy", "v1", "poddisruptionbudgets", id="pdbs", registry=registry)(by_stack)
@@ -391,7 +396,7 @@ def register(registry: kopf.OperatorRegistry, operator: Operator) -> None:
     on_event("", "v1", "services", id="service-changed", registry=registry)(service_changed)
     on_event("discovery.k8s.io", "v1", "endpointslices", id="slice-changed", registry=registry)(slice_changed)
 
-    names = {"packetstacks", "services", "endpointslices", *CHILDREN.values()}
+    names = {"packetstacks", "macs", "services", "endpointslices", *CHILDREN.values()}
 
     async def keep(name: str, namespace: str, body: kopf.Body, stopped: kopf.DaemonStopped, **kwargs: Any) -> None:
         await operator.keep((namespace, name), stopped, body, {i: kwargs[i] for i in names})
@@ -421,6 +426,18 @@ def _rests(world: World, decision: Decision) -> bool:
         and not any(map(observing.terminating, world.pods))
         and any(c["type"] == "Progressing" and c["status"] == "False" for c in conditions)
     )
+
+
+def _neighbours(key: Key, table: Raw | None, indices: Mapping[str, kopf.Index[Any, Any]]) -> dict[str, list[Holder]]:
+    """MAC -> engines of other stacks on the node of this one's that have it, as this one's have. Hardly ever any."""
+    found: dict[str, list[Holder]] = {}
+    for node, mac in observing.holders(table) if table is not None else ():
+        for other in [h for held in indices["macs"].get((node, mac), ()) for h in held]:
+            if (other.namespace, other.stack) != key:
+                listed = indices["pods"].get((other.namespace, other.stack), ())
+                pod: Raw = next((p["metadata"] for p in listed if p["metadata"]["name"] == other.pod), {})
+                found.setdefault(mac, []).append(replace(other, since=str(pod.get("creationTimestamp") or "")))
+    return found
 
 
 def _version(raw: Raw) -> int:

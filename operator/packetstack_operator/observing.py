@@ -84,6 +84,24 @@ class Memory:
     """What could not be created since there is one of that name already."""
     template: str = ""
     """What all of this is about."""
+    devices: frozenset[str] = frozenset()
+    """UIDs of pods on a node whose interfaces were given to them."""
+    reuse_after: float = 0.0
+    """Unix time before which no pod is made that would be given the interface of one that has gone."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Holder:
+    """An engine that is attached, and has a MAC. Those that were first are less."""
+
+    starting: bool
+    """It has never been active."""
+    since: str
+    """When its pod was made."""
+    namespace: str
+    stack: str
+    number: int
+    pod: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +122,8 @@ class World:
     """Objects of others that have the names of ours."""
     troubles: Mapping[str, str] = field(default_factory=dict)
     """Name of a pod -> the last warning about it, while its containers are being prepared."""
+    neighbours: Mapping[str, Sequence[Holder]] = field(default_factory=dict)
+    """MAC of an engine of this stack -> engines of other stacks on its node that report the same."""
     outdated: str = ""
     """Kinds whose definitions in the cluster are older or newer than this operator."""
     memory: Memory = Memory()
@@ -156,6 +176,23 @@ def seconds(timestamp: str) -> float:
 def timestamp(now: float) -> str:
     """The API server's form of a Unix time."""
     return datetime.fromtimestamp(int(now), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def holders(table: Raw) -> dict[tuple[str, str], tuple[Holder, ...]]:
+    """Node and MAC -> the engines of a flow table that have it there; when their pods were made is not known here."""
+    meta, spec = table["metadata"], table.get("spec", {})
+    states = {e["id"]: e.get("state") for e in spec.get("engines") or ()}
+    found: dict[tuple[str, str], tuple[Holder, ...]] = {}
+    for report in table.get("status", {}).get("nodes") or ():
+        if report["node"] != spec.get("node"):
+            continue
+        for engine in report.get("engines") or ():
+            if mac := engine.get("mac"):
+                number = engine["id"]
+                starting = states.get(number) in ("Pending", "Starting")
+                held = Holder(starting, "", meta["namespace"], meta["name"], number, engine["name"])
+                found[report["node"], mac] = (*found.get((report["node"], mac), ()), held)
+    return found
 
 
 # ---- pods --------------------------------------------------------------------------------------------------------
@@ -226,6 +263,12 @@ def started_at(pod: Raw) -> float:
         if since:
             return seconds(since)
     return 0.0
+
+
+def was_given(pod: Raw) -> bool:
+    """Whether its interface is somebody else's: of a device plugin, a resource driver or a CNI plugin."""
+    meta = pod["metadata"]
+    return bool((meta.get("annotations") or {}).get(pods.NETWORKS) or pod.get("spec", {}).get("resourceClaims"))
 
 
 def interface_of(pod: Raw) -> str | None:

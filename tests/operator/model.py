@@ -46,6 +46,9 @@ class Model:
         self.attached = {}
         """Engine -> UID of its pod."""
         self.stuck = set()
+        self.macs = {}
+        """Engine -> MAC of its interface."""
+        self.neighbours = {}
         self.ends = False
         """The stack is being deleted."""
         self.put(
@@ -150,6 +153,7 @@ class Model:
         return self.put(new)
 
     def _delete(self, at, old, body):
+        assert set(body) == {"preconditions"}, "never deletes by force"
         if old is None or old["metadata"]["uid"] != body["preconditions"]["uid"]:
             return
         if at[0] == "Pod":
@@ -195,6 +199,7 @@ class Model:
             budget=next((o for o in ours if o["kind"] == "PodDisruptionBudget"), None),
             services=self.services,
             slices=self.slices,
+            neighbours=self.neighbours,
             memory=self.memory,
         )
         asked = observing.doubtful(world)
@@ -305,7 +310,14 @@ class Model:
             "settled": settled,
             "owned": BUCKETS - counts[0],
             "engines": [
-                {"id": i, "name": f"edge-{i}", "ready": i in ready, "buckets": counts[i]} for i in sorted(self.attached)
+                {
+                    "id": i,
+                    "name": f"edge-{i}",
+                    "ready": i in ready,
+                    "buckets": counts[i],
+                    "mac": self.macs.get(i, f"02:00:00:00:00:{i % 256:02x}"),
+                }
+                for i in sorted(self.attached)
             ],
         }
         if self.get("FlowTable").get("status") != {"nodes": [report]}:

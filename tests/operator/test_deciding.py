@@ -15,7 +15,7 @@ from tests.operator.model import BUCKETS, NODE, Model
 from packetstack_core.kinds import encode_owners
 from packetstack_core.planning import Owner
 from packetstack_operator import deciding
-from packetstack_operator.observing import Memory
+from packetstack_operator.observing import Holder, Memory
 
 
 def settled(replicas=2, **spec):
@@ -523,6 +523,152 @@ def test_an_engine_with_an_attachment_waits_for_the_name_of_its_interface(interf
     model.operator()
     engine = model.table().spec.engines[0]
     assert (engine.state, engine.interface) == ("Starting", "net1")
+
+
+def steps(model, count, seconds=1.0):
+    for _ in range(count):
+        model.operator()
+        model.kubelet()
+        model.agent()
+        model.now += seconds
+
+
+def test_an_engine_with_the_mac_of_an_older_one_never_becomes_active():
+    model = settled(1)
+    model.macs = {1: "02:00:00:00:00:aa", 2: "02:00:00:00:00:aa"}
+    model.set_spec(replicas=2)
+    steps(model, 20)
+    assert [e.state for e in model.table().spec.engines] == ["Active", "Starting"]
+    assert set(model.words) == {1}
+    degraded = model.condition("Degraded")
+    assert (degraded["status"], degraded["reason"]) == ("True", "DuplicateMAC")
+    assert "pod edge-2:" in degraded["message"]
+    assert "that of pod edge-1;" in degraded["message"]
+    assert reasons(model).count("DuplicateMAC") == 1
+    assert model.get("PacketEngine", "edge-2")["status"]["message"] == degraded["message"]
+    ready = next(c for c in model.get("Pod", "edge-2")["status"]["conditions"] if c["type"].endswith("DataPath"))
+    assert (ready["status"], ready["message"]) == ("False", degraded["message"])
+    model.now += 1000
+    assert writes(model.operator()) == []
+    model.macs = {}
+    model.settle()
+    model.check_goal()
+
+
+def test_of_two_engines_that_start_with_one_mac_the_older_pod_becomes_active():
+    model = Model(2)
+    model.macs = {1: "02:00:00:00:00:aa", 2: "02:00:00:00:00:aa"}
+    model.stuck = {1, 2}
+    steps(model, 10)
+    for name, made in (("edge-1", "2030-01-01T00:00:02Z"), ("edge-2", "2030-01-01T00:00:01Z")):
+        model.change(("Pod", name), lambda b, made=made: b["metadata"].update(creationTimestamp=made))
+    model.stuck = set()
+    steps(model, 10)
+    assert [e.state for e in model.table().spec.engines] == ["Starting", "Active"]
+
+
+def test_when_the_older_engine_has_gone_the_younger_one_becomes_active():
+    model = settled(1)
+    model.macs = {1: "02:00:00:00:00:aa", 2: "02:00:00:00:00:aa"}
+    model.set_spec(replicas=2)
+    steps(model, 10)
+    model.vanish("edge-1")
+    model.settle()
+    model.check_goal()
+
+
+def test_an_engine_with_the_mac_of_another_stacks_engine_on_its_node_never_becomes_active():
+    model = Model(1)
+    model.macs = {1: "02:00:00:00:00:aa"}
+    model.neighbours = {"02:00:00:00:00:aa": [Holder(False, "", "other", "web", 7, "web-7")]}
+    steps(model, 20)
+    assert [e.state for e in model.table().spec.engines] == ["Starting"]
+    assert model.condition("Degraded")["reason"] == "DuplicateMAC"
+    assert "that of pod other/web-7;" in model.condition("Degraded")["message"]
+    assert model.condition("Available")["status"] == "False"
+    model.neighbours = {}
+    model.settle()
+    model.check_goal()
+
+
+def test_an_engine_that_serves_goes_on_when_another_one_comes_with_its_mac():
+    model = settled(2)
+    model.neighbours = {"02:00:00:00:00:02": [Holder(False, "", "other", "web", 7, "web-7")]}
+    model.operator()
+    assert model.status["readyReplicas"] == 2
+    assert {e.state for e in model.table().spec.engines} == {"Active"}
+
+
+DEVICES = {
+    "device plugin": {"devicePlugin": {"resourceName": "example.com/vf", "networkAttachmentDefinition": "net"}},
+    "resource claim": {"resourceClaim": {"resourceClaimTemplateName": "vf"}},
+}
+
+
+def networked(model):
+    """What the CNI plugins say of each pod that has a node."""
+    said = json.dumps([{"name": "shop/net", "interface": "net1"}])
+    for pod in model.of("Pod"):
+        if pod["spec"].get("nodeName") and "k8s.v1.cni.cncf.io/networks" in pod["metadata"]["annotations"]:
+            key = "k8s.v1.cni.cncf.io/network-status"
+            model.change(
+                ("Pod", pod["metadata"]["name"]), lambda b, key=key: b["metadata"]["annotations"].update({key: said})
+            )
+
+
+@pytest.mark.parametrize("interface", DEVICES.values(), ids=DEVICES)
+def test_a_device_is_not_given_to_the_next_pod_before_its_last_one_has_been_gone_for_a_while(interface):
+    model = Model(1, engine={"interface": interface})
+    for _ in range(12):
+        steps(model, 1)
+        networked(model)
+    assert model.status["readyReplicas"] == 1
+    model.vanish("edge-1")
+    decision = model.operator()
+    assert model.of("Pod") == []
+    assert decision.wake_at == model.now + deciding.REUSE_SECONDS
+    gone, model.now = model.now, model.now + 1.9
+    assert model.operator().wake_at == gone + deciding.REUSE_SECONDS
+    assert model.of("Pod") == []
+    model.now = gone + 2
+    model.operator()
+    assert [p["metadata"]["name"] for p in model.of("Pod")] == ["edge-2"]
+    assert model.operator().wake_at is None
+
+
+def test_a_pod_whose_interface_is_made_for_it_is_replaced_at_once():
+    model = settled(1)
+    model.vanish("edge-1")
+    model.operator()
+    assert [p["metadata"]["name"] for p in model.of("Pod")] == ["edge-2"]
+
+
+def test_a_pod_that_never_had_a_device_is_not_waited_for():
+    model = Model(1, engine={"interface": DEVICES["resource claim"]})
+    model.room = 0
+    steps(model, 3)
+    model.vanish("edge-1")
+    model.operator()
+    assert [p["metadata"]["name"] for p in model.of("Pod")] == ["edge-1"]
+
+
+def test_no_pod_is_ever_deleted_by_force():
+    model = settled(2)
+    model.set_spec(replicas=0)
+    seen = []
+    for _ in range(30):
+        seen += [w for w in model.operator().writes if w.verb == "delete" and w.kind == "Pod"]
+        model.kubelet()
+        model.agent()
+        model.now += 1
+    model.refuse, model.stuck = "UnexpectedAdmissionError", set()
+    model.set_spec(replicas=1)
+    for _ in range(10):
+        seen += [w for w in model.operator().writes if w.verb == "delete" and w.kind == "Pod"]
+        model.kubelet()
+        model.now += 1
+    assert len(seen) > 2
+    assert all(set(w.body) == {"preconditions"} for w in seen), "no gracePeriodSeconds"
 
 
 def test_every_reason_is_explained():

@@ -123,3 +123,20 @@ def test_a_pod_past_its_grace_period_is_dead_though_its_node_never_said_so():
     end = observing.seconds("2026-01-01T00:01:00Z")
     assert not observing.dead(pod, end + observing.OVERDUE_SECONDS)
     assert observing.dead(pod, end + observing.OVERDUE_SECONDS + 1)
+
+
+def test_engines_are_found_by_the_mac_that_their_node_reports():
+    engines = [{"id": 1, "state": "Active"}, {"id": 2, "state": "Starting"}]
+    reported = [{"id": 1, "name": "edge-1", "mac": "02::1"}, {"id": 2, "name": "edge-2", "mac": "02::1"}]
+    reported += [{"id": 3, "name": "edge-3"}]
+    former = {"node": "node-8", "engines": [{"id": 1, "name": "edge-1", "mac": "02::9"}]}
+    table = {
+        "metadata": {"namespace": "shop", "name": "edge"},
+        "spec": {"node": "node-9", "engines": engines},
+        "status": {"nodes": [former, {"node": "node-9", "engines": reported}]},
+    }
+    found = observing.holders(table)
+    assert set(found) == {("node-9", "02::1")}
+    older, younger = sorted(found["node-9", "02::1"])
+    assert (older.pod, younger.pod) == ("edge-1", "edge-2")
+    assert observing.holders({"metadata": table["metadata"]}) == {}
