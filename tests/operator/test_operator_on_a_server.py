@@ -1,124 +1,14 @@
 """The operator's own process against a real API server, with the rights of the chart. Node and agent are played."""
 
-import json
-import secrets
 import time
 
 import pytest
 from tests.operator.operator_process import USER, OperatorProcess, grant
-from tests.operator.players import ENGINES, PODS, STACKS, TABLES, PlayedNode, Server, wait
+from tests.operator.place import STACK
+from tests.operator.players import ENGINES, PODS, STACKS, TABLES, wait
 
-from packetstack_core import crds
-
-STACK = {
-    "apiVersion": "packetstack.io/v1alpha1",
-    "kind": "PacketStack",
-    "metadata": {"name": "edge"},
-    "spec": {
-        "replicas": 2,
-        "flowTable": {"buckets": 1024},
-        "listeners": [
-            {
-                "name": "web",
-                "address": "192.0.2.10",
-                "port": 80,
-                "backends": {"endpoints": [{"address": "10.1.0.5", "port": 80}]},
-            }
-        ],
-        "snat": {"addresses": ["192.0.2.64/28"]},
-    },
-}
 BUDGETS = "/apis/policy/v1/namespaces/{}/poddisruptionbudgets"
 SLICES = "/apis/discovery.k8s.io/v1/namespaces/{}/endpointslices"
-
-
-@pytest.fixture(scope="module")
-def server(control_plane):
-    control_plane.apply(*crds.definitions())
-    control_plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-0"}})
-    for definition in crds.definitions():
-        name = f"crd/{definition['metadata']['name']}"
-        control_plane.kubectl("wait", "--for=condition=Established", name, "--timeout=30s")
-    server = Server(control_plane.kubeconfig)
-    yield server
-    server.close()
-
-
-@pytest.fixture(scope="module")
-def kubeconfig(control_plane, server):
-    grant(control_plane)
-    return control_plane.kubeconfig_for(USER)
-
-
-@pytest.fixture(scope="module")
-def operator(kubeconfig, tmp_path_factory):
-    with OperatorProcess(kubeconfig, tmp_path_factory.mktemp("operator") / "log") as running:
-        yield running
-        assert "internal error" not in running.said()
-        assert "Traceback" not in running.said()
-
-
-class Place:
-    """A namespace with a played node in it."""
-
-    def __init__(self, server, namespace, node):
-        self.server, self.namespace, self.node = server, namespace, node
-
-    def path(self, kind, name="edge"):
-        return f"{kind.format(self.namespace)}/{name}"
-
-    def create(self, **spec):
-        body = {**STACK, "spec": {**STACK["spec"], **spec}}
-        self.server.request("POST", STACKS.format(self.namespace), body)
-
-    def change(self, **spec):
-        self.server.merge(self.path(STACKS), {"spec": spec})
-
-    def stack(self):
-        return self.server.get(self.path(STACKS))
-
-    def table(self):
-        return self.server.get(self.path(TABLES))
-
-    def condition(self, kind, stack=None):
-        stack = stack or self.stack() or {}
-        return next((c for c in stack.get("status", {}).get("conditions", ()) if c["type"] == kind), {"status": ""})
-
-    def pods(self):
-        return {p["metadata"]["name"]: p for p in self.server.items(PODS.format(self.namespace))}
-
-    def settled(self):
-        """The stack is as its resource says, and the operator knows it."""
-        stack = self.stack()
-        status, generation = stack.get("status", {}), stack["metadata"]["generation"]
-        progressing = self.condition("Progressing", stack)
-        replicas = stack["spec"]["replicas"]
-        return (
-            progressing["status"] == "False"
-            and progressing["observedGeneration"] == generation
-            and status["readyReplicas"] == replicas
-            and len(self.pods()) == replicas
-        )
-
-    def settle(self, seconds=30):
-        try:
-            wait(self.settled, seconds)
-        except AssertionError:
-            shown = json.dumps(self.stack().get("status"), indent=1)
-            raise AssertionError(f"not settled: {shown} {sorted(self.pods())}") from None
-        assert self.node.broken == []
-
-
-@pytest.fixture
-def place(server, control_plane):
-    namespace = f"test-{secrets.token_hex(4)}"
-    control_plane.create_namespace(namespace)
-    with PlayedNode(server, namespace) as node:
-        yield Place(server, namespace, node)
-        node.agent, node.refuse = True, None
-        server.delete(f"{STACKS.format(namespace)}/edge")
-        wait(lambda: server.get(f"{STACKS.format(namespace)}/edge") is None)
-        server.delete(f"/api/v1/namespaces/{namespace}")
 
 
 def test_a_stack_lives_from_its_creation_to_its_deletion(operator, place):

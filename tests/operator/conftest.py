@@ -1,0 +1,48 @@
+"""The operator's own process against a real API server, with the rights of the chart. Node and agent are played."""
+
+import secrets
+
+import pytest
+from tests.operator.operator_process import USER, OperatorProcess, grant
+from tests.operator.place import Place
+from tests.operator.players import STACKS, PlayedNode, Server, wait
+
+from packetstack_core import crds
+
+
+@pytest.fixture(scope="module")
+def server(control_plane):
+    control_plane.apply(*crds.definitions())
+    control_plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-0"}})
+    for definition in crds.definitions():
+        name = f"crd/{definition['metadata']['name']}"
+        control_plane.kubectl("wait", "--for=condition=Established", name, "--timeout=30s")
+    server = Server(control_plane.kubeconfig)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def kubeconfig(control_plane, server):
+    grant(control_plane)
+    return control_plane.kubeconfig_for(USER)
+
+
+@pytest.fixture(scope="module")
+def operator(kubeconfig, tmp_path_factory):
+    with OperatorProcess(kubeconfig, tmp_path_factory.mktemp("operator") / "log") as running:
+        yield running
+        assert "internal error" not in running.said()
+        assert "Traceback" not in running.said()
+
+
+@pytest.fixture
+def place(server, control_plane):
+    namespace = f"test-{secrets.token_hex(4)}"
+    control_plane.create_namespace(namespace)
+    with PlayedNode(server, namespace) as node:
+        yield Place(server, namespace, node)
+        node.agent, node.refuse = True, None
+        server.delete(f"{STACKS.format(namespace)}/edge")
+        wait(lambda: server.get(f"{STACKS.format(namespace)}/edge") is None)
+        server.delete(f"/api/v1/namespaces/{namespace}")
