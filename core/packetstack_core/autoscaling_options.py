@@ -49,15 +49,17 @@ def is_active(schedule: resources.Schedule, now: datetime) -> bool:
 def with_schedule(spec: Spec, schedules: Sequence[resources.Schedule], now: datetime) -> tuple[Spec, str]:
     """The spec with the limits of the first schedule that is active, and its name; "" without one.
 
-    A limit that the schedule does not give stays, unless it contradicts the one that it gives.
+    A limit that the schedule does not give stays, unless it contradicts the one that it gives. Fewer than 1 engine
+    only with a metric that can be read without an engine: else nothing would ever ask for the first one.
     """
+    least = 0 if spec.scales_to_zero() else 1
     for schedule in schedules:
         if is_active(schedule, now):
             low, high = schedule.min_replicas, schedule.max_replicas
             minimum = min(spec.minimum, spec.maximum if high is None else high) if low is None else low
             maximum = max(spec.maximum, minimum) if high is None else high
-            return replace(spec, minimum=minimum, maximum=maximum), schedule.name
-    return spec, ""
+            return replace(spec, minimum=max(minimum, least), maximum=max(maximum, least)), schedule.name
+    return replace(spec, minimum=max(spec.minimum, least)), ""
 
 
 def failures(before: int, decision: Decision) -> int:

@@ -307,6 +307,97 @@ class PacketEngine(Model):
 # ---- status of a PacketStack -----------------------------------------------------------------------------------
 
 
+class MetricValue(Model):
+    """As in autoscaling/v2: the members that the kind of metric has."""
+
+    average_utilization: int | None = None
+    """Percent."""
+    average_value: str | None = None
+    """Per engine."""
+    value: str | None = None
+    """In all."""
+
+
+class MetricReading(Model):
+    """A metric of the autoscaler, as it was last read."""
+
+    type: str
+    """As in the spec."""
+    name: str
+    """As in the spec."""
+    target: MetricValue
+    """What it shall be."""
+    current: MetricValue
+    """What it is."""
+
+
+class ScalingProposal(Model):
+    """What one metric asked for."""
+
+    metric: str
+    """What it is called in reasons and conditions."""
+    target: MetricValue
+    """What it shall be."""
+    value: MetricValue
+    """What it was."""
+    replicas: int | None = None
+    """Absent when the metric failed."""
+    missing: int = 0
+    """Engines without a recent sample."""
+    error: str = ""
+    """Why it failed."""
+
+
+class ScalingRecord(Model):
+    """Why the last decision is what it is: each step's number, and what cut it."""
+
+    current: int
+    """Replicas before."""
+    desired: int
+    """Replicas after."""
+    proposals: Items[ScalingProposal] = ()
+    """Of each metric."""
+    winner: str = ""
+    """The metric that asked for most."""
+    proposed: int | None = None
+    """What it asked for; absent when no metric counted."""
+    stabilized: int | None = None
+    """After the stabilization windows."""
+    stabilized_by: str = ""
+    """The window that changed the number."""
+    limited: int | None = None
+    """After policies, minReplicas and maxReplicas."""
+    limited_by: str = ""
+    """What changed the number."""
+    why: str = ""
+    """Why no metric counted, or what counted instead."""
+
+
+class AutoscalingStatus(Model):
+    """What the autoscaler saw and decided last."""
+
+    desired_replicas: int = 0
+    """Engines that it wants."""
+    current_replicas: int = 0
+    """spec.replicas when it decided."""
+    last_scale_time: str | None = None
+    """When it last changed them. RFC 3339, UTC."""
+    min_replicas: int = 1
+    """Fewest engines now, perhaps of a schedule."""
+    max_replicas: int = 1
+    """Most engines now, perhaps of a schedule."""
+    schedule: str = ""
+    """Name of the schedule that the limits come from."""
+    current_metrics: Items[MetricReading] = ()
+    """Those that could be read."""
+    decision: str = ""
+    """The record in one line."""
+    decision_time: str = ""
+    """Since when this status is what it is. RFC 3339, UTC."""
+    record: ScalingRecord | None = None
+    """Of the last decision."""
+
+
 class PacketStackStatus(Model):
     """How a stack is."""
 
@@ -328,8 +419,10 @@ class PacketStackStatus(Model):
     """Where the engines run."""
     capacity: dict[str, int] = Field(default_factory=dict)
     """What the stack can carry, by name."""
+    autoscaling: AutoscalingStatus | None = None
+    """Absent without spec.autoscaling."""
     conditions: Items[Condition] = ()
-    """Available, Progressing, Degraded, CapacityAvailable."""
+    """Available, Progressing, Degraded, CapacityAvailable; with spec.autoscaling also those of an HPA."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------

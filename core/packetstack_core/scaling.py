@@ -1,0 +1,316 @@
+"""The autoscaler of a stack, as operator and local runtime run it: resource, load and state in, replicas and status out.
+
+One round: `reconcile` with what is measured. If its decision has `write`, the caller writes that number to
+`spec.replicas` and calls `written`, or `refused` if it could not. `show` and `conditions` give what the stack's
+status says of it, and `resume` gets the state of an autoscaler that starts anew from that: when it scaled last, and
+its conditions. Windows and rates begin anew then, and a fresh autoscaler does not scale down at once, as an HPA.
+
+Two writers of `spec.replicas` would undo each other. If somebody else wrote it (`is_changed_by_other`, or the caller knows it),
+the caller calls `step_aside`: nothing is decided any more, and `ScalingActive` is `False` for the reason `ExternallyScaled`.
+A round with `autoscaling.paused` ends that, and so does a status without it, as after a time without `spec.autoscaling`.
+
+Nothing here reads a clock. Times are seconds since 1970; `StackLoad.read` must be of the same clock.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from packetstack_core import autoscaling, kinds, load, resources
+from packetstack_core.autoscaling import (
+    Decision,
+    Event,
+    Metric,
+    MetricError,
+    Pod,
+    Reading,
+    Record,
+    Scale,
+    Settings,
+    Spec,
+    Status,
+)
+from packetstack_core.autoscaling_options import State, settled, with_schedule
+from packetstack_core.autoscaling_options import reconcile as _reconcile
+from packetstack_core.kinds import AutoscalingStatus
+from packetstack_core.load import StackLoad
+from packetstack_core.reconciling import State as EngineState
+
+CONDITIONS = ("AbleToScale", "ScalingActive", "ScalingLimited", "ScaledToZero")
+"""Types that are the autoscaler's."""
+EXTERNAL = "ExternallyScaled"
+SAMPLE_SECONDS = 15.0
+"""A sample is never too old before."""
+_LONGEST = 500
+"""Characters of a text in the status."""
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One reconcile of a stack."""
+
+    decision: Decision
+    """With `write`, it waits for `written` or `refused`."""
+    state: State
+    """For the next one."""
+    spec: Spec
+    """With the limits in force."""
+    settings: Settings
+    schedule: str = ""
+    """That the limits come from; "" without one."""
+
+
+# ---- one round -------------------------------------------------------------------------------------------------
+
+
+def engines(load: StackLoad) -> list[Pod]:
+    """The engines that count, when the load is all that is known of them; see `reconcile`."""
+    return [Pod(e.name, ready="True") for e in load.engines if e.state == EngineState.ACTIVE.value]
+
+
+def settings_of(wanted: resources.Autoscaling) -> Settings:
+    """Defaults of an HPA. A sample may be three sync periods old."""
+    # Without a metric that needs no engine nobody would see the first packet, so there is no zero.
+    scales_to_zero = autoscaling.spec_of(wanted).scales_to_zero()
+    oldest = max(SAMPLE_SECONDS, 3.0 * wanted.sync_period_seconds)
+    return Settings(scale_to_zero=scales_to_zero, sample_max_age_seconds=oldest)
+
+
+def reconcile(
+    stack: resources.Spec,
+    state: State,
+    scale: Scale,
+    active: Sequence[Pod],
+    measured: StackLoad | MetricError,
+    now: float,
+    answers: Mapping[int, Reading] | None = None,
+) -> Round:
+    """One reconcile of a stack that has `spec.autoscaling`. O(engines x metrics).
+
+    `active`: its active engines, by the names that they have in the load; one without a sample is missing.
+    `measured`: the load of the last sync period, or why it is not known. `answers`: readings of all other metrics by
+    their index in `spec.autoscaling.metrics`; one that is not among them has no answer.
+    """
+    wanted = _wanted(stack)
+    if stack.paused:
+        wanted = wanted.model_copy(update={"paused": True})
+    settings = settings_of(wanted)
+    at = datetime.fromtimestamp(now, UTC)
+    try:
+        spec, schedule = with_schedule(autoscaling.spec_of(wanted), wanted.schedules, at)
+        if is_external(state) and not _wanted(stack).paused:
+            return _round(_aside(state, scale), state, spec, settings, schedule)
+        readings = [_reading(i, metric, measured, answers or {}) for i, metric in enumerate(spec.metrics)]
+        decision, spec, state = _reconcile(wanted, settings, state, scale, active, readings, now, at)
+    except ValueError as e:  # a schedule that cannot be read
+        return _round(_invalid(state, scale, str(e), now), state, autoscaling.spec_of(wanted), settings, "")
+    if wanted.paused:
+        decision = replace(decision, status=replace(decision.status, desired_replicas=scale.spec_replicas))
+    return _round(decision, state, spec, settings, schedule)
+
+
+def written(done: Round, now: float) -> Round:
+    """The round after its replicas were written."""
+    decision = autoscaling.written(done.decision, done.spec, done.settings, now)
+    return replace(done, decision=decision, state=settled(done.state, decision))
+
+
+def refused(done: Round, message: str, now: float) -> Round:
+    """The round after its replicas could not be written, for the reason `message`."""
+    decision = autoscaling.refused(done.decision, message, now)
+    return replace(done, decision=decision, state=settled(done.state, decision))
+
+
+def _wanted(stack: resources.Spec) -> resources.Autoscaling:
+    if stack.autoscaling is None:
+        raise TypeError("the stack has no spec.autoscaling; call only for one that has")
+    return stack.autoscaling
+
+
+def _round(decision: Decision, state: State, spec: Spec, settings: Settings, schedule: str) -> Round:
+    return Round(decision, settled(state, decision), spec, settings, schedule)
+
+
+def _reading(index: int, metric: Metric, measured: StackLoad | MetricError, answers: Mapping[int, Reading]) -> Reading:
+    if metric.type != "Engine":
+        return answers.get(index, MetricError("api_empty", "nobody has read it"))
+    return measured if isinstance(measured, MetricError) else load.samples(measured, metric.name)
+
+
+def _invalid(state: State, scale: Scale, problem: str, now: float) -> Decision:
+    message = f"spec.autoscaling.schedules: {problem}"
+    conditions = autoscaling.set_condition(
+        state.status.conditions, "ScalingActive", "False", "InvalidSchedule", message, now
+    )
+    current = scale.spec_replicas
+    status = replace(
+        state.status, current_replicas=current, desired_replicas=current, current_metrics=(), conditions=conditions
+    )
+    event = Event("Warning", "InvalidSchedule", message)
+    return Decision(state.memory, status, Record(current, current, why=message), events=(event,))
+
+
+# ---- the second writer -----------------------------------------------------------------------------------------
+
+
+def is_external(state: State) -> bool:
+    """Whether the autoscaler has stepped aside."""
+    return any(c.type == "ScalingActive" and c.reason == EXTERNAL for c in state.status.conditions)
+
+
+def is_changed_by_other(stack: resources.Spec, state: State, scale: Scale) -> bool:
+    """Whether the replicas are not those that the last round left.
+
+    A caller that dies between its write and its status sees that as well: it must know its own write.
+    """
+    if not state.status.conditions or is_external(state) or _wanted(stack).paused:
+        return False  # nothing to compare with, known already, or allowed
+    return scale.spec_replicas != state.status.desired_replicas
+
+
+def step_aside(stack: resources.Spec, state: State, scale: Scale, who: str, now: float) -> Round:
+    """The round in which it was seen that somebody else, `who`, wrote `spec.replicas`."""
+    wanted = _wanted(stack)
+    message = (
+        f"{who} set spec.replicas to {scale.spec_replicas}, so the autoscaler changes it no more; to give it back, set "
+        "spec.autoscaling.paused to true and then to false"
+    )
+    conditions = autoscaling.set_condition(state.status.conditions, "ScalingActive", "False", EXTERNAL, message, now)
+    state = State(status=replace(state.status, conditions=conditions))
+    decision = replace(_aside(state, scale), events=(Event("Warning", EXTERNAL, message),))
+    try:
+        spec, schedule = with_schedule(autoscaling.spec_of(wanted), wanted.schedules, datetime.fromtimestamp(now, UTC))
+    except ValueError:
+        spec, schedule = autoscaling.spec_of(wanted), ""
+    return _round(decision, state, spec, settings_of(wanted), schedule)
+
+
+def _aside(state: State, scale: Scale) -> Decision:
+    why = next(c.message for c in state.status.conditions if c.type == "ScalingActive")
+    current = scale.spec_replicas
+    status = replace(state.status, current_replicas=current, desired_replicas=current, current_metrics=())
+    return Decision(state.memory, status, Record(current, current, why=why))
+
+
+# ---- what is shown, and read again -----------------------------------------------------------------------------
+
+
+def timestamp(at: float) -> str:
+    """RFC 3339 in UTC, as Kubernetes writes it."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def conditions(state: State, generation: int = 0) -> tuple[kinds.Condition, ...]:
+    """The autoscaler's conditions. `generation`: of the stack."""
+    return tuple(
+        kinds.Condition(
+            type=c.type,
+            status=c.status,
+            reason=c.reason,
+            message=_cut(c.message),
+            last_transition_time=timestamp(c.last_transition),
+            observed_generation=generation,
+        )
+        for c in state.status.conditions
+    )
+
+
+def show(done: Round, before: AutoscalingStatus | None, now: float) -> AutoscalingStatus:
+    """`status.autoscaling` after this round. `before`: what it was. Equal rounds give equal statuses."""
+    status, record, spec = done.decision.status, done.decision.record, done.spec
+    values = status.current_metrics if len(status.current_metrics) == len(spec.metrics) else [None] * len(spec.metrics)
+    fresh = AutoscalingStatus(
+        desired_replicas=status.desired_replicas,
+        current_replicas=status.current_replicas,
+        last_scale_time=None if status.last_scale_time is None else timestamp(status.last_scale_time),
+        min_replicas=spec.minimum,
+        max_replicas=spec.maximum,
+        schedule=done.schedule,
+        current_metrics=tuple(
+            kinds.MetricReading(
+                type=metric.type,
+                name=metric.name,
+                target=_target(metric.target),
+                current=kinds.MetricValue(
+                    average_utilization=value.average_utilization,
+                    average_value=_quantity(value.average_value),
+                    value=_quantity(value.value),
+                ),
+            )
+            for metric, value in zip(spec.metrics, values, strict=True)
+            if value is not None
+        ),
+        decision=_cut(str(record)),
+        record=kinds.ScalingRecord(
+            current=record.current,
+            desired=record.desired,
+            proposals=tuple(
+                kinds.ScalingProposal(
+                    metric=_cut(p.metric),
+                    target=_target(p.target),
+                    value=_value(p),
+                    replicas=p.replicas,
+                    error=_cut(p.error),
+                    missing=p.missing,
+                )
+                for p in record.proposals
+            ),
+            winner=_cut(record.winner),
+            proposed=record.proposed,
+            stabilized=record.stabilized,
+            stabilized_by=record.stabilized_by,
+            limited=record.limited,
+            limited_by=record.limited_by,
+            why=_cut(record.why),
+        ),
+    )
+    if before is not None and before.model_copy(update={"decision_time": ""}) == fresh:
+        return before
+    return fresh.model_copy(update={"decision_time": timestamp(now)})
+
+
+def resume(shown: AutoscalingStatus | None, known: Iterable[kinds.Condition]) -> State:
+    """The state of an autoscaler that starts anew; `known`: the stack's conditions."""
+    if shown is None:
+        return State()
+    kept = tuple(
+        autoscaling.Condition(c.type, c.status, c.reason, c.message, _seconds(c.last_transition_time))
+        for c in known
+        if c.type in CONDITIONS and c.status != "Unknown"
+    )
+    last = None if shown.last_scale_time is None else _seconds(shown.last_scale_time)
+    return State(status=Status(shown.current_replicas, shown.desired_replicas, last, kept))
+
+
+def _seconds(text: str) -> float:
+    try:
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        return 0.0
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
+
+
+def _quantity(milli: int | None) -> str | None:
+    """Thousandths as a Kubernetes quantity."""
+    if milli is None:
+        return None
+    return str(milli // 1000) if milli % 1000 == 0 else f"{milli}m"
+
+
+def _target(target: autoscaling.Target) -> kinds.MetricValue:
+    match target.type:
+        case "Utilization":
+            return kinds.MetricValue(average_utilization=target.value)
+        case "AverageValue":
+            return kinds.MetricValue(average_value=_quantity(target.value))
+        case _:
+            return kinds.MetricValue(value=_quantity(target.value))
+
+
+def _value(proposal: autoscaling.Proposal) -> kinds.MetricValue:
+    if proposal.target.type == "Value":
+        return kinds.MetricValue(value=_quantity(proposal.usage))
+    return kinds.MetricValue(average_utilization=proposal.utilization, average_value=_quantity(proposal.usage))
