@@ -40,7 +40,7 @@ from packetstack_core.reconciling import (
 )
 from packetstack_core.resources import API_VERSION, PacketStack, ResourceError
 from packetstack_operator import observing, pods
-from packetstack_operator.observing import Holder, Memory, Raw, World
+from packetstack_operator.observing import Conflict, Holder, Memory, Raw, World
 
 NODE_SECONDS = 30.0
 """So long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
@@ -110,6 +110,8 @@ def _refused(world: World) -> tuple[str, str] | None:
         return "NotSupported", 'spec.handover.strategy: "Mirror" is not supported yet; use "Transfer"'
     if world.table is not None and not observing.mine(world.table, world.uid):
         return "NameTaken", f"flow table {stack.name} belongs to another stack of this name; wait until it is deleted"
+    if world.conflict is not None and world.conflict.fresh:
+        return "AddressConflict", _conflict(world.conflict)
     table = observing.read_table(world.table)
     if table is not None and table.spec.flow_table.buckets != stack.spec.flow_table.buckets:
         return "InvalidSpec", "spec.flowTable.buckets: cannot be changed; create another stack"
@@ -725,6 +727,8 @@ class _Deciding:
         if self.report is not None and self.report.message:
             match = re.match(r"([A-Z][A-Za-z]+): (.+)", self.report.message)
             return (True, match[1], match[2]) if match else (True, "AgentProblem", self.report.message)
+        if self.world.conflict is not None:
+            return True, "AddressConflict", _conflict(self.world.conflict)
         if self.backend_problems:
             return True, "BackendNotFound", "; ".join(self.backend_problems)[:1000]
         attached = [self.pods[e.name] for e in self.entries.values() if e.pod_uid and e.name in self.pods]
@@ -768,6 +772,10 @@ class _Deciding:
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
 
+def _conflict(conflict: Conflict) -> str:
+    return f"{conflict.address} belongs to stack {conflict.owner}; use another address"
+
+
 def _generation(raw: Raw | None) -> int:
     return int(raw["metadata"].get("generation") or 0) if raw is not None else 0
 
@@ -779,9 +787,11 @@ def _dump(model: resources.Model) -> dict[str, Any]:
 def _status(stack: Raw) -> PacketStackStatus:
     """What was written last; an empty one if it cannot be read, so that it is written again."""
     try:
-        return PacketStackStatus.model_validate(dict(stack.get("status") or {}))
+        status = PacketStackStatus.model_validate(dict(stack.get("status") or {}))
     except ValueError:
         return PacketStackStatus()
+    # A server keeps the order in which conditions came; it says nothing.
+    return status.model_copy(update={"conditions": tuple(sorted(status.conditions, key=lambda c: c.type))})
 
 
 def _engine_status(raw: Raw | None) -> PacketEngineStatus:

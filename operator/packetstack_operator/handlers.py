@@ -17,7 +17,7 @@ from packetstack_operator import deciding, observing, pods
 from packetstack_operator.applying import PATHS, Api, Refused
 from packetstack_operator.deciding import Decision, Event
 from packetstack_operator.metrics import Metrics
-from packetstack_operator.observing import Holder, Memory, Raw, Slice, World
+from packetstack_operator.observing import Block, Claim, Holder, Memory, Raw, Slice, World
 
 TICK_SECONDS = 15.0
 SETTLE_SECONDS = 0.05
@@ -34,6 +34,8 @@ REPEAT_SECONDS = 600.0
 """The same event is shown again only after this."""
 GROUP = ("packetstack.io", "v1alpha1")
 CHILDREN = {"Pod": "pods", "FlowTable": "flowtables", "PacketEngine": "packetengines", "PodDisruptionBudget": "pdbs"}
+CLAIMS = ("wanted", "held")
+"""Indexes of addresses by block: of resources and of flow tables."""
 
 MAYBE_TAKEN = ("Pod", "PodDisruptionBudget")
 """Kinds of which others make objects too."""
@@ -53,6 +55,8 @@ class Operator:
         self._wakers: dict[Key, asyncio.Event] = {}
         self._followers: dict[Key, set[Key]] = {}
         """Service -> stacks that have it as backends."""
+        self._contending: set[Key] = set()
+        """Stacks of which another one has an address."""
         self._recent: dict[tuple[str, str, str], tuple[Raw, float]] = {}
         """Kind, namespace, name -> what we wrote last, and when: the watch may not have brought it yet."""
 
@@ -66,6 +70,9 @@ class Operator:
         known = self._recent.get(at)
         if known is not None and (type_ == "DELETED" or _version(body) >= _version(known[0])):
             del self._recent[at]
+        if kind in ("FlowTable", "PacketStack"):
+            for key in self._contending:  # the address may be free by now
+                self.wake(key)
         stack = meta["name"] if kind in ("FlowTable", "PacketStack") else meta.get("labels", {}).get(pods.STACK)
         self.wake((meta["namespace"], str(stack)))
         for owner in meta.get("ownerReferences") or ():  # its labels may say another one
@@ -107,11 +114,14 @@ class Operator:
             if (li.get("backends") or {}).get("service")
         }
         self._follow(key, services)
+        table = next(iter(found["FlowTable"]), None)
+        conflict = observing.conflict(stack, table, lambda block: _claims(block, indices))
+        (self._contending.add if conflict is not None else self._contending.discard)(key)
         listed = {name: list(indices["services"].get((key[0], name), ())) for name in services}
         return World(
             stack=stack,
             image=self.image,
-            table=next(iter(found["FlowTable"]), None),
+            table=table,
             pods=tuple(p for p in found["Pod"] if observing.mine(p, uid)),
             engines=tuple(e for e in found["PacketEngine"] if observing.mine(e, uid)),
             budget=next(
@@ -124,7 +134,8 @@ class Operator:
             ),
             services={name: ports[0] for name, ports in listed.items() if ports},
             slices={name: tuple(indices["endpointslices"].get((key[0], name), ())) for name in services},
-            neighbours=_neighbours(key, next(iter(found["FlowTable"]), None), indices),
+            neighbours=_neighbours(key, table, indices),
+            conflict=conflict,
             outdated=self.outdated,
             memory=memory,
         )
@@ -233,6 +244,7 @@ class Operator:
                 await self._release(key, body, woken, indices)
         finally:
             ending.cancel()
+            self._contending.discard(key)
             if self._wakers.get(key) is woken:
                 del self._wakers[key]
             self._follow(key, ())
@@ -357,6 +369,9 @@ def register(registry: kopf.OperatorRegistry, operator: Operator) -> None:
     def by_mac(body: kopf.Body, **_: Any) -> dict[tuple[str, str], tuple[Holder, ...]]:
         return observing.holders(body)
 
+    def by_block(body: kopf.Body, **_: Any) -> dict[Block, tuple[Claim, ...]]:
+        return observing.claims(body)
+
     def by_service(namespace: str, body: kopf.Body, **_: Any) -> dict[Key, Slice]:
         return {(namespace, _service_of(body)): Slice.of(body)}
 
@@ -367,6 +382,8 @@ def register(registry: kopf.OperatorRegistry, operator: Operator) -> None:
     index(*GROUP, "packetstacks", id="packetstacks", registry=registry)(by_name)
     index(*GROUP, "flowtables", id="flowtables", registry=registry)(by_name)
     index(*GROUP, "flowtables", id="macs", registry=registry)(by_mac)
+    index(*GROUP, "packetstacks", id="wanted", registry=registry)(by_block)
+    index(*GROUP, "flowtables", id="held", registry=registry)(by_block)
     index(*GROUP, "packetengines", id="packetengines", registry=registry)(by_stack)
     index("", "v1", "pods", id="pods", registry=registry)(pod_by_stack)
     index("policy", "v1", "poddisruptionbudgets", id="pdbs", registry=registry)(by_stack)
@@ -396,7 +413,7 @@ def register(registry: kopf.OperatorRegistry, operator: Operator) -> None:
     on_event("", "v1", "services", id="service-changed", registry=registry)(service_changed)
     on_event("discovery.k8s.io", "v1", "endpointslices", id="slice-changed", registry=registry)(slice_changed)
 
-    names = {"packetstacks", "macs", "services", "endpointslices", *CHILDREN.values()}
+    names = {"packetstacks", "macs", *CLAIMS, "services", "endpointslices", *CHILDREN.values()}
 
     async def keep(name: str, namespace: str, body: kopf.Body, stopped: kopf.DaemonStopped, **kwargs: Any) -> None:
         await operator.keep((namespace, name), stopped, body, {i: kwargs[i] for i in names})
@@ -426,6 +443,10 @@ def _rests(world: World, decision: Decision) -> bool:
         and not any(map(observing.terminating, world.pods))
         and any(c["type"] == "Progressing" and c["status"] == "False" for c in conditions)
     )
+
+
+def _claims(block: Block, indices: Mapping[str, kopf.Index[Any, Any]]) -> list[Claim]:
+    return [claim for name in CLAIMS for claims in indices[name].get(block, ()) for claim in claims]
 
 
 def _neighbours(key: Key, table: Raw | None, indices: Mapping[str, kopf.Index[Any, Any]]) -> dict[str, list[Holder]]:

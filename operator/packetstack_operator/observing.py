@@ -1,16 +1,25 @@
 """What is there: objects of the API server, reduced to what decisions need. Pure."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from ipaddress import ip_address
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 
 from pydantic import ValidationError
 
 from packetstack_core.kinds import FlowTable, TableEngine, read
-from packetstack_core.resources import MAX_BACKENDS, Endpoint, Listener, PacketStack, ResourceError, Service
+from packetstack_core.resources import (
+    MAX_BACKENDS,
+    MAX_SNAT_ADDRESSES,
+    Endpoint,
+    Listener,
+    PacketStack,
+    ResourceError,
+    Service,
+)
 from packetstack_operator import pods
 
 Raw = Mapping[str, Any]
@@ -104,6 +113,36 @@ class Holder:
     pod: str
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Claim:
+    """Addresses that a stack names, by its resource or by its flow table. Of two claims the lesser one goes before."""
+
+    idle: bool
+    """No packets flow to them: it is not of a flow table in which engines own buckets."""
+    since: str
+    """When the resource or the flow table was made."""
+    namespace: str
+    stack: str
+    version: int
+    first: int
+    last: int
+
+
+Block = tuple[int, int]
+"""IP version, and 256 addresses in a row: the first one without its last eight bits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """Two stacks name one address, and this one comes second."""
+
+    address: str
+    owner: str
+    """The other stack, `namespace/name`."""
+    fresh: bool
+    """No packets flow to this stack's address yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class World:
     """One stack and all that belongs to it."""
@@ -124,6 +163,8 @@ class World:
     """Name of a pod -> the last warning about it, while its containers are being prepared."""
     neighbours: Mapping[str, Sequence[Holder]] = field(default_factory=dict)
     """MAC of an engine of this stack -> engines of other stacks on its node that report the same."""
+    conflict: Conflict | None = None
+    """An address of this stack that another one names too, which goes before it."""
     outdated: str = ""
     """Kinds whose definitions in the cluster are older or newer than this operator."""
     memory: Memory = Memory()
@@ -176,6 +217,58 @@ def seconds(timestamp: str) -> float:
 def timestamp(now: float) -> str:
     """The API server's form of a Unix time."""
     return datetime.fromtimestamp(int(now), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@lru_cache(maxsize=4096)
+def _range(text: str) -> tuple[int, int, int] | None:
+    try:
+        network = ip_network(text, strict=False)
+    except ValueError:
+        return None  # its own stack is told
+    first = int(network.network_address)
+    return network.version, first, first + network.num_addresses - 1
+
+
+def claims(raw: Raw) -> dict[Block, tuple[Claim, ...]]:
+    """What a PacketStack or a FlowTable names, by block."""
+    meta, spec = raw["metadata"], raw.get("spec") or {}
+    since, idle = str(meta.get("creationTimestamp") or ""), not spec.get("owners")
+    texts = {str(li.get("address")) for li in spec.get("listeners") or ()}
+    texts |= {str(network) for network in (spec.get("snat") or {}).get("addresses") or ()}
+    found: dict[Block, tuple[Claim, ...]] = {}
+    for text in sorted(texts):
+        if (place := _range(text)) is None:
+            continue
+        version, first, last = place
+        claim = Claim(idle, since, meta["namespace"], meta["name"], version, first, last)
+        for block in range(first >> 8, (min(last, first + MAX_SNAT_ADDRESSES) >> 8) + 1):
+            found[version, block] = (*found.get((version, block), ()), claim)
+    return found
+
+
+def conflict(stack: Raw, table: Raw | None, known: Callable[[Block], Iterable[Claim]]) -> Conflict | None:
+    """The first address of the resource that another stack's claim comes before. `known`: all claims by block.
+
+    An address belongs to the stack whose flow table brings packets to its engines; where there is none, to the oldest.
+    """
+    meta = stack["metadata"]
+    running = claims(table) if table is not None else {}
+    found = []
+    for block, wanted in claims(stack).items():
+        others = [c for c in known(block) if (c.namespace, c.stack) != (meta["namespace"], meta["name"])]
+        if not others:
+            continue
+        for claim in wanted:
+            held = (c for c in running.get(block, ()) if not c.idle and c.first <= claim.first and claim.last <= c.last)
+            mine = next(held, claim)
+            for other in others:
+                if other < mine and other.first <= claim.last and claim.first <= other.last:
+                    found.append((not mine.idle, max(claim.first, other.first), other, claim.version))
+    if not found:
+        return None
+    running_too, address, other, version = min(found)
+    shown = str(IPv4Address(address) if version == 4 else IPv6Address(address))
+    return Conflict(shown, f"{other.namespace}/{other.stack}", not running_too)
 
 
 def holders(table: Raw) -> dict[tuple[str, str], tuple[Holder, ...]]:

@@ -1,6 +1,7 @@
 """The operator's own process against a real API server, with the rights of the chart. Node and agent are played."""
 
 import secrets
+from contextlib import contextmanager
 
 import pytest
 from tests.operator.operator_process import USER, OperatorProcess, grant
@@ -36,8 +37,8 @@ def operator(kubeconfig, tmp_path_factory):
         assert "Traceback" not in running.said()
 
 
-@pytest.fixture
-def place(server, control_plane):
+@contextmanager
+def a_place(server, control_plane):
     namespace = f"test-{secrets.token_hex(4)}"
     control_plane.create_namespace(namespace)
     with PlayedNode(server, namespace) as node:
@@ -46,3 +47,16 @@ def place(server, control_plane):
         server.delete(f"{STACKS.format(namespace)}/edge")
         wait(lambda: server.get(f"{STACKS.format(namespace)}/edge") is None)
         server.delete(f"/api/v1/namespaces/{namespace}")
+
+
+@pytest.fixture
+def place(server, control_plane):
+    with a_place(server, control_plane) as made:
+        yield made
+
+
+@pytest.fixture
+def another(server, control_plane):
+    """Another namespace, with a stack of the same name in it, and the same node."""
+    with a_place(server, control_plane) as made:
+        yield made

@@ -49,6 +49,8 @@ class Model:
         self.macs = {}
         """Engine -> MAC of its interface."""
         self.neighbours = {}
+        self.others = []
+        """Resources and flow tables of other stacks."""
         self.ends = False
         """The stack is being deleted."""
         self.put(
@@ -200,11 +202,15 @@ class Model:
             services=self.services,
             slices=self.slices,
             neighbours=self.neighbours,
+            conflict=observing.conflict(self.stack, self.get("FlowTable"), self._claims),
             memory=self.memory,
         )
         asked = observing.doubtful(world)
         self.reads += len(asked)
         return observing.looked_up(world, {at: self.objects[at] for at in asked if at in self.objects})
+
+    def _claims(self, block):
+        return [c for raw in (*self.others, *self.objects.values()) for c in observing.claims(raw).get(block, ())]
 
     def operator(self, most=None):
         """One look. With `most` it is killed after so many writes, and starts again with nothing in its mind."""

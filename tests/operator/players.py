@@ -111,7 +111,7 @@ class PlayedNode:
     """One node: its kubelet and scheduler (a pod runs one step after it was seen), and its agent.
 
     Switches for tests: `room` pods fit; `refuse` is the reason with which the kubelet refuses pods; `holds` whether
-    none starts; `agent` whether tables are answered; `stuck` engines that never get ready.
+    none starts; `agent` whether tables are answered; `stuck` engines that never get ready; `macs` of their interfaces.
     """
 
     def __init__(self, server: Server, namespace: str, name: str = "node-0") -> None:
@@ -122,6 +122,7 @@ class PlayedNode:
         self.holds = False
         self.agent = True
         self.stuck: set[int] = set()
+        self.macs: dict[int, str] = {}
         self.words: dict[str, list[int]] = {}
         """Stack -> engine by bucket, as packets see it. 0: nobody."""
         self.broken: list[str] = []
@@ -197,6 +198,22 @@ class PlayedNode:
                     "state": state,
                 }
                 self.server.merge(f"{path}/status", {"status": {"phase": "Running", "containerStatuses": [container]}})
+            elif phase == "Running":
+                self._play_readiness(pod)
+
+    def _play_readiness(self, pod: JSON) -> None:
+        """Ready when its readiness gates are."""
+        conditions = {c["type"]: c["status"] for c in pod["status"].get("conditions", ())}
+        gates = [gate["conditionType"] for gate in pod["spec"].get("readinessGates", ())]
+        ready = str(all(conditions.get(gate) == "True" for gate in gates))
+        if conditions.get("Ready", "False") != ready:
+            body = {
+                "apiVersion": "v1",
+                "kind": "Pod",
+                "metadata": {"name": pod["metadata"]["name"], "namespace": self.namespace},
+                "status": {"conditions": [{"type": "Ready", "status": ready, "lastTransitionTime": timestamp()}]},
+            }
+            self.server.apply(f"{PODS.format(self.namespace)}/{pod['metadata']['name']}/status", body, "kubelet")
 
     def _suits(self, pod: JSON) -> bool:
         terms = (
@@ -253,7 +270,14 @@ class PlayedNode:
             "settled": settled,
             "owned": sum(w != 0 for w in words),
             "engines": [
-                {"id": i, "name": f"{name}-{i}", "ready": i in ready, "buckets": words.count(i), "flows": 0}
+                {
+                    "id": i,
+                    "name": f"{name}-{i}",
+                    "ready": i in ready,
+                    "buckets": words.count(i),
+                    "flows": 0,
+                    "mac": self.macs.get(i, ""),
+                }
                 for i in sorted(attached)
             ],
         }

@@ -671,6 +671,91 @@ def test_no_pod_is_ever_deleted_by_force():
     assert all(set(w.body) == {"preconditions"} for w in seen), "no gracePeriodSeconds"
 
 
+def other_stack(name="web", namespace="other", made="2020-01-01T00:00:00Z", address="192.0.2.10", owners=""):
+    meta = {"name": name, "namespace": namespace, "creationTimestamp": made}
+    spec = {"listeners": [{"address": address}], "snat": {"addresses": ["203.0.113.0/28"]}}
+    return {"metadata": meta, "spec": spec | ({"owners": owners} if owners else {})}
+
+
+def at(model, made):
+    model.change(("PacketStack", "edge"), lambda b: b["metadata"].update(creationTimestamp=made))
+
+
+@pytest.mark.parametrize(
+    ("address", "named"), [("192.0.2.10", "192.0.2.10"), ("192.0.2.70", "192.0.2.70"), ("192.0.2.64", "192.0.2.64")]
+)
+def test_a_stack_with_an_address_of_an_older_one_is_told_so_and_nothing_is_made(address, named):
+    model = Model(2)
+    at(model, "2026-01-01T00:00:00Z")
+    model.others = [other_stack(address=address)]
+    model.operator()
+    assert {kind for kind, _ in model.objects} == {"PacketStack"}
+    degraded = model.condition("Degraded")
+    assert (degraded["status"], degraded["reason"]) == ("True", "AddressConflict")
+    assert degraded["message"] == f"{named} belongs to stack other/web; use another address"
+    assert "AddressConflict" in reasons(model)
+    assert writes(model.operator()) == []
+    model.others = []
+    model.settle()
+    model.check_goal()
+
+
+@pytest.mark.parametrize(
+    ("made", "namespace", "first"),
+    [
+        ("2026-01-01T00:00:01Z", "other", True),
+        ("2025-12-31T23:59:59Z", "other", False),
+        ("2026-01-01T00:00:00Z", "zoo", True),
+        ("2026-01-01T00:00:00Z", "other", False),
+    ],
+)
+def test_of_two_new_stacks_the_older_one_gets_the_address_then_the_first_by_name(made, namespace, first):
+    model = Model(1)
+    at(model, "2026-01-01T00:00:00Z")
+    model.others = [other_stack(namespace=namespace, made=made)]
+    model.operator()
+    assert (model.table() is not None) is first
+
+
+def test_an_address_that_packets_flow_to_is_not_taken_away_by_an_older_stack():
+    model = settled(2)
+    model.others = [other_stack()]
+    decision = model.operator()
+    assert writes(decision) == []
+    model.set_spec(replicas=3)
+    model.settle()
+    model.check_goal()
+
+
+def test_an_older_stack_does_not_get_an_address_that_packets_flow_to_for_a_younger_one():
+    model = settled(2)
+    before = copy.deepcopy(model.get("FlowTable"))
+    model.others = [other_stack(made="2099-01-01T00:00:00Z", address="192.0.2.20", owners="x")]
+    listeners = copy.deepcopy(model.stack["spec"]["listeners"])
+    model.set_spec(listeners=[*listeners, {**listeners[0], "name": "more", "address": "192.0.2.20"}])
+    model.operator()
+    assert model.condition("Degraded")["message"] == "192.0.2.20 belongs to stack other/web; use another address"
+    assert model.condition("Available")["status"] == "True"
+    assert model.get("FlowTable") == before
+    model.set_spec(listeners=listeners)
+    model.settle()
+    model.check_goal()
+
+
+def test_two_stacks_that_serve_one_address_go_on_and_the_later_one_says_so():
+    model = settled(2)
+    model.change(("FlowTable", "edge"), lambda b: b["metadata"].update(creationTimestamp="2026-01-01T00:00:00Z"))
+    model.others = [other_stack(owners="x")]
+    model.set_spec(replicas=3)
+    model.settle()
+    assert model.status["readyReplicas"] == 3
+    assert model.condition("Degraded")["reason"] == "AddressConflict"
+    assert model.table().spec.listeners[0].address.compressed == "192.0.2.10"
+    model.others = [other_stack(owners="x", made="2027-01-01T00:00:00Z")]
+    model.settle()
+    model.check_goal()
+
+
 def test_every_reason_is_explained():
     root = Path(__file__).resolve().parents[2]
     text = (root / "docs/troubleshoot.md").read_text()

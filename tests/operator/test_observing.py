@@ -140,3 +140,42 @@ def test_engines_are_found_by_the_mac_that_their_node_reports():
     older, younger = sorted(found["node-9", "02::1"])
     assert (older.pod, younger.pod) == ("edge-1", "edge-2")
     assert observing.holders({"metadata": table["metadata"]}) == {}
+
+
+def named(*addresses, name="edge", made="2026-01-01T00:00:00Z", owners="", snat=()):
+    spec = {"listeners": [{"address": a} for a in addresses], "snat": {"addresses": list(snat)}, "owners": owners}
+    return {"metadata": {"namespace": "shop", "name": name, "creationTimestamp": made}, "spec": spec}
+
+
+def conflict(mine, *others, table=None):
+    found = [observing.claims(raw) for raw in others]
+    return observing.conflict(mine, table, lambda block: [c for f in found for c in f.get(block, ())])
+
+
+OLDER = "2025-01-01T00:00:00Z"
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "address"),
+    [
+        (named("192.0.2.1"), named("192.0.2.1", name="a", made=OLDER), "192.0.2.1"),
+        (named("192.0.2.1"), named("192.0.2.2", name="a", made=OLDER), None),
+        (named("192.0.2.1"), named(snat=["192.0.0.0/22"], name="a", made=OLDER), "192.0.2.1"),
+        (named(snat=["192.0.2.0/23"]), named("192.0.3.9", name="a", made=OLDER), "192.0.3.9"),
+        (named(snat=["192.0.2.0/30"]), named(snat=["192.0.2.4/30"], name="a", made=OLDER), None),
+        (named("2001:db8::1"), named(snat=["2001:db8::/126"], name="a", made=OLDER), "2001:db8::1"),
+        (named("::c000:201"), named("192.0.2.1", name="a", made=OLDER), None),
+        (named("192.0.2.1"), named("192.0.2.1", made=OLDER), None),
+        (named("192.0.2.1", "nonsense"), named("nonsense", name="a", made=OLDER), None),
+    ],
+)
+def test_addresses_of_two_stacks_conflict_when_one_is_in_both(mine, theirs, address):
+    found = conflict(mine, theirs)
+    assert (found and found.address) == address
+
+
+def test_a_snat_prefix_that_grows_is_held_only_as_far_as_packets_flow_to_it():
+    table = named(snat=["192.0.2.0/30"], owners="x")
+    older = named("192.0.2.6", name="a", made=OLDER)
+    assert conflict(named(snat=["192.0.2.0/30"]), older, table=table) is None
+    assert conflict(named(snat=["192.0.2.0/29"]), older, table=table).fresh

@@ -64,6 +64,36 @@ def test_scale_goes_through_the_subresource_and_its_selector_is_of_active_pods(o
     assert len(place.server.items(PODS.format(place.namespace), scale["status"]["selector"])) == 3
 
 
+def test_an_address_stays_with_the_stack_that_had_it_first_until_that_one_gives_it_up(operator, place, another):
+    place.create(replicas=1)
+    place.settle()
+    another.create(replicas=1, snat={"addresses": ["192.0.2.80/28"]})
+    wait(lambda: another.condition("Degraded").get("reason") == "AddressConflict")
+    assert another.condition("Degraded")["message"] == (
+        f"192.0.2.10 belongs to stack {place.namespace}/edge; use another address"
+    )
+    assert another.table() is None
+    assert another.pods() == {}
+    listener = {**STACK["spec"]["listeners"][0], "address": "192.0.2.11"}
+    place.change(listeners=[listener])
+    another.settle(10)  # less than the operator's tick: it is woken
+    assert another.condition("Degraded")["status"] == "False"
+    place.settle()
+
+
+def test_an_engine_with_the_mac_of_one_of_another_stack_on_its_node_waits(operator, place, another):
+    place.node.macs = another.node.macs = {1: "02:00:00:00:00:aa"}
+    place.create(replicas=1)
+    place.settle()
+    own = {**STACK["spec"]["listeners"][0], "address": "192.0.2.11"}
+    another.create(replicas=1, listeners=[own], snat={"addresses": ["192.0.2.80/28"]})
+    wait(lambda: another.condition("Degraded").get("reason") == "DuplicateMAC")
+    assert f"that of pod {place.namespace}/edge-1;" in another.condition("Degraded")["message"]
+    assert another.node.owners("edge") == set()
+    another.node.macs = {}
+    another.settle()
+
+
 def test_backends_follow_the_endpoint_slices_of_their_service(operator, place):
     service = {
         "apiVersion": "v1",
