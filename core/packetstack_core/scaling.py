@@ -15,6 +15,7 @@ Nothing here reads a clock. Times are seconds since 1970; `StackLoad.read` must 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from packetstack_core import autoscaling, kinds, load, resources
 from packetstack_core.autoscaling import (
@@ -203,13 +204,15 @@ def timestamp(at: float) -> str:
 def conditions(state: State, generation: int = 0) -> tuple[kinds.Condition, ...]:
     """The autoscaler's conditions. `generation`: of the stack."""
     return tuple(
-        kinds.Condition(
-            type=c.type,
-            status=c.status,
-            reason=c.reason,
-            message=_cut(c.message),
-            last_transition_time=timestamp(c.last_transition),
-            observed_generation=generation,
+        kinds.Condition.model_validate(
+            {
+                "type": c.type,
+                "status": c.status,
+                "reason": c.reason,
+                "message": _cut(c.message),
+                "lastTransitionTime": timestamp(c.last_transition),
+                "observedGeneration": generation,
+            }
         )
         for c in state.status.conditions
     )
@@ -219,50 +222,31 @@ def show(done: Round, before: AutoscalingStatus | None, now: float) -> Autoscali
     """`status.autoscaling` after this round. `before`: what it was. Equal rounds give equal statuses."""
     status, record, spec = done.decision.status, done.decision.record, done.spec
     values = status.current_metrics if len(status.current_metrics) == len(spec.metrics) else [None] * len(spec.metrics)
-    fresh = AutoscalingStatus(
-        desired_replicas=status.desired_replicas,
-        current_replicas=status.current_replicas,
-        last_scale_time=None if status.last_scale_time is None else timestamp(status.last_scale_time),
-        min_replicas=spec.minimum,
-        max_replicas=spec.maximum,
-        schedule=done.schedule,
-        current_metrics=tuple(
-            kinds.MetricReading(
-                type=metric.type,
-                name=metric.name,
-                target=_target(metric.target),
-                current=kinds.MetricValue(
-                    average_utilization=value.average_utilization,
-                    average_value=_quantity(value.average_value),
-                    value=_quantity(value.value),
-                ),
-            )
-            for metric, value in zip(spec.metrics, values, strict=True)
-            if value is not None
-        ),
-        decision=_cut(str(record)),
-        record=kinds.ScalingRecord(
-            current=record.current,
-            desired=record.desired,
-            proposals=tuple(
-                kinds.ScalingProposal(
-                    metric=_cut(p.metric),
-                    target=_target(p.target),
-                    value=_value(p),
-                    replicas=p.replicas,
-                    error=_cut(p.error),
-                    missing=p.missing,
-                )
-                for p in record.proposals
-            ),
-            winner=_cut(record.winner),
-            proposed=record.proposed,
-            stabilized=record.stabilized,
-            stabilized_by=record.stabilized_by,
-            limited=record.limited,
-            limited_by=record.limited_by,
-            why=_cut(record.why),
-        ),
+    fresh = AutoscalingStatus.model_validate(
+        {
+            "desiredReplicas": status.desired_replicas,
+            "currentReplicas": status.current_replicas,
+            "lastScaleTime": None if status.last_scale_time is None else timestamp(status.last_scale_time),
+            "minReplicas": spec.minimum,
+            "maxReplicas": spec.maximum,
+            "schedule": done.schedule,
+            "currentMetrics": [
+                {
+                    "type": metric.type,
+                    "name": metric.name,
+                    "target": _target(metric.target),
+                    "current": {
+                        "averageUtilization": value.average_utilization,
+                        "averageValue": _quantity(value.average_value),
+                        "value": _quantity(value.value),
+                    },
+                }
+                for metric, value in zip(spec.metrics, values, strict=True)
+                if value is not None
+            ],
+            "decision": _cut(str(record)),
+            "record": _record(record),
+        }
     )
     if before is not None and before.model_copy(update={"decision_time": ""}) == fresh:
         return before
@@ -300,17 +284,42 @@ def _quantity(milli: int | None) -> str | None:
     return str(milli // 1000) if milli % 1000 == 0 else f"{milli}m"
 
 
-def _target(target: autoscaling.Target) -> kinds.MetricValue:
+def _record(record: Record) -> dict[str, Any]:
+    return {
+        "current": record.current,
+        "desired": record.desired,
+        "proposals": [
+            {
+                "metric": _cut(p.metric),
+                "target": _target(p.target),
+                "value": _value(p),
+                "replicas": p.replicas,
+                "missing": p.missing,
+                "error": _cut(p.error),
+            }
+            for p in record.proposals
+        ],
+        "winner": _cut(record.winner),
+        "proposed": record.proposed,
+        "stabilized": record.stabilized,
+        "stabilizedBy": record.stabilized_by,
+        "limited": record.limited,
+        "limitedBy": record.limited_by,
+        "why": _cut(record.why),
+    }
+
+
+def _target(target: autoscaling.Target) -> dict[str, Any]:
     match target.type:
         case "Utilization":
-            return kinds.MetricValue(average_utilization=target.value)
+            return {"averageUtilization": target.value}
         case "AverageValue":
-            return kinds.MetricValue(average_value=_quantity(target.value))
+            return {"averageValue": _quantity(target.value)}
         case _:
-            return kinds.MetricValue(value=_quantity(target.value))
+            return {"value": _quantity(target.value)}
 
 
-def _value(proposal: autoscaling.Proposal) -> kinds.MetricValue:
+def _value(proposal: autoscaling.Proposal) -> dict[str, Any]:
     if proposal.target.type == "Value":
-        return kinds.MetricValue(value=_quantity(proposal.usage))
-    return kinds.MetricValue(average_utilization=proposal.utilization, average_value=_quantity(proposal.usage))
+        return {"value": _quantity(proposal.usage)}
+    return {"averageUtilization": proposal.utilization, "averageValue": _quantity(proposal.usage)}
