@@ -407,7 +407,17 @@ static void *transfer_thread(void *argument)
 {
 	struct transfer *t = argument;
 	struct sched_param first = { .sched_priority = 10 };
+	long online = sysconf(_SC_NPROCESSORS_ONLN);
 
+	/* A director may run on any CPU. */
+	for (int i = 0; i < CPU_SETSIZE && i < PS_MAX_CPUS; i++)
+		CPU_SET(i, &t->cpus);
+	sched_setaffinity(0, sizeof(t->cpus), &t->cpus);
+	if (sched_getaffinity(0, sizeof(t->cpus), &t->cpus) || CPU_COUNT(&t->cpus) < online)
+		return (void *)(intptr_t)ps_fail(t->e,
+						 "the agent may run on %d of %ld CPUs; a fence must visit all of them",
+						 CPU_COUNT(&t->cpus), online);
+	t->report->cpus = (uint32_t)CPU_COUNT(&t->cpus);
 	sched_setscheduler(0, SCHED_FIFO, &first); /* shorter holds; correct without it */
 	return (void *)(intptr_t)transfer_run(t);
 }
@@ -429,23 +439,12 @@ int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *
 		.report = report,
 		.e = e,
 	};
-	long online = sysconf(_SC_NPROCESSORS_ONLN);
 	pthread_t thread;
 	void *result;
 
 	memset(report, 0, sizeof(*report));
 	if (n_engines > PS_MAX_SLOTS)
 		return ps_fail(e, "%d engines; at most %d", n_engines, PS_MAX_SLOTS);
-	if (sched_getaffinity(0, sizeof(t.cpus), &t.cpus) || CPU_COUNT(&t.cpus) < online) {
-		/* A director may run on a CPU this process may not visit: ask for all of them. */
-		for (int i = 0; i < CPU_SETSIZE && i < PS_MAX_CPUS; i++)
-			CPU_SET(i, &t.cpus);
-		sched_setaffinity(0, sizeof(t.cpus), &t.cpus);
-		if (sched_getaffinity(0, sizeof(t.cpus), &t.cpus) || CPU_COUNT(&t.cpus) < online)
-			return ps_fail(e, "the agent may run on %d of %ld CPUs; a fence must visit all of them",
-				       CPU_COUNT(&t.cpus), online);
-	}
-	report->cpus = (uint32_t)CPU_COUNT(&t.cpus);
 	if (pthread_create(&thread, NULL, transfer_thread, &t))
 		return ps_fail(e, "cannot start the fence thread: %s", strerror(errno));
 	pthread_join(thread, &result);

@@ -107,6 +107,39 @@ def run_time(pid: int, thread: int) -> tuple[int, ...]:
     return ()
 
 
+CGROUPS = (Path("/proc/1/root/sys/fs/cgroup"), Path("/sys/fs/cgroup"))
+"""Where the machine's cgroups may be: a container has a view of its own."""
+
+
+def leave_cpuset() -> bool:
+    """Let this process run on any CPU when a cpuset keeps it from some; its threads stay where they are until they ask.
+
+    Under the static CPU manager the kubelet gives CPUs to one pod and keeps all others off them, but a fence must visit
+    every CPU. `root`: the machine's cgroups, v1 or v2. Call it before there are threads. Returns whether it was needed
+    and done; a fence that cannot visit all CPUs refuses to begin, and says so.
+    """
+    allowed = os.sched_getaffinity(0)
+    if _may_run_anywhere():
+        return False
+    # In v1 the set of all CPUs is the root of the cpuset hierarchy, in v2 the root of all.
+    for processes in (root / place / "cgroup.procs" for place in ("cpuset", "") for root in CGROUPS):
+        with suppress(OSError):
+            processes.write_text(str(os.getpid()))
+        if _may_run_anywhere():
+            os.sched_setaffinity(0, allowed)
+            return True
+    return False
+
+
+def _may_run_anywhere() -> bool:
+    """Whether no cpuset keeps this thread from a CPU; its affinity stays as it was."""
+    allowed, every = os.sched_getaffinity(0), range(os.cpu_count() or 1)
+    os.sched_setaffinity(0, every)
+    found = len(os.sched_getaffinity(0)) == len(every)
+    os.sched_setaffinity(0, allowed)
+    return found
+
+
 def in_namespace(namespace: Path) -> list[int]:
     """Processes in a network namespace other than our own; none when it does not exist."""
     try:

@@ -153,3 +153,41 @@ def test_a_killed_command_is_repeated_and_all_is_right(
     node.lab.packetstack("upgrade", "--agent")
     node.lab.packetstack(*words)
     eventually(lambda: node.status()["ready"])
+
+
+@pytest.fixture
+def one_cpu(node: Node) -> Iterator[Path]:
+    """A cpuset with CPU 0 alone, as the kubelet's static CPU manager makes it for all pods but those with whole cores."""
+    root = Path("/sys/fs/cgroup/cpuset")
+    if not root.is_dir():
+        pytest.skip("needs the cpuset hierarchy of cgroup v1")
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("needs two CPUs")
+    node.command("down", "--all", "--yes")
+    place = root / f"packetstack-test-{os.getpid()}"
+    place.mkdir()
+    for what in ("cpus", "mems"):
+        (place / f"cpuset.{what}").write_text("0")
+    yield place
+    node.command("down", "--all", "--yes")
+    for pid in (place / "cgroup.procs").read_text().split():
+        (root / "cgroup.procs").write_text(pid)
+    place.rmdir()
+
+
+def test_an_agent_in_a_cpuset_without_all_cpus_hands_over_and_stays_on_its_cpus(node: Node, one_cpu: Path) -> None:
+    file = node.lab.directory / "stack.yaml"
+    file.write_text(json.dumps(stack(replicas=2)))
+    up = f"{sys.executable} -m packetstack_cli.main --run-dir {node.lab.run_directory} up {file} --uplink up0"
+    node.lab.run("node", "sh", "-c", f"echo $$ > {one_cpu}/cgroup.procs; exec {up}")
+
+    def cpus() -> list[set[int]]:
+        pid = (node.lab.run_directory / "agent.pid").read_text()
+        return [os.sched_getaffinity(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()]
+
+    assert all(c == {0} for c in cpus())
+    with node.connect() as connection:
+        for replicas in (1, 3, 2):
+            node.lab.packetstack("scale", "web", "--replicas", str(replicas))
+            assert ask(connection)
+    assert all(c == {0} for c in cpus())
