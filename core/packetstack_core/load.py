@@ -8,7 +8,7 @@ Utilization is busy cycles by all cycles, never CPU time: a core that polls is a
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -236,12 +236,23 @@ class History:
             del self._kept[0]
 
     def load(self, seconds: float) -> StackLoad | None:
-        """Of the last `seconds`, or of the time since there is one if that is shorter; None before two snapshots."""
+        """Of the last `seconds`, or of the time since there is one if that is shorter; None before two snapshots.
+
+        An engine that was not there all that time, or was made anew meanwhile, has a window of its own.
+        """
         if len(self._kept) < 2:
             return None
         read, last = self._kept[-1]
-        before = next((s for _, s in reversed(self._kept[:-1]) if s.time <= last.time - seconds), self._kept[0][1])
-        return stack_load(before, last, read)
+        earlier = [s for _, s in self._kept[:-1]]
+        begin = next((i for i in reversed(range(len(earlier))) if earlier[i].time <= last.time - seconds), 0)
+        found = stack_load(earlier[begin], last, read)
+        late = {(e.id, e.name) for e in last.engines if e.ready} - {(e.id, e.name) for e in found.engines}
+        for snapshot in earlier[begin + 1 :] if late else ():
+            rest = Snapshot(last.time, tuple(e for e in last.engines if (e.id, e.name) in late))
+            more = stack_load(snapshot, rest, read).engines
+            late -= {(e.id, e.name) for e in more}
+            found = replace(found, engines=(*found.engines, *more))
+        return found
 
 
 # ---- what the controllers see ----------------------------------------------------------------------------------

@@ -79,6 +79,17 @@ def test_a_history_looks_as_far_back_as_asked() -> None:
         assert load.read == 1199.0
 
 
+def test_an_engine_that_came_later_or_was_made_anew_has_a_window_of_its_own() -> None:
+    history = History()
+    for t in range(1, 31):
+        late, anew = engine(2, t - 20), engine(3, t if t < 26 else t - 25)
+        history.add(Snapshot(float(t), (engine(1, t), *([late] if t > 20 else []), anew)), 1000.0 + t)
+    load = history.load(15.0)
+    assert load is not None
+    assert {e.id: e.window for e in load.engines} == {1: 15.0, 2: 9.0, 3: 4.0}
+    assert {e.packets_per_second for e in load.engines} == {1000.0}
+
+
 def test_only_engines_that_serve_and_are_active_have_samples() -> None:
     engines = [
         (engine(1, 2), engine(1, 4)),
