@@ -16,6 +16,7 @@ from packetstack_core.reconciling import back_off
 from packetstack_operator import deciding, observing, pods
 from packetstack_operator.applying import PATHS, Api, Refused
 from packetstack_operator.deciding import Decision, Event
+from packetstack_operator.loads import Loads
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import Block, Claim, Holder, Memory, Raw, Slice, World
 
@@ -49,8 +50,8 @@ log = logging.getLogger(__name__)
 class Operator:
     """All stacks. One for the life of the process."""
 
-    def __init__(self, api: Api, metrics: Metrics, image: str) -> None:
-        self.api, self.metrics, self.image = api, metrics, image
+    def __init__(self, api: Api, metrics: Metrics, image: str, loads: Loads) -> None:
+        self.api, self.metrics, self.image, self.loads = api, metrics, image, loads
         self.outdated = ""
         self._wakers: dict[Key, asyncio.Event] = {}
         self._followers: dict[Key, set[Key]] = {}
@@ -249,6 +250,7 @@ class Operator:
                 del self._wakers[key]
             self._follow(key, ())
             self.metrics.stacks.known.pop(key, None)
+            self.loads.forget(key)
 
     async def _carry_out(self, key: Key, decision: Decision, memory: Memory, woken: asyncio.Event) -> Memory:
         for write in decision.writes:

@@ -23,6 +23,7 @@ from prometheus_client import generate_latest
 from packetstack_core import crds
 from packetstack_operator.applying import MANAGER, TOKEN, Api, Refused
 from packetstack_operator.handlers import Operator, register
+from packetstack_operator.loads import DEFAULT_PORT, Loads
 from packetstack_operator.metrics import Metrics
 
 log = logging.getLogger("packetstack_operator")
@@ -45,12 +46,20 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="NAMESPACE/NAME",
         help="act only while holding this Lease, so that a second operator may stand by",
     )
+    parser.add_argument(
+        "--agent-port",
+        type=int,
+        default=DEFAULT_PORT,
+        help="port of the agents, where they say how busy engines are (default: %(default)s)",
+    )
     parser.add_argument("--verbose", action="store_true", help="log each write, and what kopf does")
     args = parser.parse_args(arguments)
     if not args.image:
         parser.error("--image: is missing; use the image of this operator, or set PACKETSTACK_IMAGE")
     if args.lease and args.lease.count("/") != 1:
         parser.error(f'--lease: "{args.lease}" is not a lease; use NAMESPACE/NAME')
+    if not 0 < args.agent_port < 65536:
+        parser.error(f"--agent-port: {args.agent_port} is not a port; use one from 1 to 65535")
     host, colon, port = args.listen.rpartition(":")
     if not colon or not port.isdigit() or int(port) > 65535:
         parser.error(f'--listen: "{args.listen}" is not an address; use one as in ":8080" or "127.0.0.1:8080"')
@@ -163,7 +172,8 @@ async def listen(host: str | None, port: int, metrics: Metrics) -> web.AppRunner
 
 async def operate(args: argparse.Namespace, api: Api, metrics: Metrics, stop: asyncio.Event) -> None:
     """Keep the stacks until `stop` is set."""
-    operator = Operator(api, metrics, args.image)
+    loads = Loads(metrics, args.agent_port)
+    operator = Operator(api, metrics, args.image, loads)
     registry = kopf.OperatorRegistry()
     kopf.on.login(registry=registry)(login)
     register(registry, operator)
@@ -190,6 +200,7 @@ async def operate(args: argparse.Namespace, api: Api, metrics: Metrics, stop: as
         )
     finally:
         metrics.leader.set(0)
+        await loads.close()
 
 
 class Lock(LeaseLock):

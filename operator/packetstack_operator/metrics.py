@@ -1,7 +1,7 @@
 """The operator's metrics, as Prometheus reads them."""
 
 from collections import Counter as Count
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -35,6 +35,25 @@ class Stacks(Collector):
         yield from (engines, desired, conditions)
 
 
+class Loads(Collector):
+    """How old what is known of the stacks' load is, at the time of a scrape."""
+
+    def __init__(self) -> None:
+        self.ages: Callable[[], Iterable[tuple[tuple[str, str], float]]] = tuple
+        """Namespace and name of each stack whose load somebody asks for, and seconds."""
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample a stack."""
+        age = GaugeMetricFamily(
+            "packetstack_load_age_seconds",
+            "Time since the agent last said what a stack's engines do.",
+            labels=["namespace", "stack"],
+        )
+        for key, seconds in self.ages():
+            age.add_metric(list(key), seconds)
+        yield age
+
+
 class Metrics:
     """All of them, with a registry of their own."""
 
@@ -43,6 +62,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.stacks = Stacks()
         self.registry.register(self.stacks)
+        self.loads = Loads()
+        self.registry.register(self.loads)
         self.duration = Histogram(
             "packetstack_reconcile_duration_seconds",
             "Time of one look at a stack, with its writes.",
@@ -58,6 +79,9 @@ class Metrics:
         )
         self.scaled = Counter(
             "packetstack_scale_events", "Engines made, and let go.", ["direction"], registry=self.registry
+        )
+        self.load_errors = Counter(
+            "packetstack_load_errors", "Questions to agents without an answer.", ["reason"], registry=self.registry
         )
         self.leader = Gauge("packetstack_leader", "1 while this process acts.", registry=self.registry)
         self.outdated = Gauge(

@@ -131,9 +131,18 @@ def test_an_operator_of_named_namespaces_has_no_rights_elsewhere(render: Render)
     assert ("ClusterRoleBinding", None) not in named
     deployment = next(o for o in objects if o["kind"] == "Deployment")
     assert deployment["spec"]["template"]["spec"]["containers"][0]["args"] == [
+        "--agent-port=9470",
         "--namespace=team-a",
         "--namespace=team-b",
     ]
+
+
+def test_the_operator_reaches_the_agents_at_the_port_that_they_are_given(render: Render) -> None:
+    objects = render(CHART / "ci/everything-values.yaml")
+    deployment = next(o for o in objects if o["kind"] == "Deployment")
+    assert "--agent-port=9471" in deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    [policy] = [o for o in objects if o["kind"] == "NetworkPolicy"]
+    assert {"ports": [{"port": 9471, "protocol": "TCP"}]} in policy["spec"]["egress"]
 
 
 @pytest.mark.parametrize("component", ["operator", "agent"])
