@@ -66,7 +66,7 @@ def _split(total: int, weights: Sequence[int], present: Sequence[int]) -> list[i
     return shares
 
 
-def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare]) -> list[Move]:
+def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare], rebalanced: bool = False) -> list[Move]:
     """The fewest moves after which every engine has its share of the buckets, and every queue of its engine's.
 
     `current[b]` owns bucket b; None has no owner yet. Owners that are not among `engines` (or are queues that
@@ -74,6 +74,10 @@ def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare]) -> l
     beside those without a valid owner; inside an engine a bucket moves only if its queue has too many. Moves
     come in bucket order. Without engines there is nothing to give buckets to, so there are no moves. O(buckets +
     engines x log). Raises ValueError for repeated slots or an engine without queues.
+
+    `rebalanced`: buckets lie where the load wants them, so that their numbers are not even. Then the present numbers
+    are the weights (0 stays 0), of engines as of the queues of each; an engine without buckets is a new one and has
+    the mean. So all give to a new engine, and take from one that leaves, in proportion; else nothing moves.
     """
     if not engines:
         return []
@@ -92,10 +96,16 @@ def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare]) -> l
             homeless.append(bucket)
         else:
             held[i].append(bucket)
-    shares = quotas(len(current), [e.weight for e in engines], [len(h) for h in held])
+    present = [len(h) for h in held]
+    weights: list[float] = [e.weight for e in engines]
+    if rebalanced:
+        owning, new = sum(n > 0 for n in present), sum(present)  # `new` is their mean, in units of 1 / owning
+        weights = [(n * owning or new) if e.weight else 0 for n, e in zip(present, engines, strict=True)]
+    shares = quotas(len(current), weights, present)
 
     # Buckets that leave an engine are taken from its fullest queues: that also evens out what stays.
     stays: list[list[list[int]]] = []  # engine -> queue -> buckets
+    queue_weights: list[list[int]] = []
     strays: list[list[int]] = []  # engine -> buckets on queues that it does not have (any more)
     for i, engine in enumerate(engines):
         queues: list[list[int]] = [[] for _ in range(engine.queues)]
@@ -106,11 +116,18 @@ def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare]) -> l
                 queues[owner.queue].append(bucket)
             else:
                 stray.append(bucket)
+        kept = rebalanced and any(queues)
+        queue_weights.append([len(q) for q in queues] if kept else [1] * engine.queues)
         surplus = len(held[i]) - shares[i]
         while surplus > 0 and stray:
             homeless.append(stray.pop())
             surplus -= 1
-        homeless.extend(_take_from_fullest(queues, surplus))
+        if kept and surplus > 0:
+            for owned, limit in zip(queues, _split(shares[i], queue_weights[i], queue_weights[i]), strict=True):
+                while len(owned) > limit:
+                    homeless.append(owned.pop())
+        else:
+            homeless.extend(_take_from_fullest(queues, surplus))
         stays.append(queues)
         strays.append(stray)
 
@@ -122,7 +139,7 @@ def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare]) -> l
         deficit = shares[i] - sum(map(len, queues)) - len(strays[i])
         arriving = strays[i] + homeless[taken : taken + max(0, deficit)]
         taken += max(0, deficit)
-        limits = _split(shares[i], [1] * engine.queues, [len(q) for q in queues])
+        limits = _split(shares[i], queue_weights[i], [len(q) for q in queues])
         for q, owned in enumerate(queues):
             while len(owned) > limits[q]:
                 arriving.append(owned.pop())

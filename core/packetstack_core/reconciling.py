@@ -6,8 +6,10 @@ nothing, any action may fail or be repeated, and at the goal it returns nothing.
 Rules
 - An engine is removed only when it owns no bucket, and none is still on its way from it.
 - A bucket is given only to an engine that is ready and stays.
-- Which engines stay: active ones before draining before starting ones, and those with more flows first. So
-  those that never served go first, and a draining engine is taken back when it is wanted again.
+- Which engines stay: active ones before draining before starting ones, and those with more load first, of equal
+  ones those with more flows: what carries least is the cheapest to move. So those that never served go first, and a
+  draining engine is taken back when it is wanted again.
+- Engines share the buckets evenly, unless these were moved by load: then in proportion to what they have.
 - An engine that is leaving does not stay; another is made for it while it can still hand its buckets over.
 - Engines of another template are replaced: at most `max_surge` engines beyond `replicas` (draining ones are
   not counted), and never fewer than `replicas - max_unavailable` that are ready.
@@ -91,6 +93,8 @@ class Engine:
     """It will be gone soon whatever is wanted: its pod is being deleted. It never stays."""
     holds: int = 0
     """Buckets that packets reach it for though `owners` says another: they are on their way."""
+    load: float = 0.0
+    """Of its cores, in cores; 0 if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +105,8 @@ class Observed:
     owners: Sequence[Owner | None]
     moving: frozenset[int] = frozenset()
     """Buckets with an open fence: they are left alone until it is closed."""
+    rebalanced: bool = False
+    """Buckets lie where the load wants them: see `planning.assign`."""
     create_after: float = 0.0
     """No engine is created before this time, on the clock of `plan`'s `now`: back-off after failures."""
 
@@ -194,8 +200,8 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
 def _kept(desired: Desired, alive: Sequence[Engine], owned: Counter[int]) -> list[Engine]:
     """The engines that stay for now, best first."""
 
-    def rank(e: Engine) -> tuple[int, bool, int, int, int]:
-        return (_KEEP[e.state], not e.ready, -e.flows, -owned[e.slot], e.slot)
+    def rank(e: Engine) -> tuple[int, bool, float, int, int, int]:
+        return (_KEEP[e.state], not e.ready, -e.load, -e.flows, -owned[e.slot], e.slot)
 
     fresh = sorted((e for e in alive if e.template == desired.template), key=rank)[: desired.replicas]
     stale = sorted((e for e in alive if e.template != desired.template), key=rank)
@@ -211,6 +217,6 @@ def _moves(desired: Desired, observed: Observed, serving: Sequence[Engine], pinn
         moves = [Move(b, NOBODY) for b in free if owners[b] not in (None, NOBODY)]
     else:
         shares = [EngineShare(e.slot, e.queues, e.weight) for e in sorted(serving, key=lambda e: e.slot)]
-        moves = [Move(free[m.bucket], m.to) for m in assign([owners[b] for b in free], shares)]
+        moves = [Move(free[m.bucket], m.to) for m in assign([owners[b] for b in free], shares, observed.rebalanced)]
     # Buckets with an open fence count where their word says, but wait for their next move.
     return [m for m in moves if m.bucket not in observed.moving]

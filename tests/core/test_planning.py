@@ -124,6 +124,55 @@ def test_resizing_moves_exactly_the_surplus(before, after):
         assert max(owned.values()) / (4096 / after) <= 1.01
 
 
+# ---- after a rebalance -------------------------------------------------------------------------------------------
+
+
+@given(situations())
+@settings(max_examples=300)
+def test_after_a_rebalance_the_present_numbers_are_the_shares(situation):
+    current, given_ = situation
+    engines = [EngineShare(e.slot, e.queues) for e in given_]
+    moves = assign(current, engines, rebalanced=True)
+    after = moved(current, moves)
+    by_slot = {e.slot: e for e in engines}
+    assert all(o is not None and o.slot in by_slot and 0 <= o.queue < by_slot[o.slot].queues for o in after)
+    assert assign(after, engines, rebalanced=True) == [], "a second plan at the goal is empty"
+    before = counts(current, by_slot)
+    now = counts(after, by_slot)
+    owning = [slot for slot, n in before.items() if n]
+    if not owning:
+        assert max(now.values()) - min(now.values()) <= 1, "all are new"
+        return
+    held = sum(before.values())
+    units = held + (len(engines) - len(owning)) * held / len(owning)
+    for slot, n in now.items():
+        exact = len(current) * (before[slot] or held / len(owning)) / units
+        assert abs(n - exact) < 1 + 1e-9
+    homeless = len(current) - held
+    gained = sum(max(0, now[s] - before[s]) for s in by_slot)
+    assert engines_moves(current, moves) == gained, "no engine gives and gets"
+    assert gained == homeless or len(owning) < len(engines), "without a new engine only homeless buckets move"
+
+
+@given(situations())
+def test_after_a_rebalance_nothing_moves_without_a_new_engine_or_a_homeless_bucket(situation):
+    current, engines = situation
+    by_slot = {e.slot: e for e in engines}
+    owned = [o for o in current if o is not None and o.slot in by_slot and o.queue < by_slot[o.slot].queues]
+    owning = [e for e in engines if any(o.slot == e.slot for o in owned)]
+    assert assign(owned, owning, rebalanced=True) == []
+
+
+def test_after_a_rebalance_all_give_to_a_new_engine_and_take_from_a_leaver_in_proportion():
+    current = [Owner(1, 0)] * 200 + [Owner(1, 1)] * 100 + [Owner(2, 0)] * 100
+    joined = moved(current, assign(current, [EngineShare(s, 2) for s in (1, 2, 3)], rebalanced=True))
+    assert counts(joined, (1, 2, 3)) == {1: 200, 2: 67, 3: 133}
+    assert [sum(o == Owner(1, q) for o in joined) for q in (0, 1)] == [133, 67], "queues too give in proportion"
+    assert [sum(o == Owner(3, q) for o in joined) for q in (0, 1)] == [67, 66], "a new engine's are even"
+    left = moved(joined, assign(joined, [EngineShare(s, 2) for s in (1, 2)], rebalanced=True))
+    assert counts(left, (1, 2)) == {1: 300, 2: 100}
+
+
 def test_owners_that_are_gone_lose_their_buckets():
     current = [Owner(1, 0), Owner(2, 0), NOBODY, None]
     assert assign(current, [EngineShare(1, 1)]) == [Move(b, Owner(1, 0)) for b in (1, 2, 3)]

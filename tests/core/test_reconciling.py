@@ -192,6 +192,24 @@ def test_of_active_engines_the_one_with_the_fewest_flows_goes():
     assert all(world.owners[m.bucket].slot == 2 for m in actions[1].moves), "only its own buckets move"
 
 
+def test_of_active_engines_the_one_with_the_least_load_goes_whatever_flows_it_has():
+    world = started(3)
+    for slot, load, flows in ((1, 0.7, 10), (2, 0.2, 90), (3, 0.5, 20)):
+        world.change(slot, load=load, flows=flows)
+    actions = plan(desired(2), world.observed(), 0)
+    assert DrainEngine(2) in actions
+    assert sum(isinstance(a, DrainEngine) for a in actions) == 1
+
+
+def test_buckets_that_were_moved_by_load_stay_until_the_mark_is_gone():
+    world = started(2)
+    owners = world.owners
+    world.owners = [Owner(1, b % 2) if b < 48 else owner for b, owner in enumerate(owners)]
+    observed = world.observed()
+    assert plan(desired(2), replace(observed, rebalanced=True), 0) == []
+    assert plan(desired(2), observed, 0), "even numbers again"
+
+
 def test_a_draining_engine_is_taken_back_when_it_is_wanted_again():
     world = started(2)
     world.do(DrainEngine(2))
