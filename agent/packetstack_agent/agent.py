@@ -25,6 +25,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
+from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_agent.status import Status, add_drops, captures, census, explain
 from packetstack_core import abi, following, kinds, reconciling, resources
@@ -76,6 +77,7 @@ class Agent:
         self.stacks: dict[str, Managed] = {}
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self.prober = Prober(self._health_changed)
+        self.autoscalers = Autoscalers(self)
         self.director: Any = None
         self.status: Status
         """There from `start` on."""
@@ -103,10 +105,10 @@ class Agent:
         record.network = here
         self.run.save(must=True)
         self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
-        self.status = Status(self.director, self.prober)
+        self.status = Status(self.director, self.prober, self.autoscalers)
         await asyncio.to_thread(self._attach)
         await self._take_over()
-        for work in (self._watch_node, self._measure_rates, self._watch_engines):
+        for work in (self._watch_node, self._measure_rates, self._watch_engines, self.autoscalers.run):
             self._watches.append(asyncio.create_task(work()))
 
     async def _take_over(self) -> None:
@@ -238,6 +240,8 @@ class Agent:
         results = []
         for resource in wanted:
             managed = self.stacks.get(resource.name)
+            if managed is not None and resource.spec.autoscaling is not None:
+                resource = resource.with_replicas(managed.stack.resource.spec.replicas)
             if managed is None:
                 await self._add_stack(resource.name, resource)
                 results.append({"stack": resource.name, "result": "created"})
@@ -449,6 +453,7 @@ class Agent:
         record = self.run.record
         for part in (record.documents, record.indexes, record.pinned, record.tables):
             part.pop(name, None)
+        self.autoscalers.forget(name)
         try:
             await self._routes()
         except Exception as e:  # the stack is gone all the same
@@ -982,18 +987,21 @@ class Agent:
     async def scale(self, name: str, replicas: int) -> dict[str, Any]:
         """Set spec.replicas, as the scale subresource does."""
         managed = self.planned(name)
-        document = managed.stack.resource.document()
-        document["spec"]["replicas"] = replicas
-        resource = resources.parse(document)
-        was = managed.stack.resource.spec.replicas
-        managed.stack.resource = resource
-        managed.settled = False
-        self.run.record.documents[name] = document
-        self.run.save()
+        was = self.set_replicas(managed, replicas)
         if was != replicas:
             self.event(name, "Scaled", f"from {was} to {replicas} engines")
-        managed.changed.set()
+            self.autoscalers.step_aside(managed, "packetstack scale")
         return {"from": was, "to": replicas}
+
+    def set_replicas(self, managed: Managed, replicas: int) -> int:
+        """Make it spec.replicas; returns what it was."""
+        was = managed.stack.resource.spec.replicas
+        managed.stack.resource = managed.stack.resource.with_replicas(replicas)
+        managed.settled = False
+        self.run.record.documents[managed.stack.name] = managed.stack.resource.document()
+        self.run.save()
+        managed.changed.set()
+        return was
 
     async def move_buckets(self, name: str, buckets: Sequence[int], slot: int, queue: int | None) -> dict[str, Any]:
         """Give buckets to an engine; they stay there while it does."""

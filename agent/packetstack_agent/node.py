@@ -40,6 +40,8 @@ class Record:
     """Stack -> its place in the flow tables."""
     pinned: dict[str, dict[str, int]] = field(default_factory=dict)
     """Stack -> bucket -> slot, where a person put it."""
+    autoscaling: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Stack -> what its autoscaler showed last: `autoscaling` and `conditions` of the status."""
     unhealthy: list[list[Any]] = field(default_factory=list)
     """Backends, [address, port]."""
     leaving: dict[str, str] = field(default_factory=dict)

@@ -10,6 +10,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
 from packetstack_agent.probes import Prober
+from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_core import abi
 from packetstack_core.load import EngineLoad
@@ -19,9 +20,10 @@ from packetstack_core.reconciling import State
 class Status:
     """What the agent shows. `director`: `struct ps_director *`."""
 
-    def __init__(self, director: Any, prober: Prober) -> None:
+    def __init__(self, director: Any, prober: Prober, autoscalers: Autoscalers) -> None:
         self._director = director
         self._prober = prober
+        self._autoscalers = autoscalers
 
     def of(self, managed: Managed) -> dict[str, Any]:
         """The resource with its `status`."""
@@ -41,7 +43,7 @@ class Status:
         active = [e for e in staying if e.state is State.ACTIVE and e.ready]
         wanted = stack.resource.spec.replicas
         ready = managed.settled and len(active) == wanted and (not wanted or sum(buckets.values()) == stack.buckets)
-        status = {
+        status: dict[str, Any] = {
             "replicas": len(staying),
             "readyReplicas": len(active),
             "drainingReplicas": sum(e.state is State.DRAINING for e in managed.engines.values()),
@@ -57,6 +59,11 @@ class Status:
             "capacity": capacity(managed),
             "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
         }
+        autoscaler = self._autoscalers.of(managed)
+        if autoscaler is not None and autoscaler.shown is not None:
+            decided = autoscaler.document()
+            status["autoscaling"] = decided["autoscaling"]
+            status["conditions"] += decided["conditions"]
         return {**stack.resource.document(), "status": status}
 
     def _drops(self, managed: Managed) -> dict[str, dict[str, int]]:

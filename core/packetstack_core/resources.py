@@ -1000,6 +1000,12 @@ class PacketStack(Model):
         """The resource as YAML or JSON would hold it, defaults filled in; `parse` gives the same value back."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
+    def with_replicas(self, replicas: int) -> "PacketStack":
+        """The resource with another spec.replicas. ResourceError for one that it cannot have."""
+        document = self.document()
+        document["spec"]["replicas"] = replicas
+        return parse(document)
+
 
 def parse(document: Mapping[str, Any]) -> PacketStack:
     """One YAML document, already read. Raises ResourceError with all that is wrong."""

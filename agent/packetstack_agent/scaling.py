@@ -1,0 +1,151 @@
+"""Autoscalers of the stacks that the agent plans for: they read the engines' load and write spec.replicas."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from packetstack_agent import loading
+from packetstack_agent.errors import AgentError
+from packetstack_agent.stacks import Managed
+from packetstack_core import kinds, scaling
+from packetstack_core.autoscaling import Event, MetricError, Pod, Scale
+from packetstack_core.autoscaling_options import State
+from packetstack_core.kinds import AutoscalingStatus
+from packetstack_core.reconciling import State as EngineState
+
+if TYPE_CHECKING:
+    from packetstack_agent.agent import Agent
+
+LOOK_SECONDS = 0.5
+"""How often it is looked for stacks whose time has come."""
+NO_METRICS_API = MetricError("api_error", "the local runtime has no metrics API; use a metric of type Engine")
+NOT_MEASURED = MetricError("api_empty", "no load has been measured yet")
+
+
+@dataclass
+class Autoscaler:
+    """Of one stack."""
+
+    state: State = field(default_factory=State)
+    shown: AutoscalingStatus | None = None
+    """As the stack's status shows it; None before the first decision."""
+    conditions: tuple[kinds.Condition, ...] = ()
+    due: float = 0.0
+    """When it decides next, by the event loop's clock."""
+
+    def document(self) -> dict[str, Any]:
+        """Its part of the stack's status; what the next agent resumes from."""
+        shown = self.shown or AutoscalingStatus()
+        return {
+            "autoscaling": _dump(shown),
+            "conditions": [_dump(c) for c in self.conditions],
+        }
+
+    @staticmethod
+    def resume(document: dict[str, Any] | None) -> "Autoscaler":
+        """One that goes on from what `document` gave. What cannot be read is begun anew."""
+        try:
+            shown = AutoscalingStatus.model_validate((document or {})["autoscaling"])
+            known = tuple(kinds.Condition.model_validate(c) for c in (document or {})["conditions"])
+        except (KeyError, TypeError, ValueError):
+            return Autoscaler()
+        return Autoscaler(scaling.resume(shown, known), shown, known)
+
+
+class Autoscalers:
+    """One for each stack that has `spec.autoscaling` and follows no flow table."""
+
+    def __init__(self, agent: "Agent", clock: Callable[[], float] = time.time) -> None:
+        """`clock`: that of the samples' times."""
+        self._agent = agent
+        self._clock = clock
+        self._known: dict[str, Autoscaler] = {}
+
+    async def run(self) -> None:
+        """Decide each time that it is due, until cancelled."""
+        while True:
+            now = asyncio.get_running_loop().time()
+            for managed in list(self._agent.stacks.values()):
+                try:
+                    self._look(managed, now)
+                except Exception as e:  # a bug: the other stacks go on
+                    message = f"autoscaler: {type(e).__name__}: {e}"
+                    self._agent.event(managed.stack.name, "InternalError", message, "Warning")
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def of(self, managed: Managed) -> Autoscaler | None:
+        """A stack's autoscaler, if it has one. One that was not seen before is resumed from the agent's record."""
+        name, record = managed.stack.name, self._agent.run.record.autoscaling
+        if managed.table is not None or managed.stack.resource.spec.autoscaling is None:
+            self.forget(name)
+            return None
+        if name not in self._known:
+            self._known[name] = Autoscaler.resume(record.get(name))
+        return self._known[name]
+
+    def forget(self, name: str) -> None:
+        """The stack has none any more; should it get one again, that begins anew."""
+        self._known.pop(name, None)
+        self._agent.run.record.autoscaling.pop(name, None)
+
+    def step_aside(self, managed: Managed, who: str) -> None:
+        """`who` wrote spec.replicas: the stack's autoscaler, if it is not paused, does it no more."""
+        one, spec = self.of(managed), managed.stack.resource.spec
+        if one is not None and spec.autoscaling is not None and not spec.autoscaling.paused:
+            now = self._clock()
+            self._keep(managed, one, scaling.step_aside(spec, one.state, _scale(managed), who, now), now)
+
+    def _look(self, managed: Managed, now: float) -> None:
+        one, wanted = self.of(managed), managed.stack.resource.spec.autoscaling
+        if one is None or wanted is None:
+            return
+        period = float(wanted.sync_period_seconds)
+        if not one.due or one.due > now + period:
+            one.due = now + period
+        if now < one.due:
+            return
+        one.due = max(one.due, now - LOOK_SECONDS) + period
+        self._decide(managed, one)
+
+    def _decide(self, managed: Managed, one: Autoscaler) -> None:
+        spec, now = managed.stack.resource.spec, self._clock()
+        wanted = spec.autoscaling
+        assert wanted is not None
+        active = [
+            Pod(loading.name(e), ready="True")
+            for e in managed.engines.values()
+            if e.state is EngineState.ACTIVE and not e.removing
+        ]
+        measured = managed.history.load(wanted.sync_period_seconds) or NOT_MEASURED
+        answers = {i: NO_METRICS_API for i, metric in enumerate(wanted.metrics) if metric.type != "Engine"}
+        done = scaling.reconcile(spec, one.state, _scale(managed), active, measured, now, answers)
+        if done.decision.write is not None:
+            try:
+                self._agent.set_replicas(managed, done.decision.write)
+            except AgentError as e:
+                done = scaling.refused(done, str(e), now)
+            else:
+                done = scaling.written(done, now)
+        self._keep(managed, one, done, now)
+
+    def _keep(self, managed: Managed, one: Autoscaler, done: scaling.Round, now: float) -> None:
+        one.state = done.state
+        one.shown, one.conditions = scaling.show(done, one.shown, now), scaling.conditions(done.state)
+        self._tell(managed.stack.name, done.decision.events)
+        self._agent.run.record.autoscaling[managed.stack.name] = one.document()
+        self._agent.run.save()
+
+    def _tell(self, name: str, events: Iterable[Event]) -> None:
+        for event in events:
+            self._agent.event(name, event.reason, event.message, event.type)
+
+
+def _scale(managed: Managed) -> Scale:
+    there = (EngineState.PENDING, EngineState.STARTING, EngineState.ACTIVE)
+    return Scale(managed.stack.resource.spec.replicas, sum(e.state in there for e in managed.engines.values()))
+
+
+def _dump(model: kinds.AutoscalingStatus | kinds.Condition) -> dict[str, Any]:
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True)

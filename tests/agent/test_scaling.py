@@ -1,0 +1,307 @@
+"""The agent's autoscalers: when they decide, what they write, what the next agent knows. In virtual time."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from types import SimpleNamespace
+from typing import Any
+
+import looptime
+import pytest
+
+from packetstack_agent.scaling import Autoscalers
+from packetstack_core import resources
+from packetstack_core.load import CoreCounters, EngineCounters, History, Snapshot
+from packetstack_core.reconciling import State
+
+from .conftest import stack
+
+BEGIN = 1_000_000_000.0
+BUSY = {
+    "type": "Engine",
+    "engine": {"name": "Utilization", "target": {"type": "Utilization", "averageUtilization": 60}},
+}
+QUEUED = {"type": "External", "external": {"metric": {"name": "q"}, "target": {"type": "Value", "value": "10"}}}
+
+
+class World:
+    """Stands in for an agent with one stack, whose engines are as busy as `work` makes them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, autoscaling: dict[str, Any] | None, replicas: int = 1) -> None:
+        self.loop = loop
+        self.work = 0.5
+        self.events: list[tuple[float, str, str]] = []
+        self.run = SimpleNamespace(record=SimpleNamespace(autoscaling={}), save=lambda: None)
+        self.sizes: list[tuple[float, int]] = []
+        self.cycles: dict[int, int] = {}
+        self.managed: Any = SimpleNamespace(
+            stack=SimpleNamespace(name="web"), engines={}, history=History(), table=None
+        )
+        self.stacks = {"web": self.managed}
+        self.become(autoscaling, replicas)
+        self._engines(replicas)
+        self.autoscalers = Autoscalers(self, self.clock)  # type: ignore[arg-type]
+
+    def clock(self) -> float:
+        return BEGIN + self.loop.time()
+
+    def become(self, autoscaling: dict[str, Any] | None, replicas: int | None = None, **changes: Any) -> None:
+        replicas = self.managed.stack.resource.spec.replicas if replicas is None else replicas
+        parts = {"autoscaling": autoscaling} if autoscaling is not None else {}
+        self.managed.stack.resource = resources.parse(stack(replicas=replicas, **parts, **changes))
+
+    def set_replicas(self, managed: Any, replicas: int) -> int:
+        was: int = managed.stack.resource.spec.replicas
+        managed.stack.resource = managed.stack.resource.with_replicas(replicas)
+        self.sizes.append((self.loop.time(), replicas))
+        return was
+
+    def event(self, _stack: str, reason: str, message: str, kind: str = "Normal") -> None:
+        self.events.append((self.loop.time(), reason, message))
+
+    def _engines(self, replicas: int) -> None:
+        for slot in range(replicas):
+            blueprint = SimpleNamespace(name=f"web-{slot}", pod="")
+            self.managed.engines.setdefault(
+                slot, SimpleNamespace(state=State.ACTIVE, removing=False, blueprint=blueprint)
+            )
+        for slot in [s for s in self.managed.engines if s >= replicas]:
+            del self.managed.engines[slot]
+
+    async def live(self) -> None:
+        """Counters each second; engines are there a second after they were asked for."""
+        while True:
+            await asyncio.sleep(1)
+            share = min(1.0, self.work / len(self.managed.engines)) if self.managed.engines else 0.0
+            now = self.loop.time()
+            seen = []
+            for slot in self.managed.engines:
+                self.cycles[slot] = self.cycles.get(slot, 0) + round(1000 * share)
+                core = CoreCounters(self.cycles[slot], round(1000 * now))
+                seen.append(EngineCounters(slot, f"web-{slot}", "Active", True, (core,), (), 0, 0, 0, 0, 0))
+            self.managed.history.add(Snapshot(now, tuple(seen)), self.clock())
+            self._engines(self.managed.stack.resource.spec.replicas)
+
+    def reasons(self) -> list[str]:
+        return [reason for _, reason, _ in self.events]
+
+    def shown(self) -> dict[str, Any]:
+        one = self.autoscalers.of(self.managed)
+        assert one is not None
+        return one.document()
+
+    def active(self) -> tuple[str, str]:
+        """Status and reason of ScalingActive."""
+        return next((c["status"], c["reason"]) for c in self.shown()["conditions"] if c["type"] == "ScalingActive")
+
+
+def autoscaling(**changes: Any) -> dict[str, Any]:
+    quick = {"scaleDown": {"stabilizationWindowSeconds": 10}}
+    return {"minReplicas": 1, "maxReplicas": 4, "metrics": [BUSY], "syncPeriodSeconds": 5, "behavior": quick, **changes}
+
+
+def run(wanted: dict[str, Any] | None, story: Callable[[World], Awaitable[None]], replicas: int = 1) -> World:
+    """Let time pass in a world as `story` says."""
+    loop = looptime.new_event_loop()
+    loop.set_exception_handler(lambda _, context: pytest.fail(str(context)))
+    world = World(loop, wanted, replicas)
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(world.live()), asyncio.create_task(world.autoscalers.run())]
+        try:
+            await story(world)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    try:
+        loop.run_until_complete(main())
+    finally:
+        loop.close()
+    return world
+
+
+def test_engines_come_and_go_with_the_load() -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(30)
+        assert not world.sizes
+        world.work = 2.0
+        await asyncio.sleep(30)
+        world.work = 0.3
+        await asyncio.sleep(60)
+
+    world = run(autoscaling(), story)
+    assert [size for _, size in world.sizes] == [2, 4, 1]
+    assert world.sizes[0][0] <= 36, "a step of load is answered within a sync period"
+    assert 70 <= world.sizes[2][0] <= 80, "after the window of ten seconds"
+    assert world.reasons() == ["SuccessfulRescale"] * 3
+    assert world.events[0][2] == "New size: 2; reason: engine metric Utilization above target"
+
+
+def test_it_decides_once_a_sync_period() -> None:
+    async def story(world: World) -> None:
+        decided = []
+        keep = world.autoscalers._keep
+        world.autoscalers._keep = lambda *a: (decided.append(world.loop.time()), keep(*a))  # type: ignore[method-assign]
+        await asyncio.sleep(31)
+        assert len(decided) == 6
+        world.become(autoscaling(syncPeriodSeconds=1))
+        await asyncio.sleep(10)
+        assert 15 <= len(decided) <= 17
+
+    run(autoscaling(), story)
+
+
+def test_a_step_that_took_long_is_not_made_up_for() -> None:
+    async def story(world: World) -> None:
+        decided = []
+        keep = world.autoscalers._keep
+        world.autoscalers._keep = lambda *a: (decided.append(world.loop.time()), keep(*a))  # type: ignore[method-assign]
+        await asyncio.sleep(6)
+        one = world.autoscalers.of(world.managed)
+        assert one is not None
+        one.due = 1.0  # as if nobody had looked for a long time
+        await asyncio.sleep(4)
+        assert len(decided) == 2
+
+    run(autoscaling(syncPeriodSeconds=5), story)
+
+
+@pytest.mark.parametrize("paused", ["autoscaling", "stack"])
+def test_while_paused_nothing_is_written(paused: str) -> None:
+    async def story(world: World) -> None:
+        world.become(autoscaling(paused=paused == "autoscaling"), paused=paused == "stack")
+        world.work = 3.0
+        await asyncio.sleep(20)
+        assert not world.sizes
+        assert "AutoscalingPaused" in world.reasons()
+        world.become(autoscaling())
+        await asyncio.sleep(6)
+        assert world.sizes
+
+    run(autoscaling(), story)
+
+
+def test_whoever_scales_by_hand_takes_the_replicas_over_until_it_was_paused() -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(11)
+        world.become(autoscaling(), 3)
+        world.autoscalers.step_aside(world.managed, "packetstack scale")
+        assert world.active() == ("False", "ExternallyScaled")
+        await asyncio.sleep(60)
+        assert not world.sizes
+        assert world.active() == ("False", "ExternallyScaled")
+        assert world.reasons().count("ExternallyScaled") == 1
+        world.become(autoscaling(paused=True))
+        await asyncio.sleep(6)
+        world.become(autoscaling())
+        await asyncio.sleep(30)
+        assert [size for _, size in world.sizes] == [1]
+
+    run(autoscaling(), story)
+
+
+def test_by_hand_while_it_is_paused_is_not_a_second_writer() -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(11)
+        world.become(autoscaling(paused=True), 3)
+        world.autoscalers.step_aside(world.managed, "packetstack scale")
+        assert world.active() == ("True", "ValidMetricFound")
+
+    run(autoscaling(), story)
+
+
+def test_autoscaling_that_was_removed_and_put_back_takes_over() -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(11)
+        world.become(autoscaling(), 3)
+        world.autoscalers.step_aside(world.managed, "packetstack scale")
+        world.become(None)
+        await asyncio.sleep(1)
+        assert world.autoscalers.of(world.managed) is None
+        assert not world.run.record.autoscaling
+        world.become(autoscaling())
+        await asyncio.sleep(30)
+        assert [size for _, size in world.sizes] == [1]
+
+    run(autoscaling(), story)
+
+
+def test_the_next_agent_goes_on_and_takes_no_engine_at_once() -> None:
+    async def story(world: World) -> None:
+        world.work = 2.0
+        await asyncio.sleep(21)
+        assert [size for _, size in world.sizes] == [2, 4]
+        before = world.shown()
+        world.work = 0.3
+        tasks = world.run.record.autoscaling
+        fresh = Autoscalers(world, world.clock)  # type: ignore[arg-type]
+        one = fresh.of(world.managed)
+        assert one is not None
+        assert one.document() == before == tasks["web"]
+        for _ in range(3):
+            world.autoscalers._known.clear()
+            await asyncio.sleep(6)  # another agent each time, before it knows enough
+        assert [size for _, size in world.sizes] == [2, 4]
+        await asyncio.sleep(20)
+        assert [size for _, size in world.sizes] == [2, 4, 1]
+        assert world.shown()["autoscaling"]["lastScaleTime"] > before["autoscaling"]["lastScaleTime"]
+
+    run(autoscaling(), story)
+
+
+def test_a_record_that_cannot_be_read_is_begun_anew() -> None:
+    async def story(world: World) -> None:
+        world.run.record.autoscaling["web"] = {"autoscaling": {"desiredReplicas": "many"}, "conditions": 3}
+        await asyncio.sleep(11)
+        assert world.active() == ("True", "ValidMetricFound")
+
+    run(autoscaling(), story)
+
+
+def test_metrics_of_kubernetes_are_refused_and_take_no_engine() -> None:
+    async def story(world: World) -> None:
+        world.work = 0.0
+        await asyncio.sleep(60)
+        assert not world.sizes, "half of what was asked for is not known"
+        assert world.active() == ("False", "FailedGetExternalMetric")
+        message = next(m for _, r, m in world.events if r == "FailedGetExternalMetric")
+        assert "the local runtime has no metrics API; use a metric of type Engine" in message
+        world.work = 2.0
+        await asyncio.sleep(10)
+        assert world.sizes
+
+    run(autoscaling(metrics=[BUSY, QUEUED]), story, replicas=2)
+
+
+def test_a_stack_that_follows_a_flow_table_is_left_alone() -> None:
+    async def story(world: World) -> None:
+        world.managed.table = object()
+        world.work = 3.0
+        await asyncio.sleep(30)
+        assert not world.sizes
+        assert world.autoscalers.of(world.managed) is None
+
+    run(autoscaling(), story)
+
+
+def test_an_engine_that_starts_or_leaves_is_not_counted() -> None:
+    async def story(world: World) -> None:
+        world.managed.engines[1].state = State.DRAINING
+        await asyncio.sleep(6)
+        proposals = world.shown()["autoscaling"]["record"]["proposals"]
+        assert proposals[0]["missing"] == 0
+
+    run(autoscaling(), story, replicas=2)
+
+
+def test_a_bug_in_one_autoscaler_does_not_end_the_others() -> None:
+    async def story(world: World) -> None:
+        broken: Any = SimpleNamespace(stack=SimpleNamespace(name="broken"), table=None)
+        world.stacks = {"broken": broken, "web": world.managed}
+        world.work = 2.0
+        await asyncio.sleep(11)
+        assert "InternalError" in world.reasons()
+        assert world.sizes
+
+    run(autoscaling(), story)
