@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import astuple, fields
 from pathlib import Path
 
+import day
 import director
 import handovers
 import reconciling
@@ -131,6 +132,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "moves": handovers.moves,
     "joining": handovers.joining,
     "reconciling": reconciling.reconciling,
+    "day": day.day,
 }
 
 
