@@ -41,7 +41,7 @@ from packetstack_core.reconciling import (
     RemoveEngine,
     State,
 )
-from packetstack_core.resources import Network, PacketStack
+from packetstack_core.resources import Network, PacketStack, ResourceError
 
 T = TypeVar("T")
 
@@ -75,6 +75,8 @@ class Agent:
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
         self.stacks: dict[str, Managed] = {}
+        self.unread: dict[str, str] = {}
+        """Stacks of the record that cannot be read, and why. Their engines serve; nothing of them is touched."""
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self.prober = Prober(self._health_changed)
         self.autoscalers = Autoscalers(self)
@@ -116,17 +118,17 @@ class Agent:
         record = self.run.record
         for address, port in record.unhealthy:
             self.prober.expect_unhealthy((ip_address(address), port))
-        for name, document in record.documents.items():
-            resource = resources.parse(document)
-            directory = self.run.stack(name)
-            stack = await asyncio.to_thread(Stack, name, resource, record.indexes[name], directory, self.director)
-            managed = self.stacks[name] = Managed(stack)
-            managed.pinned = {int(b): slot for b, slot in record.pinned.get(name, {}).items()}
-            if name in record.tables:
-                managed.table = kinds.read(kinds.FlowTable, record.tables[name])
-                managed.generation = record.tables[name]["metadata"]["generation"]
+        for name in record.documents:
+            try:
+                self.stacks[name] = await asyncio.to_thread(self._read, name)
+            except ResourceError as e:
+                self._leave_unread(name, e.problems[0])
+            except AgentError as e:
+                self._leave_unread(name, str(e))
+            except (LookupError, TypeError, ValueError, AttributeError, OSError) as e:
+                self._leave_unread(name, f"{type(e).__name__}: {e}")
         for slot, known in list(record.engines.items()):
-            if known["stack"] in self.stacks:
+            if known.get("stack") in self.stacks:
                 await self._regain(self.stacks[known["stack"]], int(slot), known)
         if not self.stacks:
             return
@@ -148,6 +150,26 @@ class Agent:
             managed.task = asyncio.create_task(self._keep(managed))
             self.event(name, "AgentStarted", f"took over {len(managed.engines)} engines")
 
+    def _read(self, name: str) -> Managed:
+        """A stack of the record. Any error if something is missing or has another form. Blocks."""
+        record = self.run.record
+        resource, index = resources.parse(record.documents[name]), int(record.indexes[name])
+        pinned = {int(b): int(slot) for b, slot in record.pinned.get(name, {}).items()}
+        table, generation = None, 0
+        if name in record.tables:
+            table = kinds.read(FlowTable, record.tables[name])
+            generation = int(record.tables[name]["metadata"]["generation"])
+        stack = Stack(name, resource, index, self.run.stack(name), self.director)
+        for slot, known in record.engines.items():
+            if known.get("stack") == name:
+                self._blueprint(stack, known), State(known["state"]), int(slot), tuple(known["init"])
+        return Managed(stack, pinned=pinned, table=table, generation=generation)
+
+    def _leave_unread(self, name: str, why: str) -> None:
+        self.unread[name] = why
+        message = f"its entry in state.json: {why}; it is left alone, its engines serve"
+        self.event(name, "RecordUnreadable", message, "Warning")
+
     async def _regain(self, managed: Managed, slot: int, known: dict[str, Any]) -> None:
         stack = managed.stack
         engine = Engine(self._blueprint(stack, known), self.director)
@@ -165,12 +187,13 @@ class Agent:
             self._attend(engine)
 
     async def stop(self) -> None:
-        """Remove everything, in the order in which nothing is missed."""
+        """Remove everything, in the order in which nothing is missed. What cannot be read stays, as with `leave`."""
         self._ending = True
         for name in list(self.stacks):
             await self._remove_stack(name)
         await self._halt()
-        await asyncio.to_thread(clean, self.run)
+        if not self.unread:
+            await asyncio.to_thread(clean, self.run)
 
     async def leave(self) -> None:
         """End, and leave all as it is: engines go on, and the next agent takes them over."""
@@ -214,8 +237,15 @@ class Agent:
         try:
             return self.stacks[name]
         except KeyError:
+            self._check_read(name)
             known = ", ".join(sorted(self.stacks)) or "none"
             raise AgentError(f"stack {name}: not found; stacks of this agent: {known}") from None
+
+    def _check_read(self, name: str) -> None:
+        if name in self.unread:
+            raise AgentError(
+                f"stack {name}: its entry in state.json cannot be read ({self.unread[name]}); start the agent that wrote it"
+            )
 
     # ---- applying --------------------------------------------------------------------------------------------
 
@@ -264,6 +294,7 @@ class Agent:
                         f"stack {name}: AddressConflict: {address} belongs to stack {owners[address]}; use another address"
                     )
         for name, resource in wanted.items():
+            self._check_read(name)
             old = self.stacks.get(name)
             if old is not None:
                 resources.check_change(old.stack.resource, resource)
@@ -324,6 +355,10 @@ class Agent:
 
     async def _add_stack(self, name: str, resource: PacketStack, table: FlowTable | None = None) -> Managed:
         used = {m.stack.index for m in self.stacks.values()}
+        for other in self.unread:
+            if other not in self.run.record.indexes:  # any place in the flow tables may be that stack's
+                self._check_read(other)
+            used.add(self.run.record.indexes[other])
         index = min(i for i in range(constant("PS_MAX_STACKS")) if i not in used)
         self.run.record.indexes[name] = index
         stack = await asyncio.to_thread(Stack, name, resource, index, self.run.stack(name), self.director)
@@ -381,7 +416,7 @@ class Agent:
     def _route(self) -> list[Network]:
         """Routes, and answers to ARP and neighbour discovery, for exactly the addresses of the stacks. Blocks."""
         prefixes = {p for m in self.stacks.values() for p in m.stack.resource.prefixes()}
-        added = networks.ensure_routes(prefixes)
+        added = networks.ensure_routes(prefixes, keep=bool(self.unread))
         addresses = {
             a
             for m in self.stacks.values()
@@ -397,7 +432,7 @@ class Agent:
             networks.answer_for(device, found, record.sysctls)
         for device, names in list(record.proxied.items()):
             keep = {str(a) for a in wanted.get(device, [])}
-            if keep == set(names):
+            if keep == set(names) or self.unread:
                 continue
             networks.answer_no_more(device, [ip_address(a) for a in names if a not in keep])
             record.proxied[device] = sorted(keep)
@@ -602,7 +637,7 @@ class Agent:
             managed.pinned = {b: slot for b, slot in managed.pinned.items() if slot in stay}
             self._note_pinned(managed)
         fixed = managed.pinned if len(seen) <= stack.resource.spec.replicas else {}
-        return Observed(seen, stack.owners(), frozenset(fixed) | stack.open_fences(), managed.create_after)
+        return Observed(seen, stack.owners(), frozenset(fixed) | stack.open_fences(), create_after=managed.create_after)
 
     def _note_pinned(self, managed: Managed) -> None:
         self.run.record.pinned[managed.stack.name] = {str(b): slot for b, slot in managed.pinned.items()}

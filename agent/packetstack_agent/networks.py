@@ -275,8 +275,8 @@ def check_not_local(prefixes: Iterable[Network]) -> None:
                 )
 
 
-def ensure_routes(prefixes: Iterable[Network]) -> list[Network]:
-    """Route exactly these prefixes into the pair; returns what had to be added."""
+def ensure_routes(prefixes: Iterable[Network], keep: bool = False) -> list[Network]:
+    """Route exactly these prefixes into the pair, or with `keep` these too; returns what had to be added."""
     wanted = set(prefixes)
     with IPRoute() as ip:
         found = ip.link_lookup(ifname=ROUTED)
@@ -288,7 +288,7 @@ def ensure_routes(prefixes: Iterable[Network]) -> list[Network]:
             for route in ip.get_routes(family=family, oif=index):
                 if route.get("RTA_DST") and route["proto"] == ROUTE_PROTOCOL:
                     have.add(ip_network(f"{route.get('RTA_DST')}/{min(route['dst_len'], full)}"))
-        for prefix in have - wanted:
+        for prefix in () if keep else have - wanted:
             ip.route("del", dst=str(prefix), oif=index, proto=ROUTE_PROTOCOL, family=_family(prefix.version))
         added = sorted(wanted - have, key=str)
         for prefix in added:

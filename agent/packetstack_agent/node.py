@@ -156,7 +156,7 @@ def clean(run: RunDirectory) -> list[str]:
             os.kill(pid, signal.SIGKILL)
     for slot, engine in list(record.engines.items()):
         networks.remove_engine_link(int(slot), run.owner)
-        if name := engine["namespace"]:  # else its pod is the kubelet's
+        if name := engine.get("namespace"):  # else its pod is the kubelet's
             processes.clear(NAMESPACES / name)
             namespaces.remove(NAMESPACES / name)
             engines.remove_cgroups(name)

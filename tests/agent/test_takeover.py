@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from packetstack_cli.outage import hang
 from packetstack_core import abi
 
-from .conftest import BACKENDS, Node, ask, eventually, stack
+from .conftest import BACKENDS, Node, ask, eventually, listener, stack
 
 
 def agent_pid(node: Node) -> int:
@@ -191,6 +192,47 @@ def test_a_record_that_is_not_understood_is_left_alone(node: Node, served: Any, 
     finally:
         record.write_text(good)
     again(node)
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], None]] = {
+    "resource": lambda record: record["documents"]["web"]["spec"].update(listeners=[]),
+    "engine": lambda record: record["engines"][min(record["engines"])].update(state="Resting"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_stack_whose_record_cannot_be_read_is_left_alone_and_the_others_go_on(
+    node: Node, served: Any, damage: Callable[[dict[str, Any]], None]
+) -> None:
+    listeners = [listener("other", "192.0.2.11", BACKENDS)]
+    other = stack("other", replicas=1, listeners=listeners, snat={"addresses": ["198.51.100.8/31"]})
+    node.up(stack(), other)
+    before = same(node)
+    kill_agent(node)
+    file = node.lab.run_directory / "state.json"
+    good = json.loads(file.read_text())
+    bad = json.loads(file.read_text())
+    damage(bad)
+    file.write_text(json.dumps(bad))
+    assert "unchanged" in node.up(other)
+    assert [e["stack"] for e in node.client.call("events") if e["reason"] == "RecordUnreadable"] == ["web"]
+    assert [s["metadata"]["name"] for s in node.client.call("get")] == ["other"]
+    node.lab.packetstack("scale", "other", "--replicas", "2")
+    assert node.who("192.0.2.11") == set(BACKENDS)
+    ask(served)
+    assert node.who() == set(BACKENDS)
+    file_of_web = node.lab.directory / "web.yaml"
+    file_of_web.write_text(json.dumps(stack()))
+    assert "its entry in state.json cannot be read" in node.refused("up", str(file_of_web))
+    node.lab.packetstack("down", "--all", "--yes")
+    assert node.who() == set(BACKENDS)
+    record = json.loads(file.read_text())
+    assert set(record["documents"]) == {"web"}
+    for part in ("documents", "indexes", "engines"):
+        record[part] = {name: value for name, value in good[part].items() if name in record[part] or name == "web"}
+    file.write_text(json.dumps(record))
+    node.up(stack())
+    assert same(node) == before
 
 
 def test_an_agent_in_another_network_namespace_is_refused(node: Node, served: Any) -> None:
