@@ -103,15 +103,20 @@ class Traffic:
         udp_flows: int = 0,
         request_interval_ms: int = 2000,
         udp_interval_ms: int = 100,
+        udp_rate: int | None = None,
+        udp_skew: float | None = None,
+        warm_up_seconds: float | None = None,
         new_rate: int = 0,
         answer_bytes: str = "64-2048",
         ramp_seconds: float | None = None,
         timeout_seconds: float = 10,
         seconds: float = 600,
         cpu: int | None = None,
+        name: str = "traffic",
     ) -> None:
+        """`name`: another one for each that runs at the same time in a lab."""
         self.samples: list[dict[str, Any]] = []
-        self._report = lab.directory / "traffic.json"
+        self._report = lab.directory / f"{name}.json"
         self._report.unlink(missing_ok=True)
         self._timeout_seconds = timeout_seconds
         arguments = [word for target in targets for word in ("--target", target)]
@@ -121,6 +126,9 @@ class Traffic:
             "udp-flows": udp_flows,
             "request-interval-ms": request_interval_ms,
             "udp-interval-ms": udp_interval_ms,
+            "udp-rate": udp_rate,
+            "udp-skew": udp_skew,
+            "warm-up-s": warm_up_seconds,
             "new-rate": new_rate,
             "answer-bytes": answer_bytes,
             "timeout-s": timeout_seconds,

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <getopt.h>
 #include <inttypes.h>
+#include <math.h>
 #include <netinet/tcp.h>
 #include <signal.h>
 #include <stdio.h>
@@ -47,6 +48,7 @@ struct item {
 	uint32_t size, got; /* of the answer, its header included */
 	struct answer header;
 	/* UDP */
+	uint64_t interval; /* between its datagrams, ns */
 	uint64_t received, highest_arrival, last_received, server_arrivals;
 	uint32_t reordered_back, duplicates_back, server_reordered, server_duplicates;
 	int summarised;
@@ -64,6 +66,8 @@ static struct {
 	uint64_t connections, flows, new_rate;
 	uint64_t request_interval, udp_interval, timeout, duration, ramp;
 	uint64_t least_size, most_size, datagram_size;
+	uint64_t udp_rate, warm_up;
+	double udp_skew;
 	const char *report, *series;
 	long cpu;
 	int until_eof;
@@ -101,7 +105,7 @@ static int stopping;
 static struct item *items, *flows, *wheel[WHEEL];
 static struct item *oldest, *newest;
 static struct item *free_short;
-static struct latencies interval_latencies, total_latencies;
+static struct latencies interval_latencies, total_latencies, datagram_latencies;
 static FILE *series;
 
 /* ---- latencies --------------------------------------------------------------------------------- */
@@ -435,16 +439,16 @@ static void flow_turn(struct item *item, uint64_t now)
 {
 	if (item->fd < 0)
 		open_flow(item);
-	if (send_datagram(item, DATAGRAM_DATA, now)) {
+	if (send_datagram(item, DATAGRAM_DATA, item->due)) {
 		item->sequence++;
 		count.sent++;
 	} else {
 		count.unsent++; /* never left, so it is not lost; an ICMP error may be the reason */
 	}
-	uint64_t due = item->due + wish.udp_interval;
+	uint64_t due = item->due + item->interval;
 
-	if (due < now)
-		due += (now - due) / wish.udp_interval * wish.udp_interval;
+	if (due < now && !wish.udp_rate) /* with a rate all are sent, however late */
+		due += (now - due) / item->interval * item->interval;
 	schedule(item, due);
 }
 
@@ -487,6 +491,8 @@ static void flow_readable(struct item *item, uint64_t now)
 		if (item->last_received && now - item->last_received > count.longest_datagram_gap)
 			count.longest_datagram_gap = now - item->last_received;
 		item->last_received = now;
+		if (datagram->sent_ns >= begin + wish.warm_up)
+			note_latency(&datagram_latencies, now - datagram->sent_ns);
 		item->received++;
 		count.received++;
 	}
@@ -586,11 +592,14 @@ static void report(uint64_t traffic_ns)
 		" \"received\": %lu, \"lost\": %lu, \"lost_forward\": %lu, \"lost_back\": %lu,"
 		" \"reordered\": %lu, \"reordered_forward\": %lu, \"reordered_back\": %lu,"
 		" \"duplicates\": %lu, \"wrong\": %lu, \"socket_drops\": %lu, \"flows_with_loss\": %lu,"
-		" \"worst_flow_lost\": %lu, \"flows_without_summary\": %lu, \"longest_gap_ms\": %.3f}\n}\n",
+		" \"worst_flow_lost\": %lu, \"flows_without_summary\": %lu, \"longest_gap_ms\": %.3f,"
+		" \"latency_ms\": {\"p50\": %.3f, \"p95\": %.3f, \"p99\": %.3f, \"longest\": %.3f}}\n}\n",
 		open, count.sent, count.unsent, arrivals, count.received, count.sent - count.received,
 		count.sent - arrivals, arrivals - count.received, reordered + count.reordered_back, reordered,
 		count.reordered_back, duplicates + count.duplicates_back, count.wrong_datagrams, drops, flows_with_loss,
-		worst, unsummarised, count.longest_datagram_gap / 1e6);
+		worst, unsummarised, count.longest_datagram_gap / 1e6, quantile_ms(&datagram_latencies, 0.5),
+		quantile_ms(&datagram_latencies, 0.95), quantile_ms(&datagram_latencies, 0.99),
+		datagram_latencies.longest / 1e6);
 	if (fflush(file) || (wish.report && fclose(file)))
 		err(1, "%s", wish.report ? wish.report : "standard output");
 }
@@ -750,6 +759,9 @@ static void usage(FILE *to)
 	      "  --udp-target ADDRESS:PORT    a server\n"
 	      "  --udp-flows N                (0)\n"
 	      "  --udp-interval-ms MS         between the datagrams of one (100)\n"
+	      "  --udp-rate R                 datagrams a second of all together, instead; late ones are sent too\n"
+	      "  --udp-skew S                 with a rate: flow n sends as many as the first by n to the power of S (0)\n"
+	      "  --warm-up-s S                latencies of datagrams sent before are not counted (0)\n"
 	      "  --udp-bytes N                size of datagrams (200)\n"
 	      "  --sources ADDRESS,...        own addresses to use\n"
 	      "  --duration S                 (10)\n"
@@ -760,6 +772,7 @@ static void usage(FILE *to)
 	      "  --report FILE                the outcome as JSON (standard output)\n"
 	      "  --series FILE                a line of JSON every 100 ms (standard output if --report is given)\n"
 	      "\n"
+	      "Latency of a datagram counts from the time at which it was to be sent.\n"
 	      "A connection is broken when it is reset, refused, closed by the server, without an answer for the\n"
 	      "timeout, or wrongly answered. Exit code: 0 if all were opened and none broke, 1 otherwise.\n",
 	      to);
@@ -775,14 +788,19 @@ static uint64_t number(const char *option, const char *text, uint64_t least, uin
 	return value;
 }
 
-static uint64_t seconds(const char *option, const char *text)
+static double decimal(const char *option, const char *text, double most, const char *what)
 {
 	char *end;
 	double value = strtod(text, &end);
 
-	if (end == text || *end || !(value >= 0 && value <= 86400))
-		errx(2, "--%s: %s is not a number of seconds from 0 to 86400", option, text);
-	return value * 1e9;
+	if (end == text || *end || !(value >= 0 && value <= most))
+		errx(2, "--%s: %s is not a number%s from 0 to %g", option, text, what, most);
+	return value;
+}
+
+static uint64_t seconds(const char *option, const char *text)
+{
+	return decimal(option, text, 86400, " of seconds") * 1e9;
 }
 
 static void read_options(int argc, char **argv)
@@ -794,6 +812,9 @@ static void read_options(int argc, char **argv)
 		{ "udp-flows", 1, NULL, 'f' },
 		{ "request-interval-ms", 1, NULL, 'i' },
 		{ "udp-interval-ms", 1, NULL, 'j' },
+		{ "udp-rate", 1, NULL, 'q' },
+		{ "udp-skew", 1, NULL, 'k' },
+		{ "warm-up-s", 1, NULL, 'm' },
 		{ "new-rate", 1, NULL, 'n' },
 		{ "duration", 1, NULL, 'd' },
 		{ "sources", 1, NULL, 's' },
@@ -845,6 +866,9 @@ static void read_options(int argc, char **argv)
 		case 'j': wish.udp_interval = number(name, optarg, 1, 3600000); break;
 		case 'n': wish.new_rate = number(name, optarg, 0, 100000); break;
 		case 'g': wish.datagram_size = number(name, optarg, sizeof(struct datagram), MAX_DATAGRAM); break;
+		case 'q': wish.udp_rate = number(name, optarg, 1, 1000000); break;
+		case 'k': wish.udp_skew = decimal(name, optarg, 10, ""); break;
+		case 'm': wish.warm_up = seconds(name, optarg); break;
 		case 'd': wish.duration = seconds(name, optarg); break;
 		case 'a': wish.ramp = seconds(name, optarg) + 1; break;
 		case 'w': wish.timeout = seconds(name, optarg); break;
@@ -884,6 +908,28 @@ static struct item *make_items(uint64_t wanted, enum kind kind)
 	return made;
 }
 
+/* All flows begin within the ramp, at phases that stay evenly spread. */
+static void schedule_flows(void)
+{
+	uint64_t rounds = wish.ramp / wish.udp_interval + 1;
+	double weights = 0;
+
+	for (uint64_t i = 0; i < wish.flows; i++)
+		weights += pow(i + 1, -wish.udp_skew);
+	for (uint64_t i = 0; i < wish.flows; i++) {
+		struct item *item = &flows[i];
+		double phase = (i + 1) * 0.6180339887498949;
+
+		if (wish.udp_rate) {
+			item->interval = 1e9 / wish.udp_rate * weights * pow(i + 1, wish.udp_skew);
+			schedule(item, begin + (uint64_t)((phase - (uint64_t)phase) * item->interval));
+		} else {
+			item->interval = wish.udp_interval;
+			schedule(item, begin + wish.udp_interval * rounds * i / wish.flows);
+		}
+	}
+}
+
 int run(int argc, char **argv)
 {
 	struct item tick = { .kind = TICK }, ends = { .kind = SIGNALS }, input = { .kind = INPUT, .fd = 0 };
@@ -921,11 +967,7 @@ int run(int argc, char **argv)
 	flows = make_items(wish.flows, FLOW);
 	for (uint64_t i = 0; i < wish.connections; i++)
 		schedule(&items[i], begin + wish.ramp * i / wish.connections);
-	/* All flows begin within the ramp, at phases that stay evenly spread. */
-	uint64_t rounds = wish.ramp / wish.udp_interval + 1;
-
-	for (uint64_t i = 0; i < wish.flows; i++)
-		schedule(&flows[i], begin + wish.udp_interval * rounds * i / wish.flows);
+	schedule_flows();
 	serve_until(UINT64_MAX, stop_asked);
 	uint64_t traffic_ns = now_ns() - begin;
 

@@ -89,7 +89,7 @@ static void take_time(struct worker *w)
 
 	if (!cost)
 		return;
-	if (w->free_ns + 5000000 < now) /* it was idle, or stood still */
+	if (w->free_ns + 200000000 < now) /* it was idle, or stood still for long */
 		w->free_ns = now;
 	w->free_ns += cost;
 	if (w->free_ns <= now)

@@ -215,3 +215,15 @@ def test_bad_options_are_one_clear_line(lab: Lab, words: list[str], line: str) -
     done = lab.run("client", str(native("packetstack-traffic")), "run", *words, check=False)
     assert done.returncode == 2
     assert done.stderr.strip() == f"packetstack-traffic: {line}"
+
+
+def test_a_skewed_rate_is_sent_whole_and_its_latency_is_told(lab: Lab, servers: Servers) -> None:
+    traffic = Traffic(
+        lab, [], ["10.71.5.1:8081"], connections=0, udp_flows=10, udp_rate=1000, udp_skew=1.0, warm_up_seconds=0.5
+    )
+    wait_for_requests(traffic, 2.0)
+    outcome = traffic.stop()
+    assert outcome.datagrams_sent == pytest.approx(2000, rel=0.2)
+    assert outcome.datagrams_lost == 0
+    latency = outcome.report["datagrams"]["latency_ms"]
+    assert 0 < latency["p50"] <= latency["p95"] <= latency["p99"] <= latency["longest"]
