@@ -1,0 +1,336 @@
+"""The part of an agent that follows the API server, before a real one. The agent itself is a stand-in that notes what it is told."""
+
+import asyncio
+import contextlib
+import itertools
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from kubernetes.aio.config import kube_config
+from tests.cluster.control_plane import ControlPlane
+from tests.operator.players import TABLES, Server
+
+from packetstack_agent import cluster
+from packetstack_agent.cluster import Follower
+from packetstack_agent.errors import AgentError
+from packetstack_core import crds
+from packetstack_core.kinds import FlowTable
+
+ENGINE = {"id": 1, "name": "web-1", "state": "Active", "template": "ab", "queues": 1, "cores": 1}
+
+
+class PlayedAgent:
+    """What a Follower sees of an agent."""
+
+    def __init__(self) -> None:
+        self.stacks: dict[str, Any] = {}
+        self.run = SimpleNamespace(record=SimpleNamespace(tables={}))
+        self.applying = asyncio.Lock()
+        self.events: list[tuple[str, str]] = []
+        self.told: list[tuple[str, int]] = []
+        """Stack and generation, each time that it is asked to follow a table."""
+        self.deleted: list[str] = []
+        self.refuses = ""
+        self.followed: Callable[[Any], None] = lambda _: None
+
+    def event(self, stack: str, reason: str, message: str, kind: str = "Normal") -> None:
+        del message, kind
+        self.events.append((stack, reason))
+
+    def reasons(self) -> list[str]:
+        return [reason for _, reason in self.events]
+
+    async def follow(self, name: str, table: FlowTable, generation: int) -> None:
+        self.told.append((name, generation))
+        if self.refuses:
+            raise AgentError(self.refuses)
+        stack = SimpleNamespace(name=name, owners=list, flows_by_slot=lambda: {1: 900})
+        engine = SimpleNamespace(slot=1, ready=True, probed=True, mac="", removing=False)
+        engine.blueprint = SimpleNamespace(id=1, pod="web-1", device="net1")
+        managed = SimpleNamespace(stack=stack, table=table, generation=generation, settled=False, problem="")
+        managed.engines = {1: engine} if table.spec.engines else {}
+        self.stacks[name] = managed
+
+    async def delete(self, name: str) -> None:
+        self.deleted.append(name)
+        del self.stacks[name]
+
+
+class Place:
+    """A namespace and the name of a node, both of one test's own."""
+
+    def __init__(self, server: Server, namespace: str) -> None:
+        self.server, self.namespace, self.node = server, namespace, f"node-{namespace}"
+        self.stack = f"{namespace}.web"
+
+    def _body(self, node: str, **spec: Any) -> dict[str, Any]:
+        endpoints = {"endpoints": [{"address": "10.1.0.5", "port": 80}]}
+        made = {
+            "node": node,
+            "engines": [ENGINE],
+            "listeners": [{"name": "web", "address": "192.0.2.10", "port": 80, "backends": endpoints}],
+            "snat": {"addresses": ["192.0.2.64/28"]},
+            **spec,
+        }
+        api = {"apiVersion": "packetstack.io/v1alpha1", "kind": "FlowTable"}
+        return {**api, "metadata": {"name": "web"}, "spec": made}
+
+    async def _ask(self, request: Callable[..., Any], *arguments: Any) -> Any:
+        def ask() -> Any:
+            try:
+                return request(*arguments)
+            finally:
+                self.server.close()  # of this thread
+
+        return await asyncio.to_thread(ask)
+
+    async def create(self, node: str | None = None, **spec: Any) -> None:
+        body = self._body(node or self.node, **spec)
+        await self._ask(self.server.request, "POST", TABLES.format(self.namespace), body)
+
+    async def change(self, **spec: Any) -> None:
+        await self._ask(self.server.merge, f"{TABLES.format(self.namespace)}/web", {"spec": spec})
+
+    async def delete(self) -> None:
+        await self._ask(self.server.delete, f"{TABLES.format(self.namespace)}/web")
+
+    async def get(self) -> Any:
+        return await self._ask(self.server.get, f"{TABLES.format(self.namespace)}/web")
+
+    async def report(self) -> dict[str, Any]:
+        """What this node says in the table's status."""
+        nodes: list[dict[str, Any]] = (await self.get()).get("status", {}).get("nodes", [])
+        return next((n for n in nodes if n["node"] == self.node), {})
+
+
+@pytest.fixture(scope="module")
+def server(control_plane: ControlPlane) -> Iterator[Server]:
+    control_plane.apply(*crds.definitions())
+    for definition in crds.definitions():
+        control_plane.kubectl("wait", "--for=condition=Established", f"crd/{definition['metadata']['name']}")
+    server = Server(control_plane.kubeconfig)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def place(server: Server, control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    namespace = f"test-{secrets.token_hex(4)}"
+    control_plane.create_namespace(namespace)
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(control_plane.kubeconfig))
+    yield Place(server, namespace)
+    server.delete(f"/api/v1/namespaces/{namespace}")
+
+
+@contextlib.asynccontextmanager
+async def following(node: str, agent: PlayedAgent | None = None) -> AsyncIterator[tuple[PlayedAgent, Follower]]:
+    """A Follower at work."""
+    agent = agent or PlayedAgent()
+    follower = Follower(agent, node)  # type: ignore[arg-type]
+    follower.start()
+    try:
+        yield agent, follower
+        assert follower.healthy()
+        assert "InternalError" not in agent.reasons()
+    finally:
+        await follower.close()
+
+
+async def until(check: Callable[[], Any], seconds: float = 15) -> None:
+    """Until `check()`, or what it gives when awaited, is true."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = check()
+        if asyncio.iscoroutine(found):
+            found = await found
+        if found:
+            return
+        assert time.monotonic() < deadline, f"not in {seconds:g} s"
+        await asyncio.sleep(0.02)
+
+
+async def answered(place: Place, generation: int) -> None:
+    async def seen() -> bool:
+        return bool((await place.report()).get("observedGeneration") == generation)
+
+    await until(seen)
+
+
+async def test_tables_of_the_node_are_followed_and_answered_and_no_others(place: Place) -> None:
+    await place.create()
+    async with following(place.node) as (agent, _), following("node-elsewhere") as (stranger, _):
+        await answered(place, 1)
+        await place.change(unknownFlow="Reset")
+        await answered(place, 2)
+        assert agent.told == [(place.stack, 1), (place.stack, 2)]
+        assert stranger.told == []
+        owners = {f["manager"]: f for f in (await place.get())["metadata"]["managedFields"]}
+        mine = owners[f"packetstack-agent-{place.node}"[:128]]
+        assert (mine["operation"], mine["subresource"]) == ("Apply", "status")
+
+
+async def test_a_report_is_written_only_when_it_says_something_new(place: Place) -> None:
+    await place.create()
+    async with following(place.node) as (agent, _):
+        await answered(place, 1)
+        written = (await place.get())["metadata"]["resourceVersion"]
+        managed = agent.stacks[place.stack]
+        for flows in range(1000, 1020):  # the same power of two, and then another one: both may wait
+            managed.stack.flows_by_slot = lambda flows=flows: {1: flows}
+            agent.followed(managed)
+            await asyncio.sleep(0.01)
+        managed.stack.flows_by_slot = lambda: {1: 5000}
+        agent.followed(managed)
+        await asyncio.sleep(0.5)
+        assert (await place.get())["metadata"]["resourceVersion"] == written
+        managed.settled = True
+        agent.followed(managed)
+
+        async def settled() -> bool:
+            return bool((await place.report()).get("settled"))
+
+        await until(settled)
+        assert (await place.report())["engines"][0]["flows"] == 4096
+        assert len(agent.told) == 1, "its own report came back by the watch"
+
+
+async def test_a_table_that_the_agent_cannot_follow_is_refused_once_and_followed_when_it_can(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "RESYNC_SECONDS", 0.2)
+    agent = PlayedAgent()
+    agent.refuses = "AddressConflict: 192.0.2.10 belongs to stack shop.web"
+    await place.create()
+    async with following(place.node, agent):
+
+        async def told() -> bool:
+            return bool((await place.report()).get("message") == agent.refuses)
+
+        await until(told)
+        await until(lambda: len(agent.told) > 2)
+        assert agent.reasons().count("FlowTableRefused") == 1
+        agent.refuses = ""
+
+        async def forgotten() -> bool:
+            return (await place.report()).get("message", "") == ""
+
+        await until(forgotten)
+
+
+async def test_a_watch_that_is_too_old_is_begun_anew_by_a_list_and_misses_nothing(place: Place) -> None:
+    await place.create()
+    follower_lists: list[float] = []
+    agent = PlayedAgent()
+    follower = Follower(agent, place.node)  # type: ignore[arg-type]
+    real = follower._list
+
+    async def listed(api: Any) -> str:
+        seen = await real(api)
+        follower_lists.append(time.monotonic())
+        if len(follower_lists) > 1:
+            return seen
+        await place.change(unknownFlow="Reset")
+        return "1"  # the server has forgotten what came after it, and says so by 410
+
+    follower._list = listed  # type: ignore[method-assign]
+    follower.start()
+    try:
+        await answered(place, 2)
+        assert len(follower_lists) == 2
+        assert "ApiServerLost" not in agent.reasons()
+        await place.change(unknownFlow="Drop")
+        await answered(place, 3)
+        assert len(follower_lists) == 2, "the watch goes on"
+    finally:
+        await follower.close()
+
+
+async def test_a_watch_that_the_server_ends_goes_on_without_a_list(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "WATCH_SECONDS", 1)
+    await place.create()
+    async with following(place.node) as (agent, follower):
+        await answered(place, 1)
+        follower._list = None  # type: ignore[method-assign, assignment]
+        await asyncio.sleep(2.5)
+        await place.change(unknownFlow="Reset")
+        await answered(place, 2)
+        assert agent.reasons() == []
+
+
+async def test_a_server_that_cannot_be_reached_is_told_once_and_asked_ever_less_often(
+    tmp_path: Path, control_plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads(control_plane.kubeconfig.read_text())
+    config["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:1"  # nobody listens there
+    nowhere = tmp_path / "nowhere.conf"
+    nowhere.write_text(json.dumps(config))
+    monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(nowhere))
+    agent = PlayedAgent()
+    follower = Follower(agent, "node-0")  # type: ignore[arg-type]
+    real, asked = follower._list, []
+
+    async def listed(api: Any) -> str:
+        asked.append(time.monotonic())
+        return await real(api)
+
+    follower._list = listed  # type: ignore[method-assign]
+    follower.start()
+    try:
+        await until(lambda: len(asked) == 4)
+        pauses = [then - now for now, then in itertools.pairwise(asked)]
+        assert all(p >= wanted for p, wanted in zip(pauses, cluster.PAUSE_SECONDS, strict=False)), pauses
+        assert agent.events == [("-", "ApiServerLost")]
+        assert follower.healthy()
+    finally:
+        await follower.close()
+
+
+async def test_engines_go_on_while_their_table_is_gone_and_end_only_after_a_while(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cluster.ORPHAN_SECONDS == 60
+    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 1.5)
+    await place.create()
+    async with following(place.node) as (agent, _):
+        await answered(place, 1)
+        await place.delete()
+        await until(lambda: "FlowTableLost" in agent.reasons())
+        await asyncio.sleep(0.5)
+        await place.create()  # the operator has written it anew
+        await answered(place, 1)
+        await asyncio.sleep(1.5)
+        assert agent.deleted == []
+        await place.delete()
+        await until(lambda: agent.reasons().count("FlowTableLost") == 2)
+        lost = time.monotonic()
+        await until(lambda: agent.deleted == [place.stack])
+        assert time.monotonic() - lost > 1.2
+
+
+async def test_a_stack_whose_engines_had_been_let_go_ends_with_its_table(place: Place) -> None:
+    await place.create(engines=[])
+    async with following(place.node) as (agent, _):
+        await answered(place, 1)
+        await place.delete()
+        await until(lambda: agent.deleted == [place.stack], 5)
+        assert "FlowTableLost" not in agent.reasons()
+
+
+async def test_a_table_that_went_while_there_was_no_agent_is_missed_by_the_next_one(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.5)
+    agent = PlayedAgent()
+    agent.run.record.tables[place.stack] = {}
+    agent.stacks[place.stack] = SimpleNamespace(engines={1: None})
+    async with following(place.node, agent):
+        await until(lambda: agent.deleted == [place.stack])
+        assert agent.reasons() == ["FlowTableLost"]
