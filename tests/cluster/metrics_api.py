@@ -29,6 +29,7 @@ from tests.cluster.processes import ClusterError, wait_until
 SERVICE, NAMESPACE = "metrics-api", "kube-system"
 CUSTOM, EXTERNAL = ("custom.metrics.k8s.io", "v1beta2"), ("external.metrics.k8s.io", "v1beta1")
 PREFIX = "/apis/{}/{}"
+SETTLING_SECONDS = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,9 +106,17 @@ class MetricsApi:
         await web.TCPSite(self._runner, self._control_plane.address, self._port, ssl_context=self._server_tls()).start()
 
     async def _close(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
-            self._runner = None
+        if self._runner is None or self._runner.server is None:
+            return
+        for site in list(self._runner.sites):
+            await site.stop()
+        await asyncio.sleep(SETTLING_SECONDS)  # what was accepted gets through its handshake
+        open_ = [connection.transport for connection in self._runner.server.connections]
+        await self._runner.cleanup()
+        for transport in filter(None, open_):
+            transport.abort()  # the API server keeps its connections, and would not say goodbye
+        await asyncio.sleep(SETTLING_SECONDS)
+        self._runner = None
 
     async def _close_all(self) -> None:
         await self._close()
