@@ -145,6 +145,23 @@ def test_the_operator_reaches_the_agents_at_the_port_that_they_are_given(render:
     assert {"ports": [{"port": 9471, "protocol": "TCP"}]} in policy["spec"]["egress"]
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_a_second_operator_stands_by_only_with_a_lease_and_the_right_to_it(render: Render, on: bool) -> None:
+    objects = render(None, *(('operator={"standby": true}',) if on else ()))
+    spec = next(o for o in objects if o["kind"] == "Deployment")["spec"]
+    arguments = spec["template"]["spec"]["containers"][0]["args"]
+    rights = [r for o in objects if o["kind"] == "Role" for r in o["rules"] if r["resources"] == ["leases"]]
+    lease = f"--lease={NAMESPACE}/packetstack-operator"
+    assert (spec["replicas"], lease in arguments, bool(rights)) == ((2, True, True) if on else (1, False, False))
+    if not on:
+        assert spec["strategy"] == {"type": "Recreate"}, "two at a time would write the same flow tables"
+        return
+    assert {v for r in rights for v in r["verbs"]} == {"create", "get", "update"}
+    binding = next(o for o in objects if o["kind"] == "RoleBinding")
+    assert binding["metadata"]["namespace"] == NAMESPACE
+    assert binding["subjects"][0]["name"] == spec["template"]["spec"]["serviceAccountName"]
+
+
 @pytest.mark.parametrize("component", ["operator", "agent"])
 def test_the_programs_understand_their_arguments(render: Render, component: str) -> None:
     kind = {"operator": "Deployment", "agent": "DaemonSet"}[component]

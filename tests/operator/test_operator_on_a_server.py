@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from tests.operator.operator_process import USER, OperatorProcess, grant
+from tests.operator.operator_process import RULES, USER, OperatorProcess, grant
 from tests.operator.place import STACK
 from tests.operator.players import ENGINES, PODS, STACKS, TABLES, wait
 
@@ -361,14 +361,13 @@ def test_an_operator_with_rights_in_one_namespace_serves_that_one_only(operator,
 @pytest.mark.slow
 def test_a_second_operator_takes_over_when_the_holder_of_the_lease_is_killed(operator, place, control_plane, tmp_path):
     operator.kill()
-    lease = f"{place.namespace}/operator"
-    rules = [{"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]}]
+    lease = f"{place.namespace}/packetstack-operator"
     control_plane.apply(
         {
             "apiVersion": "rbac.authorization.k8s.io/v1",
             "kind": "Role",
             "metadata": {"name": "lease", "namespace": place.namespace},
-            "rules": rules,
+            "rules": RULES["operatorLease"],
         },
         {
             "apiVersion": "rbac.authorization.k8s.io/v1",
