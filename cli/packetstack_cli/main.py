@@ -18,7 +18,7 @@ from packetstack_cli import simulate, views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent
 from packetstack_cli.cluster import ClusterClient
 from packetstack_cli.demo import run_demo
-from packetstack_core import autoscaling, resources
+from packetstack_core import autoscaling, resources, scaling
 from packetstack_core.resources import PacketStack, ResourceError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -351,11 +351,19 @@ def _numbers(value: str, separator: str, option: str, right: str) -> tuple[int, 
 
 @main.command()
 @click.argument("name")
-@click.argument("flow", nargs=-1, required=True)
+@click.argument("flow", nargs=-1)
 @_output
 @_with_client
 def explain(client: Client | ClusterClient, name: str, flow: tuple[str, ...], output: str | None) -> None:
-    """Where a flow goes and why. FLOW: PROTOCOL SOURCE:PORT DESTINATION:PORT, IPv6 addresses in brackets."""
+    """Why a stack has as many engines as it has; with FLOW, where that goes and why.
+
+    FLOW: PROTOCOL SOURCE:PORT DESTINATION:PORT, IPv6 addresses in brackets.
+    """
+    if not flow:
+        item = client.call("get", name=name)[0]
+        decided = _decided(item)
+        _show(decided, output, lambda: views.autoscaling(item, decided))
+        return
     parts = " ".join(flow).split()
     if len(parts) != 3:
         raise click.UsageError("use PROTOCOL SOURCE:PORT DESTINATION:PORT, as in: tcp 10.0.0.1:40000 192.0.2.10:80")
@@ -370,6 +378,21 @@ def explain(client: Client | ClusterClient, name: str, flow: tuple[str, ...], ou
         dport=destination[1],
     )
     _show(result, output, lambda: "\n".join(_lines(result)))
+
+
+def _decided(item: Mapping[str, Any]) -> dict[str, Any]:
+    """What the autoscaler of a stack decided last, with its conditions. CliError without one."""
+    name, wanted, shown = item["metadata"]["name"], item["spec"].get("autoscaling"), item["status"].get("autoscaling")
+    if wanted is None:
+        raise CliError(
+            f"stack {name}: has no spec.autoscaling, so its size is what somebody wrote; to explain a flow, name it, as in: "
+            "tcp 10.0.0.1:40000 192.0.2.10:80"
+        )
+    if shown is None:
+        period = wanted.get("syncPeriodSeconds", 15)
+        raise CliError(f"stack {name}: its autoscaler has not decided yet; it does every {period} s")
+    known = [c for c in item["status"]["conditions"] if c["type"] in scaling.CONDITIONS]
+    return {"stack": name, "autoscaling": shown, "conditions": known}
 
 
 def _endpoint(text: str) -> tuple[str, int]:
@@ -447,7 +470,7 @@ def check(client: Client | ClusterClient, files: tuple[str, ...]) -> None:
 @click.option("-f", "--file", required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option("--series", required=True, type=click.Path(path_type=Path), help="Load over time, as CSV.")
 @click.option("--replicas", type=click.IntRange(0, 1000), help="Engines at the beginning; default: as in the file.")
-@click.option("--interval", default=15.0, show_default=True, help="Seconds between two decisions.")
+@click.option("--interval", type=float, help="Seconds between two decisions; default: syncPeriodSeconds of the stack.")
 @click.option("--start", "start_seconds", default=5.0, show_default=True, help="Seconds until a new engine serves.")
 @click.option("--begin", type=click.DateTime(), default="2026-01-05", help="UTC of the first line, for schedules.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Draw load and replicas into this file.")
@@ -457,7 +480,7 @@ def simulate_(
     file: str,
     series: Path,
     replicas: int | None,
-    interval: float,
+    interval: float | None,
     start_seconds: float,
     begin: datetime,
     picture: Path | None,
@@ -468,7 +491,7 @@ def simulate_(
     The series is CSV: a column `seconds` and one for each metric, with what the whole stack gets. Utilization counts
     fully busy engines.
     """
-    if not 1 <= interval <= 3600 or not 0 <= start_seconds <= 3600:
+    if (interval is not None and not 1 <= interval <= 3600) or not 0 <= start_seconds <= 3600:
         raise click.UsageError("--interval takes 1 to 3600 seconds, --start 0 to 3600")
     stacks = [stack for stack in _load(file) if name in (None, stack.metadata.name)]
     if len(stacks) != 1:

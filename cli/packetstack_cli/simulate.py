@@ -10,18 +10,19 @@ import csv
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from packetstack_cli.client import CliError
-from packetstack_core import autoscaling
-from packetstack_core.autoscaling import Metric, MetricError, Pod, Reading, Sample, Scale, Settings
-from packetstack_core.autoscaling_options import State, reconcile, settled
+from packetstack_core import autoscaling, scaling
+from packetstack_core.autoscaling import Metric, MetricError, Pod, Reading, Sample, Scale
+from packetstack_core.autoscaling_options import State, is_active
 from packetstack_core.resources import Autoscaling, PacketStack
 
 MAX_TICKS = 100_000
+NOT_IN_SERIES = MetricError("api_empty", "no value at this time")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,51 +129,55 @@ def simulate(
     series: Series,
     replicas: int,
     begin: datetime,
-    interval_seconds: float = 15,
+    interval_seconds: float | None = None,
     start_seconds: float = 5,
 ) -> list[Tick]:
     """Reconciles from the first row, which is at `begin`, to the last, from `replicas` active engines on.
 
-    An engine serves `start_seconds` after it was asked for. CliError when there would be too many reconciles, or a
-    schedule is wrong.
+    `interval_seconds`: None is the sync period. An engine serves `start_seconds` after it was asked for. CliError when
+    there would be too many reconciles, or a schedule is wrong.
     """
+    if interval_seconds is None:
+        interval_seconds = wanted.sync_period_seconds
     first, last = series.times[0], series.times[-1]
     if (last - first) / interval_seconds > MAX_TICKS:
         raise CliError(
             f"{last - first:g} s every {interval_seconds:g} s are more than {MAX_TICKS} decisions; ask fewer"
         )
-    settings, state = Settings(), State()
+    try:
+        for schedule in wanted.schedules:
+            is_active(schedule, begin)
+    except ValueError as e:
+        raise CliError(f"spec.autoscaling.schedules: {e}") from None
+    state = State()
     metrics = autoscaling.spec_of(wanted).metrics
     ready_at = [first] * replicas
     ticks = []
     for i in range(int((last - first) / interval_seconds) + 1):
         now = first + i * interval_seconds
+        clock = begin.timestamp() + now - first
         active, current = sum(at <= now for at in ready_at), len(ready_at)
         pods = [Pod(f"engine-{j}", ready="True") for j in range(active)]
         load = {metric.name: series.at(metric.name, now) for metric in metrics}
-        readings = [_reading(metric, load[metric.name], active, now) for metric in metrics]
-        scale, date_and_time = Scale(current, current), begin + timedelta(seconds=now - first)
-        try:
-            decision, spec, state = reconcile(wanted, settings, state, scale, pods, readings, now, date_and_time)
-        except ValueError as e:
-            raise CliError(f"spec.autoscaling.schedules: {e}") from None
-        if decision.write is not None:
+        readings = {j: _reading(metric, load[metric.name], active, clock) for j, metric in enumerate(metrics)}
+        done = scaling.decide(wanted, state, Scale(current, current), pods, NOT_IN_SERIES, clock, readings)
+        if done.decision.write is not None:
             # Those that serve longest stay.
-            ready_at = sorted(ready_at)[: decision.write]
-            ready_at += [now + start_seconds] * (decision.write - len(ready_at))
-            decision = autoscaling.written(decision, spec, settings, now)
-            state = settled(state, decision)
+            ready_at = sorted(ready_at)[: done.decision.write]
+            ready_at += [now + start_seconds] * (done.decision.write - len(ready_at))
+            done = scaling.written(done, clock)
+        state, record = done.state, done.decision.record
         work = load.get("Utilization")
         busy = None if work is None or not active else min(1.0, float(work) / active)
-        limits = (spec.minimum, spec.maximum)
+        limits = (done.spec.minimum, done.spec.maximum)
         conditions = state.status.conditions
-        ticks.append(Tick(now, load, active, current, len(ready_at), limits, busy, decision.record, conditions))
+        ticks.append(Tick(now, load, active, current, len(ready_at), limits, busy, record, conditions))
     return ticks
 
 
 def _reading(metric: Metric, value: Decimal | None, active: int, now: float) -> Reading:
     if value is None:
-        return MetricError("api_empty", "no value at this time")
+        return NOT_IN_SERIES
     milli = int((value * 1000).to_integral_value(ROUND_HALF_EVEN))
     if metric.type == "External":
         return (milli,)

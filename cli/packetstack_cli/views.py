@@ -13,6 +13,7 @@ from rich.text import Text
 
 from packetstack_cli.preflight import Check
 from packetstack_cli.simulate import Tick
+from packetstack_core.resources import quantity
 
 # Output that goes into a file or a pipe is never cut.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
@@ -118,6 +119,8 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
     ]
     if capacity["flows"] and status["flows"] > 0.35 * capacity["flows"]:
         parts.append(Text("  warning    SNAT ports run short: add SNAT addresses or backends", style="yellow"))
+    if shown := status.get("autoscaling"):
+        parts.append(Text(f"  autoscaler {shown['decision']}"))
     if seen := status.get("flowTable"):
         state = "settled" if seen.get("settled") else "not settled"
         answer = f"{state} at generation {seen.get('observedGeneration', 0)} of {seen['generation']}"
@@ -140,10 +143,7 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
             _number(b["flowsTotal"]),
         )
     parts += [table, Text()]
-    table = _table("CONDITION", "STATUS", "REASON", "MESSAGE")
-    for c in status["conditions"]:
-        table.add_row(c["type"], c["status"], c["reason"], c["message"])
-    parts += [table, Text()]
+    parts += [_conditions(status["conditions"]), Text()]
     table = _table("DROPPED BY", "REASON", "DROPS")
     for stage, reasons in (status["drops"] or {}).items():
         for reason, count in reasons.items():
@@ -155,6 +155,67 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
     parts.append(table if table.row_count else Text(nothing))
     parts += [Text(), events(happened[-10:])]
     return Group(*parts)
+
+
+def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:
+    """Why a stack has as many engines as it has: each metric's proposal, what cut it, limits, conditions."""
+    status, record = decided["autoscaling"], decided["autoscaling"].get("record") or {}
+    current, desired = (
+        record.get("current", status["currentReplicas"]),
+        record.get("desired", status["desiredReplicas"]),
+    )
+    verdict = f"stays at {_engines(current)}" if current == desired else f"from {current} to {_engines(desired)}"
+    if item["spec"].get("paused") or item["spec"]["autoscaling"].get("paused"):
+        verdict += ", paused"
+    schedule = f", by schedule {status['schedule']}" if status.get("schedule") else ""
+    limits = f"{status.get('minReplicas', 1)} to {_engines(status['maxReplicas'])}{schedule}"
+    lines = [("decided", f"{verdict}, since {status.get('decisionTime') or '-'}"), ("limits", limits)]
+    lines.append(("scaled", status.get("lastScaleTime") or "never by the autoscaler"))
+    table = _table("METRIC", "IS", "TARGET", "ASKS FOR", "")
+    for p in record.get("proposals") or ():
+        target, value = p.get("target") or {}, p.get("value") or {}
+        note = p.get("error") or ("asks for most" if p["metric"] == record.get("winner") else "")
+        if p.get("missing"):
+            note = "; ".join(filter(None, [note, f"{_engines(p['missing'])} without a recent sample"]))
+        asks = "-" if p.get("replicas") is None else _engines(p["replicas"])
+        kind = next((k for k in ("averageUtilization", "averageValue", "value") if k in target), "")
+        table.add_row(p["metric"], _metric(kind, value), _metric(kind, target), asks, note)
+    table.columns[-1].no_wrap = False
+    cuts = []
+    if record.get("stabilizedBy"):
+        cuts.append(("window", f"{record['stabilizedBy']}: {_engines(record['stabilized'])}"))
+    if record.get("limitedBy"):
+        cuts.append(("limit", f"{record['limitedBy']}: {_engines(record['limited'])}"))
+    if record.get("why"):
+        cuts.append(("why", record["why"]))
+    parts: list[RenderableType] = [Text(f"Stack {decided['stack']}", style="bold")]
+    parts += [Text(f"  {name:10} {text}") for name, text in lines]
+    if table.row_count:
+        parts += [Text(), table]
+    if cuts:
+        parts += [Text(), *(Text(f"  {name:10} {text}") for name, text in cuts)]
+    return Group(*parts, Text(), _conditions(decided["conditions"]))
+
+
+def _engines(count: int) -> str:
+    return f"{count} engine" if count == 1 else f"{count} engines"
+
+
+def _metric(kind: str, values: Mapping[str, Any]) -> str:
+    """The member `kind` of a MetricValue, for people."""
+    if kind not in values:
+        return "-"
+    if kind == "averageUtilization":
+        return f"{values[kind]} %"
+    return f"{float(quantity(values[kind])):,g}"
+
+
+def _conditions(known: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("CONDITION", "STATUS", "REASON", "MESSAGE")
+    table.columns[-1].no_wrap = False
+    for c in known:
+        table.add_row(c["type"], c["status"], c["reason"], c["message"])
+    return table
 
 
 def events(items: Sequence[Mapping[str, Any]]) -> Table:

@@ -92,14 +92,29 @@ def reconcile(
     `measured`: the load of the last sync period, or why it is not known. `answers`: readings of all other metrics by
     their index in `spec.autoscaling.metrics`; one that is not among them has no answer.
     """
-    wanted = _wanted(stack)
-    if stack.paused:
+    return decide(_wanted(stack), state, scale, active, measured, now, answers, held=stack.paused)
+
+
+def decide(
+    wanted: resources.Autoscaling,
+    state: State,
+    scale: Scale,
+    active: Sequence[Pod],
+    measured: StackLoad | MetricError,
+    now: float,
+    answers: Mapping[int, Reading] | None = None,
+    *,
+    held: bool = False,
+) -> Round:
+    """As `reconcile`, with `spec.autoscaling` alone. `held`: the stack as a whole is paused."""
+    aside = is_external(state) and not wanted.paused
+    if held:
         wanted = wanted.model_copy(update={"paused": True})
     settings = settings_of(wanted)
     at = datetime.fromtimestamp(now, UTC)
     try:
         spec, schedule = with_schedule(autoscaling.spec_of(wanted), wanted.schedules, at)
-        if is_external(state) and not _wanted(stack).paused:
+        if aside:
             return _round(_aside(state, scale), state, spec, settings, schedule)
         readings = [_reading(i, metric, measured, answers or {}) for i, metric in enumerate(spec.metrics)]
         decision, spec, state = _reconcile(wanted, settings, state, scale, active, readings, now, at)
@@ -133,8 +148,10 @@ def _round(decision: Decision, state: State, spec: Spec, settings: Settings, sch
 
 
 def _reading(index: int, metric: Metric, measured: StackLoad | MetricError, answers: Mapping[int, Reading]) -> Reading:
+    if index in answers:
+        return answers[index]
     if metric.type != "Engine":
-        return answers.get(index, MetricError("api_empty", "nobody has read it"))
+        return MetricError("api_empty", "nobody has read it")
     return measured if isinstance(measured, MetricError) else load.samples(measured, metric.name)
 
 
