@@ -723,7 +723,9 @@ class Agent:
             cpus=tuple(known["cpus"]),
             owner=self.run.owner,
             directory=self.run.engine(
-                pod_directory(stack.resource, known["pod"]) if known.get("pod") else known["slot"]
+                kinds.pod_directory(stack.resource.metadata.namespace, known["pod"])
+                if known.get("pod")
+                else known["slot"]
             ),
             arena=stack.arena_path,
             config=stack.config_path,
@@ -1139,11 +1141,6 @@ def _check_local(resource: PacketStack) -> None:
             raise AgentError(
                 f"stack {name}: listener {listener.name}: backends.service needs Kubernetes; use endpoints"
             )
-
-
-def pod_directory(resource: PacketStack, pod: str) -> str:
-    """Name of the directory that an engine's pod shares with the agent; no name of Kubernetes has an underscore."""
-    return f"{resource.metadata.namespace}_{pod}"
 
 
 def _attached(managed: Managed) -> list[following.Attached]:

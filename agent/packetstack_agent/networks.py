@@ -4,7 +4,6 @@ All functions block and talk netlink; call them from a worker thread, never from
 repeated: what is there already stays as it is.
 """
 
-import os
 import socket
 import struct
 from collections.abc import Iterable
@@ -184,17 +183,12 @@ def find_engine_link(namespace: Path, inside: str) -> EngineLink:
     index, peer, kind, queues = run_in(namespace, look)
     if queues > 1:
         raise AgentError(f"interface {inside}: has {queues} receive queues; use one, so that order is kept")
-    descriptor = os.open(namespace, os.O_RDONLY | os.O_CLOEXEC)
-    try:
+    with namespace.open("rb") as descriptor, IPRoute() as ip:
         link = None
-        with IPRoute() as ip:
-            if kind == "veth" and peer and (found := ip.get_links(peer)):
-                there = ip.get_netnsid(fd=descriptor)["nsid"]
-                ends = (found[0].get("IFLA_LINK"), found[0].get("IFLA_LINK_NETNSID"))
-                link = found[0] if ends == (index, there) else None
-    finally:
-        os.close(descriptor)
-    with IPRoute() as ip:
+        if kind == "veth" and peer and (found := ip.get_links(peer)):
+            there = ip.get_netnsid(fd=descriptor.fileno())["nsid"]
+            ends = (found[0].get("IFLA_LINK"), found[0].get("IFLA_LINK_NETNSID"))
+            link = found[0] if ends == (index, there) else None
         if link is None:
             raise AgentError(
                 f"interface {inside}: is {kind} without an end on this node; use an attachment that makes a veth pair"

@@ -15,6 +15,7 @@ from typing import Any
 from packetstack_agent import devices, engines, namespaces, networks, processes
 from packetstack_agent.errors import AgentError
 from packetstack_agent.namespaces import NAMESPACES
+from packetstack_core.kinds import pod_directory
 
 DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
 RECORD_LAYOUT = 2
@@ -195,7 +196,7 @@ def _clear_engines(run: RunDirectory) -> None:
     pods = dict(run.record.leaving)
     for engine in run.record.engines.values():
         if engine.get("pod"):
-            pods[f"{engine['stack'].partition('.')[0]}_{engine['pod']}"] = engine["pod_uid"]
+            pods[pod_directory(engine["stack"].partition(".")[0], engine["pod"])] = engine["pod_uid"]
     for directory in (run.path / "engines").glob("*"):
         for file in directory.iterdir():
             file.unlink()

@@ -438,6 +438,11 @@ def read(kind: type[K], document: Mapping[str, Any]) -> K:
         raise ResourceError([line for error in e.errors() for line in resources.describe(error, kind)]) from None
 
 
+def pod_directory(namespace: str, pod: str) -> str:
+    """Name of the directory that an engine's pod shares with its node's agent; no name of Kubernetes has an underscore."""
+    return f"{namespace}_{pod}"
+
+
 def labels(stack: str) -> dict[str, str]:
     """What marks an object as part of a stack."""
     return {

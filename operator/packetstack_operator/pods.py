@@ -86,7 +86,7 @@ def pod(
     if affinity:
         extra["affinity"] = affinity
 
-    host = f"{HOST_DIRECTORY}/{stack.metadata.namespace}_{engine.name}"
+    host = f"{HOST_DIRECTORY}/{kinds.pod_directory(stack.metadata.namespace, engine.name)}"
     volumes: list[dict[str, Any]] = [{"name": "run", "hostPath": {"path": host, "type": "DirectoryOrCreate"}}]
     mounts = [{"name": "run", "mountPath": DIRECTORY}]
     if shape.huge_pages is not None:
