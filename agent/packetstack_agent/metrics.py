@@ -38,7 +38,7 @@ class AgentCollector(Collector):
         buckets = GaugeMetricFamily("packetstack_buckets", "Buckets owned", labels=["stack", "engine"])
         moved = CounterMetricFamily("packetstack_buckets_moved", "Changes of owner", labels=["stack"])
         packets = CounterMetricFamily(
-            "packetstack_engine_packets", "Engine counters, in frames", labels=["stack", "engine", "event"]
+            "packetstack_engine_packets", "Engine counters: frames, bytes, flows", labels=["stack", "engine", "event"]
         )
         drops = CounterMetricFamily("packetstack_drops", "Frames dropped", labels=["stack", "stage", "reason"])
         busy = CounterMetricFamily(
@@ -48,6 +48,16 @@ class AgentCollector(Collector):
         queue = CounterMetricFamily(
             "packetstack_queue_packets", "Frames received", labels=["stack", "engine", "queue", "core"]
         )
+        depth = GaugeMetricFamily(
+            "packetstack_queue_depth", "Frames that wait in it, at the last look", labels=["stack", "engine", "queue"]
+        )
+        queue_busy = CounterMetricFamily(
+            "packetstack_queue_busy_cycles", "TSC cycles spent on it", labels=["stack", "engine", "queue", "core"]
+        )
+        steps = GaugeMetricFamily(
+            "packetstack_autoscaler_decision", "Engines after each step of the last decision", labels=["stack", "step"]
+        )
+        limits = GaugeMetricFamily("packetstack_autoscaler_limit", "Fewest and most engines", labels=["stack", "limit"])
         hold = GaugeMetricFamily(
             "packetstack_handover_hold_seconds", "Longest fence of the last transfers", labels=["stack"]
         )
@@ -77,11 +87,21 @@ class AgentCollector(Collector):
                     busy.add_metric(where, view.busy_cycles)
                     cycles.add_metric(where, view.total_cycles)
                     for q in core["queues"]:
-                        queue.add_metric([name, slot, str(q["queue"]), str(core["core"])], q["received"])
+                        served = [name, slot, str(q["queue"]), str(core["core"])]
+                        queue.add_metric(served, q["received"])
+                        queue_busy.add_metric(served, engine.queue(q["queue"]).cycles)
+                        depth.add_metric(served[:3], q["depth"])
                 if engine.view is not None:
                     for event, count in engine.counters().items():
                         packets.add_metric([name, slot, event], count)
-        yield from (engines, replicas, flows, buckets, moved, packets, drops, busy, cycles, queue, hold, backend)
+            if decided := status["status"].get("autoscaling"):
+                for step in ("current", "proposed", "stabilized", "desired"):
+                    if step in decided["record"]:
+                        steps.add_metric([name, step], decided["record"][step])
+                limits.add_metric([name, "min"], decided["minReplicas"])
+                limits.add_metric([name, "max"], decided["maxReplicas"])
+        yield from (engines, replicas, flows, buckets, moved, packets, drops, busy, cycles)
+        yield from (queue, queue_busy, depth, steps, limits, hold, backend)
 
 
 def render(agent: Agent) -> str:
