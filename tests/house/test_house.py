@@ -186,3 +186,16 @@ def test_every_test_that_the_documents_name_exists() -> None:
     for path in DOCUMENTS:
         for name in re.findall(r"`(test_\w+)`", path.read_text()):
             assert name in there, f"{path.relative_to(ROOT)}: no test is called {name}"
+
+
+def test_every_reason_of_the_autoscaler_is_explained() -> None:
+    text = (ROOT / "docs/troubleshoot.md").read_text()
+    names = ("autoscaling", "autoscaling_options", "scaling")
+    source = "\n".join((ROOT / f"core/packetstack_core/{name}.py").read_text() for name in names)
+    found = set(re.findall(r'(?:"True"|"False"|Event\(\s*"Warning"),\s*"([A-Z]\w+)"', source))
+    found |= set(re.findall(r'^_[A-Z_]+ = \(\s*"([A-Z]\w+)"', source, re.MULTILINE))
+    found |= set(re.findall(r'^EXTERNAL = "(\w+)"', source, re.MULTILINE))
+    found -= {"True", "False", "Unknown"}
+    assert len(found) > 15
+    for reason in sorted(found):
+        assert f"`{reason}`" in text, f"docs/troubleshoot.md does not explain {reason}"
