@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from pyroute2.netlink.exceptions import NetlinkError
 
 from packetstack_agent import engines, loading, namespaces, networks, processes
+from packetstack_agent.balancing import Balancers
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
@@ -46,6 +47,8 @@ from packetstack_core.resources import Network, PacketStack, ResourceError
 T = TypeVar("T")
 
 TICK_SECONDS = 1.0
+LOAD_SECONDS = 5.0
+"""Over which load is taken when an engine has to go."""
 LOOK_SECONDS = 5.0
 """How often routes and programs are looked after when nothing tells that they changed."""
 WATCH_SECONDS = 0.1
@@ -80,6 +83,7 @@ class Agent:
         self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
         self.prober = Prober(self._health_changed)
         self.autoscalers = Autoscalers(self)
+        self.balancers = Balancers(self)
         self.director: Any = None
         self.status: Status
         """There from `start` on."""
@@ -107,10 +111,11 @@ class Agent:
         record.network = here
         self.run.save(must=True)
         self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
-        self.status = Status(self.director, self.prober, self.autoscalers)
+        self.status = Status(self.director, self.prober, self.autoscalers, self.balancers)
         await asyncio.to_thread(self._attach)
         await self._take_over()
-        for work in (self._watch_node, self._measure_rates, self._watch_engines, self.autoscalers.run):
+        watches = (self._watch_node, self._measure_rates, self._watch_engines, self.autoscalers.run, self.balancers.run)
+        for work in watches:
             self._watches.append(asyncio.create_task(work()))
 
     async def _take_over(self) -> None:
@@ -486,9 +491,10 @@ class Agent:
             del self.stacks[name]
         self._watch_backends()
         record = self.run.record
-        for part in (record.documents, record.indexes, record.pinned, record.tables):
+        for part in (record.documents, record.indexes, record.pinned, record.tables, record.rebalanced):
             part.pop(name, None)
         self.autoscalers.forget(name)
+        self.balancers.forget(name)
         try:
             await self._routes()
         except Exception as e:  # the stack is gone all the same
@@ -627,11 +633,15 @@ class Agent:
     def _observe(self, managed: Managed) -> Observed:
         stack = managed.stack
         flows = stack.flows_by_slot()
+        loads = _loads(managed)
         seen = [
-            reconciling.Engine(e.slot, e.state, e.ready, e.blueprint.template, e.blueprint.queues, flows.get(e.slot, 0))
+            reconciling.Engine(
+                e.slot, e.state, e.ready, e.blueprint.template, e.blueprint.queues, flows.get(e.slot, 0),
+                load=loads.get(e.slot, 0.0),
+            )
             for e in managed.engines.values()
             if not e.removing
-        ]
+        ]  # fmt: skip
         stay = {e.slot for e in seen if e.state is State.ACTIVE}
         if any(slot not in stay for slot in managed.pinned.values()):
             managed.pinned = {b: slot for b, slot in managed.pinned.items() if slot in stay}
@@ -893,6 +903,19 @@ class Agent:
             "stalled": report.stalled,
         }
 
+    async def rebalance(self, managed: Managed, moves: Sequence[Move]) -> int:
+        """Move buckets for the load's sake: from now on their numbers need not be even. -> how many were moved"""
+        self.run.record.rebalanced[managed.stack.name] = True
+        self.run.save(must=True)  # else the next plan would move them back
+        return int((await self._transfer(managed, moves))["moved"])
+
+    def even_out(self, managed: Managed) -> None:
+        """Engines shall have equally many buckets again."""
+        if self.run.record.rebalanced.pop(managed.stack.name, None):
+            self.run.save()
+            managed.settled = False
+            managed.changed.set()
+
     # ---- watching the node -----------------------------------------------------------------------------------
 
     async def _watch_node(self) -> None:
@@ -1141,6 +1164,13 @@ def _check_local(resource: PacketStack) -> None:
             raise AgentError(
                 f"stack {name}: listener {listener.name}: backends.service needs Kubernetes; use endpoints"
             )
+
+
+def _loads(managed: Managed) -> dict[int, float]:
+    """Cores' worth of load by slot, to a tenth, when one of the engines may have to go: less is chance."""
+    there = sum(e.state is not State.DRAINING for e in managed.engines.values())
+    load = managed.history.load(LOAD_SECONDS) if there > managed.stack.resource.spec.replicas else None
+    return {e.id: round(sum(e.cores), 1) for e in load.engines} if load is not None else {}
 
 
 def _attached(managed: Managed) -> list[following.Attached]:

@@ -41,6 +41,8 @@ class Record:
     """Stack -> its place in the flow tables."""
     pinned: dict[str, dict[str, int]] = field(default_factory=dict)
     """Stack -> bucket -> slot, where a person put it."""
+    rebalanced: dict[str, bool] = field(default_factory=dict)
+    """Stacks whose buckets were moved by load."""
     autoscaling: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stack -> what its autoscaler showed last: `autoscaling` and `conditions` of the status."""
     unhealthy: list[list[Any]] = field(default_factory=list)

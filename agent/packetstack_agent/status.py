@@ -6,6 +6,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from packetstack_agent import devices, loading, networks
+from packetstack_agent.balancing import Balancers
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
@@ -20,10 +21,11 @@ from packetstack_core.reconciling import State
 class Status:
     """What the agent shows. `director`: `struct ps_director *`."""
 
-    def __init__(self, director: Any, prober: Prober, autoscalers: Autoscalers) -> None:
+    def __init__(self, director: Any, prober: Prober, autoscalers: Autoscalers, balancers: Balancers) -> None:
         self._director = director
         self._prober = prober
         self._autoscalers = autoscalers
+        self._balancers = balancers
 
     def of(self, managed: Managed) -> dict[str, Any]:
         """The resource with its `status`."""
@@ -57,6 +59,7 @@ class Status:
             "drops": self._drops(managed),
             "backends": self._backends(managed),
             "capacity": capacity(managed),
+            "rebalance": self._balancers.of(managed).document(stack.resource.spec.rebalance.mode),
             "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
         }
         autoscaler = self._autoscalers.of(managed)

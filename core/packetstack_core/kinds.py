@@ -123,6 +123,9 @@ class FlowTableSpec(Model):
     """What happens to TCP without a flow."""
     flow_table: resources.FlowTable = resources.FlowTable()
     handover: Handover = Handover()
+    rebalance: resources.Rebalance = resources.Rebalance()
+    rebalanced: bool = False
+    """Buckets were moved by load: engines have as many as they carry, and not equally many."""
 
     @model_validator(mode="after")
     def _parts_fit_each_other(self) -> "FlowTableSpec":
@@ -214,7 +217,7 @@ class FlowTable(Model):
     def stack(self) -> PacketStack:
         """The part that an agent carries out, as a resource of its own."""
         spec = self.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
-        kept = ("listeners", "snat", "unknownFlow", "flowTable", "handover")
+        kept = ("listeners", "snat", "unknownFlow", "flowTable", "handover", "rebalance")
         running = sum(e.state in ("Starting", "Active") for e in self.spec.engines)
         return resources.parse(
             {

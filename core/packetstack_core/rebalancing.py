@@ -26,6 +26,8 @@ Core = tuple[int, int]
 
 WORTH = 1e-5
 """A move must lower the sum of squared loads, each in units of the mean, by more than this."""
+LEAST = 0.02
+"""Less than this share of a core too much is never a reason to act."""
 FAR = 0.02
 """Cores that have this much more than they must, in units of the mean, may also exchange a bucket for another."""
 SWAPS = 64
@@ -41,7 +43,7 @@ class Limits:
     busy: float
     """No core below this share of its time is relieved."""
     excess: float
-    """Nor one whose load is below this many times what it must be."""
+    """Nor one whose load is below this many times what it must be, unless it has hardly any time left."""
     moves: float
     """Share of the buckets or queues that move in one step at most."""
     rest_seconds: float
@@ -254,8 +256,16 @@ class _Bins:
         return max(self._biggest[b], self._rest)
 
     def worth_it(self, limits: Limits) -> bool:
-        """Whether a busy core has much more than it must."""
-        return any(load >= limits.busy and load > limits.excess * self._needed(b) for b, load in self.loads.items())
+        """Whether a busy core has much more than it must.
+
+        The longer its packets wait the sooner it has: also when half of the time is gone that it could be idle.
+        """
+        for b, load in self.loads.items():
+            needed = self._needed(b)
+            much = min(needed * (limits.excess - 1), max(LEAST, (1 - needed) / 2))
+            if load >= limits.busy and load - needed > much:
+                return True
+        return False
 
     def even(self, most: int) -> dict[int, Core]:
         """Moves at most `most` to other cores, each once. -> number -> core"""

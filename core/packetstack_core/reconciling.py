@@ -105,10 +105,10 @@ class Observed:
     owners: Sequence[Owner | None]
     moving: frozenset[int] = frozenset()
     """Buckets with an open fence: they are left alone until it is closed."""
-    rebalanced: bool = False
-    """Buckets lie where the load wants them: see `planning.assign`."""
     create_after: float = 0.0
     """No engine is created before this time, on the clock of `plan`'s `now`: back-off after failures."""
+    rebalanced: bool = False
+    """Buckets lie where the load wants them: see `planning.assign`."""
 
 
 @dataclass(frozen=True, slots=True)

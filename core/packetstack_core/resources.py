@@ -580,7 +580,7 @@ class Rebalance(Model):
     """Whether load is evened out by moving queues and buckets."""
 
     mode: Literal["Auto", "Advice", "Off"] = "Auto"
-    """Read, without effect yet."""
+    """`Auto`: they are moved. `Advice`: it is only said what would be. `Off`: nothing; numbers of buckets are even."""
 
 
 class UpdateStrategy(Model):

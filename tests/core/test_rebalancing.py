@@ -133,6 +133,14 @@ def test_it_leaves_idle_cores_and_small_differences_alone():
     assert decide([0.046] * 20 + [0.034] * 20, owners, cores, 0.0).moves, "15 % above the mean"
 
 
+def test_a_core_that_has_hardly_any_time_left_is_relieved_of_little():
+    cores = {1: (0,), 2: (0,)}
+    owners = [Owner(1, 0)] * 20 + [Owner(2, 0)] * 20
+    assert not decide([0.026] * 20 + [0.0235] * 20, owners, cores, 0.0).moves, "5 % above the mean, at 52 %"
+    assert decide([0.049] * 20 + [0.044] * 20, owners, cores, 0.0).moves, "5 % above the mean, at 98 %"
+    assert not decide([0.049] * 20 + [0.048] * 20, owners, cores, 0.0).moves, "1 % above the mean, at 98 %"
+
+
 def test_it_does_nothing_when_a_handover_costs_more_than_it_brings():
     loads, owners, cores = [0.05] * 16 + [0.03] * 16, [Owner(1, 0)] * 16 + [Owner(2, 0)] * 16, {1: (0,), 2: (0,)}
     assert decide(loads, owners, cores, 0.0, hold_seconds=0.001).moves

@@ -1,0 +1,223 @@
+"""Rebalancers of the stacks of this node: they read load, and move queues between cores and buckets between engines.
+
+Queues of every stack; buckets of those that the agent plans for. In a cluster the operator moves buckets.
+"""
+
+import asyncio
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from packetstack_agent import loading
+from packetstack_agent.engines import Engine
+from packetstack_agent.natives import ffi, lib
+from packetstack_agent.stacks import Managed
+from packetstack_core import rebalancing
+from packetstack_core.load import Snapshot, bucket_loads, stack_load
+from packetstack_core.rebalancing import Decision, Memory
+from packetstack_core.reconciling import State
+
+if TYPE_CHECKING:
+    from packetstack_agent.agent import Agent
+
+LOOK_SECONDS = 1.0
+CLOSE_LOOK_SECONDS = 0.1
+"""While the cores of an engine are busy and uneven."""
+WINDOW_SECONDS = 0.3
+"""Over which a close look takes the load: a core that sleeps counts its cycles only when it wakes."""
+BUCKET_SECONDS = rebalancing.BUCKETS.period_seconds
+TELL_SECONDS = 60.0
+"""The same advice or elephant is told again only after this."""
+LAST_MOVES = 20
+HOLD_SECONDS = 0.001
+"""Of a handover, before there was one."""
+
+Cycles = tuple[list[int], list[tuple[int, int]]]
+"""Of each core all cycles so far; of each queue the core that serves it, and the busy cycles spent on it."""
+
+
+@dataclass
+class Balance:
+    """Of one stack."""
+
+    snapshot: Snapshot | None = None
+    """With buckets, as it was read last."""
+    due: float = 0.0
+    """When buckets are looked at next."""
+    buckets: Memory = field(default_factory=Memory)
+    queues: dict[int, Memory] = field(default_factory=dict)
+    """By slot."""
+    cycles: dict[int, list[tuple[float, Cycles]]] = field(default_factory=dict)
+    """By slot, when and what was read; oldest first."""
+    decision: Decision | None = None
+    """The last one about buckets."""
+    told: dict[str, float] = field(default_factory=dict)
+    last: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LAST_MOVES))
+    moved_buckets: int = 0
+    moved_queues: int = 0
+
+    def document(self, mode: str) -> dict[str, Any]:
+        """Its part of the stack's status."""
+        d = self.decision
+        return {
+            "mode": mode,
+            "maxOverMean": round(d.before, 3) if d is not None else None,
+            "bucketsMoved": self.moved_buckets,
+            "queuesMoved": self.moved_queues,
+            "lastMoves": list(self.last),
+            "elephants": [
+                {"bucket": e.bucket, "engine": e.owner.slot, "queue": e.owner.queue, "load": round(e.load, 3)}
+                for e in (d.elephants if d is not None else ())
+            ],
+        }
+
+
+class Balancers:
+    """One for each stack."""
+
+    def __init__(self, agent: "Agent", clock: Callable[[], float] = time.monotonic) -> None:
+        self._agent = agent
+        self._clock = clock
+        self._known: dict[str, Balance] = {}
+
+    def of(self, managed: Managed) -> Balance:
+        """A stack's rebalancer."""
+        return self._known.setdefault(managed.stack.name, Balance())
+
+    def forget(self, name: str) -> None:
+        """The stack is gone."""
+        self._known.pop(name, None)
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            close = False
+            for managed in list(self._agent.stacks.values()):
+                try:
+                    close |= await self.look(managed)
+                except Exception as e:  # a bug, or an engine that is going: the other stacks go on
+                    message = f"rebalancer: {type(e).__name__}: {e}"
+                    self._agent.event(managed.stack.name, "InternalError", message, "Warning")
+            await asyncio.sleep(CLOSE_LOOK_SECONDS if close else LOOK_SECONDS)
+
+    async def look(self, managed: Managed) -> bool:
+        """At one stack; returns whether its queues should be looked at again soon."""
+        one, now = self.of(managed), self._clock()
+        mode = managed.stack.resource.spec.rebalance.mode
+        if mode == "Off":
+            self._known[managed.stack.name] = Balance(
+                last=one.last, moved_buckets=one.moved_buckets, moved_queues=one.moved_queues
+            )
+            self._agent.even_out(managed)
+            return False
+        close = mode == "Auto" and self._queues(managed, one, now)
+        if managed.table is None and now >= one.due:
+            one.due = now + BUCKET_SECONDS
+            await self._buckets(managed, one, now, mode)
+        return close
+
+    # ---- queues between the cores of an engine ---------------------------------------------------------------
+
+    def _queues(self, managed: Managed, one: Balance, now: float) -> bool:
+        close = False
+        before, one.cycles = one.cycles, {}
+        for slot, engine in managed.engines.items():
+            if engine.blueprint.cores < 2 or not engine.ready or engine.removing:
+                continue
+            read = _cycles(engine)
+            kept = [*before.get(slot, ()), (now, read)]
+            while len(kept) > 2 and kept[1][0] <= now - WINDOW_SECONDS:
+                del kept[0]
+            one.cycles[slot] = kept
+            loads = _shares(kept[0][1], read) if len(kept) > 1 else None
+            if loads is None:
+                continue
+            cores = [core for core, _ in read[1]]
+            done = rebalancing.spread(loads, cores, engine.blueprint.cores, now, one.queues.get(slot, Memory()))
+            busiest = max(sum(x for x, c in zip(loads, cores, strict=True) if c == core) for core in set(cores))
+            close |= busiest >= rebalancing.QUEUES.busy and done.before > rebalancing.QUEUES.excess
+            if done.moves and not managed.busy.locked():
+                self._move_queues(managed, one, engine, done.moves)
+                one.queues[slot] = done.memory
+        return close
+
+    def _move_queues(self, managed: Managed, one: Balance, engine: Engine, moves: Mapping[int, int]) -> None:
+        """Ask for it; the core that serves a queue hands it over after its batch."""
+        error, took = ffi.new("struct ps_error *"), ffi.new("uint64_t *")
+        for queue, core in moves.items():
+            lib().ps_queue_to_core(engine.fence, queue, core, 0, took, error)
+            one.last.append({"time": time.time(), "engine": engine.slot, "queue": queue, "core": core})
+        one.moved_queues += len(moves)
+        name = managed.stack.name
+        self._agent.event(name, "QueuesRebalanced", f"engine {engine.slot}: its cores share its queues by load")
+
+    # ---- buckets between engines -----------------------------------------------------------------------------
+
+    async def _buckets(self, managed: Managed, one: Balance, now: float, mode: str) -> None:
+        serving = {e.slot for e in managed.engines.values() if e.state is State.ACTIVE and e.ready and not e.removing}
+        if sum(managed.engines[slot].blueprint.cores for slot in serving) < 2:
+            one.snapshot = one.decision = None
+            return
+        before, one.snapshot = one.snapshot, loading.snapshot(managed, with_buckets=True)
+        fences = managed.stack.open_fences()
+        if before is None or not managed.settled or fences or managed.busy.locked():
+            return
+        load, owners = stack_load(before, one.snapshot, time.time()), managed.stack.owners()
+        loads = bucket_loads(load, owners)
+        if loads is None:
+            return
+        cores = {e.id: tuple(q.core for q in e.queues) for e in load.engines if e.id in serving}
+        hold = statistics.median(managed.holds_ns) / 1e9 if managed.holds_ns else HOLD_SECONDS
+        one.decision = d = rebalancing.decide(
+            loads, owners, cores, now, one.buckets, stay=managed.pinned.keys(), hold_seconds=hold
+        )
+        self._tell_of_elephants(managed, one, d, now)
+        if not d.moves:
+            one.buckets = d.memory
+            return
+        change = f"{len(d.moves)} buckets: busiest core {d.before:.2f} -> {d.after:.2f} of the mean, as predicted"
+        if mode == "Advice":
+            if self._due(one, "advice", now):
+                self._agent.event(managed.stack.name, "RebalanceAdvice", f"would move {change}")
+            return
+        one.buckets = d.memory
+        moved = await self._agent.rebalance(managed, d.moves)
+        one.moved_buckets += moved
+        one.last.append(
+            {"time": time.time(), "buckets": moved, "before": round(d.before, 3), "after": round(d.after, 3)}
+        )
+        self._agent.event(managed.stack.name, "Rebalanced", change)
+
+    def _tell_of_elephants(self, managed: Managed, one: Balance, d: Decision, now: float) -> None:
+        for e in d.elephants:
+            if self._due(one, f"bucket {e.bucket}", now):
+                self._agent.event(
+                    managed.stack.name, "Elephant",
+                    f"bucket {e.bucket} of engine {e.owner.slot} takes {e.load:.0%} of a core; no move of buckets helps it",
+                    "Warning",
+                )  # fmt: skip
+
+    def _due(self, one: Balance, what: str, now: float) -> bool:
+        one.told = {k: when for k, when in one.told.items() if now - when < TELL_SECONDS}
+        return one.told.setdefault(what, now) == now
+
+
+def _cycles(engine: Engine) -> Cycles:
+    b = engine.blueprint
+    queues = [engine.queue(q) for q in range(b.queues)]
+    return [int(engine.core(c).total_cycles) for c in range(b.cores)], [
+        ((q.cur & 0xFF) - 1, int(q.cycles)) for q in queues
+    ]
+
+
+def _shares(before: Cycles, after: Cycles) -> list[float] | None:
+    """Share of a core that each queue took; None if that is not known."""
+    (old_cores, old_queues), (new_cores, new_queues) = before, after
+    turned = [new - old for old, new in zip(old_cores, new_cores, strict=False) if new > old]
+    spent = [new - old for (_, old), (_, new) in zip(old_queues, new_queues, strict=False)]
+    if not turned or len(spent) != len(new_queues) or min(spent) < 0:
+        return None
+    return [n * len(turned) / sum(turned) for n in spent]

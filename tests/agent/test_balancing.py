@@ -1,0 +1,215 @@
+"""The agent's rebalancers: when they look, what they move, what they tell. Time and counters are played."""
+
+import asyncio
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from packetstack_agent import balancing, loading
+from packetstack_agent.balancing import BUCKET_SECONDS, TELL_SECONDS, Balancers
+from packetstack_core import resources
+from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
+from packetstack_core.planning import Owner, moved
+from packetstack_core.reconciling import State
+
+from .conftest import stack
+
+CYCLES = 1_000_000
+"""Of a second."""
+
+
+class World:
+    """Stands in for an agent with one stack of engines of one core. `loads`: share of a core by bucket."""
+
+    def __init__(self, mode: str, loads: dict[int, float], engines: int = 2) -> None:
+        self.now = 100.0
+        self.loads = loads
+        self.owners: list[Owner | None] = [Owner(b % engines + 1, 0) for b in range(256)]
+        self.events: list[tuple[float, str, str]] = []
+        self.moves: list[int] = []
+        self.rebalanced = False
+        self.run = SimpleNamespace(record=SimpleNamespace())
+        blueprint = SimpleNamespace(cores=1, queues=1)
+        self.managed: Any = SimpleNamespace(
+            stack=SimpleNamespace(
+                name="web",
+                resource=resources.parse(stack(rebalance={"mode": mode})),
+                owners=lambda: list(self.owners),
+                open_fences=frozenset,
+            ),
+            engines={
+                slot: SimpleNamespace(slot=slot, state=State.ACTIVE, ready=True, removing=False, blueprint=blueprint)
+                for slot in range(1, engines + 1)
+            },
+            busy=asyncio.Lock(),
+            settled=True,
+            pinned={},
+            holds_ns=[],
+            table=None,
+        )
+        self.stacks = {"web": self.managed}
+        self.balancers = Balancers(self, lambda: self.now)  # type: ignore[arg-type]
+        self.spent = dict.fromkeys(range(1, engines + 1), 0.0)
+        self.packets = dict.fromkeys(range(256), 0.0)
+
+    def event(self, _stack: str, reason: str, message: str, kind: str = "Normal") -> None:
+        self.events.append((self.now, reason, message))
+
+    def reasons(self) -> list[str]:
+        return [reason for _, reason, _ in self.events]
+
+    async def rebalance(self, _managed: Any, moves: Any) -> int:
+        self.rebalanced = True
+        self.moves += [m.bucket for m in moves]
+        self.owners = moved(self.owners, moves)
+        return len(moves)
+
+    def even_out(self, _managed: Any) -> None:
+        self.rebalanced = False
+
+    def snapshot(self, _managed: Any, with_buckets: bool = False) -> Snapshot:
+        assert with_buckets
+        of_engine = [
+            EngineCounters(
+                slot, f"web-{slot}", "Active", True, (CoreCounters(round(self.spent[slot]), round(self.now * CYCLES)),),
+                (QueueCounters(0, round(self.spent[slot]), round(self.spent[slot] / 100), 0),), 0, 0, 0, 0, 0,
+            )
+            for slot in self.managed.engines
+        ]  # fmt: skip
+        return Snapshot(self.now, tuple(of_engine), tuple(round(self.packets[b]) for b in range(256)))
+
+    async def live(self, seconds: int) -> None:
+        """Packets of 100 cycles each; a look each second."""
+        for _ in range(seconds):
+            self.now += 1
+            for bucket, load in self.loads.items():
+                owner = self.owners[bucket]
+                assert owner is not None
+                self.spent[owner.slot] += load * CYCLES
+                self.packets[bucket] += load * CYCLES / 100
+            await self.balancers.look(self.managed)
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Callable[..., World]:
+    def make(mode: str, loads: dict[int, float], **more: Any) -> World:
+        made = World(mode, loads, **more)
+        monkeypatch.setattr(loading, "snapshot", made.snapshot)
+        return made
+
+    return make
+
+
+SKEWED = {0: 0.2, 2: 0.2, 4: 0.2, 6: 0.2, 1: 0.1, 3: 0.1}
+"""80 % on engine 1, 20 % on engine 2."""
+
+
+async def test_auto_moves_buckets_of_the_busy_engine_once_and_then_rests(world: Callable[..., World]) -> None:
+    w = world("Auto", SKEWED)
+    await w.live(60)
+    assert w.rebalanced
+    assert w.reasons() == ["Rebalanced"]
+    assert 0 < len(w.moves) <= 3, "one to the other, and two exchanged"
+    assert "busiest core 1.60 -> 1." in w.events[0][2]
+    shown = w.balancers.of(w.managed).document("Auto")
+    assert shown["mode"] == "Auto"
+    assert shown["maxOverMean"] < 1.1
+    assert shown["bucketsMoved"] == len(w.moves) == shown["lastMoves"][0]["buckets"]
+
+
+async def test_advice_only_tells_and_not_at_every_look(world: Callable[..., World]) -> None:
+    w = world("Advice", SKEWED)
+    await w.live(int(3 * TELL_SECONDS))
+    assert not w.moves
+    assert set(w.reasons()) == {"RebalanceAdvice"}
+    assert 2 <= len(w.events) <= 4
+    assert w.balancers.of(w.managed).document("Advice")["maxOverMean"] == pytest.approx(1.6, abs=0.01)
+
+
+async def test_off_does_nothing_and_makes_numbers_even_again(world: Callable[..., World]) -> None:
+    w = world("Off", SKEWED)
+    w.rebalanced = True
+    await w.live(30)
+    assert not w.moves
+    assert not w.events
+    assert not w.rebalanced
+
+
+async def test_while_the_stack_is_not_settled_nothing_moves(world: Callable[..., World]) -> None:
+    w = world("Auto", SKEWED)
+    w.managed.settled = False
+    await w.live(30)
+    assert not w.moves
+    w.managed.settled = True
+    await w.live(int(BUCKET_SECONDS) + 1)
+    assert w.moves
+
+
+async def test_buckets_that_a_person_has_moved_stay(world: Callable[..., World]) -> None:
+    w = world("Auto", SKEWED)
+    w.managed.pinned = {0: 1, 2: 1}
+    await w.live(60)
+    assert w.moves
+    assert not {0, 2} & set(w.moves)
+
+
+async def test_an_elephant_is_told_of_but_not_at_every_look(world: Callable[..., World]) -> None:
+    w = world("Auto", {0: 0.9, 1: 0.05})
+    await w.live(int(2 * TELL_SECONDS))
+    assert set(w.reasons()) == {"Elephant"}
+    assert len(w.events) <= 3
+    assert "bucket 0 of engine 1 takes 90% of a core" in w.events[0][2]
+    assert w.balancers.of(w.managed).document("Auto")["elephants"][0]["bucket"] == 0
+
+
+async def test_in_a_cluster_buckets_are_the_operators(world: Callable[..., World]) -> None:
+    w = world("Auto", SKEWED)
+    w.managed.table = object()
+    await w.live(60)
+    assert not w.moves
+
+
+class Lib:
+    """libpacketstack, as far as queues are moved: the engine does at once what is asked."""
+
+    def __init__(self, serves: list[int]) -> None:
+        self.serves = serves
+        self.moves: list[tuple[int, int]] = []
+
+    def ps_queue_to_core(self, _fence: Any, queue: int, core: int, *_: Any) -> int:
+        self.moves.append((queue, core))
+        self.serves[queue] = core
+        return 0
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Advice", "Off"])
+async def test_hot_queues_of_one_core_are_parted_and_stay_where_they_are(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    w, busy, turned, spent = world(mode, {}, engines=1), [0.4, 0.4, 0.0, 0.01], [0.0, 0.0], [0.0] * 4
+    lib = Lib([0, 0, 1, 1])
+    monkeypatch.setattr(balancing, "lib", lambda: lib)
+    engine = w.managed.engines[1]
+    engine.blueprint = SimpleNamespace(cores=2, queues=4)
+    engine.fence = None
+    engine.core = lambda c: SimpleNamespace(total_cycles=turned[c])
+    engine.queue = lambda q: SimpleNamespace(cur=lib.serves[q] + 1, cycles=spent[q])
+    w.managed.table = object()  # also in a cluster
+    looks = []
+    for _ in range(30):
+        w.now += 0.1
+        for c in (0, 1):
+            turned[c] += 0.1 * CYCLES
+        for q, share in enumerate(busy):
+            spent[q] += 0.1 * CYCLES * share
+        looks.append(await w.balancers.look(w.managed))
+    if mode != "Auto":
+        assert not lib.moves
+        return
+    assert len(lib.moves) == 1
+    assert sorted(lib.serves[:2]) == [0, 1]
+    assert looks[1], "a busy engine that is uneven is looked at closely"
+    assert not looks[-1], "and no more when it is even"
+    assert w.reasons() == ["QueuesRebalanced"]
