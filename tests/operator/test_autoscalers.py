@@ -12,6 +12,8 @@ HPAS = "/apis/autoscaling/v2/namespaces/{}/horizontalpodautoscalers"
 EXAMPLE = yaml.safe_load((ROOT / "examples/kubernetes/hpa.yaml").read_text())
 LOAD = EXAMPLE["spec"]["metrics"][0]["external"]["metric"]["name"]
 OF_EDGE = EXAMPLE["spec"]["metrics"][0]["external"]["metric"]["selector"]["matchLabels"]
+KINDS_SECONDS = 60
+"""The controller manager looks each 30 s which kinds there are, and ours may be new to it."""
 KEDA = "s0-prometheus"
 """The name that KEDA gives to the metric of a ScaledObject's first trigger."""
 
@@ -79,7 +81,7 @@ class Hpa:
             status = self.status()
             return status.get("currentReplicas") == status.get("desiredReplicas") == replicas
 
-        wait(rests)
+        wait(rests, KINDS_SECONDS)
         assert self.place.stack()["spec"]["replicas"] == replicas
         assert self.condition("AbleToScale")[0] == "True"
         assert self.condition("ScalingActive") == ("True", "ValidMetricFound")
@@ -163,7 +165,7 @@ def test_what_keda_makes_scales_a_stack_from_zero_and_back(operator, place, metr
     place.create(replicas=0)
     place.settle()
     hpa = Hpa(place, metrics=[{"type": "External", "external": {"metric": trigger, "target": target}}])
-    wait(lambda: hpa.condition("ScalingActive") == ("False", "ScalingDisabled"))
+    wait(lambda: hpa.condition("ScalingActive") == ("False", "ScalingDisabled"), KINDS_SECONDS)
     metrics.external[KEDA] = [Series("40", owner)]
     time.sleep(2.5)
     assert replicas(place) == 0
