@@ -1,0 +1,80 @@
+"""The autoscaler of a real agent: it follows live flows, steps aside for a person, and outlives the agent."""
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from .conftest import BACKENDS, VIP, Node, ask, eventually, listener, stack
+
+FLOWS = {
+    "type": "Engine",
+    "engine": {"name": "ActiveFlows", "target": {"type": "AverageValue", "averageValue": "4"}},
+}
+
+
+def autoscaled(**changes: Any) -> dict[str, Any]:
+    """A small stack of one to three engines, of one core each."""
+    autoscaling = {"maxReplicas": 3, "syncPeriodSeconds": 1, "metrics": [FLOWS], **changes}
+    return stack(
+        replicas=1,
+        engine={"cores": 1, "queuesPerCore": 1},
+        listeners=[listener("web", VIP, BACKENDS)],
+        snat={"addresses": ["198.51.100.0/31"]},
+        autoscaling=autoscaling,
+    )
+
+
+def condition(node: Node, kind: str) -> dict[str, Any]:
+    return next(c for c in node.status()["conditions"] if c["type"] == kind)
+
+
+def serving(node: Node, replicas: int) -> bool:
+    status = node.status()
+    return bool(status["ready"] and status["readyReplicas"] == replicas)
+
+
+@pytest.mark.slow
+def test_a_stack_follows_its_flows_until_a_person_takes_its_size_over(node: Node) -> None:
+    node.up(autoscaled())
+    with ExitStack() as open_connections:
+        connections = [open_connections.enter_context(node.connect()) for _ in range(10)]
+        first = [ask(c) for c in connections]
+        eventually(lambda: serving(node, 3), 20)
+        shown = node.status()["autoscaling"]
+        assert (shown["minReplicas"], shown["maxReplicas"]) == (1, 3)
+        assert condition(node, "ScalingActive")["reason"] == "ValidMetricFound"
+        events = [e for e in node.client.call("events", name="web") if e["reason"] == "SuccessfulRescale"]
+        assert "engine metric ActiveFlows above target" in events[-1]["message"]
+        assert "engine metric ActiveFlows" in node.lab.packetstack("explain", "web")
+        text = node.client.call("metrics")
+        assert 'packetstack_autoscaler_limit{limit="max",stack="web"} 3.0' in text
+        assert 'packetstack_autoscaler_decision{stack="web",step="desired"} 3.0' in text
+
+        assert "unchanged" in node.up(autoscaled()), "the size is the autoscaler's, not that of the file"
+        assert serving(node, 3)
+        before = node.status()["autoscaling"]["lastScaleTime"]
+        node.lab.packetstack("upgrade", "--agent")
+        assert node.status()["autoscaling"]["lastScaleTime"] == before, "the next agent knows"
+
+        node.lab.packetstack("scale", "web", "--replicas", "2")
+        assert condition(node, "ScalingActive")["reason"] == "ExternallyScaled"
+        node.lab.packetstack("upgrade", "--agent")
+        time.sleep(3)
+        assert serving(node, 2)
+        assert condition(node, "ScalingActive")["reason"] == "ExternallyScaled"
+        assert "packetstack scale set spec.replicas to 2" in node.lab.packetstack("explain", "web")
+
+        node.up(autoscaled(paused=True))
+        eventually(lambda: condition(node, "ScalingActive")["reason"] == "ValidMetricFound", 5)
+        assert node.status()["autoscaling"]["decision"].endswith("paused, else 3")
+        node.up(autoscaled())
+        eventually(lambda: serving(node, 3), 10)
+        assert [ask(c) for c in connections] == first, "no connection broke"
+    plain = autoscaled()
+    del plain["spec"]["autoscaling"]
+    node.up(plain)
+    assert serving(node, 1), "without autoscaling the file says how many there are"
+    assert "autoscaling" not in node.status()
+    node.command("down", "--all", "--yes")
