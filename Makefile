@@ -7,6 +7,7 @@ NATIVE := core/packetstack_core/native
 CODE := core agent engine cli operator bench tests setup.py
 PACKAGES := core/packetstack_core agent/packetstack_agent engine/packetstack_engine cli/packetstack_cli operator/packetstack_operator
 PYTEST_ARGS ?=
+TEST_JOBS ?= 3
 BENCH_ARGS ?=
 IMAGE ?= localhost/packetstack:dev
 FUZZ_SECONDS ?= 30
@@ -55,8 +56,12 @@ image: build/.packages
 
 # ---- checks ---------------------------------------------------------------------------------------------
 
+# Most tests wait more than they work, so they run side by side; those that measure follow, one by one.
 test: setup build lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@status=0; \
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not alone" $(PYTEST_ARGS) || status=1; \
+	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || status=1; \
+	exit $$status
 
 lint: setup
 	$(BIN)/ruff check $(CODE)

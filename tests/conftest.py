@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,6 +12,25 @@ import pytest
 if TYPE_CHECKING:
     from tests.cluster.cluster import Cluster
     from tests.cluster.control_plane import ControlPlane
+
+ALONE = (
+    "headline",
+    "traffic",
+    "failures/test_failure_table.py",
+    "kubernetes/test_autoscaling.py",
+    "kubernetes/test_traffic.py",
+    "operator/test_many_stacks.py",
+)
+"""Tests that count what is lost, or measure time: two of them beside each other would measure each other."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what must run alone; `make test` runs all others side by side before."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix().startswith(ALONE):
+            item.add_marker(pytest.mark.alone)
+
 
 # Imported only where used: most tests need no cluster, and these imports take a second.
 
