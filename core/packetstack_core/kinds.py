@@ -401,6 +401,19 @@ class AutoscalingStatus(Model):
     """Of the last decision."""
 
 
+class RebalanceStatus(Model):
+    """What the rebalancer has done. Live numbers are metrics."""
+
+    last_time: str = ""
+    """When it moved buckets last. RFC 3339, UTC."""
+    buckets: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
+    """That it moved then."""
+    message: str = ""
+    """What that was to bring."""
+    elephants: Items[int] = ()
+    """Buckets that take most of a core alone: no move of buckets helps them."""
+
+
 class PacketStackStatus(Model):
     """How a stack is."""
 
@@ -424,6 +437,8 @@ class PacketStackStatus(Model):
     """What the stack can carry, by name."""
     autoscaling: AutoscalingStatus | None = None
     """Absent without spec.autoscaling."""
+    rebalance: RebalanceStatus | None = None
+    """Absent before it has moved or found something."""
     conditions: Items[Condition] = ()
     """Available, Progressing, Degraded, CapacityAvailable; with spec.autoscaling also those of an HPA."""
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from packetstack_core import kinds, reconciling, resources
+from packetstack_core import kinds, reconciling, resources, scaling
 from packetstack_core.kinds import (
     MAX_ENGINE_ID,
     Condition,
@@ -25,6 +25,7 @@ from packetstack_core.kinds import (
     PacketEngine,
     PacketEngineStatus,
     PacketStackStatus,
+    RebalanceStatus,
     TableEngine,
 )
 from packetstack_core.planning import NOBODY, Owner, moved
@@ -190,6 +191,11 @@ class _Deciding:
         self.doubles = self._find_doubles()
         """Engine -> the older one that has the MAC of its interface."""
         self.actions: list[reconciling.Action] = []
+        self.mode = stack.spec.rebalance.mode
+        self.rebalanced = self.mode != "Off" and self.table is not None and self.table.spec.rebalanced
+        """Buckets were moved by load: their numbers need not be even."""
+        self.moved: RebalanceStatus | None = None
+        """What was moved by load just now."""
         self.listeners, self.backend_problems = observing.resolve(stack, world)
 
     def decision(self) -> Decision:
@@ -198,6 +204,7 @@ class _Deciding:
         self._follow_the_node()
         self._start()
         self._plan()
+        self._rebalance()
         new = self._new_spec()
         table_writes = self._table_writes(new)
         writes = [
@@ -403,11 +410,12 @@ class _Deciding:
                 flows=self.reported[e.id].flows if e.id in self.reported else 0,
                 leaving=self._leaves(e),
                 holds=self._holds(e),
+                load=round(self.world.loads.get(e.id, 0.0), 1),
             )
             for _, e in sorted(self.entries.items())
         ]
         desired = replace(Desired.of(self.stack), template=self.template)
-        observed = Observed(engines, self.owners, create_after=self.memory.create_after)
+        observed = Observed(engines, self.owners, create_after=self.memory.create_after, rebalanced=self.rebalanced)
         self.actions = reconciling.plan(desired, observed, self.now)
         if self.memory.create_after > self.now:
             self._wake(self.memory.create_after)
@@ -437,6 +445,25 @@ class _Deciding:
             case RemoveEngine(i):
                 del self.entries[i]
                 self._event("EngineRemoved", f"engine {i} owns no bucket any more")
+
+    def _rebalance(self) -> None:
+        """Buckets to other cores, when nothing else is to do and packets see the flow table that was looked at."""
+        found, report = self.world.proposal, self.report
+        if found is None or not found.moves or self.mode != "Auto" or self.actions or self.stack.spec.paused:
+            return
+        if not self.current or report is None or not report.settled:
+            return
+        if found.generation != _generation(self.world.table):
+            return
+        able = {i: e.queues for i, e in self.entries.items() if e.state == "Active" and self._ready(e)}
+        moves = [m for m in found.moves if m.to.queue < able.get(m.to.slot, 0)]
+        if moves:
+            self.owners = moved(self.owners, moves)
+            self.rebalanced = True
+            self.moved = RebalanceStatus.model_validate(
+                {"lastTime": observing.timestamp(self.now), "buckets": len(moves), "message": found.message}
+            )
+            self._event("Rebalanced", found.message)
 
     def _create(self, template: str, queues: int) -> None:
         used = set(self.entries) | set(self.reported) | {observing.number_of(p) for p in self.pods.values()}
@@ -483,6 +510,8 @@ class _Deciding:
                 "unknownFlow": spec.unknown_flow,
                 "flowTable": spec.flow_table,
                 "handover": spec.handover,
+                "rebalance": spec.rebalance,
+                "rebalanced": self.rebalanced,
             }
         )
 
@@ -686,10 +715,18 @@ class _Deciding:
                 "flowTableGeneration": _generation(self.world.table) if self.world.table is not None else 0,
                 "node": self.node or "",
                 "capacity": self._flows(),
+                "rebalance": self._rebalance_status(former.rebalance),
                 "conditions": tuple(conditions[t] for t in sorted(conditions)),
             }
         )
         return [_status_write(self.world, status)] if status != former else []
+
+    def _rebalance_status(self, former: RebalanceStatus | None) -> RebalanceStatus | None:
+        elephants = self.world.proposal.elephants if self.world.proposal is not None else ()
+        last = self.moved or former
+        if last is None and not elephants:
+            return None
+        return (last or RebalanceStatus()).model_copy(update={"elephants": elephants})
 
     def _progress(
         self, goal: bool, staying: Sequence[TableEngine], fresh: Sequence[TableEngine], serving: Sequence[TableEngine]
@@ -785,13 +822,17 @@ def _dump(model: resources.Model) -> dict[str, Any]:
 
 
 def _status(stack: Raw) -> PacketStackStatus:
-    """What was written last; an empty one if it cannot be read, so that it is written again."""
+    """What was written last; an empty one if it cannot be read, so that it is written again.
+
+    Without the autoscaler's part, which it writes itself: whoever names a field in an apply owns it.
+    """
     try:
-        status = PacketStackStatus.model_validate(dict(stack.get("status") or {}))
+        status = PacketStackStatus.model_validate({**(stack.get("status") or {}), "autoscaling": None})
     except ValueError:
         return PacketStackStatus()
     # A server keeps the order in which conditions came; it says nothing.
-    return status.model_copy(update={"conditions": tuple(sorted(status.conditions, key=lambda c: c.type))})
+    own = sorted((c for c in status.conditions if c.type not in scaling.CONDITIONS), key=lambda c: c.type)
+    return status.model_copy(update={"conditions": tuple(own)})
 
 
 def _engine_status(raw: Raw | None) -> PacketEngineStatus:

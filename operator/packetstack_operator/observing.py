@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from packetstack_core.kinds import FlowTable, TableEngine, read
+from packetstack_core.planning import Move
 from packetstack_core.resources import (
     MAX_BACKENDS,
     MAX_SNAT_ADDRESSES,
@@ -144,6 +145,20 @@ class Conflict:
 
 
 @dataclass(frozen=True, slots=True)
+class Proposal:
+    """What a stack's rebalancer has found, from the load of its buckets."""
+
+    generation: int
+    """Of the flow table that it looked at: of another one it says nothing."""
+    moves: tuple[Move, ...] = ()
+    """Where buckets should go; `Owner.slot` is an engine's id."""
+    message: str = ""
+    """What they would bring, for a person."""
+    elephants: tuple[int, ...] = ()
+    """Buckets that take most of a core alone."""
+
+
+@dataclass(frozen=True, slots=True)
 class World:
     """One stack and all that belongs to it."""
 
@@ -165,6 +180,10 @@ class World:
     """MAC of an engine of this stack -> engines of other stacks on its node that report the same."""
     conflict: Conflict | None = None
     """An address of this stack that another one names too, which goes before it."""
+    proposal: Proposal | None = None
+    """None: there is nothing to move, and no elephant."""
+    loads: Mapping[int, float] = field(default_factory=dict, compare=False)
+    """Load of engines, in cores, where it is known. It changes all the time, and alone is no reason to decide again."""
     outdated: str = ""
     """Kinds whose definitions in the cluster are older or newer than this operator."""
     memory: Memory = Memory()

@@ -49,6 +49,10 @@ class Model:
         self.macs = {}
         """Engine -> MAC of its interface."""
         self.neighbours = {}
+        self.proposal = None
+        """Of the stack's rebalancer."""
+        self.loads = {}
+        """Engine -> cores."""
         self.others = []
         """Resources and flow tables of other stacks."""
         self.ends = False
@@ -203,6 +207,8 @@ class Model:
             slices=self.slices,
             neighbours=self.neighbours,
             conflict=observing.conflict(self.stack, self.get("FlowTable"), self._claims),
+            proposal=self.proposal,
+            loads=self.loads,
             memory=self.memory,
         )
         asked = observing.doubtful(world)

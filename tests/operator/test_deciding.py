@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from tests.operator.model import BUCKETS, NODE, Model
 
 from packetstack_core.kinds import encode_owners
-from packetstack_core.planning import Owner
+from packetstack_core.planning import Move, Owner
 from packetstack_operator import deciding
-from packetstack_operator.observing import Holder, Memory
+from packetstack_operator.observing import Holder, Memory, Proposal
 
 
 def settled(replicas=2, **spec):
@@ -854,3 +855,108 @@ TestOperating = Operating.TestCase
 TestOperating.settings = settings(
     max_examples=150, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+# ---- moves by load -----------------------------------------------------------------------------------------------
+
+
+def proposed(model, buckets=10, to=1, queue=0):
+    """As a rebalancer would, of the flow table that is there."""
+    table = model.get("FlowTable")
+    giving = [b for b, o in enumerate(model.table().spec.owner_ids()) if o.slot != to][:buckets]
+    moves = tuple(Move(b, Owner(to, queue)) for b in giving)
+    model.proposal = Proposal(table["metadata"]["generation"], moves, "10 buckets: 1.60 -> 1.10", ())
+    return giving
+
+
+def test_moves_by_load_are_written_with_their_mark_once_and_are_not_undone():
+    model = settled(2)
+    giving = proposed(model)
+    decision = model.operator()
+    assert ("replace", "FlowTable", "edge", "") in writes(decision)
+    owners = model.table().spec.owner_ids()
+    assert all(owners[b] == Owner(1, 0) for b in giving)
+    assert model.table().spec.rebalanced
+    model.settle()
+    assert model.table().spec.owner_ids() == owners
+    assert reasons(model).count("Rebalanced") == 1
+    assert model.status["rebalance"]["buckets"] == 10
+    assert model.condition("Progressing")["status"] == "False", "the numbers need not be even"
+    assert writes(model.operator()) == []
+
+
+def test_a_new_engine_gets_its_share_of_what_was_moved_by_load():
+    model = settled(2)
+    proposed(model, 60)
+    model.operator()
+    model.settle()
+    model.set_spec(replicas=3)
+    model.settle()
+    counts = Counter(o.slot for o in model.table().spec.owner_ids())
+    assert sorted(counts.values()) == [45, 85, 126], "188 and 68 gave a third each"
+
+
+@pytest.mark.parametrize("mode", ["Advice", "Off"])
+def test_with_another_mode_nothing_is_moved_by_load(mode):
+    model = settled(2, rebalance={"mode": mode})
+    proposed(model)
+    assert writes(model.operator()) == []
+
+
+def test_off_takes_the_mark_away_and_evens_the_numbers_out():
+    model = settled(2)
+    proposed(model)
+    model.operator()
+    model.settle()
+    model.set_spec(rebalance={"mode": "Off"})
+    model.proposal = None
+    model.settle()
+    model.check_goal()
+    assert not model.table().spec.rebalanced
+    assert model.table().spec.rebalance.mode == "Off"
+    assert model.table().stack().spec.rebalance.mode == "Off", "the agent too moves no queues"
+
+
+def test_moves_of_another_flow_table_or_before_packets_follow_it_are_left():
+    model = settled(2)
+    proposed(model)
+    model.proposal = replace(model.proposal, generation=model.proposal.generation - 1)
+    assert writes(model.operator()) == []
+    proposed(model)
+    report = copy.deepcopy(model.get("FlowTable")["status"])
+    report["nodes"][0]["settled"] = False
+    model.change(("FlowTable", "edge"), lambda b: b.update(status=report))
+    model.operator()
+    assert not model.table().spec.rebalanced
+
+
+def test_moves_to_an_engine_that_leaves_are_left_out():
+    model = settled(2)
+    giving = proposed(model)
+    model.delete_pod("edge-1")
+    model.operator()
+    owners = model.table().spec.owner_ids()
+    assert not model.table().spec.rebalanced
+    assert [b for b in giving if owners[b] == Owner(1, 0)] == []
+
+
+def test_elephants_are_in_the_status_while_there_are_any():
+    model = settled(2)
+    model.proposal = Proposal(1, (), "", (7,))
+    model.operator()
+    assert model.status["rebalance"]["elephants"] == [7]
+    model.proposal = None
+    model.operator()
+    assert model.status["rebalance"]["elephants"] == []
+    assert writes(model.operator()) == []
+
+
+def test_the_engine_with_the_least_load_goes_and_the_load_alone_is_no_reason_to_decide():
+    model = settled(3)
+    model.loads = {1: 0.8, 2: 0.1, 3: 0.7}
+    before = model.world()
+    model.loads = {1: 0.9, 2: 0.2, 3: 0.7}
+    assert model.world() == before
+    model.set_spec(replicas=2)
+    model.operator()
+    assert [e.id for e in model.table().spec.engines if e.state == "Draining"] == [2]
