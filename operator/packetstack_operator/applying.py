@@ -14,6 +14,7 @@ from packetstack_operator.observing import Raw
 
 MANAGER = "packetstack-operator"
 OURS = {"fieldManager": MANAGER}
+APPLY_TYPE = "application/apply-patch+yaml"
 APPLY = {**OURS, "force": "true"}
 CONNECTIONS = 16
 """At once. Each takes some 300 kB, and many stacks write at the same time when the operator starts."""
@@ -74,6 +75,11 @@ class Api:
         """One object. Refused, aiohttp.ClientError, TimeoutError."""
         return await self._request("GET", path, None, "application/json", {})
 
+    async def patch(self, path: str, body: Any, kind: str, manager: str) -> Raw:
+        """A patch of this media type. An apply takes what it names from others. Errors as for `get`."""
+        force = {"force": "true"} if kind == APPLY_TYPE else {}
+        return await self._request("PATCH", path, body, kind, {"fieldManager": manager, **force})
+
     async def write(self, namespace: str, write: Write) -> Raw | None:
         """Returns the object as it is now; None if it was deleted already. Errors as for `get`."""
         path = PATHS[write.kind].format(namespace)
@@ -87,7 +93,7 @@ class Api:
                 result = await self._request("PATCH", named, write.body, "application/merge-patch+json", OURS)
             else:
                 place = f"{named}/{write.subresource}".rstrip("/")
-                result = await self._request("PATCH", place, write.body, "application/apply-patch+yaml", APPLY)
+                result = await self._request("PATCH", place, write.body, APPLY_TYPE, APPLY)
         except Refused as e:
             # What is gone, or is another object by now, needs no deletion.
             if write.verb == "delete" and e.status in (404, 409):

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -15,10 +16,12 @@ import kopf
 from packetstack_core.reconciling import back_off
 from packetstack_operator import deciding, observing, pods
 from packetstack_operator.applying import PATHS, Api, Refused
-from packetstack_operator.deciding import Decision, Event
+from packetstack_operator.autoscaling import Autoscalers
+from packetstack_operator.deciding import Decision
 from packetstack_operator.loads import Loads
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import Block, Claim, Holder, Memory, Raw, Slice, World
+from packetstack_operator.showing import Shown
 
 TICK_SECONDS = 15.0
 SETTLE_SECONDS = 0.05
@@ -31,8 +34,6 @@ TROUBLE_SECONDS = 5.0
 """So long a pod may be prepared before the kubelet's warnings are read, and the time between two readings."""
 RECHECK_SECONDS = 300.0
 """So long a stack at rest, of which nothing changes, is not decided about again."""
-REPEAT_SECONDS = 600.0
-"""The same event is shown again only after this."""
 GROUP = ("packetstack.io", "v1alpha1")
 CHILDREN = {"Pod": "pods", "FlowTable": "flowtables", "PacketEngine": "packetengines", "PodDisruptionBudget": "pdbs"}
 CLAIMS = ("wanted", "held")
@@ -52,6 +53,7 @@ class Operator:
 
     def __init__(self, api: Api, metrics: Metrics, image: str, loads: Loads) -> None:
         self.api, self.metrics, self.image, self.loads = api, metrics, image, loads
+        self.autoscalers = Autoscalers(api, loads, metrics)
         self.outdated = ""
         self._wakers: dict[Key, asyncio.Event] = {}
         self._followers: dict[Key, set[Key]] = {}
@@ -193,9 +195,10 @@ class Operator:
         """Until the stack is deleted, or the operator ends."""
         woken = self._wakers[key] = asyncio.Event()
         ending = asyncio.ensure_future(_until(stopped))
-        shown: dict[tuple[str, str], float] = {}
+        shown = Shown()
         memory, failures, ending_namespace = Memory(), 0, False
         troubles: dict[str, tuple[str, float]] = {}
+        look = partial(self._world, key, indices, Memory())
         rested: tuple[World, float] | None = None
         """What was there when there was nothing to do, and until when that is believed."""
         try:
@@ -207,6 +210,7 @@ class Operator:
                     world = self._world(key, indices, memory)
                     if world is not None and (rested is None or world != rested[0] or began > rested[1]):
                         brought = world
+                        self.autoscalers.follow(key, world.stack, body, look)
                         world = await self._with_doubtful(key, world)
                         world = await self._with_troubles(key, world, troubles)
                         if world.troubles or any(map(observing.prepares, world.pods)):
@@ -217,7 +221,7 @@ class Operator:
                         memory = decision.memory
                         rested = (brought, began + RECHECK_SECONDS) if _rests(world, decision) else None
                         memory = await self._carry_out(key, decision, memory, woken)
-                        self._show(body, decision.events, shown)
+                        shown.show(body, decision.events)
                         self.metrics.stacks.known[key] = (world.stack, world.engines)
                         if decision.wake_at is not None:
                             pause = min(pause, max(0.0, decision.wake_at - time.time()))
@@ -250,6 +254,7 @@ class Operator:
                 del self._wakers[key]
             self._follow(key, ())
             self.metrics.stacks.known.pop(key, None)
+            self.autoscalers.forget(key)
             self.loads.forget(key)
 
     async def _carry_out(self, key: Key, decision: Decision, memory: Memory, woken: asyncio.Event) -> Memory:
@@ -293,19 +298,6 @@ class Operator:
         self.metrics.errors.labels("Refused").inc()
         log.warning("stack %s/%s: %s", *key, error)
         return _back_off(failures)
-
-    def _show(self, body: kopf.Body, events: Iterable[Event], shown: dict[tuple[str, str], float]) -> None:
-        now = time.monotonic()
-        for event in events:
-            what = (event.reason, event.message)
-            if now < shown.get(what, -REPEAT_SECONDS) + REPEAT_SECONDS:
-                continue
-            shown[what] = now
-            meta = body["metadata"]
-            log.info("stack %s/%s: %s: %s", meta["namespace"], meta["name"], event.reason, event.message)
-            kopf.event(body, type=event.kind, reason=event.reason, message=event.message[:1000])
-        for what in [w for w, when in shown.items() if now > when + REPEAT_SECONDS]:
-            del shown[what]
 
     async def _release(
         self, key: Key, body: kopf.Body, woken: asyncio.Event, indices: Mapping[str, kopf.Index[Key, Any]]

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from packetstack_core.scaling import Round
 from packetstack_operator.observing import Raw
 
 
@@ -54,6 +55,46 @@ class Loads(Collector):
         yield age
 
 
+class Autoscalers(Collector):
+    """What the autoscalers decided last."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[str, str], Round] = {}
+        """By namespace and name of the stack."""
+
+    def collect(self) -> Iterator[Metric]:
+        """One sample a stack and step, and of each metric that could be read."""
+        names = ["namespace", "stack"]
+        steps = GaugeMetricFamily(
+            "packetstack_autoscaler_decision",
+            "Engines after each step of the last decision.",
+            labels=[*names, "step"],
+        )
+        limits = GaugeMetricFamily("packetstack_autoscaler_limit", "Fewest and most engines.", labels=[*names, "limit"])
+        usage = GaugeMetricFamily(
+            "packetstack_autoscaler_usage_ratio",
+            "What a metric was, by its target.",
+            labels=[*names, "metric"],
+        )
+        for key, done in sorted(self.known.items()):
+            record = done.decision.record
+            for step, value in (
+                ("current", record.current),
+                ("proposed", record.proposed),
+                ("stabilized", record.stabilized),
+                ("desired", record.desired),
+            ):
+                if value is not None:
+                    steps.add_metric([*key, step], value)
+            limits.add_metric([*key, "min"], done.spec.minimum)
+            limits.add_metric([*key, "max"], done.spec.maximum)
+            for p in record.proposals:
+                value = p.usage if p.utilization is None else p.utilization
+                if value is not None:
+                    usage.add_metric([*key, p.metric], value / p.target.value)
+        yield from (steps, limits, usage)
+
+
 class Metrics:
     """All of them, with a registry of their own."""
 
@@ -64,6 +105,8 @@ class Metrics:
         self.registry.register(self.stacks)
         self.loads = Loads()
         self.registry.register(self.loads)
+        self.autoscalers = Autoscalers()
+        self.registry.register(self.autoscalers)
         self.duration = Histogram(
             "packetstack_reconcile_duration_seconds",
             "Time of one look at a stack, with its writes.",

@@ -4,6 +4,7 @@ import secrets
 from contextlib import contextmanager
 
 import pytest
+from tests.operator.counters import PlayedCounters
 from tests.operator.operator_process import USER, OperatorProcess, grant
 from tests.operator.place import Place
 from tests.operator.players import STACKS, PlayedNode, Server, wait
@@ -30,18 +31,25 @@ def kubeconfig(control_plane, server):
 
 
 @pytest.fixture(scope="module")
-def operator(kubeconfig, tmp_path_factory):
-    with OperatorProcess(kubeconfig, tmp_path_factory.mktemp("operator") / "log") as running:
+def counters():
+    with PlayedCounters() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def operator(kubeconfig, counters, tmp_path_factory):
+    log = tmp_path_factory.mktemp("operator") / "log"
+    with OperatorProcess(kubeconfig, log, f"--agent-port={counters.port}") as running:
         yield running
         assert "internal error" not in running.said()
         assert "Traceback" not in running.said()
 
 
 @contextmanager
-def a_place(server, control_plane):
+def a_place(server, control_plane, counters):
     namespace = f"test-{secrets.token_hex(4)}"
     control_plane.create_namespace(namespace)
-    with PlayedNode(server, namespace) as node:
+    with PlayedNode(server, namespace, counters=counters) as node:
         yield Place(server, namespace, node)
         node.agent, node.refuse = True, None
         server.delete(f"{STACKS.format(namespace)}/edge")
@@ -50,13 +58,13 @@ def a_place(server, control_plane):
 
 
 @pytest.fixture
-def place(server, control_plane):
-    with a_place(server, control_plane) as made:
+def place(server, control_plane, counters):
+    with a_place(server, control_plane, counters) as made:
         yield made
 
 
 @pytest.fixture
-def another(server, control_plane):
+def another(server, control_plane, counters):
     """Another namespace, with a stack of the same name in it, and the same node."""
-    with a_place(server, control_plane) as made:
+    with a_place(server, control_plane, counters) as made:
         yield made

@@ -70,7 +70,7 @@ class PlayedCounters:
         with self._lock:
             now = time.monotonic()
             seconds, self._at = now - self._at, now
-            for stack, engines in self.engines.items():
+            for stack, engines in list(self.engines.items()):
                 active = [name for name, state in engines.items() if state == "Active"]
                 for name, state in engines.items():
                     share = self.drains.get(stack, 0.0)
@@ -78,6 +78,12 @@ class PlayedCounters:
                         share = min(1.0, self.load.get(stack, 0.0) / len(active))
                     busy, total = self._counted.get((stack, name), (0.0, 0.0))
                     self._counted[stack, name] = (busy + share * seconds, total + seconds)
+
+    def attach(self, stack: str, engines: dict[str, str]) -> None:
+        """From now on these, with their states."""
+        if self.engines.get(stack) != engines:
+            self.turn()
+            self.engines[stack] = engines
 
     def set_load(self, stack: str, engines: float) -> None:
         """From now on."""
@@ -97,7 +103,7 @@ class PlayedCounters:
         for name, state in self.engines[stack].items():
             if name in self.silent:
                 continue
-            busy, total = (int(CYCLES * s) for s in self._counted[stack, name])
+            busy, total = (int(CYCLES * s) for s in self._counted.get((stack, name), (0.0, 0.0)))
             packets = busy // 1000
             found.append(
                 EngineCounters(

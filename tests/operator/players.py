@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+from tests.operator.counters import PlayedCounters
+
 from packetstack_core import kinds
 
 JSON = dict[str, Any]
@@ -112,10 +114,13 @@ class PlayedNode:
 
     Switches for tests: `room` pods fit; `refuse` is the reason with which the kubelet refuses pods; `holds` whether
     none starts; `agent` whether tables are answered; `stuck` engines that never get ready; `macs` of their interfaces.
+    `counters` answers for the engines' load.
     """
 
-    def __init__(self, server: Server, namespace: str, name: str = "node-0") -> None:
-        self.server, self.namespace, self.name = server, namespace, name
+    def __init__(
+        self, server: Server, namespace: str, name: str = "node-0", counters: PlayedCounters | None = None
+    ) -> None:
+        self.server, self.namespace, self.name, self.counters = server, namespace, name, counters
         self.room = 100
         self.batch = 150  # buckets that change hands in one step
         self.refuse: tuple[str, str] | None = None
@@ -197,7 +202,10 @@ class PlayedNode:
                     "restartCount": 0,
                     "state": state,
                 }
-                self.server.merge(f"{path}/status", {"status": {"phase": "Running", "containerStatuses": [container]}})
+                status: JSON = {"phase": "Running", "containerStatuses": [container], "startTime": timestamp()}
+                if self.counters is not None:
+                    status["hostIP"] = "127.0.0.1"
+                self.server.merge(f"{path}/status", {"status": status})
             elif phase == "Running":
                 self._play_readiness(pod)
 
@@ -264,6 +272,11 @@ class PlayedNode:
         for number in list(attached):
             if number not in named and number not in words:
                 del attached[number]
+        if self.counters is not None:
+            states = {e.id: e.state for e in spec.engines}
+            self.counters.attach(
+                f"{self.namespace}.{name}", {f"{name}-{i}": states.get(i, "Draining") for i in sorted(attached)}
+            )
         report = {
             "node": self.name,
             "observedGeneration": raw["metadata"]["generation"],

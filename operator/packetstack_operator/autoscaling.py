@@ -1,0 +1,346 @@
+"""A task for each stack with `spec.autoscaling`: it measures, decides, writes /scale, and then its part of the status.
+
+It writes as `packetstack-autoscaler`, so that `managedFields` tells its writes of `spec.replicas` from those of others.
+What it has to know after a restart is in the status; windows and rates begin anew, as an HPA's.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from math import inf
+from typing import Any
+
+import aiohttp
+import kopf
+
+from packetstack_core import resources, scaling
+from packetstack_core.autoscaling import WRITE_ATTEMPTS, MetricError, Pod, Reading, Scale
+from packetstack_core.autoscaling_options import State
+from packetstack_core.kinds import AutoscalingStatus, Condition
+from packetstack_core.load import StackLoad
+from packetstack_core.reconciling import back_off
+from packetstack_operator import observing, pods
+from packetstack_operator.applying import APPLY_TYPE, PATHS, Api, Refused
+from packetstack_operator.deciding import Event
+from packetstack_operator.loads import Key, LoadError, Loads
+from packetstack_operator.metrics import Metrics
+from packetstack_operator.observing import Raw, World
+from packetstack_operator.readings import Readings
+from packetstack_operator.showing import Shown
+
+MANAGER = "packetstack-autoscaler"
+HPA = "kube-controller-manager"
+ASK_SECONDS = 5.0
+"""The agent is asked at least as often, so that an engine is known soon after it has started."""
+WAIT_SECONDS = 1.0
+"""Between two looks for the first engine."""
+METRICS_SECONDS = 10.0
+"""So long a metrics API may take."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Scaled:
+    """A stack that is scaled."""
+
+    body: kopf.Body
+    """For its events."""
+    look: Callable[[], World | None]
+    """What the watches have brought."""
+    wanted: Any
+    """`spec.autoscaling` as it was seen last."""
+    woken: asyncio.Event
+    state: State | None = None
+    """None before the first round."""
+    ours: bool = False
+    """The last writer of `spec.replicas` was the autoscaler."""
+    asks: bool = False
+    """A metric is measured by the engines."""
+    events: Shown = field(default_factory=Shown)
+
+
+class Autoscalers:
+    """Of all stacks."""
+
+    def __init__(self, api: Api, loads: Loads, metrics: Metrics) -> None:
+        self._api, self._loads, self._metrics = api, loads, metrics
+        self._readings = Readings(api)
+        self._stacks: dict[Key, tuple[_Scaled, asyncio.Task[None]]] = {}
+
+    def follow(self, key: Key, stack: Raw, body: kopf.Body, look: Callable[[], World | None]) -> None:
+        """A stack was seen: it gets a task if it needs one. A task that has one is told when its autoscaling changed."""
+        wanted = stack["spec"].get("autoscaling")
+        if key in self._stacks:
+            scaled, _ = self._stacks[key]
+            if scaled.wanted != wanted:
+                scaled.wanted = wanted
+                scaled.woken.set()
+        elif wanted is not None or _shown(stack)[0] is not None:
+            scaled = _Scaled(body, look, wanted, asyncio.Event())
+            self._stacks[key] = scaled, asyncio.create_task(self._run(key, scaled))
+
+    def forget(self, key: Key) -> None:
+        """The stack is gone."""
+        if key in self._stacks:
+            self._stacks.pop(key)[1].cancel()
+        self._metrics.autoscalers.known.pop(key, None)
+
+    async def _run(self, key: Key, scaled: _Scaled) -> None:
+        failures = 0
+        while True:
+            scaled.woken.clear()
+            began = time.monotonic()
+            try:
+                period = await self._round(key, scaled)
+                failures = 0
+            except Refused as e:
+                if e.status != 404:  # the stack is being deleted
+                    self._metrics.errors.labels("Refused").inc()
+                    log.warning("stack %s/%s: autoscaler: %s", *key, e)
+                period = back_off(min(failures, 3))
+                failures += 1
+            except (aiohttp.ClientError, TimeoutError, OSError) as e:
+                self._metrics.errors.labels("Unreachable").inc()
+                log.warning("stack %s/%s: autoscaler: API server: %s: %s", *key, type(e).__name__, e)
+                period = back_off(min(failures, 3))
+                failures += 1
+            except Exception:  # a bug: the next round may do better, other stacks go on
+                self._metrics.errors.labels("InternalError").inc()
+                log.exception("stack %s/%s: internal error", *key)
+                period = back_off(min(failures, 3))
+                failures += 1
+            await self._pause(key, scaled, period, began)
+
+    async def _pause(self, key: Key, scaled: _Scaled, period: float | None, began: float) -> None:
+        """Until the period is over, or the stack's autoscaling was changed. None: only that."""
+        step = min(ASK_SECONDS, max(1.0, (period or 0.0) / 3))
+        while period is None or (left := began + period - time.monotonic()) > 0:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(None if period is None else min(step, left)):
+                    await scaled.woken.wait()
+                    return
+            if scaled.asks and left > step:
+                await self._ask(key, scaled.look())
+
+    # ---- one round -------------------------------------------------------------------------------------------
+
+    async def _round(self, key: Key, scaled: _Scaled) -> float | None:
+        """Seconds from its beginning to the next one; None when there is nothing to do for the autoscaler."""
+        world = scaled.look()
+        spec = _parsed(world.stack) if world is not None else None
+        measured: StackLoad | MetricError = MetricError("api_empty", "nobody has asked for it")
+        scaled.asks = spec is not None and _asks(spec, scaled.state)
+        if scaled.asks and spec is not None and spec.autoscaling is not None:
+            measured = await self._measure(key, scaled, spec.autoscaling.sync_period_seconds)
+        raw = await self._api.get(_path(key))
+        spec = _parsed(raw)
+        if spec is None or raw["metadata"].get("deletionTimestamp"):
+            return ASK_SECONDS
+        if spec.autoscaling is None:
+            await self._clear(key, raw)
+            scaled.state, scaled.ours, scaled.asks = None, False, False
+            self._metrics.autoscalers.known.pop(key, None)
+            return None
+        period = float(spec.autoscaling.sync_period_seconds)
+        world = scaled.look()
+        active = [_pod(p) for p in world.pods if _active(p)] if world is not None else []
+        scale = Scale(spec.replicas, int((raw.get("status") or {}).get("replicas") or 0))
+        shown, conditions = _shown(raw)
+        first = scaled.state is None
+        state = scaled.state or _resume(shown, conditions, scale)
+        if not active and not state.status.conditions and _asks(spec, state) and spec.replicas:
+            return WAIT_SECONDS  # there is nothing to measure yet
+        now, wrote = time.time(), False
+        who = other_writer(raw, spec, state, scale, ours=scaled.ours, first=first)
+        if who:
+            done = scaling.step_aside(spec, state, scale, who, now)
+        else:
+            answers = await self._answers(key, spec.autoscaling, state)
+            done = scaling.reconcile(spec, state, scale, active, measured, now, answers)
+            if done.decision.write is not None:
+                done, wrote = await self._write(key, done, now)
+        scaled.state = done.state
+        scaled.ours = wrote or MANAGER in replica_writers(raw)
+        self._metrics.autoscalers.known[key] = done
+        scaled.events.show(scaled.body, [Event(e.type, e.reason, e.message) for e in done.decision.events])
+        fresh = scaling.show(done, shown, now), scaling.conditions(done.state, _generation(raw))
+        if fresh[0] != shown or {c.type: c for c in fresh[1]} != {c.type: c for c in conditions}:
+            await self._apply(key, {"autoscaling": _dump(fresh[0]), "conditions": [_dump(c) for c in fresh[1]]})
+        return period
+
+    async def _ask(self, key: Key, world: World | None) -> str:
+        """Why there is no answer; "" if there is."""
+        try:
+            if world is None:
+                raise LoadError("the stack is not there")
+            await self._loads.ask(key, world)
+        except LoadError as e:
+            return str(e)
+        return ""
+
+    async def _measure(self, key: Key, scaled: _Scaled, period: float) -> StackLoad | MetricError:
+        problem = await self._ask(key, scaled.look())
+        if not problem and self._loads.load(key, period) is None:
+            await asyncio.sleep(min(period, ASK_SECONDS))
+            problem = await self._ask(key, scaled.look())
+        found = self._loads.load(key, period)
+        # An earlier load is used until its samples are too old.
+        return found if found is not None else MetricError("api_error", problem)
+
+    async def _answers(self, key: Key, wanted: resources.Autoscaling, state: State) -> dict[int, Reading]:
+        others = {i: metric for i, metric in enumerate(wanted.metrics) if metric.engine is None}
+        if not others or (scaling.is_external(state) and not wanted.paused):
+            return {}
+        found: dict[int, Reading] = {}
+        now = time.time()
+
+        async def read(i: int, metric: resources.Metric) -> None:
+            try:
+                async with asyncio.timeout(METRICS_SECONDS):
+                    found[i] = await self._readings.read(key[0], pods.selector(key[1]), metric, now)
+            except TimeoutError:
+                found[i] = MetricError("api_error", f"the metrics API has not answered in {METRICS_SECONDS:g} s")
+
+        await asyncio.gather(*(read(i, metric) for i, metric in others.items()))
+        return found
+
+    # ---- writes ----------------------------------------------------------------------------------------------
+
+    async def _write(self, key: Key, done: scaling.Round, now: float) -> tuple[scaling.Round, bool]:
+        """/scale, if the replicas are still those that were decided about. -> whether that was so"""
+        current, replicas = done.decision.record.current, done.decision.write
+        change = [
+            {"op": "test", "path": "/spec/replicas", "value": current},
+            {"op": "replace", "path": "/spec/replicas", "value": replicas},
+        ]
+        for attempt in range(1, WRITE_ATTEMPTS + 1):
+            self._metrics.writes.labels("patch", "Scale").inc()
+            try:
+                await self._api.patch(f"{_path(key)}/scale", change, "application/json-patch+json", MANAGER)
+            except Refused as e:
+                if e.status == 409 and attempt < WRITE_ATTEMPTS:
+                    continue
+                message = f"spec.replicas is not {current} any more" if e.status == 422 else str(e)
+                return scaling.refused(done, message, now), False
+            break
+        return scaling.written(done, now), True
+
+    async def _apply(self, key: Key, status: Mapping[str, Any]) -> None:
+        meta = {"namespace": key[0], "name": key[1]}
+        body = {"apiVersion": resources.API_VERSION, "kind": resources.KIND, "metadata": meta, "status": status}
+        self._metrics.writes.labels("apply", "PacketStack").inc()
+        await self._api.patch(f"{_path(key)}/status", body, APPLY_TYPE, MANAGER)
+
+    async def _clear(self, key: Key, raw: Raw) -> None:
+        shown, conditions = _shown(raw)
+        if shown is not None or conditions:
+            await self._apply(key, {})
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------
+
+
+def replica_writers(stack: Raw) -> list[str]:
+    """Managers that own `spec.replicas`, the latest last. Writes of /scale have no time: they are the latest.
+
+    Nobody owns a value from the default, if a server-side apply made the stack; nor one that /scale has put in its
+    place then.
+    """
+    found = []
+    for entry in stack["metadata"].get("managedFields") or ():
+        fields = entry.get("fieldsV1") or {}
+        if "f:replicas" in (fields.get("f:spec") or {}):
+            found.append((entry.get("time") or "~", str(entry.get("manager") or "somebody")))
+    return [manager for _, manager in sorted(found)]
+
+
+def other_writer(stack: Raw, spec: resources.Spec, state: State, scale: Scale, *, ours: bool, first: bool) -> str:
+    """Who has taken `spec.replicas` from the autoscaler since its last round; "" if nobody has.
+
+    `ours`: in the last round the autoscaler owned it. `first`: this is the first round of this process, so that what
+    nobody owns may be the write of the process before.
+    """
+    if spec.autoscaling is None or spec.autoscaling.paused or scaling.is_external(state):
+        return ""
+    writers = replica_writers(stack)
+    if MANAGER in writers:
+        return ""
+    changed = scaling.is_changed_by_other(spec, state, scale)
+    taken = ours or changed if writers else changed and not first
+    if not taken:
+        return ""
+    who = writers[-1] if writers else "somebody"
+    return f"{who} (a HorizontalPodAutoscaler)" if who == HPA else who
+
+
+def _resume(shown: AutoscalingStatus | None, conditions: Iterable[Condition], scale: Scale) -> State:
+    state = scaling.resume(shown, conditions)
+    if state.status.conditions:
+        return state
+    # What there is now is not somebody else's change, even if the first round fails.
+    return replace(state, status=replace(state.status, desired_replicas=scale.spec_replicas))
+
+
+def _path(key: Key) -> str:
+    return f"{PATHS[resources.KIND].format(key[0])}/{key[1]}"
+
+
+def _parsed(stack: Raw) -> resources.Spec | None:
+    """None for one that cannot be carried out; the operator says so."""
+    try:
+        return resources.parse(stack).spec
+    except resources.ResourceError:
+        return None
+
+
+def _asks(spec: resources.Spec, state: State | None) -> bool:
+    """Whether the engines' load is needed for the next decision."""
+    wanted = spec.autoscaling
+    if wanted is None or (state is not None and scaling.is_external(state) and not wanted.paused):
+        return False
+    return not wanted.metrics or any(metric.engine is not None for metric in wanted.metrics)
+
+
+def _shown(stack: Raw) -> tuple[AutoscalingStatus | None, tuple[Condition, ...]]:
+    """The autoscaler's part of the status; what cannot be read is not there."""
+    status = stack.get("status") or {}
+    shown = None
+    with suppress(ValueError):
+        if status.get("autoscaling") is not None:
+            shown = AutoscalingStatus.model_validate(status["autoscaling"])
+    conditions = []
+    for raw in status.get("conditions") or ():
+        if raw.get("type") in scaling.CONDITIONS:
+            with suppress(ValueError):
+                conditions.append(Condition.model_validate(raw))
+    return shown, tuple(conditions)
+
+
+def _dump(model: resources.Model) -> dict[str, Any]:
+    return model.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _generation(stack: Raw) -> int:
+    return int(stack["metadata"].get("generation") or 0)
+
+
+def _active(pod: Raw) -> bool:
+    return bool(pod["metadata"].get("labels", {}).get(pods.ENGINE_STATE) == "Active")
+
+
+def _pod(raw: Raw) -> Pod:
+    status = raw.get("status", {})
+    ready: Raw = next((c for c in status.get("conditions") or () if c["type"] == "Ready"), {})
+    changed, started = ready.get("lastTransitionTime"), status.get("startTime")
+    return Pod(
+        str(raw["metadata"]["name"]),
+        observing.phase(raw),
+        observing.terminating(raw),
+        observing.seconds(started) if started else None,
+        ready.get("status"),
+        observing.seconds(changed) if changed else -inf,
+    )
