@@ -1,0 +1,113 @@
+"""Engines whose packets take a set time each, so that they and not the machine are the bottleneck.
+
+They are of the test build, and wait instead of computing: a core is busy by its own clock and takes no CPU from others.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from packetstack_cli.client import Client
+from packetstack_cli.lab import Lab
+from packetstack_cli.traffic import Servers
+from packetstack_core import abi
+
+DATAPATH = Path(__file__).parents[2] / "build/meson/engine/packetstack-datapath-inject"
+UDP, TCP = "192.0.2.10:53", "192.0.2.10:80"
+
+# The agent as it is, with datapaths of the test build.
+AGENT = f"""
+from packetstack_core import abi
+installed = abi.native
+abi.native = lambda name: abi.Path({str(DATAPATH)!r}) if name == "packetstack-datapath" else installed(name)
+from packetstack_agent.main import main
+main()
+"""
+
+
+class Costly:
+    """A stack `web` in a lab, with its servers."""
+
+    def __init__(self, lab: Lab, replicas: int, cores: int, queues_per_core: int) -> None:
+        self.lab = lab
+        self.client = Client(lab.run_directory)
+        self._shape = {"cores": cores, "queuesPerCore": queues_per_core, "cpuPolicy": "Shared"}
+        self._replicas = replicas
+
+    def up(self, mode: str) -> None:
+        """With this `spec.rebalance.mode`."""
+        servers = [f"10.71.5.{n}" for n in range(1, 5)]
+        listeners = [
+            {
+                "name": protocol.lower(),
+                "address": "192.0.2.10",
+                "protocol": protocol,
+                "port": port,
+                "healthCheck": {"type": "None"},
+                "backends": {"endpoints": [{"address": a, "port": there} for a in servers]},
+            }
+            for protocol, port, there in (("TCP", 80, 8080), ("UDP", 53, 8081))
+        ]
+        spec = {
+            "replicas": self._replicas,
+            "engine": self._shape,
+            "rebalance": {"mode": mode},
+            "listeners": listeners,
+            "snat": {"addresses": ["198.51.100.0/29"]},
+            "flowTable": {"maxFlows": 4096},
+        }
+        meta = {"apiVersion": "packetstack.io/v1alpha1", "kind": "PacketStack", "metadata": {"name": "web"}}
+        file = self.lab.directory / "costly.yaml"
+        file.write_text(json.dumps({**meta, "spec": spec}))
+        self.lab.packetstack("up", str(file))
+
+    def cost(self, ns: int) -> None:
+        """What each packet takes from now on."""
+        for engine in self.status()["engines"]:
+            path = self.lab.run_directory / "engines" / str(engine["slot"]) / "queues"
+            view = abi.lib().ps_engine_open(str(path).encode(), 0, abi.ffi.new("struct ps_error *"))
+            view.work_ns = ns
+            abi.lib().ps_unmap(view)
+
+    def status(self) -> dict[str, Any]:
+        """Of the stack."""
+        status: dict[str, Any] = self.client.call("get", name="web")[0]["status"]
+        return status
+
+    def unevenness(self, seconds: float) -> float:
+        """Busiest core by the mean of all, over this time."""
+        total: dict[tuple[int, int], float] = {}
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            time.sleep(0.5)
+            for engine in self.status()["engines"]:
+                for core in engine["cores"]:
+                    at = (engine["slot"], core["core"])
+                    total[at] = total.get(at, 0.0) + core["busy"]
+        return max(total.values()) * len(total) / (sum(total.values()) or 1.0)
+
+    def reasons(self) -> list[str]:
+        """Of the stack's events."""
+        return [e["reason"] for e in self.client.call("events", name="web")]
+
+
+@contextmanager
+def costly(
+    prefix: str, cost_ns: int, *, replicas: int = 2, cores: int = 1, queues_per_core: int = 1
+) -> Iterator[Costly]:
+    """A stack with mode Off; ended with all that belongs to it."""
+    with Lab(prefix) as lab:
+        servers = Servers(lab)
+        lab.start("node", sys.executable, "-c", AGENT, "--run-dir", str(lab.run_directory))
+        made = Costly(lab, replicas, cores, queues_per_core)
+        while not made.client.alive():
+            time.sleep(0.05)
+        made.up("Off")
+        made.cost(cost_ns)
+        yield made
+        servers.stop()
+        lab.packetstack("down", "--yes")

@@ -1,0 +1,65 @@
+"""Skewed traffic on two cores: the rebalancer evens their load out while packets flow, and nothing is lost by it."""
+
+import time
+
+import pytest
+from tests.headline.costly import DATAPATH, TCP, UDP, Costly, costly
+
+from packetstack_cli.traffic import Traffic
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not DATAPATH.exists(), reason="packetstack-datapath-inject is not built; run make build"),
+]
+COST_NS = 500_000
+RATE = 900
+"""Datagrams a second. Each passes an engine twice, so that two cores are busy for some half of the time."""
+
+
+def skewed_traffic(stack: Costly) -> Traffic:
+    """Which flows share a core is chance: until they load the two cores unevenly."""
+    for _ in range(12):
+        traffic = Traffic(
+            stack.lab, [TCP], [UDP], connections=20, request_interval_ms=1000, answer_bytes="64", udp_flows=40,
+            udp_rate=RATE, udp_skew=1.2, ramp_seconds=0.5,
+        )  # fmt: skip
+        traffic.wait_open()
+        time.sleep(1.5)
+        if stack.unevenness(1.5) > 1.3:
+            return traffic
+        traffic.stop()
+    raise AssertionError("12 times the load was even by chance")
+
+
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ({"replicas": 2, "cores": 1}, "Rebalanced"),
+        ({"replicas": 1, "cores": 2, "queues_per_core": 4}, "QueuesRebalanced"),
+    ],
+    ids=["buckets-between-engines", "queues-between-cores"],
+)
+def test_two_unevenly_loaded_cores_become_even_and_no_packet_is_lost_or_reordered(
+    shape: dict[str, int], reason: str
+) -> None:
+    with costly("pkl-even", COST_NS, **shape) as stack:
+        traffic = skewed_traffic(stack)
+        off = stack.unevenness(6)
+        assert off > 1.2, "with Off nothing becomes even"
+        assert reason not in stack.reasons()
+        stack.up("Auto")
+        deadline = time.monotonic() + 25
+        while (now := stack.unevenness(2)) >= 1.2:
+            assert time.monotonic() < deadline, f"max/mean is still {now:.2f}; it was {off:.2f}"
+        assert stack.unevenness(5) < 1.2, "it stays"
+        outcome = traffic.stop()
+        reasons, drops = stack.reasons(), stack.status()["drops"]
+        stack.up("Off")
+        owners = stack.status()["owners"]
+    print(f"max/mean {off:.2f} -> {now:.2f}; {outcome}")
+    assert reason in reasons
+    assert outcome.broken == 0, outcome.what_broke()
+    assert outcome.datagrams_lost == 0, drops
+    assert outcome.datagrams_reordered == 0
+    assert outcome.datagrams_duplicated == 0
+    assert len(set(owners.values())) == 1, "with Off again the numbers of buckets are even"
