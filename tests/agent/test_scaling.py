@@ -77,7 +77,8 @@ class World:
             for slot in self.managed.engines:
                 self.cycles[slot] = self.cycles.get(slot, 0) + round(1000 * share)
                 core = CoreCounters(self.cycles[slot], round(1000 * now))
-                seen.append(EngineCounters(slot, f"web-{slot}", "Active", True, (core,), (), 0, 0, 0, 0, 0))
+                state = str(self.managed.engines[slot].state)
+                seen.append(EngineCounters(slot, f"web-{slot}", state, True, (core,), (), 0, 0, 0, 0, 0))
             self.managed.history.add(Snapshot(now, tuple(seen)), self.clock())
             self._engines(self.managed.stack.resource.spec.replicas)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from packetstack_cli import cluster
 from packetstack_cli import main as command
 from packetstack_cli.client import Client
 from packetstack_core import resources, scaling
@@ -123,6 +124,11 @@ def test_the_data_is_that_of_the_status(explain):
     assert code == 0
     assert found["autoscaling"] == item["status"]["autoscaling"]
     assert {c["type"] for c in found["conditions"]} == {"AbleToScale", "ScalingActive", "ScalingLimited"}
+
+
+def test_of_a_cluster_it_says_the_same(explain):
+    item = decided(0.6, 4000.0)
+    assert explain(cluster.shown(item, None, [])) == explain(item)
 
 
 def test_without_a_decision_it_says_so_in_one_line(explain):

@@ -364,6 +364,14 @@ def test_a_second_writer_stops_the_autoscaler_until_it_was_paused() -> None:
     assert pool.condition("ScalingActive") == ("True", "ValidMetricFound")
 
 
+def test_by_hand_while_it_is_paused_and_blind_is_not_a_second_writer() -> None:
+    pool = Pool(spec(paused=True), 2)
+    pool.step(evenly(1.2))
+    pool.replicas = 5
+    pool.step(evenly(1.2), down)
+    assert not scaling.is_changed_by_other(spec(), pool.state, Scale(5, 5))
+
+
 def test_an_autoscaler_that_was_taken_away_and_put_back_takes_over() -> None:
     pool = Pool(spec(), 2)
     pool.step(evenly(1.2))
