@@ -21,6 +21,7 @@ from packetstack_operator.deciding import Decision
 from packetstack_operator.loads import Loads
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import Block, Claim, Holder, Memory, Raw, Slice, World
+from packetstack_operator.rebalancing import Rebalancers
 from packetstack_operator.showing import Shown
 
 TICK_SECONDS = 15.0
@@ -54,6 +55,7 @@ class Operator:
     def __init__(self, api: Api, metrics: Metrics, image: str, loads: Loads) -> None:
         self.api, self.metrics, self.image, self.loads = api, metrics, image, loads
         self.autoscalers = Autoscalers(api, loads, metrics)
+        self.rebalancers = Rebalancers(loads, metrics, self.wake)
         self.outdated = ""
         self._wakers: dict[Key, asyncio.Event] = {}
         self._followers: dict[Key, set[Key]] = {}
@@ -139,6 +141,8 @@ class Operator:
             slices={name: tuple(indices["endpointslices"].get((key[0], name), ())) for name in services},
             neighbours=_neighbours(key, table, indices),
             conflict=conflict,
+            proposal=self.rebalancers.proposal(key),
+            loads=self.rebalancers.engine_loads(key),
             outdated=self.outdated,
             memory=memory,
         )
@@ -211,6 +215,7 @@ class Operator:
                     if world is not None and (rested is None or world != rested[0] or began > rested[1]):
                         brought = world
                         self.autoscalers.follow(key, world.stack, body, look)
+                        self.rebalancers.follow(key, world.stack, body, look)
                         world = await self._with_doubtful(key, world)
                         world = await self._with_troubles(key, world, troubles)
                         if world.troubles or any(map(observing.prepares, world.pods)):
@@ -255,6 +260,7 @@ class Operator:
             self._follow(key, ())
             self.metrics.stacks.known.pop(key, None)
             self.autoscalers.forget(key)
+            self.rebalancers.forget(key)
             self.loads.forget(key)
 
     async def _carry_out(self, key: Key, decision: Decision, memory: Memory, woken: asyncio.Event) -> Memory:

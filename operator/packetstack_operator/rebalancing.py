@@ -1,0 +1,159 @@
+"""A task for each stack that may be rebalanced: it asks for load and proposes moves, which the next decision writes.
+
+A stack at rest costs one small question now and then; for the load of buckets it is asked only when a core is busy.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import kopf
+
+from packetstack_core import rebalancing
+from packetstack_core.load import StackLoad, bucket_loads
+from packetstack_core.rebalancing import BUCKETS, Decision, Memory
+from packetstack_operator import observing
+from packetstack_operator.deciding import Event
+from packetstack_operator.loads import Key, LoadError, Loads
+from packetstack_operator.metrics import Metrics
+from packetstack_operator.observing import Proposal, Raw, World
+from packetstack_operator.showing import Shown
+
+IDLE_SECONDS = 15.0
+"""Between two questions while no core is busy."""
+TELL_SECONDS = 60.0
+"""The same advice is told again only after this; an elephant counts as one for so long."""
+FRESH_SECONDS = 30.0
+"""So old a load may be for the choice of an engine that goes."""
+HOLD_SECONDS = 0.001
+"""Of a handover: an agent does not say."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Watched:
+    """A stack that may be rebalanced."""
+
+    body: kopf.Body
+    """For its events."""
+    look: Callable[[], World | None]
+    """What the watches have brought."""
+    memory: Memory = field(default_factory=Memory)
+    next: tuple[int, Memory] | None = None
+    """The memory from when another flow table follows the one of this generation: then the moves were made."""
+    proposal: Proposal | None = None
+    advised: float = -TELL_SECONDS
+    elephants: dict[int, float] = field(default_factory=dict)
+    """Bucket -> when it was last seen to be one."""
+    events: Shown = field(default_factory=Shown)
+
+
+class Rebalancers:
+    """Of all stacks. `wake`: called with a stack for which there is something to decide."""
+
+    def __init__(self, loads: Loads, metrics: Metrics, wake: Callable[[Key], None]) -> None:
+        self._loads, self._metrics, self._wake = loads, metrics, wake
+        self._stacks: dict[Key, tuple[_Watched, asyncio.Task[None]]] = {}
+
+    def follow(self, key: Key, stack: Raw, body: kopf.Body, look: Callable[[], World | None]) -> None:
+        """A stack was seen: it gets a task if it may be rebalanced, else it loses it."""
+        if mode_of(stack) == "Off":
+            self.forget(key)
+        elif key not in self._stacks:
+            watched = _Watched(body, look)
+            self._stacks[key] = watched, asyncio.create_task(self._run(key, watched))
+
+    def forget(self, key: Key) -> None:
+        """The stack is gone, or is left as it is."""
+        if key in self._stacks:
+            self._stacks.pop(key)[1].cancel()
+
+    def proposal(self, key: Key) -> Proposal | None:
+        """What there is to say about a stack."""
+        return self._stacks[key][0].proposal if key in self._stacks else None
+
+    def engine_loads(self, key: Key) -> dict[int, float]:
+        """Load of a stack's engines, in cores; empty if it is not known."""
+        load = self._loads.load(key, BUCKETS.period_seconds)
+        if load is None or time.time() > load.read + FRESH_SECONDS:
+            return {}
+        return {e.id: sum(e.cores) for e in load.engines}
+
+    async def _run(self, key: Key, watched: _Watched) -> None:
+        pause = BUCKETS.period_seconds
+        while True:
+            await asyncio.sleep(pause)
+            proposal = None
+            try:
+                world = watched.look()
+                busy = world is not None and await self._busy(key, world)
+                pause = BUCKETS.period_seconds if busy else IDLE_SECONDS
+                if world is not None and busy:
+                    await self._loads.ask(key, world, buckets=True)
+                    load = self._loads.load(key, BUCKETS.period_seconds, buckets=True)
+                    # Asking took time: what is there now is what counts.
+                    proposal = self._propose(watched, watched.look(), load)
+            except LoadError:
+                pause = IDLE_SECONDS  # the metrics tell of it
+            except Exception:  # a bug: the next round may do better, other stacks go on
+                self._metrics.errors.labels("InternalError").inc()
+                log.exception("stack %s/%s: internal error", *key)
+            if proposal != watched.proposal:
+                watched.proposal = proposal
+                self._wake(key)
+
+    async def _busy(self, key: Key, world: World) -> bool:
+        """Whether a core is busy enough to be relieved, and there is another one."""
+        entries = (world.table or {}).get("spec", {}).get("engines") or ()
+        if sum(int(e.get("cores", 1)) for e in entries) < 2:
+            return False
+        await self._loads.ask(key, world)
+        load = self._loads.load(key, BUCKETS.period_seconds)
+        return load is not None and any(core >= BUCKETS.busy for e in load.engines for core in e.cores)
+
+    def _propose(self, watched: _Watched, world: World | None, load: StackLoad | None) -> Proposal | None:
+        table = observing.read_table(world.table) if world is not None else None
+        report = table.report() if table is not None else None
+        if world is None or world.table is None or table is None or report is None or load is None:
+            return None
+        generation = int(world.table["metadata"].get("generation") or 0)
+        owners = table.spec.owner_ids()
+        loads = bucket_loads(load, owners)
+        if loads is None or not report.settled or report.observed_generation < generation:
+            return None
+        active = {e.id for e in table.spec.engines if e.state == "Active"}
+        cores = {e.id: tuple(q.core for q in e.queues) for e in load.engines if e.id in active}
+        if watched.next is not None and watched.next[0] != generation:
+            watched.memory = watched.next[1]
+        now = asyncio.get_running_loop().time()
+        d = rebalancing.decide(loads, owners, cores, now, watched.memory, hold_seconds=HOLD_SECONDS)
+        change = f"{len(d.moves)} buckets: busiest core {d.before:.2f} -> {d.after:.2f} of the mean, as predicted"
+        self._tell(watched, mode_of(world.stack), d, change, now)
+        moves = d.moves if mode_of(world.stack) == "Auto" else ()
+        watched.next = (generation, d.memory) if moves else None
+        if not moves and not watched.elephants:
+            return None
+        return Proposal(generation, moves, change if moves else "", tuple(sorted(watched.elephants)))
+
+    def _tell(self, watched: _Watched, mode: str, d: Decision, change: str, now: float) -> None:
+        events = []
+        for e in d.elephants:
+            if e.bucket not in watched.elephants:
+                message = f"bucket {e.bucket} of engine {e.owner.slot} takes {e.load:.0%} of a core; no move of buckets helps it"
+                events.append(Event("Warning", "Elephant", message))
+        seen = {b: when for b, when in watched.elephants.items() if now - when < TELL_SECONDS}
+        watched.elephants = seen | {e.bucket: now for e in d.elephants}
+        if mode == "Advice" and d.moves and now - watched.advised >= TELL_SECONDS:
+            watched.advised = now
+            events.append(Event("Normal", "RebalanceAdvice", f"would move {change}"))
+        watched.events.show(watched.body, events)
+
+
+def mode_of(stack: Raw) -> str:
+    """`spec.rebalance.mode`, with its default."""
+    rebalance: Any = stack["spec"].get("rebalance") or {}
+    return str(rebalance.get("mode") or "Auto")
