@@ -19,6 +19,7 @@ from pathlib import Path
 import day
 import director
 import handovers
+import rebalancing
 import reconciling
 from rows import Row, Unavailable, yes
 
@@ -131,6 +132,8 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "kills": handovers.kills,
     "moves": handovers.moves,
     "joining": handovers.joining,
+    "steps": rebalancing.steps,
+    "skew": rebalancing.latencies,
     "reconciling": reconciling.reconciling,
     "day": day.day,
 }
