@@ -166,6 +166,31 @@ FIRING: dict[str, tuple[dict[str, str], int, dict[str, str], dict[str, str]]] = 
             f'packetstack_condition{{{B}, type="Available"}}': "1x30",
         },
     ),
+    "PacketStackAutoscalerBlind": (
+        {
+            f'packetstack_condition{{{A}, type="ScalingActive"}}': "0x30",
+            f"packetstack_desired_engines{{{A}}}": "2x30",
+        },
+        6,
+        {"namespace": "x", "stack": "a"},
+        {  # scaled to zero by hand
+            f'packetstack_condition{{{B}, type="ScalingActive"}}': "0x30",
+            f'packetstack_condition{{{B}, type="ScalingLimited"}}': "0x30",
+            f"packetstack_desired_engines{{{B}}}": "0x30",
+        },
+    ),
+    "PacketStackAtMaxReplicas": (
+        {
+            f'packetstack_autoscaler_decision{{{A}, step="proposed"}}': "9x30",
+            f'packetstack_autoscaler_limit{{{A}, limit="max"}}': "8x30",
+        },
+        16,
+        {"namespace": "x", "stack": "a"},
+        {  # at the most, and that is enough
+            f'packetstack_autoscaler_decision{{{B}, step="proposed"}}': "8x30",
+            f'packetstack_autoscaler_limit{{{B}, limit="max"}}': "8x30",
+        },
+    ),
     "PacketStackDrainStuck": (
         {f'packetstack_engines{{{A}, state="Draining"}}': "1x30"},
         11,
