@@ -1047,11 +1047,12 @@ class Agent:
     async def scale(self, name: str, replicas: int) -> dict[str, Any]:
         """Set spec.replicas, as the scale subresource does."""
         managed = self.planned(name)
-        was = self.set_replicas(managed, replicas)
+        was, note = self.set_replicas(managed, replicas), ""
         if was != replicas:
             self.event(name, "Scaled", f"from {was} to {replicas} engines")
-            self.autoscalers.step_aside(managed, "packetstack scale")
-        return {"from": was, "to": replicas}
+            if self.autoscalers.step_aside(managed, "packetstack scale"):
+                note = "its autoscaler changes nothing any more; packetstack explain says how to give the size back"
+        return {"from": was, "to": replicas, "note": note}
 
     def set_replicas(self, managed: Managed, replicas: int) -> int:
         """Make it spec.replicas; returns what it was."""

@@ -90,12 +90,14 @@ class Autoscalers:
         self._known.pop(name, None)
         self._agent.run.record.autoscaling.pop(name, None)
 
-    def step_aside(self, managed: Managed, who: str) -> None:
-        """`who` wrote spec.replicas: the stack's autoscaler, if it is not paused, does it no more."""
+    def step_aside(self, managed: Managed, who: str) -> bool:
+        """`who` wrote spec.replicas: the stack's autoscaler does it no more. False without one, or if it is paused."""
         one, spec = self.of(managed), managed.stack.resource.spec
-        if one is not None and spec.autoscaling is not None and not spec.autoscaling.paused:
-            now = self._clock()
-            self._keep(managed, one, scaling.step_aside(spec, one.state, _scale(managed), who, now), now)
+        if one is None or spec.autoscaling is None or spec.autoscaling.paused:
+            return False
+        now = self._clock()
+        self._keep(managed, one, scaling.step_aside(spec, one.state, _scale(managed), who, now), now)
+        return True
 
     def _look(self, managed: Managed, now: float) -> None:
         one, wanted = self.of(managed), managed.stack.resource.spec.autoscaling

@@ -255,6 +255,8 @@ def describe(client: Client | ClusterClient, name: str, output: str | None) -> N
 def scale(client: Client | ClusterClient, name: str, replicas: int, wait: bool, timeout: float) -> None:
     """Set the number of engines."""
     result = client.call("scale", name=name, replicas=replicas)
+    if result.get("note"):
+        click.echo(f"stack {name}: note: {result['note']}", err=True)
     if wait:
         _wait_ready(client, [name], timeout)
     click.echo(f"stack {name}: from {result['from']} to {result['to']} engines")

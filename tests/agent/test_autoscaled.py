@@ -47,7 +47,8 @@ def test_a_stack_follows_its_flows_until_a_person_takes_its_size_over(node: Node
         assert condition(node, "ScalingActive")["reason"] == "ValidMetricFound"
         events = [e for e in node.client.call("events", name="web") if e["reason"] == "SuccessfulRescale"]
         assert "engine metric ActiveFlows above target" in events[-1]["message"]
-        assert "engine metric ActiveFlows" in node.lab.packetstack("explain", "web")
+        for verb in ("explain", "describe"):
+            assert "engine metric ActiveFlows" in node.lab.packetstack(verb, "web")
         text = node.client.call("metrics")
         assert 'packetstack_autoscaler_limit{limit="max",stack="web"} 3.0' in text
         assert 'packetstack_autoscaler_decision{stack="web",step="desired"} 3.0' in text
@@ -58,7 +59,9 @@ def test_a_stack_follows_its_flows_until_a_person_takes_its_size_over(node: Node
         node.lab.packetstack("upgrade", "--agent")
         assert node.status()["autoscaling"]["lastScaleTime"] == before, "the next agent knows"
 
-        node.lab.packetstack("scale", "web", "--replicas", "2")
+        scaled = node.command("scale", "web", "--replicas", "2")
+        assert (scaled.returncode, scaled.stdout) == (0, "stack web: from 3 to 2 engines\n")
+        assert scaled.stderr.startswith("stack web: note: its autoscaler changes nothing any more")
         assert condition(node, "ScalingActive")["reason"] == "ExternallyScaled"
         node.lab.packetstack("upgrade", "--agent")
         time.sleep(3)
