@@ -23,6 +23,17 @@ OPERATOR = f"system:serviceaccount:{NAMESPACE}:packetstack-operator"
 AGENT = f"system:serviceaccount:{NAMESPACE}:packetstack-agent"
 TABLE = yaml.safe_load((CHART / "files/rbac.yaml").read_text())
 
+METRICS = {"custom.metrics.k8s.io", "external.metrics.k8s.io"}
+AUTOSCALING = {
+    "minReplicas": 2,
+    "maxReplicas": 3,
+    "syncPeriodSeconds": 1,
+    "metrics": [
+        {"type": "Pods", "pods": {"metric": {"name": "a"}, "target": {"type": "AverageValue", "averageValue": "1"}}},
+        {"type": "External", "external": {"metric": {"name": "b"}, "target": {"type": "Value", "value": "1"}}},
+    ],
+}
+
 Json = dict[str, Any]
 Right = tuple[str, str, str]
 """Verb, resource with its subresource, API group."""
@@ -198,7 +209,9 @@ def used(server: AuditedControlPlane, start: int) -> tuple[set[Right], set[Right
         if at is None:
             continue  # discovery
         resource = at["resource"] + (f"/{at['subresource']}" if at.get("subresource") else "")
-        right = (event["verb"], resource, at.get("apiGroup", ""))
+        group = at.get("apiGroup", "")
+        # Of a metrics API each metric is a resource.
+        right = (event["verb"], "*" if group in METRICS else resource, group)
         code = event.get("responseStatus", {}).get("code")
         (forbidden if code == 403 else done).add(right)
         if right[0] == "patch" and code == 201:  # an apply that creates needs both rights
@@ -232,6 +245,10 @@ def live(
     ]
     path = f"{STACKS.format(namespace)}/edge"
 
+    def blind() -> bool:
+        conditions = client.get(path).get("status", {}).get("conditions", ())
+        return any(c["type"] == "ScalingActive" and c["status"] == "False" for c in conditions)
+
     def active(count: int) -> bool:
         operator.check()
         status = client.get(path).get("status", {})
@@ -243,6 +260,11 @@ def live(
             server.apply(service, stack)
             wait(lambda: active(2), 30)
             client.merge(path, {"spec": {"replicas": 1}})
+            wait(lambda: active(1), 30)
+            client.merge(path, {"spec": {"autoscaling": AUTOSCALING}})
+            wait(lambda: active(2), 30)
+            wait(blind, 30)  # no metrics API is there, which it only hears when it may ask
+            client.merge(path, {"spec": {"autoscaling": None, "replicas": 1}})
             wait(lambda: active(1), 30)
             client.merge(path, {"spec": {"engine": {"cores": 2}}})
             wait(lambda: client.get(path)["status"].get("updatedReplicas") == 1 and active(1), 30)
