@@ -596,7 +596,7 @@ class Agent:
                     case following.Attach(wanted):
                         self._attach_engine(managed, wanted)
                     case following.Assign(moves):
-                        again |= bool((await self._transfer(managed, moves))["moved"])
+                        again |= bool((await self._transfer(managed, moves, "by the flow table"))["moved"])
                     case following.Detach(slot):
                         engine = managed.engines[slot]
                         engine.removing = True
@@ -877,7 +877,7 @@ class Agent:
                 await self._destroy(managed, engine)
         managed.changed.set()
 
-    async def _transfer(self, managed: Managed, moves: Sequence[Move]) -> dict[str, Any]:
+    async def _transfer(self, managed: Managed, moves: Sequence[Move], why: str = "as planned") -> dict[str, Any]:
         async with managed.busy:
             report = await to_the_end(managed.stack.transfer, list(managed.engines.values()), moves)
         managed.moved += report.moved
@@ -886,6 +886,7 @@ class Agent:
         if report.moved:
             message = f"{report.moved} buckets by {report.fences} fences, the longest {longest:.2f} ms"
             self.event(managed.stack.name, "BucketsMoved", message)
+            self.balancers.of(managed).note(f"{report.moved} buckets", why)
         engine = managed.engines.get(report.stalled)
         if report.stalled:
             self.event(
@@ -903,11 +904,11 @@ class Agent:
             "stalled": report.stalled,
         }
 
-    async def rebalance(self, managed: Managed, moves: Sequence[Move]) -> int:
+    async def rebalance(self, managed: Managed, moves: Sequence[Move], why: str) -> int:
         """Move buckets for the load's sake: from now on their numbers need not be even. -> how many were moved"""
         self.run.record.rebalanced[managed.stack.name] = True
         self.run.save(must=True)  # else the next plan would move them back
-        return int((await self._transfer(managed, moves))["moved"])
+        return int((await self._transfer(managed, moves, why))["moved"])
 
     def even_out(self, managed: Managed) -> None:
         """Engines shall have equally many buckets again."""
@@ -1081,7 +1082,7 @@ class Agent:
         ]
         managed.pinned |= dict.fromkeys(buckets, slot)
         self._note_pinned(managed)
-        result = await self._transfer(managed, moves)
+        result = await self._transfer(managed, moves, "by hand")
         managed.settled = False  # the others are evened out around them
         managed.changed.set()
         return result
@@ -1099,6 +1100,7 @@ class Agent:
         async with managed.busy:  # the engine's memory stays while the thread looks into it
             self._active(managed, slot)
             await to_the_end(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
+        self.balancers.of(managed).note(f"queue {queue} of {loading.name(engine)} to core {core}", "by hand")
         self.event(name, "QueueMoved", f"queue {queue} of engine {slot} to core {core} in {took[0] / 1000:.0f} us")
         return {"microseconds": took[0] / 1000}
 

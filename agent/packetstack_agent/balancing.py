@@ -56,8 +56,13 @@ class Balance:
     """The last one about buckets."""
     told: dict[str, float] = field(default_factory=dict)
     last: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LAST_MOVES))
+    """Moves of buckets and queues, whoever wanted them."""
     moved_buckets: int = 0
     moved_queues: int = 0
+
+    def note(self, what: str, why: str) -> None:
+        """Something was moved."""
+        self.last.append({"time": time.time(), "what": what, "why": why})
 
     def document(self, mode: str) -> dict[str, Any]:
         """Its part of the stack's status."""
@@ -149,7 +154,7 @@ class Balancers:
         error, took = ffi.new("struct ps_error *"), ffi.new("uint64_t *")
         for queue, core in moves.items():
             lib().ps_queue_to_core(engine.fence, queue, core, 0, took, error)
-            one.last.append({"time": time.time(), "engine": engine.slot, "queue": queue, "core": core})
+            one.note(f"queue {queue} of {loading.name(engine)} to core {core}", "load")
         one.moved_queues += len(moves)
         name = managed.stack.name
         self._agent.event(name, "QueuesRebalanced", f"engine {engine.slot}: its cores share its queues by load")
@@ -178,17 +183,14 @@ class Balancers:
         if not d.moves:
             one.buckets = d.memory
             return
-        change = f"{len(d.moves)} buckets: busiest core {d.before:.2f} -> {d.after:.2f} of the mean, as predicted"
+        why = f"busiest core {d.before:.2f} -> {d.after:.2f} of the mean, as predicted"
+        change = f"{len(d.moves)} buckets: {why}"
         if mode == "Advice":
             if self._due(one, "advice", now):
                 self._agent.event(managed.stack.name, "RebalanceAdvice", f"would move {change}")
             return
         one.buckets = d.memory
-        moved = await self._agent.rebalance(managed, d.moves)
-        one.moved_buckets += moved
-        one.last.append(
-            {"time": time.time(), "buckets": moved, "before": round(d.before, 3), "after": round(d.after, 3)}
-        )
+        one.moved_buckets += await self._agent.rebalance(managed, d.moves, why)
         self._agent.event(managed.stack.name, "Rebalanced", change)
 
     def _tell_of_elephants(self, managed: Managed, one: Balance, d: Decision, now: float) -> None:

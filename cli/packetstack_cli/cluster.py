@@ -380,6 +380,7 @@ def shown(stack: Json, table: Json | None, engines: Sequence[Json]) -> Json:
         "drops": None,
         "backends": _backends(table),
         "capacity": capacity | dict(given.get("capacity") or {}),
+        "rebalance": _rebalance(spec, given.get("rebalance") or {}),
         "flowTable": _table(table),
     }
     return {"apiVersion": API_VERSION, "kind": "PacketStack", "metadata": meta, "spec": spec, "status": status}
@@ -400,6 +401,22 @@ def _engine(engine: Json) -> Json:
         "busy": None,
         "cores": [],
         **known,
+    }
+
+
+def _rebalance(spec: Json, given: Json) -> Json:
+    """What the operator has moved; what cores and queues do, an agent knows."""
+    moves = []
+    if given.get("lastTime"):
+        when = datetime.fromisoformat(str(given["lastTime"])).timestamp()
+        moves.append({"time": when, "what": f"{given.get('buckets', 0)} buckets", "why": given.get("message", "")})
+    return {
+        "mode": (spec.get("rebalance") or {}).get("mode", "Auto"),
+        "maxOverMean": None,
+        "bucketsMoved": None,
+        "queuesMoved": None,
+        "lastMoves": moves,
+        "elephants": [{"bucket": b, "engine": None, "load": None} for b in given.get("elephants") or ()],
     }
 
 
@@ -429,7 +446,10 @@ def merged(status: Json, live: Json) -> Json:
         numbers = by_name.pop(engine["name"], {})
         engines.append({**engine, **numbers, "slot": engine["slot"], "state": engine["state"]})
     engines += [e | {"slot": _number(e["name"])} for e in by_name.values()]
-    return {"engines": engines, **{k: live[k] for k in ("flows", "drops", "backends", "handover")}}
+    moves = sorted([*status["rebalance"]["lastMoves"], *live["rebalance"]["lastMoves"]], key=lambda m: float(m["time"]))
+    rebalance = {**status["rebalance"], "queuesMoved": live["rebalance"]["queuesMoved"], "lastMoves": moves}
+    known = {k: live[k] for k in ("flows", "drops", "backends", "handover")}
+    return {"engines": engines, "rebalance": rebalance, **known}
 
 
 def _event(event: Json, stack: str, pod: str) -> Json:

@@ -15,6 +15,8 @@ from packetstack_cli.preflight import Check
 from packetstack_cli.simulate import Tick
 from packetstack_core.resources import quantity
 
+HOTTEST = 8
+"""Queues that `top` lists by themselves."""
 # Output that goes into a file or a pipe is never cut.
 console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
@@ -34,7 +36,16 @@ def _number(value: float | None, form: str = ",") -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        right = column.isupper() and column in {"BUCKETS", "FLOWS", "PACKETS/S", "BUSY", "PARKED", "TOTAL", "DROPS"}
+        right = column.isupper() and column in {
+            "BUCKETS",
+            "FLOWS",
+            "PACKETS/S",
+            "BUSY",
+            "PARKED",
+            "TOTAL",
+            "DROPS",
+            "DEPTH",
+        }
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     return table
 
@@ -98,8 +109,31 @@ def top(items: Sequence[Mapping[str, Any]]) -> Group:
                         f"{queue['packetsPerSecond']:,.0f}" if queue else "",
                         str(queue["parked"]) if queue else "",
                     )
-        parts += [Text(), table, Text()]
+        parts += [Text(), table, Text(), *_hot_queues(status["engines"]), *_rebalance(status["rebalance"], 5)]
     return Group(*parts)
+
+
+def _hot_queues(engines: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """Those that take most of a core, the hottest first."""
+    found = [(e["slot"], c["core"], q) for e in engines for c in e["cores"] for q in c["queues"] if q["busy"] > 0]
+    found.sort(key=lambda x: (-x[2]["busy"], -x[2]["packetsPerSecond"], x[0]))
+    table = _table("HOT QUEUE", "ENGINE", "CORE", "BUSY", "PACKETS/S", "DEPTH")
+    for slot, core, queue in found[:HOTTEST]:
+        rate = f"{queue['packetsPerSecond']:,.0f}"
+        table.add_row(str(queue["queue"]), str(slot), str(core), f"{queue['busy']:.0%}", rate, f"{queue['depth']:,}")
+    return [table, Text()] if found else []
+
+
+def _rebalance(status: Mapping[str, Any], most: int) -> list[RenderableType]:
+    """Moves, newest first, and what no move helps."""
+    parts: list[RenderableType] = []
+    for e in status["elephants"]:
+        takes = f" of engine {e['engine']} takes {e['load']:.0%} of a core" if e["load"] is not None else ""
+        parts.append(Text(f"elephant: bucket {e['bucket']}{takes}; no move of buckets helps it", style="yellow"))
+    table = _table("MOVED", "WHAT", "WHY")
+    for m in reversed(status["lastMoves"][-most:]):
+        table.add_row(time.strftime("%H:%M:%S", time.localtime(m["time"])), m["what"], m["why"])
+    return [*parts, table, Text()] if table.row_count else parts
 
 
 def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> Group:
@@ -117,6 +151,10 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
             f"({capacity['pairs']} pairs of SNAT address and backend allow {capacity['flows']:,}; maxFlows {capacity['maxFlows']:,})"
         ),
     ]
+    rebalance = status["rebalance"]
+    uneven = f", busiest core {rebalance['maxOverMean']:.2f} of the mean" if rebalance["maxOverMean"] else ""
+    moved = f"{_number(rebalance['bucketsMoved'])} buckets and {_number(rebalance['queuesMoved'])} queues moved by load"
+    parts.append(Text(f"  rebalance  {rebalance['mode']}, {moved}{uneven}"))
     if capacity["flows"] and status["flows"] > 0.35 * capacity["flows"]:
         parts.append(Text("  warning    SNAT ports run short: add SNAT addresses or backends", style="yellow"))
     if shown := status.get("autoscaling"):
@@ -142,7 +180,7 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
             _number(b["flows"]),
             _number(b["flowsTotal"]),
         )
-    parts += [table, Text()]
+    parts += [table, Text(), *_rebalance(rebalance, 10)]
     parts += [_conditions(status["conditions"]), Text()]
     table = _table("DROPPED BY", "REASON", "DROPS")
     for stage, reasons in (status["drops"] or {}).items():

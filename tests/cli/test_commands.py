@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from packetstack_cli import views
 from packetstack_cli.lab import NODE_UPLINK, Lab
 from packetstack_cli.traffic import Servers, Traffic
 
@@ -111,6 +112,39 @@ def test_top_shows_engines_cores_and_queues(lab: Lab) -> None:
     shown = lab.packetstack("top", "--once")
     for word in ("ENGINE", "CORE", "QUEUE", "BUSY", "FLOWS", "PACKETS/S", "2/2 engines"):
         assert word in shown
+    assert re.search(r"^MOVED +WHAT +WHY\n.* +\d+ buckets +as planned *$", shown, re.MULTILINE)
+
+
+def test_top_lists_the_hottest_queues_first_and_what_no_move_helps() -> None:
+    def queue(number: int, busy: float) -> dict[str, Any]:
+        return {"queue": number, "busy": busy, "packetsPerSecond": 1e4 * busy, "depth": 10 * number, "parked": 0}
+
+    cores = [
+        {"core": c, "cpu": c, "busy": 0.5, "queues": [queue(2 * c, 0.1 * c), queue(2 * c + 1, 0.4)]} for c in (0, 1)
+    ]
+    engine = {
+        "slot": 3,
+        "state": "Active",
+        "ready": True,
+        "buckets": 1,
+        "flows": 0,
+        "packetsPerSecond": 9e3,
+        "busy": 0.5,
+    }
+    status = {
+        "engines": [engine | {"pid": 1, "cores": cores}],
+        "readyReplicas": 1,
+        "flows": 0,
+        "rebalance": {"lastMoves": [], "elephants": [{"bucket": 7, "engine": 3, "load": 0.9}]},
+    }
+    item = {"metadata": {"name": "web"}, "spec": {"replicas": 1}, "status": status}
+    with views.console.capture() as caught:
+        views.console.print(views.top([item]))
+    shown = caught.get()
+    hot = [line.split() for line in shown.partition("HOT QUEUE")[2].splitlines()[1:4]]
+    assert hot == [["1", "3", "0", "40%", "4,000", "10"], ["3", "3", "1", "40%", "4,000", "30"],
+                   ["2", "3", "1", "10%", "1,000", "20"]]  # fmt: skip
+    assert "elephant: bucket 7 of engine 3 takes 90% of a core" in shown
 
 
 def test_describe_shows_listeners_backends_capacity_and_conditions(lab: Lab) -> None:
