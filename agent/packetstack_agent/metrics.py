@@ -58,6 +58,9 @@ class AgentCollector(Collector):
             "packetstack_autoscaler_decision", "Engines after each step of the last decision", labels=["stack", "step"]
         )
         limits = GaugeMetricFamily("packetstack_autoscaler_limit", "Fewest and most engines", labels=["stack", "limit"])
+        rebalanced = CounterMetricFamily("packetstack_rebalanced", "Moves by load", labels=["stack", "what"])
+        uneven = GaugeMetricFamily("packetstack_load_max_over_mean", "Busiest core by the mean", labels=["stack"])
+        elephants = GaugeMetricFamily("packetstack_elephants", "Buckets that take most of a core", labels=["stack"])
         hold = GaugeMetricFamily(
             "packetstack_handover_hold_seconds", "Longest fence of the last transfers", labels=["stack"]
         )
@@ -70,6 +73,12 @@ class AgentCollector(Collector):
                 engines.add_metric([name, str(state)], count)
             moved.add_metric([name], managed.moved)
             hold.add_metric([name], max(managed.holds_ns, default=0) / 1e9)
+            balance = status["status"]["rebalance"]
+            rebalanced.add_metric([name, "buckets"], balance["bucketsMoved"])
+            rebalanced.add_metric([name, "queues"], balance["queuesMoved"])
+            elephants.add_metric([name], len(balance["elephants"]))
+            if balance["maxOverMean"] is not None:
+                uneven.add_metric([name], balance["maxOverMean"])
             for b in status["status"]["backends"]:
                 backend.add_metric([name, f"{b['address']}|{b['port']}", str(b["healthy"]).lower()], b["flows"])
             for stage, reasons in status["status"]["drops"].items():
@@ -101,7 +110,7 @@ class AgentCollector(Collector):
                 limits.add_metric([name, "min"], decided["minReplicas"])
                 limits.add_metric([name, "max"], decided["maxReplicas"])
         yield from (engines, replicas, flows, buckets, moved, packets, drops, busy, cycles)
-        yield from (queue, queue_busy, depth, steps, limits, hold, backend)
+        yield from (queue, queue_busy, depth, steps, limits, rebalanced, uneven, elephants, hold, backend)
 
 
 def render(agent: Agent) -> str:
