@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tests.cluster.control_plane import ControlPlane
 
 ALONE = (
+    "crash",
     "headline",
     "traffic",
     "failures/test_failure_table.py",
@@ -24,12 +25,20 @@ ALONE = (
 """Tests that count what is lost, or measure time: two of them beside each other would measure each other."""
 
 
+CLUSTER = ("charts/test_installed.py", "cluster", "kubernetes")
+"""Tests with a kubelet: one after the other, for they share a cluster, and two need more of the kernel than it has."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what must run alone; `make test` runs all others side by side before."""
+    """Mark what must run alone; `make test` runs all others side by side before, those of a file in its order."""
     here = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix().startswith(ALONE):
+        if not item.path.is_relative_to(here):
+            continue
+        place = item.path.relative_to(here).as_posix()
+        if place.startswith(ALONE):
             item.add_marker(pytest.mark.alone)
+        item.add_marker(pytest.mark.xdist_group("cluster" if place.startswith(CLUSTER) else place))
 
 
 # Imported only where used: most tests need no cluster, and these imports take a second.

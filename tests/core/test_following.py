@@ -3,7 +3,7 @@
 from collections import Counter
 from typing import Any
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from packetstack_core import kinds
@@ -111,6 +111,7 @@ def test_a_stack_that_shall_have_no_engine_gives_all_buckets_up() -> None:
         assert Assign(tuple(Move(b, NOBODY) for b in range(BUCKETS))) in steps
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
 def test_following_ends_at_the_table_and_never_detaches_an_owner(data: st.DataObject) -> None:
     ids = data.draw(st.lists(st.integers(1, 6), unique=True, min_size=1))
