@@ -146,7 +146,7 @@ def test_a_deleted_pod_leaves_no_link_and_no_record_on_the_node(cluster: Cluster
 
 
 def test_a_host_path_is_the_nodes_and_not_the_machines(cluster: Cluster, namespace: str) -> None:
-    path = f"/run/packetstack/{namespace}"
+    path = f"/run/{namespace}"
     volume = {"name": "run", "hostPath": {"path": path, "type": "DirectoryOrCreate"}}
     mounted = {"name": "pause", "image": PAUSE, "volumeMounts": [{"name": "run", "mountPath": "/mnt"}]}
     cluster.apply(pod("writer", namespace, volumes=[volume], containers=[mounted]))
