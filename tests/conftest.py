@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 if TYPE_CHECKING:
     from tests.cluster.cluster import Cluster
     from tests.cluster.control_plane import ControlPlane
+
+# Else a plugin's question for the loop makes one, beside each test that has none, and nobody closes it.
+asyncio.set_event_loop(None)
 
 ALONE = (
     "crash",

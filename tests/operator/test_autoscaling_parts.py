@@ -1,0 +1,173 @@
+"""Parts of the operator's autoscaler without a server: who wrote replicas, and what metrics APIs answer."""
+
+import pytest
+
+from packetstack_core import resources
+from packetstack_core.autoscaling import Condition, MetricError, Sample, Scale, Status
+from packetstack_core.autoscaling_options import State
+from packetstack_core.resources import parse
+from packetstack_operator.applying import Refused
+from packetstack_operator.autoscaling import MANAGER, other_writer, replica_writers
+from packetstack_operator.readings import Readings, selector_text
+
+# ---- the second writer -----------------------------------------------------------------------------------------
+
+
+def raw(*writers, replicas=3, **autoscaling):
+    fields = [
+        {"manager": name, "time": time, "fieldsV1": {"f:spec": {"f:replicas": {}}}} if time else
+        {"manager": name, "subresource": "scale", "fieldsV1": {"f:spec": {"f:replicas": {}}}}
+        for name, time in writers
+    ]  # fmt: skip
+    fields.append({"manager": "packetstack-operator", "fieldsV1": {"f:status": {"f:replicas": {}}}})
+    fields.append({"manager": "kopf", "fieldsV1": {"f:metadata": {"f:finalizers": {}}}})
+    listener = {"name": "web", "address": "192.0.2.10", "port": 80, "backends": {"endpoints": []}}
+    return {
+        "apiVersion": "packetstack.io/v1alpha1",
+        "kind": "PacketStack",
+        "metadata": {"name": "edge", "namespace": "shop", "managedFields": fields},
+        "spec": {
+            "replicas": replicas,
+            "listeners": [listener],
+            "snat": {"addresses": ["192.0.2.64"]},
+            "autoscaling": {"maxReplicas": 8, **autoscaling},
+        },
+    }
+
+
+def left(replicas, reason="ValidMetricFound"):
+    """The state after a round that left so many."""
+    return State(status=Status(2, replicas, 1.0, (Condition("ScalingActive", "True", reason, "", 0.0),)))
+
+
+def who(stack, state, *, ours=True, first=False):
+    replicas = stack["spec"]["replicas"]
+    return other_writer(stack, parse(stack).spec, state, Scale(replicas, replicas), ours=ours, first=first)
+
+
+US, KUBECTL = (MANAGER, ""), ("kubectl", "")
+
+
+def test_the_latest_writer_is_the_last_and_a_status_is_no_write():
+    stack = raw(("helm", "2026-01-01T00:00:00Z"), KUBECTL, ("kubectl-edit", "2026-01-02T00:00:00Z"))
+    assert replica_writers(stack) == ["helm", "kubectl-edit", "kubectl"]
+    assert replica_writers(raw()) == []
+    del stack["metadata"]["managedFields"]
+    assert replica_writers(stack) == []
+
+
+@pytest.mark.parametrize(
+    ("stack", "state", "flags", "found"),
+    [
+        (raw(US), left(3), {}, ""),
+        (raw(US, replicas=5), left(3), {}, ""),  # written by one that died before its status
+        (raw(KUBECTL, replicas=5), left(3), {}, "kubectl"),
+        (raw(KUBECTL, replicas=5), left(3), {"first": True}, "kubectl"),  # while no operator ran
+        (raw(KUBECTL), left(3), {}, "kubectl"),  # to and fro within one period
+        (raw(KUBECTL), left(3), {"ours": False}, ""),  # of the manifest that made it
+        (raw(("helm", "2026-01-01T00:00:00Z"), US), left(3), {}, ""),  # agrees
+        (raw(replicas=5), left(3), {"ours": False}, "somebody"),
+        (raw(replicas=5), left(3), {"ours": False, "first": True}, ""),
+        (raw(replicas=5), State(), {"ours": False, "first": True}, ""),
+        (raw(KUBECTL, replicas=5, paused=True), left(3), {}, ""),
+        (raw(KUBECTL, replicas=5), left(3, "ExternallyScaled"), {}, ""),
+        (
+            raw(("kube-controller-manager", ""), replicas=5),
+            left(3),
+            {},
+            "kube-controller-manager (a HorizontalPodAutoscaler)",
+        ),
+    ],
+)
+def test_who_took_the_replicas_away(stack, state, flags, found):
+    assert who(stack, state, **flags) == found
+
+
+# ---- metrics APIs ----------------------------------------------------------------------------------------------
+
+
+class Answers:
+    """An API that has these answers, by a part of the path, and no others."""
+
+    def __init__(self, **answers):
+        self.answers, self.asked = answers, []
+
+    async def get(self, path):
+        self.asked.append(path)
+        for part, answer in self.answers.items():
+            if part in path:
+                if isinstance(answer, Exception):
+                    raise answer
+                return answer
+        raise Refused(f"GET {path}", 404, "NotFound", "the server could not find the requested resource", frozenset())
+
+
+def metric(**source):
+    (kind,) = source
+    target = {"type": "AverageValue", "averageValue": "1"}
+    return resources.Metric.model_validate(
+        {"type": kind[0].upper() + kind[1:], kind: {**source[kind], "target": target}}
+    )
+
+
+BUSY = metric(pods={"metric": {"name": "busy"}})
+QUEUE = metric(external={"metric": {"name": "queue/length", "selector": {"matchLabels": {"a": "b"}}}})
+
+
+async def test_the_older_custom_metrics_api_is_asked_when_the_newer_is_not_there():
+    item = {"describedObject": {"name": "edge-1"}, "timestamp": "2026-01-01T00:00:00Z", "value": "1500m"}
+    api = Answers(v1beta1={"items": [item]})
+    found = await Readings(api).read("shop", "a=b", BUSY, 0.0)
+    assert found == {"edge-1": Sample(1500, 1767225600.0, 60.0)}
+    assert api.asked == [
+        f"/apis/custom.metrics.k8s.io/{v}/namespaces/shop/pods/*/busy?labelSelector=a%3Db"
+        for v in ("v1beta2", "v1beta1")
+    ]
+
+
+async def test_a_metric_s_name_and_selector_stay_in_their_place_of_the_path():
+    api = Answers(external={"items": [{"value": "2"}, {"value": "3"}]})
+    assert await Readings(api).read("shop", "", QUEUE, 0.0) == [2000, 3000]
+    path = "/apis/external.metrics.k8s.io/v1beta1/namespaces/shop/queue%2Flength?labelSelector=a%3Db"
+    assert api.asked == [path]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"items": []},
+        {"items": [{}]},
+        {"items": [{"value": "many"}]},
+        {"items": ["x"]},
+        {"items": 7},
+        OSError("gone"),
+        TimeoutError(),
+        Refused("GET", 503, "", "no endpoints", frozenset()),
+    ],
+)
+@pytest.mark.parametrize("wanted", [BUSY, QUEUE], ids=["Pods", "External"])
+async def test_what_a_metrics_api_says_wrongly_is_a_metric_that_failed(answer, wanted):
+    assert isinstance(await Readings(Answers(metrics=answer)).read("shop", "", wanted, 0.0), MetricError)
+
+
+async def test_an_object_of_an_unknown_kind_is_named():
+    described = {"apiVersion": "example.com/v1", "kind": "Thing", "name": "x"}
+    wanted = metric(object={"describedObject": described, "metric": {"name": "busy"}})
+    found = await Readings(Answers(example={"resources": []})).read("shop", "", wanted, 0.0)
+    assert str(found) == "example.com/v1 has no kind Thing; see describedObject"
+
+
+def test_selectors_are_as_kubernetes_writes_them():
+    expressions = [
+        {"key": "c", "operator": "In", "values": ["y", "x"]},
+        {"key": "d", "operator": "NotIn", "values": ["z"]},
+        {"key": "e", "operator": "Exists"},
+        {"key": "f", "operator": "DoesNotExist"},
+    ]
+    selector = resources.LabelSelector.model_validate({"matchLabels": {"b": "2"}, "matchExpressions": expressions})
+    assert selector_text(selector) == "b=2,c in (x,y),d notin (z),e,!f"
+    assert selector_text(None) == ""
+    wrong = resources.LabelSelector.model_validate({"matchExpressions": [{"key": "a", "operator": "Near"}]})
+    with pytest.raises(ValueError, match="use In, NotIn, Exists or DoesNotExist"):
+        selector_text(wrong)
