@@ -8,6 +8,7 @@ import time
 
 import pytest
 from tests.cluster.metrics_api import MetricsApi, Series
+from tests.cluster.processes import ClusterError
 from tests.operator.place import STACK
 from tests.operator.players import STACKS, wait
 
@@ -322,6 +323,20 @@ def test_a_manifest_with_replicas_that_is_applied_again_stops_it(scaled, place, 
     wait(lambda: "autoscaling" not in place.stack()["status"])
     place.change(autoscaling=stack.autoscaling)
     wait(lambda: stack.replicas > 2)
+
+
+def test_a_manifest_with_replicas_is_refused_by_the_server_once_the_stack_was_scaled(scaled, control_plane):
+    stack = scaled()
+    stack.counters.set_load(stack.name, 1.8)
+    control_plane.apply(manifest(stack, replicas=2))
+    stack.rests_at(3, 40)
+    with pytest.raises(ClusterError, match="conflicts"):
+        control_plane.apply(manifest(stack, replicas=2))
+    stack.stays(3)
+    body = json.dumps(manifest(stack, replicas=2))
+    control_plane.kubectl("apply", "--server-side", "--force-conflicts", "-f", "-", stdin=body)
+    aside(stack, "kubectl")
+    assert stack.replicas == 2
 
 
 def test_a_stock_hpa_beside_it_stops_it(scaled, place, api):
