@@ -118,6 +118,8 @@ class Balancers:
             )
             self._agent.even_out(managed)
             return False
+        if managed.stack.resource.spec.paused:
+            return False
         close = mode == "Auto" and self._queues(managed, one, now)
         if managed.table is None and now >= one.due:
             one.due = now + BUCKET_SECONDS

@@ -23,7 +23,7 @@ CYCLES = 1_000_000
 class World:
     """Stands in for an agent with one stack of engines of one core. `loads`: share of a core by bucket."""
 
-    def __init__(self, mode: str, loads: dict[int, float], engines: int = 2) -> None:
+    def __init__(self, mode: str, loads: dict[int, float], engines: int = 2, **spec: Any) -> None:
         self.now = 100.0
         self.loads = loads
         self.owners: list[Owner | None] = [Owner(b % engines + 1, 0) for b in range(256)]
@@ -35,7 +35,7 @@ class World:
         self.managed: Any = SimpleNamespace(
             stack=SimpleNamespace(
                 name="web",
-                resource=resources.parse(stack(rebalance={"mode": mode})),
+                resource=resources.parse(stack(rebalance={"mode": mode}, **spec)),
                 owners=lambda: list(self.owners),
                 open_fences=frozenset,
             ),
@@ -146,6 +146,14 @@ async def test_while_the_stack_is_not_settled_nothing_moves(world: Callable[...,
     w.managed.settled = True
     await w.live(int(BUCKET_SECONDS) + 1)
     assert w.moves
+
+
+async def test_while_the_stack_is_paused_nothing_moves_and_the_mark_stays(world: Callable[..., World]) -> None:
+    w = world("Auto", SKEWED, paused=True)
+    w.rebalanced = True
+    await w.live(30)
+    assert not w.moves
+    assert w.rebalanced
 
 
 async def test_buckets_that_a_person_has_moved_stay(world: Callable[..., World]) -> None:
