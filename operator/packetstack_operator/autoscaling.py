@@ -90,30 +90,28 @@ class Autoscalers:
         self._metrics.autoscalers.known.pop(key, None)
 
     async def _run(self, key: Key, scaled: _Scaled) -> None:
-        failures = 0
+        failures, began = 0, time.monotonic()
+        period: float | None = 0.0
         while True:
-            scaled.woken.clear()
-            began = time.monotonic()
             try:
+                await self._pause(key, scaled, period, began)
+                scaled.woken.clear()
+                began = time.monotonic()
                 period = await self._round(key, scaled)
                 failures = 0
+                continue
             except Refused as e:
                 if e.status != 404:  # the stack is being deleted
                     self._metrics.errors.labels("Refused").inc()
                     log.warning("stack %s/%s: autoscaler: %s", *key, e)
-                period = back_off(min(failures, 3))
-                failures += 1
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
                 self._metrics.errors.labels("Unreachable").inc()
                 log.warning("stack %s/%s: autoscaler: API server: %s: %s", *key, type(e).__name__, e)
-                period = back_off(min(failures, 3))
-                failures += 1
             except Exception:  # a bug: the next round may do better, other stacks go on
                 self._metrics.errors.labels("InternalError").inc()
                 log.exception("stack %s/%s: internal error", *key)
-                period = back_off(min(failures, 3))
-                failures += 1
-            await self._pause(key, scaled, period, began)
+            period, began = back_off(min(failures, 3)), time.monotonic()
+            failures += 1
 
     async def _pause(self, key: Key, scaled: _Scaled, period: float | None, began: float) -> None:
         """Until the period is over, or the stack's autoscaling was changed. None: only that."""
