@@ -13,6 +13,13 @@ CYCLES = 1_000_000_000
 BUCKETS = 1024
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """Says nothing about clients that are killed."""
+
+    def handle_error(self, *_: object) -> None:
+        pass
+
+
 class PlayedCounters:
     """One address for the agents of all nodes. Inside a `with` it answers at 127.0.0.1:`port`.
 
@@ -53,7 +60,7 @@ class PlayedCounters:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
 
