@@ -647,7 +647,10 @@ class Agent:
             managed.pinned = {b: slot for b, slot in managed.pinned.items() if slot in stay}
             self._note_pinned(managed)
         fixed = managed.pinned if len(seen) <= stack.resource.spec.replicas else {}
-        return Observed(seen, stack.owners(), frozenset(fixed) | stack.open_fences(), create_after=managed.create_after)
+        return Observed(
+            seen, stack.owners(), frozenset(fixed) | stack.open_fences(), managed.create_after,
+            rebalanced=self.run.record.rebalanced.get(stack.name, False),
+        )  # fmt: skip
 
     def _note_pinned(self, managed: Managed) -> None:
         self.run.record.pinned[managed.stack.name] = {str(b): slot for b, slot in managed.pinned.items()}

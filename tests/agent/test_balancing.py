@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from packetstack_agent import balancing, loading
+from packetstack_agent.agent import Agent
 from packetstack_agent.balancing import BUCKET_SECONDS, TELL_SECONDS, Balancers
 from packetstack_core import resources
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
 from packetstack_core.planning import Owner, moved
-from packetstack_core.reconciling import State
+from packetstack_core.reconciling import Desired, State, plan
 
 from .conftest import stack
 
@@ -225,3 +226,23 @@ async def test_hot_queues_of_one_core_are_parted_and_stay_where_they_are(
     queue, core = lib.moves[0]
     [last] = w.balancers.of(w.managed).document(mode)["lastMoves"]
     assert (last["what"], last["why"]) == (f"queue {queue} of web-1 to core {core}", "load")
+
+
+@pytest.mark.parametrize("rebalanced", [True, False])
+def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(rebalanced: bool) -> None:
+    resource = resources.parse(stack())
+    shape = resource.spec.engine
+    blueprint = SimpleNamespace(template=shape.template_hash(), queues=shape.queues)
+    of_engine = {
+        slot: SimpleNamespace(slot=slot, state=State.ACTIVE, ready=True, removing=False, blueprint=blueprint)
+        for slot in (1, 2)
+    }
+    owners = [Owner(1, b % 2) for b in range(100)] + [Owner(2, b % 2) for b in range(156)]
+    played = SimpleNamespace(
+        name="web", resource=resource, owners=lambda: owners, flows_by_slot=dict, open_fences=frozenset
+    )
+    managed: Any = SimpleNamespace(stack=played, engines=of_engine, pinned={}, create_after=0.0)
+    record = SimpleNamespace(rebalanced={"web": True} if rebalanced else {})
+    agent: Any = SimpleNamespace(run=SimpleNamespace(record=record))
+    actions = plan(Desired.of(resource), Agent._observe(agent, managed), 0.0)
+    assert bool(actions) != rebalanced
