@@ -36,7 +36,7 @@ HPA = "kube-controller-manager"
 ASK_SECONDS = 5.0
 """The agent is asked at least as often, so that an engine is known soon after it has started."""
 WAIT_SECONDS = 1.0
-"""Between two looks for the first engine."""
+"""Between two looks for the first engine, which ask nobody."""
 METRICS_SECONDS = 10.0
 """So long a metrics API may take."""
 
@@ -131,8 +131,12 @@ class Autoscalers:
         world = scaled.look()
         spec = _parsed(world.stack) if world is not None else None
         measured: StackLoad | MetricError = MetricError("api_empty", "nobody has asked for it")
-        scaled.asks = spec is not None and _asks(spec, scaled.state)
-        if scaled.asks and spec is not None and spec.autoscaling is not None:
+        scaled.asks = False
+        if world is not None and spec is not None and spec.autoscaling is not None and _asks(spec, scaled.state):
+            begins = scaled.state is None and not _shown(world.stack)[1]
+            if begins and spec.replicas and not any(map(_active, world.pods)):
+                return WAIT_SECONDS  # there is nothing to measure yet
+            scaled.asks = True
             measured = await self._measure(key, scaled, spec.autoscaling.sync_period_seconds)
         raw = await self._api.get(_path(key))
         spec = _parsed(raw)
@@ -150,8 +154,6 @@ class Autoscalers:
         shown, conditions = _shown(raw)
         first = scaled.state is None
         state = scaled.state or _resume(shown, conditions, scale)
-        if not active and not state.status.conditions and _asks(spec, state) and spec.replicas:
-            return WAIT_SECONDS  # there is nothing to measure yet
         now, wrote = time.time(), False
         who = other_writer(raw, spec, state, scale, ours=scaled.ours, first=first)
         if who:

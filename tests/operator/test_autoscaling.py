@@ -92,16 +92,22 @@ def test_a_step_of_load_is_answered_within_one_sync_period(scaled, place):
     print(f"after {took:.2f} s")
     assert took < 3 + 1.5  # the load is an average, and the machine is shared
     stack.rests_at(4, 40)
-    [first, *_] = stack.events("SuccessfulRescale")
-    assert first["message"].endswith("reason: engine metric Utilization above target")
-    assert first["involvedObject"]["kind"] == "PacketStack"
+    rescaled = stack.events("SuccessfulRescale")
+    assert any(e["message"].endswith("reason: engine metric Utilization above target") for e in rescaled)
+    assert {e["involvedObject"]["kind"] for e in rescaled} == {"PacketStack"}
     assert stack.status["lastScaleTime"]
     assert stack.status["record"]["winner"] == "engine metric Utilization"
 
 
-def test_it_gives_engines_back_when_the_load_goes(scaled):
+def test_it_gives_engines_back_when_the_load_goes(scaled, operator):
     stack = scaled().create(2.4, replicas=4)
     stack.rests_at(4)
+    labels = f'namespace="{stack.place.namespace}",stack="edge"'
+    exported = [line for line in operator.metrics().splitlines() if labels in line]
+    assert f'packetstack_autoscaler_decision{{{labels},step="desired"}} 4.0' in exported
+    assert f'packetstack_autoscaler_limit{{limit="max",{labels}}} 8.0' in exported
+    assert any(line.startswith("packetstack_autoscaler_usage_ratio{") for line in exported)
+    assert any(line.startswith("packetstack_load_age_seconds{") for line in exported)
     stack.load(0.6)
     stack.rests_at(1)
     stack.load(0)
@@ -246,6 +252,17 @@ def test_while_it_is_paused_it_decides_and_changes_nothing(scaled, place):
     stack.stays(1)
     place.change(autoscaling={"paused": False})
     stack.rests_at(4, 40)
+
+
+def test_while_no_engine_is_active_nobody_is_asked(scaled, place):
+    place.node.stuck = {1, 2}
+    stack = scaled().create(0.6, replicas=2)
+    wait(lambda: len(place.pods()) == 2 and place.stack().get("status"))
+    time.sleep(3 * SYNC)
+    assert not [path for path in stack.counters.asked if f"stack={stack.name}&buckets=0" in path]
+    assert (stack.condition(), stack.events("FailedGetEngineMetric")) == (("", ""), [])
+    place.node.stuck = set()
+    stack.rests_at(1)
 
 
 def test_cpu_is_refused_with_the_reason(scaled, place):
