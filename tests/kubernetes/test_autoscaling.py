@@ -80,8 +80,10 @@ def test_the_pool_follows_a_ramp_of_traffic_and_breaks_no_connection(
     )
     ramp_began = time.monotonic()
     pool.until(4, UP_SECONDS)
-    ramped = ramp.stop()
     up = time.monotonic() - ramp_began
+    ramp.wait_open()
+    time.sleep(1)
+    ramped = ramp.stop()
     raw = pool.until(1, DOWN_SECONDS)
     took = time.monotonic() - ramp_began
     time.sleep(2.5)  # each connection has its turn once more
