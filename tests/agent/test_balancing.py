@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from packetstack_agent import balancing, loading
 from packetstack_agent.agent import Agent
 from packetstack_agent.balancing import BUCKET_SECONDS, TELL_SECONDS, Balancers
+from packetstack_agent.node import RunDirectory
 from packetstack_core import resources
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
 from packetstack_core.planning import Owner, moved
@@ -246,3 +248,10 @@ def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(rebal
     agent: Any = SimpleNamespace(run=SimpleNamespace(record=record))
     actions = plan(Desired.of(resource), Agent._observe(agent, managed), 0.0)
     assert bool(actions) != rebalanced
+
+
+def test_the_next_agent_knows_which_stacks_were_rebalanced(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.record.rebalanced["web"] = True
+    run.save(must=True)
+    assert RunDirectory(tmp_path).record.rebalanced == {"web": True}
