@@ -54,15 +54,16 @@ class Readings:
         self, namespace: str, selector: str, metric: resources.MetricIdentifier, now: float
     ) -> dict[str, Sample]:
         query = {"labelSelector": selector, **_selecting("metricLabelSelector", metric.selector)}
-        items = await self._custom(namespace, f"pods/*/{quote(metric.name, safe='')}", query)
+        items = await self._custom(namespace, f"pods/*/{_segment(metric.name)}", query)
         return {str(i["describedObject"]["name"]): _sample(i, now) for i in items}
 
     async def _of_object(self, namespace: str, metric: resources.ObjectMetric) -> int:
-        described, name = metric.described_object, quote(metric.metric.name, safe="")
+        described, name = metric.described_object, _segment(metric.metric.name)
         query = _selecting("metricLabelSelector", metric.metric.selector)
-        what = quote(described.name, safe="")
-        if described.kind == "Namespace":
-            items = await self._custom(described.name, f"metrics/{name}", query)
+        what = _segment(described.name)
+        if described.kind == "Namespace" and described.api_version in (None, "v1"):
+            # The stack's own, whatever the name says: nobody shall look into another one through the operator.
+            items = await self._custom(namespace, f"metrics/{name}", query)
         else:
             place = await self._place(described.api_version or "v1", described.kind)
             items = await self._custom(namespace, f"{place}/{what}/{name}", query)
@@ -70,7 +71,7 @@ class Readings:
 
     async def _of_nothing(self, namespace: str, metric: resources.MetricIdentifier) -> list[int]:
         query = _selecting("labelSelector", metric.selector)
-        path = f"{EXTERNAL}/namespaces/{namespace}/{quote(metric.name, safe='')}"
+        path = f"{EXTERNAL}/namespaces/{namespace}/{_segment(metric.name)}"
         items = (await self._api.get(_with(path, query))).get("items") or ()
         if not items:
             raise MetricError("api_empty", "no metrics returned from external metrics API")
@@ -94,8 +95,9 @@ class Readings:
 
     async def _place(self, version: str, kind: str) -> str:
         if (version, kind) not in self._places:
-            group = version.rpartition("/")[0]
-            root = f"/apis/{version}" if group else f"/api/{version}"
+            group = "/".join(map(_segment, version.split("/")[:-1]))
+            last = _segment(version.rpartition("/")[2])
+            root = f"/apis/{group}/{last}" if group else f"/api/{last}"
             listed = (await self._api.get(root)).get("resources") or ()
             name = next((r["name"] for r in listed if r.get("kind") == kind and "/" not in r["name"]), None)
             if name is None:
@@ -107,6 +109,13 @@ class Readings:
 def _sample(item: Mapping[str, Any], now: float) -> Sample:
     at = observing.seconds(str(item["timestamp"])) if item.get("timestamp") else now
     return Sample(milli(str(item["value"])), at, float(item.get("windowSeconds") or WINDOW_SECONDS))
+
+
+def _segment(name: str) -> str:
+    """One segment of a path. ValueError for what would lead elsewhere: the operator may read more than its users."""
+    if {".", ".."} & set(name.split("/")):
+        raise ValueError(f'"{name}" cannot be a part of a path')
+    return quote(name, safe="")
 
 
 def _with(path: str, query: Mapping[str, str]) -> str:

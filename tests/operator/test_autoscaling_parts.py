@@ -171,3 +171,35 @@ def test_selectors_are_as_kubernetes_writes_them():
     wrong = resources.LabelSelector.model_validate({"matchExpressions": [{"key": "a", "operator": "Near"}]})
     with pytest.raises(ValueError, match="use In, NotIn, Exists or DoesNotExist"):
         selector_text(wrong)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"external": {"metric": {"name": ".."}}},
+        {"external": {"metric": {"name": "../../other/depth"}}},
+        {"pods": {"metric": {"name": ".."}}},
+        {"object": {"describedObject": {"kind": "Pod", "name": ".."}, "metric": {"name": "busy"}}},
+        {"object": {"describedObject": {"kind": "Pod", "name": "x/../../../other/pods/x"}, "metric": {"name": "busy"}}},
+        {
+            "object": {
+                "describedObject": {"apiVersion": "x/../../apis/apps/v1", "kind": "Deployment", "name": "x"},
+                "metric": {"name": "busy"},
+            }
+        },
+    ],
+)
+async def test_no_name_of_a_metric_leads_out_of_the_path(source):
+    api = Answers(**{"/": {"items": [{"value": "1"}], "resources": [{"name": "deployments", "kind": "Deployment"}]}})
+    found = await Readings(api).read("shop", "", metric(**source), 0.0)
+    assert isinstance(found, MetricError)
+    assert "cannot be a part of a path" in str(found)
+    assert not [path for path in api.asked if ".." in path]
+
+
+@pytest.mark.parametrize("name", ["other", "../../../../api/v1/namespaces/other"])
+async def test_a_metric_of_a_namespace_is_that_of_the_stacks_own(name):
+    api = Answers(metrics={"items": [{"value": "1"}]})
+    described = {"kind": "Namespace", "name": name}
+    await Readings(api).read("shop", "", metric(object={"describedObject": described, "metric": {"name": "busy"}}), 0.0)
+    assert {path.rpartition("/namespaces/")[2] for path in api.asked} <= {"shop/metrics/busy"}
