@@ -21,6 +21,7 @@ from packetstack_core import autoscaling, kinds, load, resources
 from packetstack_core.autoscaling import (
     Decision,
     Event,
+    Memory,
     Metric,
     MetricError,
     Pod,
@@ -107,6 +108,7 @@ def decide(
     held: bool = False,
 ) -> Round:
     """As `reconcile`, with `spec.autoscaling` alone. `held`: the stack as a whole is paused."""
+    state = _by_the_clock(state, now)
     aside = is_external(state) and not wanted.paused
     if held:
         wanted = wanted.model_copy(update={"paused": True})
@@ -153,6 +155,23 @@ def _reading(index: int, metric: Metric, measured: StackLoad | MetricError, answ
     if metric.type != "Engine":
         return MetricError("api_empty", "nobody has read it")
     return measured if isinstance(measured, MetricError) else load.samples(measured, metric.name)
+
+
+def _by_the_clock(state: State, now: float) -> State:
+    """What is remembered for later than now happened before the clock was set back: it counts from now, not from then.
+
+    Else windows and policies would hold the replicas for as long as the clock was ahead.
+    """
+    memory, since = state.memory, state.panic.since
+    return replace(
+        state,
+        memory=Memory(
+            tuple(replace(r, at=min(r.at, now)) for r in memory.recommendations),
+            tuple(replace(e, at=min(e.at, now)) for e in memory.up_events),
+            tuple(replace(e, at=min(e.at, now)) for e in memory.down_events),
+        ),
+        panic=replace(state.panic, since=None if since is None else min(since, now)),
+    )
 
 
 def _invalid(state: State, scale: Scale, problem: str, now: float) -> Decision:

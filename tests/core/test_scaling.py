@@ -500,3 +500,24 @@ def test_a_decision_over_a_thousand_engines_takes_at_most_20_ms() -> None:
         took.append(time.perf_counter() - began)
     assert min(took) <= 0.020
     print(f"best {min(took) * 1000:.2f} ms")
+
+
+def test_a_clock_that_is_set_back_holds_no_window_and_no_policy_for_longer_than_they_are() -> None:
+    wanted = spec(
+        maxReplicas=20, behavior={"scaleUp": {"policies": [{"type": "Pods", "value": 4, "periodSeconds": 60}]}}
+    )
+    state, now, replicas, sizes = State(), BEGIN, 4, []
+    for second in range(0, 900, 5):
+        if second == 30:
+            now -= 86_400
+        busy = 1.0 if second < 300 else 0.01
+        done = scaling.reconcile(
+            wanted, state, Scale(replicas, replicas), pods(replicas), load_of([busy] * replicas, now), now
+        )
+        if done.decision.write is not None:
+            replicas, done = done.decision.write, scaling.written(done, now)
+        state, now = done.state, now + 5
+        sizes.append(replicas)
+    assert sizes[295 // 5] == 20, "the policy's period is over, and so is the next one"
+    assert sizes[590 // 5] == 20, "the window of scaling down holds as ever"
+    assert sizes[-1] == 1, "but not for a day"
