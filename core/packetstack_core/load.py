@@ -9,9 +9,9 @@ Utilization is busy cycles by all cycles, never CPU time: a core that polls is a
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from packetstack_core.autoscaling import ENGINE_CAPACITY, Sample
 from packetstack_core.planning import Owner
@@ -22,6 +22,10 @@ MAX_ENGINES = 1023
 """Of a stack on one node."""
 KEEP_SECONDS = 60.0
 """So long a history reaches back."""
+SHORTEST_SECONDS = 0.001
+"""Of less nothing is said."""
+Count = Annotated[int, Field(ge=0, lt=2**64)]
+"""A counter; an answer with another number is refused."""
 
 
 # ---- counters --------------------------------------------------------------------------------------------------
@@ -31,9 +35,9 @@ KEEP_SECONDS = 60.0
 class CoreCounters:
     """Of one core, in cycles of the TSC."""
 
-    busy_cycles: int
+    busy_cycles: Count
     """Spent in turns of the loop that handled frames."""
-    total_cycles: int
+    total_cycles: Count
     """All, also those spent asleep."""
 
 
@@ -41,13 +45,13 @@ class CoreCounters:
 class QueueCounters:
     """Of one receive queue."""
 
-    core: int
+    core: Annotated[int, Field(ge=-1, le=255)]
     """That serves it; -1: none."""
-    cycles: int
+    cycles: Count
     """Busy cycles spent on it."""
-    packets: int
+    packets: Count
     """Taken out of its ring."""
-    depth: int
+    depth: Count
     """Frames that wait in it now."""
 
 
@@ -64,14 +68,14 @@ class EngineCounters:
     """Its datapath serves."""
     cores: tuple[CoreCounters, ...]
     queues: tuple[QueueCounters, ...]
-    packets: int
+    packets: Count
     """Received."""
-    bytes: int
+    bytes: Count
     """Received."""
-    flows_created: int
-    dropped: int
+    flows_created: Count
+    dropped: Count
     """For any reason, by the engine or the kernel in front of it."""
-    flows: int
+    flows: Count
     """Alive now."""
 
 
@@ -79,10 +83,10 @@ class EngineCounters:
 class Snapshot:
     """One stack on one node at one time."""
 
-    time: float
+    time: Annotated[float, Field(ge=0, allow_inf_nan=False)]
     """Seconds, on a clock of the node that outlives its agent (CLOCK_MONOTONIC)."""
     engines: tuple[EngineCounters, ...]
-    bucket_packets: tuple[int, ...] = ()
+    bucket_packets: tuple[Count, ...] = ()
     """Packets that the director has sent by bucket; empty where nobody asked for them."""
 
 
@@ -170,7 +174,7 @@ def engine_load(before: EngineCounters, after: EngineCounters, seconds: float) -
     stands still.
     """
     if (
-        seconds <= 0
+        seconds < SHORTEST_SECONDS
         or len(before.cores) != len(after.cores)
         or len(before.queues) != len(after.queues)
         or not after.cores
@@ -216,7 +220,7 @@ def stack_load(before: Snapshot, after: Snapshot, read: float) -> StackLoad:
     found = (engine_load(known[key], e, seconds) for e in after.engines if (key := (e.id, e.name)) in known and e.ready)
     old, new = before.bucket_packets, after.bucket_packets
     buckets: tuple[float, ...] = ()
-    if seconds > 0 and len(old) == len(new) and all(a >= b for b, a in zip(old, new, strict=True)):
+    if seconds >= SHORTEST_SECONDS and len(old) == len(new) and all(a >= b for b, a in zip(old, new, strict=True)):
         buckets = tuple((a - b) / seconds for b, a in zip(old, new, strict=True))
     return StackLoad(read, tuple(e for e in found if e is not None), buckets)
 

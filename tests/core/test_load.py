@@ -122,7 +122,7 @@ def test_loads_of_buckets_that_were_not_read_are_unknown() -> None:
     assert bucket_loads(load, [Owner(1, 0)]) is None
 
 
-counts = st.integers(0, 2**64)
+counts = st.integers(0, 2**64 - 1)
 
 
 @given(st.floats(0, 1e9), counts, st.lists(counts, max_size=8))
@@ -137,6 +137,23 @@ def test_what_is_written_is_read(time: float, packets: int, buckets: list[int]) 
 def test_an_answer_that_is_no_load_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match="load: "):
         from_json(data)
+
+
+@pytest.mark.parametrize("time", ["NaN", "Infinity", "1e999", "-1"])
+def test_an_answer_from_no_time_is_refused(time: str) -> None:
+    with pytest.raises(ValueError, match="load: time"):
+        from_json(f'{{"time": {time}, "engines": []}}'.encode())
+
+
+@pytest.mark.parametrize("number", [-1, 2**64, 10**400])
+@pytest.mark.parametrize("field", ["packets", "dropped", "flows"])
+def test_an_answer_with_a_number_that_is_no_counter_is_refused(field: str, number: int) -> None:
+    with pytest.raises(ValueError, match=f"load: .*{field}"):
+        from_json(to_json(Snapshot(1.0, (replace(engine(), **{field: number}),))))
+
+
+def test_two_answers_at_nearly_one_time_say_nothing() -> None:
+    assert engine_load(engine(at=2), engine(at=4), 5e-324) is None
 
 
 def test_an_answer_larger_than_a_stack_is_refused() -> None:
