@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from packetstack_core.load import History, Snapshot, StackLoad, from_json
+from packetstack_core.load import KEEP_SECONDS, History, Snapshot, StackLoad, from_json
 from packetstack_core.reconciling import back_off
 from packetstack_operator import observing
 from packetstack_operator.metrics import Metrics
@@ -34,6 +34,7 @@ class _Known:
     failures: int = 0
     """In a row."""
     ask_after: float = 0.0
+    """On the clock that only goes forward."""
     read: float = field(default_factory=time.time)
     """When the agent answered last; at first, when it was asked for the first time."""
 
@@ -65,18 +66,19 @@ class Loads:
         known = self._known.get((key, buckets))
         if known is None or known.address != address:  # another node has another clock
             known = self._known[key, buckets] = _Known(address)
-        if time.time() < known.ask_after:
+        if time.monotonic() < known.ask_after:
             raise LoadError(f"agent {address}:{self.port} did not answer, and is asked again soon")
         try:
             snapshot = await self._get(key, address, buckets)
         except LoadError:
-            known.ask_after = time.time() + back_off(min(known.failures, 3))
+            known.ask_after = time.monotonic() + back_off(min(known.failures, 3))
             known.failures += 1
             raise
         now = time.time()
-        if buckets and known.last is not None:  # there are thousands: no more than two times are kept
+        if buckets:  # there are thousands: no more than two times are kept, and none of a long time ago
             known.history = History()
-            known.history.add(known.last, known.read)
+            if known.last is not None and snapshot.time - known.last.time <= KEEP_SECONDS:
+                known.history.add(known.last, known.read)
         known.history.add(snapshot, now)
         known.last, known.read, known.failures = snapshot, now, 0
 

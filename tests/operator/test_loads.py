@@ -1,5 +1,6 @@
 """What the operator knows of a stack's load, from agents that answer, do not, or answer nonsense."""
 
+import asyncio
 import http.server
 import threading
 
@@ -62,6 +63,26 @@ async def test_buckets_are_asked_for_on_their_own_and_only_two_answers_are_kept(
     assert loads.load(KEY, 15) is None
     assert len(loads.load(KEY, 1000, buckets=True).bucket_packets_per_second) == 1024
     assert len(loads._known[KEY, True].history._kept) == 2
+
+
+async def test_buckets_of_a_long_time_ago_say_nothing_of_now(loads, played, monkeypatch):
+    await loads.ask(KEY, world(), buckets=True)
+    monkeypatch.setattr(module, "KEEP_SECONDS", -1.0)  # so that what was just read is too old
+    await loads.ask(KEY, world(), buckets=True)
+    assert loads.load(KEY, 1000, buckets=True) is None
+
+
+async def test_a_clock_that_is_set_back_delays_no_question(loads, played, monkeypatch):
+    now = module.time.time()
+    played.away = True
+    monkeypatch.setattr(module, "TIMEOUT_SECONDS", 0.1)
+    with pytest.raises(LoadError, match="no answer"):
+        await loads.ask(KEY, world())
+    played.away = False
+    monkeypatch.setattr(module.time, "time", lambda: now - 86_400)
+    monkeypatch.setattr(module, "TIMEOUT_SECONDS", 5.0)
+    await asyncio.sleep(1.1)
+    await loads.ask(KEY, world())
 
 
 async def test_an_agent_that_does_not_answer_is_given_up_in_time_and_not_asked_at_once_again(
