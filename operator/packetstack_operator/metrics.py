@@ -2,6 +2,7 @@
 
 from collections import Counter as Count
 from collections.abc import Callable, Iterable, Iterator
+from math import inf
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -9,6 +10,9 @@ from prometheus_client.registry import Collector
 
 from packetstack_core.scaling import Round
 from packetstack_operator.observing import Raw
+
+LONGEST_NAME = 200
+"""Characters of a label that a stack's author has written."""
 
 
 class Stacks(Collector):
@@ -88,10 +92,13 @@ class Autoscalers(Collector):
                     steps.add_metric([*key, step], value)
             limits.add_metric([*key, "min"], done.spec.minimum)
             limits.add_metric([*key, "max"], done.spec.maximum)
+            ratios: dict[str, float] = {}
             for p in record.proposals:
-                value = p.usage if p.utilization is None else p.utilization
-                if value is not None:
-                    usage.add_metric([*key, p.metric], value / p.target.value)
+                value, name = p.usage if p.utilization is None else p.utilization, p.metric[:LONGEST_NAME]
+                if value is not None:  # of two with one name the one that asks for more
+                    ratios[name] = max(value / p.target.value, ratios.get(name, -inf))
+            for name, ratio in ratios.items():
+                usage.add_metric([*key, name], ratio)
         yield from (steps, limits, usage)
 
 

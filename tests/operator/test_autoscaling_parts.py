@@ -1,13 +1,16 @@
 """Parts of the operator's autoscaler without a server: who wrote replicas, and what metrics APIs answer."""
 
 import pytest
+from prometheus_client import generate_latest
 
-from packetstack_core import resources
-from packetstack_core.autoscaling import Condition, MetricError, Sample, Scale, Status
+from packetstack_core import resources, scaling
+from packetstack_core.autoscaling import Condition, MetricError, Pod, Sample, Scale, Status
 from packetstack_core.autoscaling_options import State
+from packetstack_core.load import EngineLoad, StackLoad
 from packetstack_core.resources import parse
 from packetstack_operator.applying import Refused
 from packetstack_operator.autoscaling import MANAGER, other_writer, replica_writers
+from packetstack_operator.metrics import Metrics
 from packetstack_operator.readings import Readings, selector_text
 
 # ---- the second writer -----------------------------------------------------------------------------------------
@@ -203,3 +206,25 @@ async def test_a_metric_of_a_namespace_is_that_of_the_stacks_own(name):
     described = {"kind": "Namespace", "name": name}
     await Readings(api).read("shop", "", metric(object={"describedObject": described, "metric": {"name": "busy"}}), 0.0)
     assert {path.rpartition("/namespaces/")[2] for path in api.asked} <= {"shop/metrics/busy"}
+
+
+# ---- metrics ---------------------------------------------------------------------------------------------------
+
+
+def test_metrics_of_one_name_are_one_series_and_no_name_is_endless():
+    busy = {"name": "Utilization", "target": {"type": "Utilization", "averageUtilization": 50}}
+    queue = {"metric": {"name": "q" * 1024}, "target": {"type": "AverageValue", "averageValue": "1"}}
+    twice = [{"type": "Engine", "engine": busy}, {"type": "Engine", "engine": busy}]
+    spec = parse(raw(metrics=[*twice, {"type": "External", "external": queue}])).spec
+    load = StackLoad(1.0, (EngineLoad(1, "edge-1", "Active", True, 5.0, (0.9,), (), 0, 0.0, 0.0, 0.0, 0.0),))
+    ready = [Pod("edge-1", ready="True")]
+    metrics = Metrics()
+    metrics.autoscalers.known["shop", "edge"] = scaling.reconcile(
+        spec, State(), Scale(3, 3), ready, load, 1.0, {2: [1]}
+    )
+    found = [
+        line for line in generate_latest(metrics.registry).decode().splitlines() if line.startswith("packetstack_autos")
+    ]
+    series = [line.rpartition(" ")[0] for line in found if "usage_ratio" in line]
+    assert len(series) == len(set(series)) == 2
+    assert max(map(len, series)) < 400
