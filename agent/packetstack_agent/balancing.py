@@ -16,7 +16,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.natives import ffi, lib
 from packetstack_agent.stacks import Managed
 from packetstack_core import rebalancing
-from packetstack_core.load import Snapshot, bucket_loads, stack_load
+from packetstack_core.load import KEEP_SECONDS, Snapshot, bucket_loads, stack_load
 from packetstack_core.rebalancing import Decision, Memory
 from packetstack_core.reconciling import State
 
@@ -170,7 +170,9 @@ class Balancers:
             return
         before, one.snapshot = one.snapshot, loading.snapshot(managed, with_buckets=True)
         fences = managed.stack.open_fences()
-        if before is None or not managed.settled or fences or managed.busy.locked():
+        if before is None or one.snapshot.time - before.time > KEEP_SECONDS:  # the stack was paused meanwhile
+            return
+        if not managed.settled or fences or managed.busy.locked():
             return
         load, owners = stack_load(before, one.snapshot, time.time()), managed.stack.owners()
         loads = bucket_loads(load, owners)

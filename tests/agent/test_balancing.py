@@ -159,6 +159,17 @@ async def test_while_the_stack_is_paused_nothing_moves_and_the_mark_stays(world:
     assert w.rebalanced
 
 
+async def test_after_a_pause_what_was_before_says_nothing(world: Callable[..., World]) -> None:
+    w = world("Auto", SKEWED)
+    await w.live(1)
+    w.managed.stack.resource = resources.parse(stack(rebalance={"mode": "Auto"}, paused=True))
+    await w.live(600)
+    w.managed.stack.resource = resources.parse(stack(rebalance={"mode": "Auto"}))
+    w.loads = {1: 0.1}
+    await w.live(30)
+    assert not w.moves
+
+
 async def test_buckets_that_a_person_has_moved_stay(world: Callable[..., World]) -> None:
     w = world("Auto", SKEWED)
     w.managed.pinned = {0: 1, 2: 1}
