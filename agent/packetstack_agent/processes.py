@@ -133,9 +133,10 @@ def leave_cpuset() -> bool:
 
 def _may_run_anywhere() -> bool:
     """Whether no cpuset keeps this thread from a CPU; its affinity stays as it was."""
-    allowed, every = os.sched_getaffinity(0), range(os.cpu_count() or 1)
+    # Numbers of CPUs that are online may have gaps.
+    allowed, every = os.sched_getaffinity(0), range(os.sysconf("SC_NPROCESSORS_CONF"))
     os.sched_setaffinity(0, every)
-    found = len(os.sched_getaffinity(0)) == len(every)
+    found = len(os.sched_getaffinity(0)) >= os.sysconf("SC_NPROCESSORS_ONLN")
     os.sched_setaffinity(0, allowed)
     return found
 

@@ -74,3 +74,15 @@ def test_a_pods_process_is_told_by_its_cgroups(groups: str, found: bool) -> None
 def test_no_uid_is_no_pod() -> None:
     assert not processes.names_pod("3:memory:/kubepods/pod/0a1b", "")
     assert not processes.names_pod(f"3:memory:/kubepods/pod{UID}/0a1b", UID[:8])
+
+
+@pytest.mark.parametrize(("cpuset", "anywhere"), [({0, 2, 4, 6}, True), ({0, 4}, False)])
+def test_cpus_that_are_offline_are_no_cpuset(monkeypatch: pytest.MonkeyPatch, cpuset: set[int], anywhere: bool) -> None:
+    affinity = [cpuset & {0}]
+    numbers = {"SC_NPROCESSORS_CONF": 8, "SC_NPROCESSORS_ONLN": 4}  # 0, 2, 4 and 6: one thread a core
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(os, "sysconf", numbers.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity[-1])
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: affinity.append(set(cpus) & cpuset))
+    assert processes._may_run_anywhere() == anywhere
+    assert affinity[-1] == cpuset & {0}
