@@ -31,8 +31,10 @@ def is_active(schedule: resources.Schedule, now: datetime) -> bool:
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise ValueError(f'time zone "{schedule.time_zone}" is unknown; use one as in "Europe/Berlin"') from None
     duration = timedelta(seconds=schedule.duration_seconds)
-    # On the wall's clock, with room for its changes on both sides.
-    latest, earliest = (t.astimezone(zone).replace(tzinfo=None) for t in (now + _CHANGE, now - duration - _CHANGE))
+    # On the wall's clock, with room for its changes on both sides. Where there are none, each minute less counts.
+    times = (now - duration - _CHANGE, now, now + _CHANGE)
+    room = _CHANGE if len({t.astimezone(zone).utcoffset() for t in times}) > 1 else timedelta(seconds=1)
+    latest, earliest = (t.astimezone(zone).replace(tzinfo=None) for t in (now + room, now - duration - room))
     try:
         beginnings = croniter(schedule.cron, latest)
         while (beginning := beginnings.get_prev(datetime)) >= earliest:

@@ -119,7 +119,10 @@ def decide(
         if aside:
             return _round(_aside(state, scale), state, spec, settings, schedule)
         readings = [_reading(i, metric, measured, answers or {}) for i, metric in enumerate(spec.metrics)]
-        decision, spec, state = _reconcile(wanted, settings, state, scale, active, readings, now, at)
+        # With the limits that were just found: schedules are not cheap.
+        limits = {"schedules": (), "min_replicas": spec.minimum, "max_replicas": spec.maximum}
+        limited = wanted.model_copy(update=limits)
+        decision, spec, state = _reconcile(limited, settings, state, scale, active, readings, now, at)
     except ValueError as e:  # a schedule that cannot be read
         return _round(_invalid(state, scale, str(e), now), state, autoscaling.spec_of(wanted), settings, "")
     if wanted.paused:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packetstack_core import resources
+from packetstack_core import autoscaling_options, resources
 from packetstack_core.autoscaling import (
     Memory,
     Metric,
@@ -232,3 +232,11 @@ def test_with_all_options_replicas_stay_between_the_limits(loads, panics, falls_
 def test_without_options_nothing_is_added():
     loads = [2000, 9000, None, None, 1000, 30_000, 0] * 6
     assert followed(loads, 15.0) == followed(loads, 15.0, fallback={"failureThreshold": 3, "replicas": 9})
+
+
+def test_a_schedule_of_each_minute_is_not_looked_up_for_hours(monkeypatch):
+    looked, get_prev = [], autoscaling_options.croniter.get_prev
+    monkeypatch.setattr(autoscaling_options.croniter, "get_prev", lambda *a, **k: looked.append(1) or get_prev(*a, **k))
+    assert not is_active(schedule("* * * * *", 1.5 / 3600), at("2026-11-03T12:00:30"))
+    assert not is_active(schedule("* * * * *", 1.5 / 3600, zone="Europe/Berlin"), at("2026-11-03T12:00:30"))
+    assert len(looked) <= 4
