@@ -1,5 +1,6 @@
 """Loads of stacks, asked of the agents of their nodes. Only those who decide by load wait for an answer."""
 
+import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ class _Known:
     """On the clock that only goes forward."""
     read: float = field(default_factory=time.time)
     """When the agent answered last; at first, when it was asked for the first time."""
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Loads:
@@ -66,14 +68,18 @@ class Loads:
         known = self._known.get((key, buckets))
         if known is None or known.address != address:  # another node has another clock
             known = self._known[key, buckets] = _Known(address)
-        if time.monotonic() < known.ask_after:
-            raise LoadError(f"agent {address}:{self.port} did not answer, and is asked again soon")
-        try:
-            snapshot = await self._get(key, address, buckets)
-        except LoadError:
-            known.ask_after = time.monotonic() + back_off(min(known.failures, 3))
-            known.failures += 1
-            raise
+        async with known.asking:  # two who ask at once get their answers in order
+            if time.monotonic() < known.ask_after:
+                raise LoadError(f"agent {address}:{self.port} did not answer, and is asked again soon")
+            try:
+                snapshot = await self._get(key, address, buckets)
+            except LoadError:
+                known.ask_after = time.monotonic() + back_off(min(known.failures, 3))
+                known.failures += 1
+                raise
+            self._note(known, snapshot, buckets)
+
+    def _note(self, known: _Known, snapshot: Snapshot, buckets: bool) -> None:
         now = time.time()
         if buckets:  # there are thousands: no more than two times are kept, and none of a long time ago
             known.history = History()

@@ -8,6 +8,7 @@ import pytest
 from prometheus_client import generate_latest
 from tests.operator.counters import PlayedCounters
 
+from packetstack_core.load import Snapshot
 from packetstack_operator import loads as module
 from packetstack_operator.loads import LoadError, Loads
 from packetstack_operator.metrics import Metrics
@@ -70,6 +71,21 @@ async def test_buckets_of_a_long_time_ago_say_nothing_of_now(loads, played, monk
     monkeypatch.setattr(module, "KEEP_SECONDS", -1.0)  # so that what was just read is too old
     await loads.ask(KEY, world(), buckets=True)
     assert loads.load(KEY, 1000, buckets=True) is None
+
+
+async def test_two_who_ask_at_once_forget_nothing(loads, monkeypatch):
+    times = iter([1.0, 2.0, 3.0])
+    pauses = iter([0.0, 0.05, 0.0])
+
+    async def get(*_):
+        snapshot = Snapshot(next(times), ())
+        await asyncio.sleep(next(pauses))
+        return snapshot
+
+    monkeypatch.setattr(loads, "_get", get)
+    await loads.ask(KEY, world())
+    await asyncio.gather(loads.ask(KEY, world()), loads.ask(KEY, world()))
+    assert loads.load(KEY, 15) is not None
 
 
 async def test_a_clock_that_is_set_back_delays_no_question(loads, played, monkeypatch):
