@@ -145,7 +145,8 @@ class Balancers:
             cores = [core for core, _ in read[1]]
             done = rebalancing.spread(loads, cores, engine.blueprint.cores, now, one.queues.get(slot, Memory()))
             busiest = max(sum(x for x, c in zip(loads, cores, strict=True) if c == core) for core in set(cores))
-            close |= busiest >= rebalancing.QUEUES.busy and done.before > rebalancing.QUEUES.excess
+            uneven = busiest >= rebalancing.QUEUES.busy and done.before > rebalancing.QUEUES.excess
+            close |= uneven and bool(done.memory.moved)  # else nothing can be done about it
             if done.moves and not managed.busy.locked():
                 self._move_queues(managed, one, engine, done.moves)
                 one.queues[slot] = done.memory

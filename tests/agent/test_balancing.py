@@ -241,6 +241,26 @@ async def test_hot_queues_of_one_core_are_parted_and_stay_where_they_are(
     assert (last["what"], last["why"]) == (f"queue {queue} of web-1 to core {core}", "load")
 
 
+async def test_one_hot_queue_that_no_move_helps_is_not_looked_at_closely(
+    world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, spent = world("Auto", {}, engines=1), [0.0, 0.0]
+    lib = Lib([0, 1])
+    monkeypatch.setattr(balancing, "lib", lambda: lib)
+    engine = w.managed.engines[1]
+    engine.blueprint = SimpleNamespace(cores=2, queues=2, name="web-1", pod="")
+    engine.core = lambda c: SimpleNamespace(total_cycles=(w.now - 100) * CYCLES)
+    engine.queue = lambda q: SimpleNamespace(cur=lib.serves[q] + 1, cycles=spent[q])
+    w.managed.table = object()
+    looks = []
+    for _ in range(10):
+        w.now += 1
+        spent[0] += 0.9 * CYCLES
+        looks.append(await w.balancers.look(w.managed))
+    assert not lib.moves
+    assert not any(looks)
+
+
 @pytest.mark.parametrize("rebalanced", [True, False])
 def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(rebalanced: bool) -> None:
     resource = resources.parse(stack())
