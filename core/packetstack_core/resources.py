@@ -39,6 +39,8 @@ MAX_NAME = 52
 """Longest name of a stack: names derived from it must fit a DNS label of 63 characters."""
 MIN_BUCKETS, MAX_BUCKETS = 256, 8192
 MAX_CORES = 32
+MAX_METRICS = 32
+"""Of an autoscaler, and as many schedules: each is read, or looked up, at each decision."""
 MAX_QUEUES = 64
 MAX_REPLICAS = 1000
 MAX_LISTENERS = 256
@@ -849,6 +851,9 @@ class Autoscaling(Model):
 
     @model_validator(mode="after")
     def _limits(self) -> Self:
+        for what, found in (("metrics", self.metrics), ("schedules", self.schedules)):
+            if len(found) > MAX_METRICS:
+                raise ValueError(f"has {len(found)} {what}; use at most {MAX_METRICS}")
         _min_max(self.min_replicas, self.max_replicas)
         return self
 

@@ -224,6 +224,16 @@ WRONG = [
     ("spec.updateStrategy.maxSurge", "101%", "is not a percentage"),
     ("spec.updateStrategy.maxSurge", 1.5, "1.5 is a decimal number; use a whole number or a percentage"),
     ("spec.autoscaling", {"minReplicas": 3, "maxReplicas": 2}, "has minReplicas 3 above maxReplicas 2; use"),
+    (
+        "spec.autoscaling",
+        {"maxReplicas": 2, "schedules": [{"name": "s", "cron": "0 8 * * *", "durationSeconds": 60}] * 33},
+        "has 33 schedules; use at most 32",
+    ),
+    (
+        "spec.autoscaling",
+        {"maxReplicas": 2, "metrics": [{"type": "Engine", "engine": {"name": "Utilization", "target": {"type": "Utilization", "averageUtilization": 50}}}] * 33},
+        "has 33 metrics; use at most 32",
+    ),
     ("spec.autoscaling", {"maxReplicas": 2, "metrics": [{"type": "Pods"}]}, "metrics[0]: is empty; use exactly"),
     ("metadata.name", "Edge", 'metadata.name: "Edge" is not a DNS label'),
     ("metadata.name", "a" * 53, "has 53 characters; use at most 52"),
