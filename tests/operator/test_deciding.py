@@ -930,6 +930,14 @@ def test_moves_of_another_flow_table_or_before_packets_follow_it_are_left():
     assert not model.table().spec.rebalanced
 
 
+def test_nothing_is_moved_by_load_where_the_server_would_drop_the_mark():
+    model = settled(2)
+    proposed(model)
+    outdated = replace(model.world(), outdated="FlowTable, PacketStack")
+    assert not [w for w in deciding.decide(outdated, model.now).writes if w.kind == "FlowTable"]
+    assert [w for w in deciding.decide(model.world(), model.now).writes if w.kind == "FlowTable"]
+
+
 def test_moves_to_an_engine_that_leaves_are_left_out():
     model = settled(2)
     giving = proposed(model)
