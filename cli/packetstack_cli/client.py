@@ -12,6 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import click
+
 from packetstack_core.resources import PacketStack
 
 DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
@@ -71,7 +73,11 @@ class Client:
     def begin(self, metrics_listen: str | None) -> bool:
         """Start an agent if there is none. Whether it is ours to end should what follows fail."""
         # An agent that found stacks to go on with stays, whatever becomes of the file.
-        return not self.alive() and self.start_agent(metrics_listen) and not self.call("get")
+        if self.alive():
+            if metrics_listen:
+                click.echo("note: --metrics-listen counts only when `up` starts the agent, and one runs already", err=True)
+            return False
+        return self.start_agent(metrics_listen) and not self.call("get")
 
     def abandon(self) -> None:
         """End the agent that `begin` has started."""

@@ -185,7 +185,7 @@ def up(
         raise
     for name in names:
         for item in client.call("get", name=name):
-            click.echo(f"stack {name}: {item['status']['readyReplicas']} engines ready")
+            click.echo(f"stack {name}: {views.engine_count(item['status']['readyReplicas'])} ready")
 
 
 def _load(file: str) -> list[PacketStack]:
@@ -259,7 +259,7 @@ def scale(client: Client | ClusterClient, name: str, replicas: int, wait: bool, 
         click.echo(f"stack {name}: note: {result['note']}", err=True)
     if wait:
         _wait_ready(client, [name], timeout)
-    click.echo(f"stack {name}: from {result['from']} to {result['to']} engines")
+    click.echo(f"stack {name}: from {result['from']} to {views.engine_count(result['to'])}")
 
 
 @main.command()

@@ -152,8 +152,10 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
         ),
     ]
     rebalance = status["rebalance"]
-    uneven = f", busiest core {rebalance['maxOverMean']:.2f} of the mean" if rebalance["maxOverMean"] else ""
-    moved = f"{_number(rebalance['bucketsMoved'])} buckets and {_number(rebalance['queuesMoved'])} queues moved by load"
+    uneven = f", busiest core {rebalance['maxOverMean']:.2f} times the mean" if rebalance["maxOverMean"] else ""
+    numbers = ((rebalance["bucketsMoved"], "buckets"), (rebalance["queuesMoved"], "queues"))
+    moved = " and ".join(f"{n:,} {what}" for n, what in numbers if n is not None)
+    moved = f"{moved} moved by load" if moved else "what was moved by load is not known"
     parts.append(Text(f"  rebalance  {rebalance['mode']}, {moved}{uneven}"))
     if capacity["flows"] and status["flows"] > 0.35 * capacity["flows"]:
         parts.append(Text("  warning    SNAT ports run short: add SNAT addresses or backends", style="yellow"))
@@ -202,28 +204,28 @@ def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:
         record.get("current", status["currentReplicas"]),
         record.get("desired", status["desiredReplicas"]),
     )
-    verdict = f"stays at {_engines(current)}" if current == desired else f"from {current} to {_engines(desired)}"
+    verdict = f"stays at {engine_count(current)}" if current == desired else f"from {current} to {engine_count(desired)}"
     if item["spec"].get("paused") or item["spec"]["autoscaling"].get("paused"):
         verdict += ", paused"
     schedule = f", by schedule {status['schedule']}" if status.get("schedule") else ""
-    limits = f"{status.get('minReplicas', 1)} to {_engines(status['maxReplicas'])}{schedule}"
-    lines = [("decided", f"{verdict}, since {status.get('decisionTime') or '-'}"), ("limits", limits)]
+    limits = f"{status.get('minReplicas', 1)} to {engine_count(status['maxReplicas'])}{schedule}"
+    lines = [("decided", f"{verdict}, by these figures since {status.get('decisionTime') or '-'}"), ("limits", limits)]
     lines.append(("scaled", status.get("lastScaleTime") or "never by the autoscaler"))
     table = _table("METRIC", "IS", "TARGET", "ASKS FOR", "")
     for p in record.get("proposals") or ():
         target, value = p.get("target") or {}, p.get("value") or {}
         note = p.get("error") or ("asks for most" if p["metric"] == record.get("winner") else "")
         if p.get("missing"):
-            note = "; ".join(filter(None, [note, f"{_engines(p['missing'])} without a recent sample"]))
-        asks = "-" if p.get("replicas") is None else _engines(p["replicas"])
+            note = "; ".join(filter(None, [note, f"{engine_count(p['missing'])} without a recent sample"]))
+        asks = "-" if p.get("replicas") is None else engine_count(p["replicas"])
         kind = next((k for k in ("averageUtilization", "averageValue", "value") if k in target), "")
         table.add_row(p["metric"], _metric(kind, value), _metric(kind, target), asks, note)
     table.columns[-1].no_wrap = False
     cuts = []
     if record.get("stabilizedBy"):
-        cuts.append(("window", f"{record['stabilizedBy']}: {_engines(record['stabilized'])}"))
+        cuts.append(("window", f"{record['stabilizedBy']}: {engine_count(record['stabilized'])}"))
     if record.get("limitedBy"):
-        cuts.append(("limit", f"{record['limitedBy']}: {_engines(record['limited'])}"))
+        cuts.append(("limit", f"{record['limitedBy']}: {engine_count(record['limited'])}"))
     if record.get("why"):
         cuts.append(("why", record["why"]))
     parts: list[RenderableType] = [Text(f"Stack {decided['stack']}", style="bold")]
@@ -235,7 +237,7 @@ def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:
     return Group(*parts, Text(), _conditions(decided["conditions"]))
 
 
-def _engines(count: int) -> str:
+def engine_count(count: int) -> str:
     return f"{count} engine" if count == 1 else f"{count} engines"
 
 
@@ -259,6 +261,7 @@ def _conditions(known: Sequence[Mapping[str, Any]]) -> Table:
 def events(items: Sequence[Mapping[str, Any]]) -> Table:
     """One line an event."""
     table = _table("TIME", "TYPE", "STACK", "REASON", "MESSAGE")
+    table.columns[-1].no_wrap = False
     for e in items:
         clock = time.strftime("%H:%M:%S", time.localtime(e["time"]))
         table.add_row(clock, e["type"], e["stack"], e["reason"], e["message"])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from packetstack_cli import views
 from packetstack_cli.lab import NODE_UPLINK, Lab
@@ -257,3 +258,13 @@ def test_preflight_finds_a_host_that_forwards_fit_and_one_that_does_not_unfit(la
 def test_logs_take_an_engine_by_its_name_too(lab: Lab) -> None:
     engine = json.loads(lab.packetstack("get", "web", "-o", "json"))["status"]["engines"][0]
     assert lab.packetstack("logs", engine["name"]) == lab.packetstack("logs", str(engine["slot"]))
+
+
+def test_events_are_not_cut_on_a_narrow_terminal() -> None:
+    happened = {"time": 0.0, "type": "Warning", "stack": "web", "reason": "SuccessfulRescale", "message": "word " * 40}
+    console = Console(width=80)
+    with console.capture() as caught:
+        console.print(views.events([happened]))
+    shown = caught.get()
+    assert "…" not in shown
+    assert shown.count("word") == 40

@@ -82,7 +82,7 @@ def test_it_says_what_each_metric_asked_for_and_what_cut_it(explain):
     code, text = explain(decided(0.6, 4000.0))
     assert code == 0
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "decided from 2 to 3 engines, since 2026-09-21T14:13:20Z" in lines
+    assert "decided from 2 to 3 engines, by these figures since 2026-09-21T14:13:20Z" in lines
     assert "limits 1 to 3 engines" in lines
     assert "scaled 2026-09-21T14:13:20Z" in lines
     assert "engine metric Utilization 60 % 60 % 2 engines" in lines
@@ -96,7 +96,7 @@ def test_it_says_what_each_metric_asked_for_and_what_cut_it(explain):
 def test_it_says_why_a_metric_does_not_count(explain):
     _, text = explain(decided(0.1, 10.0, metrics=[BUSY, PACKETS, QUEUED]))
     lines = [" ".join(line.split()) for line in text.splitlines()]
-    assert "decided stays at 2 engines, since 2026-09-21T14:13:20Z" in lines
+    assert "decided stays at 2 engines, by these figures since 2026-09-21T14:13:20Z" in lines
     assert "scaled never by the autoscaler" in lines
     assert "engine metric Utilization 10 % 60 % 1 engine asks for most" in lines
     assert any("- 10 - nobody answers" in line for line in lines)
@@ -113,7 +113,7 @@ def test_it_names_the_schedule_and_the_window(explain):
 
 def test_it_says_that_it_is_paused(explain):
     _, text = explain(decided(1.0, 0.0, paused=True))
-    assert "stays at 2 engines, paused, since" in text
+    assert "stays at 2 engines, paused, by these figures since" in text
     assert "paused, else" in text
 
 
