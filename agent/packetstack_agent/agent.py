@@ -649,7 +649,7 @@ class Agent:
         fixed = managed.pinned if len(seen) <= stack.resource.spec.replicas else {}
         return Observed(
             seen, stack.owners(), frozenset(fixed) | stack.open_fences(), managed.create_after,
-            rebalanced=self.run.record.rebalanced.get(stack.name, False),
+            rebalanced=stack.resource.spec.rebalance.mode != "Off" and self.run.record.rebalanced.get(stack.name, False),
         )  # fmt: skip
 
     def _note_pinned(self, managed: Managed) -> None:

@@ -261,9 +261,9 @@ async def test_one_hot_queue_that_no_move_helps_is_not_looked_at_closely(
     assert not any(looks)
 
 
-@pytest.mark.parametrize("rebalanced", [True, False])
-def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(rebalanced: bool) -> None:
-    resource = resources.parse(stack())
+@pytest.mark.parametrize(("mode", "rebalanced"), [("Auto", True), ("Advice", True), ("Auto", False), ("Off", True)])
+def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(mode: str, rebalanced: bool) -> None:
+    resource = resources.parse(stack(rebalance={"mode": mode}))
     shape = resource.spec.engine
     blueprint = SimpleNamespace(template=shape.template_hash(), queues=shape.queues)
     of_engine = {
@@ -278,7 +278,7 @@ def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(rebal
     record = SimpleNamespace(rebalanced={"web": True} if rebalanced else {})
     agent: Any = SimpleNamespace(run=SimpleNamespace(record=record))
     actions = plan(Desired.of(resource), Agent._observe(agent, managed), 0.0)
-    assert bool(actions) != rebalanced
+    assert bool(actions) != (rebalanced and mode != "Off")
 
 
 def test_the_next_agent_knows_which_stacks_were_rebalanced(tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ def test_two_unevenly_loaded_cores_become_even_and_no_packet_is_lost_or_reordere
         off = stack.unevenness(6)
         assert off > 1.2, "with Off nothing becomes even"
         assert reason not in stack.reasons()
+        began = time.time()
         stack.up("Auto")
         deadline = time.monotonic() + 25
         while (now := stack.unevenness(2)) >= 1.2:
@@ -54,10 +55,13 @@ def test_two_unevenly_loaded_cores_become_even_and_no_packet_is_lost_or_reordere
         assert stack.unevenness(5) < 1.2, "it stays"
         outcome = traffic.stop()
         reasons, drops = stack.reasons(), stack.status()["drops"]
+        last = [m["why"] for m in stack.status()["rebalance"]["lastMoves"] if m["time"] > began]
         stack.up("Off")
         owners = stack.status()["owners"]
     print(f"max/mean {off:.2f} -> {now:.2f}; {outcome}")
     assert reason in reasons
+    assert last
+    assert "as planned" not in last, "the planner moves nothing in return"
     assert outcome.broken == 0, outcome.what_broke()
     assert outcome.datagrams_lost == 0, drops
     assert outcome.datagrams_reordered == 0
