@@ -453,8 +453,8 @@ class _Deciding:
             return
         if not self.current or report is None or not report.settled:
             return
-        if "FlowTable" in self.world.outdated:  # a server that does not know the mark drops it: they would be moved back
-            return
+        if "FlowTable" in self.world.outdated:
+            return  # a server that does not know the mark drops it: the next plan would move them back
         if found.generation != _generation(self.world.table):
             return
         able = {i: e.queues for i, e in self.entries.items() if e.state == "Active" and self._ready(e)}
