@@ -75,7 +75,9 @@ class Client:
         # An agent that found stacks to go on with stays, whatever becomes of the file.
         if self.alive():
             if metrics_listen:
-                click.echo("note: --metrics-listen counts only when `up` starts the agent, and one runs already", err=True)
+                click.echo(
+                    "note: --metrics-listen counts only when `up` starts the agent, and one runs already", err=True
+                )
             return False
         return self.start_agent(metrics_listen) and not self.call("get")
 

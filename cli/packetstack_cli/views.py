@@ -204,7 +204,9 @@ def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:
         record.get("current", status["currentReplicas"]),
         record.get("desired", status["desiredReplicas"]),
     )
-    verdict = f"stays at {engine_count(current)}" if current == desired else f"from {current} to {engine_count(desired)}"
+    verdict = (
+        f"stays at {engine_count(current)}" if current == desired else f"from {current} to {engine_count(desired)}"
+    )
     if item["spec"].get("paused") or item["spec"]["autoscaling"].get("paused"):
         verdict += ", paused"
     schedule = f", by schedule {status['schedule']}" if status.get("schedule") else ""
