@@ -60,6 +60,8 @@ class _Scaled:
     """The last writer of `spec.replicas` was the autoscaler."""
     asks: bool = False
     """A metric is measured by the engines."""
+    read: tuple[Any, resources.Spec | None] = (None, None)
+    """Generation of the stack that was read last, and its spec."""
     events: Shown = field(default_factory=Shown)
 
 
@@ -129,7 +131,7 @@ class Autoscalers:
     async def _round(self, key: Key, scaled: _Scaled) -> float | None:
         """Seconds from its beginning to the next one; None when there is nothing to do for the autoscaler."""
         world = scaled.look()
-        spec = _parsed(world.stack) if world is not None else None
+        spec = _parsed(scaled, world.stack) if world is not None else None
         measured: StackLoad | MetricError = MetricError("api_empty", "nobody has asked for it")
         scaled.asks = False
         if world is not None and spec is not None and spec.autoscaling is not None and _asks(spec, scaled.state):
@@ -139,7 +141,7 @@ class Autoscalers:
             scaled.asks = True
             measured = await self._measure(key, scaled, spec.autoscaling.sync_period_seconds)
         raw = await self._api.get(_path(key))
-        spec = _parsed(raw)
+        spec = _parsed(scaled, raw)
         if spec is None or raw["metadata"].get("deletionTimestamp"):
             return ASK_SECONDS
         if spec.autoscaling is None:
@@ -289,12 +291,15 @@ def _path(key: Key) -> str:
     return f"{PATHS[resources.KIND].format(key[0])}/{key[1]}"
 
 
-def _parsed(stack: Raw) -> resources.Spec | None:
+def _parsed(scaled: _Scaled, stack: Raw) -> resources.Spec | None:
     """None for one that cannot be carried out; the operator says so."""
-    try:
-        return resources.parse(stack).spec
-    except resources.ResourceError:
-        return None
+    generation = stack["metadata"].get("uid"), stack["metadata"].get("generation")
+    if scaled.read[0] != generation or generation[1] is None:
+        try:
+            scaled.read = generation, resources.parse(stack).spec
+        except resources.ResourceError:
+            scaled.read = generation, None
+    return scaled.read[1]
 
 
 def _asks(spec: resources.Spec, state: State | None) -> bool:

@@ -1,7 +1,7 @@
 """What is there: objects of the API server, reduced to what decisions need. Pure."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -265,7 +265,7 @@ def claims(raw: Raw) -> dict[Block, tuple[Claim, ...]]:
     return found
 
 
-def conflict(stack: Raw, table: Raw | None, known: Callable[[Block], Iterable[Claim]]) -> Conflict | None:
+def conflict(stack: Raw, table: Raw | None, known: Callable[[Block], Collection[Claim]]) -> Conflict | None:
     """The first address of the resource that another stack's claim comes before. `known`: all claims by block.
 
     An address belongs to the stack whose flow table brings packets to its engines; where there is none, to the oldest.
@@ -274,15 +274,16 @@ def conflict(stack: Raw, table: Raw | None, known: Callable[[Block], Iterable[Cl
     running = claims(table) if table is not None else {}
     found = []
     for block, wanted in claims(stack).items():
-        others = [c for c in known(block) if (c.namespace, c.stack) != (meta["namespace"], meta["name"])]
-        if not others:
-            continue
+        others = known(block)
         for claim in wanted:
+            # Many stacks share a block, and hardly ever an address: this is all that most of them cost.
+            near = [c for c in others if c.first <= claim.last and claim.first <= c.last]
+            near = [c for c in near if (c.namespace, c.stack) != (meta["namespace"], meta["name"])]
+            if not near:
+                continue
             held = (c for c in running.get(block, ()) if not c.idle and c.first <= claim.first and claim.last <= c.last)
             mine = next(held, claim)
-            for other in others:
-                if other < mine and other.first <= claim.last and claim.first <= other.last:
-                    found.append((not mine.idle, max(claim.first, other.first), other, claim.version))
+            found += [(not mine.idle, max(claim.first, c.first), c, claim.version) for c in near if c < mine]
     if not found:
         return None
     running_too, address, other, version = min(found)
