@@ -133,7 +133,7 @@ class Agent:
             except (LookupError, TypeError, ValueError, AttributeError, OSError) as e:
                 self._leave_unread(name, f"{type(e).__name__}: {e}")
         for slot, known in list(record.engines.items()):
-            if known.get("stack") in self.stacks:
+            if isinstance(known, dict) and known.get("stack") in self.stacks:
                 await self._regain(self.stacks[known["stack"]], int(slot), known)
         if not self.stacks:
             return
@@ -166,7 +166,7 @@ class Agent:
             generation = int(record.tables[name]["metadata"]["generation"])
         stack = Stack(name, resource, index, self.run.stack(name), self.director)
         for slot, known in record.engines.items():
-            if known.get("stack") == name:
+            if isinstance(known, dict) and known.get("stack") == name:
                 self._blueprint(stack, known), State(known["state"]), int(slot), tuple(known["init"])
         return Managed(stack, pinned=pinned, table=table, generation=generation)
 
@@ -1037,8 +1037,12 @@ class Agent:
                     "-", "RecordNotWritten" if told else "RecordWritten", message, "Warning" if told else "Normal"
                 )
             for managed in self.stacks.values():
-                with contextlib.suppress(AgentError):  # an engine is going: the next look does without it
+                try:
                     managed.history.add(loading.snapshot(managed), time.time())
+                except AgentError:
+                    pass  # an engine is going: the next look does without it
+                except Exception as e:
+                    self.event(managed.stack.name, "InternalError", f"load: {type(e).__name__}: {e}", "Warning")
             await asyncio.sleep(1.0)
 
     # ---- verbs -----------------------------------------------------------------------------------------------

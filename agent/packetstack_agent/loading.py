@@ -39,6 +39,7 @@ def _counters(engine: Engine, flows: int) -> EngineCounters:
         packets=counters["received"],
         bytes=counters["received_bytes"],
         flows_created=counters["flows_created"],
-        dropped=dropped + sum(engine.kernel_drops().values()),
+        dropped=dropped,
         flows=flows,
+        missed=sum(engine.kernel_drops().values()),
     )

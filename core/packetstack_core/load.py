@@ -74,9 +74,11 @@ class EngineCounters:
     """Received."""
     flows_created: Count
     dropped: Count
-    """For any reason, by the engine or the kernel in front of it."""
+    """Of those that it received, for any reason."""
     flows: Count
     """Alive now."""
+    missed: Count = 0
+    """Dropped by the kernel before the engine received them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +197,8 @@ def engine_load(before: EngineCounters, after: EngineCounters, seconds: float) -
         queues.append(QueueLoad(now.core, min(1.0, spent / cycles), packets / seconds, now.depth))
     packets, size = after.packets - before.packets, after.bytes - before.bytes
     created, dropped = after.flows_created - before.flows_created, after.dropped - before.dropped
-    if min(packets, size, created, dropped) < 0:
+    missed = after.missed - before.missed
+    if min(packets, size, created, dropped, missed) < 0:
         return None
     return EngineLoad(
         after.id,
@@ -209,7 +212,7 @@ def engine_load(before: EngineCounters, after: EngineCounters, seconds: float) -
         created / seconds,
         packets / seconds,
         8 * size / seconds,
-        min(1.0, dropped / max(packets, dropped)) if dropped else 0.0,
+        min(1.0, (dropped + missed) / max(packets + missed, 1)),
     )
 
 
@@ -233,6 +236,8 @@ class History:
 
     def add(self, snapshot: Snapshot, read: float) -> None:
         """`read`: when it was read, on the reader's own clock. A clock that went backwards begins anew."""
+        if self._kept and snapshot == self._kept[-1][1]:
+            return  # an agent that is asked twice in a moment answers the same
         if self._kept and (snapshot.time <= self._kept[-1][1].time or read < self._kept[-1][0]):
             self._kept.clear()
         self._kept.append((read, snapshot))

@@ -34,6 +34,8 @@ class _Known:
     last: Snapshot | None = None
     failures: int = 0
     """In a row."""
+    asked: float = 0.0
+    """When somebody wanted to know, on the monotonic clock."""
     ask_after: float = 0.0
     """On the clock that only goes forward."""
     read: float = field(default_factory=time.time)
@@ -68,6 +70,7 @@ class Loads:
         known = self._known.get((key, buckets))
         if known is None or known.address != address:  # another node has another clock
             known = self._known[key, buckets] = _Known(address)
+        known.asked = time.monotonic()
         async with known.asking:  # two who ask at once get their answers in order
             if time.monotonic() < known.ask_after:
                 raise LoadError(f"agent {address}:{self.port} did not answer, and is asked again soon")
@@ -129,9 +132,11 @@ class Loads:
             raise LoadError(f"{who}: {e}") from None
 
     def _ages(self) -> Iterator[tuple[Key, float]]:
-        now = time.time()
+        now, recent = time.time(), time.monotonic() - KEEP_SECONDS
         latest: dict[Key, float] = {}
         for (key, _), known in self._known.items():
+            if known.asked < recent:
+                continue  # nobody decides by it any more
             latest[key] = max(known.read, latest.get(key, 0.0))
         for key, read in sorted(latest.items()):
             yield key, max(0.0, now - read)

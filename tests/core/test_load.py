@@ -28,7 +28,7 @@ def engine(id_: int = 1, at: int = 0, *, state: str = "Active", ready: bool = Tr
         id_, f"e{id_}", state, ready,
         (CoreCounters(busy * at, 100 * at), CoreCounters(0, 100 * at)),
         (QueueCounters(0, busy * at, 1000 * at, 5), QueueCounters(1, 0, 0, 0)),
-        1000 * at, 64000 * at, 10 * at, 100 * at, 77,
+        1000 * at, 64000 * at, 10 * at, 100 * at, 77, at,
     )  # fmt: skip
 
 
@@ -39,10 +39,27 @@ def test_rates_are_differences_by_time() -> None:
     assert load.utilization == 0.3
     assert [q.busy for q in load.queues] == [0.6, 0.0]
     assert (load.packets_per_second, load.bits_per_second, load.new_flows_per_second) == (1000, 512000, 10)
-    assert (load.drop_ratio, load.active_flows) == (0.1, 77)
+    assert load.active_flows == 77
+    assert load.drop_ratio == 101 / 1001
 
 
-@pytest.mark.parametrize("field", ["packets", "bytes", "flows_created", "dropped", "cores", "queues"])
+def test_what_the_kernel_dropped_came_too() -> None:
+    before = replace(engine(at=2), dropped=0, missed=0)
+    load = engine_load(before, replace(engine(at=4), packets=before.packets + 100, dropped=0, missed=100), 2.0)
+    assert load is not None
+    assert load.drop_ratio == 0.5
+
+
+def test_the_same_answer_twice_is_one() -> None:
+    history = History()
+    for t in (1, 2, 2, 3, 3):
+        history.add(Snapshot(float(t), (engine(at=t),)), 100.0 + t)
+    load = history.load(1.0)
+    assert load is not None
+    assert load.engines[0].window == 1.0
+
+
+@pytest.mark.parametrize("field", ["packets", "bytes", "flows_created", "dropped", "missed", "cores", "queues"])
 def test_counters_that_restart_say_nothing(field: str) -> None:
     after = replace(engine(at=4), **{field: getattr(engine(at=1), field)})
     assert engine_load(engine(at=2), after, 2.0) is None

