@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -34,15 +34,24 @@ CLUSTER = ("charts/test_installed.py", "cluster", "kubernetes")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what must run alone; `make test` runs all others side by side before, those of a file in its order."""
+    """Mark what must run alone; `make test` runs all others side by side before."""
     here = Path(__file__).parent
     for item in items:
-        if not item.path.is_relative_to(here):
-            continue
-        place = item.path.relative_to(here).as_posix()
-        if place.startswith(ALONE):
+        if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix().startswith(ALONE):
             item.add_marker(pytest.mark.alone)
-        item.add_marker(pytest.mark.xdist_group("cluster" if place.startswith(CLUSTER) else place))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Side by side: the tests of a file stay together, in their order, and so do all of those with a kubelet."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "cluster" if file.removeprefix("tests/").startswith(CLUSTER) else file
+
+    return Files(config, log)
 
 
 # Imported only where used: most tests need no cluster, and these imports take a second.
