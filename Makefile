@@ -59,7 +59,7 @@ image: build/.packages
 # Most tests wait more than they work, so they run side by side; those that measure follow, one by one.
 test: setup build lint
 	@status=0; \
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m "not alone" $(PYTEST_ARGS) || status=1; \
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not alone" $(PYTEST_ARGS) || status=1; \
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || status=1; \
 	exit $$status
 

@@ -31,14 +31,24 @@ ALONE = (
 
 CLUSTER = ("charts/test_installed.py", "cluster", "kubernetes")
 """Tests with a kubelet: one after the other, for they share a cluster, and two need more of the kernel than it has."""
+LONG = (*CLUSTER, "operator", "agent")
+"""What takes longest begins first, so that nobody waits for the last one."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what must run alone; `make test` runs all others side by side before."""
+def _place(item: pytest.Item) -> str:
     here = Path(__file__).parent
+    return item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what must run alone; `make test` runs all others side by side before."""
     for item in items:
-        if item.path.is_relative_to(here) and item.path.relative_to(here).as_posix().startswith(ALONE):
+        if _place(item).startswith(ALONE):
             item.add_marker(pytest.mark.alone)
+    if hasattr(config, "workerinput"):
+        items.sort(
+            key=lambda item: next((n for n, long in enumerate(LONG) if _place(item).startswith(long)), len(LONG))
+        )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -140,6 +140,7 @@ def test_the_pool_follows_a_ramp_of_traffic_and_breaks_no_connection() -> None:
         time.sleep(4)
         ramp = start("ramp", 600, 300, 14)
         watcher.until(4)
+        ramp.wait_open()
         time.sleep(4)
         ramped = ramp.stop()
         watcher.until(1)
