@@ -58,6 +58,8 @@ class _Scaled:
     """None before the first round."""
     ours: bool = False
     """The last writer of `spec.replicas` was the autoscaler."""
+    decided: float = 0.0
+    """When the last decision was made, on the monotonic clock."""
     asks: bool = False
     """A metric is measured by the engines."""
     read: tuple[Any, resources.Spec | None] = (None, None)
@@ -96,7 +98,8 @@ class Autoscalers:
         period: float | None = 0.0
         while True:
             try:
-                await self._pause(key, scaled, period, began)
+                # The next decision is a whole period after this one, whatever the first look at the engines took.
+                await self._pause(key, scaled, period, max(began, scaled.decided))
                 scaled.woken.clear()
                 began = time.monotonic()
                 period = await self._round(key, scaled)
@@ -150,7 +153,7 @@ class Autoscalers:
             self._metrics.autoscalers.known.pop(key, None)
             return None
         period = float(spec.autoscaling.sync_period_seconds)
-        world = scaled.look()
+        world, scaled.decided = scaled.look(), time.monotonic()
         active = [_pod(p) for p in world.pods if _active(p)] if world is not None else []
         scale = Scale(spec.replicas, int((raw.get("status") or {}).get("replicas") or 0))
         shown, conditions = _shown(raw)
