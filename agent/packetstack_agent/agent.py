@@ -466,7 +466,7 @@ class Agent:
                 self.run.record.documents[name] = resource.document()
             managed.table, managed.generation = table, generation
             managed.settled = False  # until packets have been seen to follow it
-            kept = table.model_dump(mode="json", by_alias=True, exclude_none=True)
+            kept = table.document()
             kept["metadata"]["generation"] = generation
             self.run.record.tables[name] = kept
             self.run.save()

@@ -39,8 +39,8 @@ class Autoscaler:
         """Its part of the stack's status; what the next agent resumes from."""
         shown = self.shown or AutoscalingStatus()
         return {
-            "autoscaling": _dump(shown),
-            "conditions": [_dump(c) for c in self.conditions],
+            "autoscaling": shown.document(),
+            "conditions": [c.document() for c in self.conditions],
         }
 
     @staticmethod
@@ -147,7 +147,3 @@ class Autoscalers:
 def _scale(managed: Managed) -> Scale:
     there = (EngineState.PENDING, EngineState.STARTING, EngineState.ACTIVE)
     return Scale(managed.stack.resource.spec.replicas, sum(e.state in there for e in managed.engines.values()))
-
-
-def _dump(model: kinds.AutoscalingStatus | kinds.Condition) -> dict[str, Any]:
-    return model.model_dump(mode="json", by_alias=True, exclude_none=True)

@@ -216,7 +216,7 @@ class FlowTable(Model):
 
     def stack(self) -> PacketStack:
         """The part that an agent carries out, as a resource of its own."""
-        spec = self.spec.model_dump(mode="json", by_alias=True, exclude_none=True)
+        spec = self.spec.document()
         kept = ("listeners", "snat", "unknownFlow", "flowTable", "handover", "rebalance")
         running = sum(e.state in ("Starting", "Active") for e in self.spec.engines)
         return resources.parse(

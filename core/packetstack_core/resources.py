@@ -301,6 +301,10 @@ class Model(BaseModel):
         frozen=True, extra="forbid", strict=True, alias_generator=to_camel, hide_input_in_errors=True
     )
 
+    def document(self) -> dict[str, Any]:
+        """As YAML or JSON would hold it, defaults filled in, what is None left out; reading it gives the same value."""
+        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
+
 
 def _exactly_one(model: Model, *names: str) -> None:
     given = [to_camel(n) for n in names if getattr(model, n) is not None]
@@ -1000,10 +1004,6 @@ class PacketStack(Model):
     def listening(self) -> set[tuple[Address, int, str]]:
         """Address, port and protocol of each listener."""
         return {(listener.address, listener.port, listener.protocol) for listener in self.spec.listeners}
-
-    def document(self) -> dict[str, Any]:
-        """The resource as YAML or JSON would hold it, defaults filled in; `parse` gives the same value back."""
-        return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
     def with_replicas(self, replicas: int) -> "PacketStack":
         """The resource with another spec.replicas. ResourceError for one that it cannot have."""

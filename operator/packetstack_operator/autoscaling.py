@@ -174,7 +174,7 @@ class Autoscalers:
         scaled.events.show(scaled.body, [Event(e.type, e.reason, e.message) for e in done.decision.events])
         fresh = scaling.show(done, shown, now), scaling.conditions(done.state, _generation(raw))
         if fresh[0] != shown or {c.type: c for c in fresh[1]} != {c.type: c for c in conditions}:
-            await self._apply(key, {"autoscaling": _dump(fresh[0]), "conditions": [_dump(c) for c in fresh[1]]})
+            await self._apply(key, {"autoscaling": fresh[0].document(), "conditions": [c.document() for c in fresh[1]]})
         return period
 
     async def _ask(self, key: Key, world: World | None) -> str:
@@ -326,10 +326,6 @@ def _shown(stack: Raw) -> tuple[AutoscalingStatus | None, tuple[Condition, ...]]
             with suppress(ValueError):
                 conditions.append(Condition.model_validate(raw))
     return shown, tuple(conditions)
-
-
-def _dump(model: resources.Model) -> dict[str, Any]:
-    return model.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 def _generation(stack: Raw) -> int:

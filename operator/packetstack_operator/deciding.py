@@ -616,7 +616,7 @@ class _Deciding:
                     "apiVersion": API_VERSION,
                     "kind": "PacketEngine",
                     "metadata": {"name": name, "namespace": self.stack.metadata.namespace},
-                    "status": _dump(status),
+                    "status": status.document(),
                 }
                 writes.append(Write("apply", "PacketEngine", name, shown, "status"))
         writes += [
@@ -819,10 +819,6 @@ def _generation(raw: Raw | None) -> int:
     return int(raw["metadata"].get("generation") or 0) if raw is not None else 0
 
 
-def _dump(model: resources.Model) -> dict[str, Any]:
-    return model.model_dump(mode="json", by_alias=True, exclude_none=True)
-
-
 def _status(stack: Raw) -> PacketStackStatus:
     """What was written last; an empty one if it cannot be read, so that it is written again.
 
@@ -867,7 +863,7 @@ def _status_write(world: World, status: PacketStackStatus) -> Write:
         "apiVersion": API_VERSION,
         "kind": resources.KIND,
         "metadata": {"name": meta["name"], "namespace": meta["namespace"]},
-        "status": _dump(status),
+        "status": status.document(),
     }
     return Write("apply", "PacketStack", meta["name"], body, "status")
 
@@ -887,7 +883,7 @@ def _table_write(world: World, spec: FlowTableSpec) -> Write:
         # Refused if the table is not the one that this was decided from.
         known["resourceVersion"] = world.table["metadata"]["resourceVersion"]
     verb: Literal["create", "replace"] = "create" if world.table is None else "replace"
-    made = _dump(spec) if verb == "create" else {"node": None, **_dump(spec)}
+    made = spec.document() if verb == "create" else {"node": None, **spec.document()}
     body = {"apiVersion": API_VERSION, "kind": FlowTable.__name__, "metadata": known, "spec": made}
     return Write(verb, "FlowTable", meta["name"], body)
 
