@@ -107,6 +107,23 @@ class Operator:
         return [o for _, o in sorted(objects.items())]
 
     def _world(self, key: Key, indices: Mapping[str, kopf.Index[Key, Any]], memory: Memory) -> World | None:
+        """All that a decision takes into account."""
+        world = self._seen(key, indices)
+        if world is None:
+            return None
+        conflict = observing.conflict(world.stack, world.table, lambda block: _claims(block, indices))
+        (self._contending.add if conflict is not None else self._contending.discard)(key)
+        return replace(
+            world,
+            neighbours=_neighbours(key, world.table, indices),
+            conflict=conflict,
+            proposal=self.rebalancers.proposal(key),
+            loads=self.rebalancers.engine_loads(key),
+            memory=memory,
+        )
+
+    def _seen(self, key: Key, indices: Mapping[str, kopf.Index[Key, Any]]) -> World | None:
+        """The stack and what belongs to it: enough for those who measure."""
         stacks = self._latest("PacketStack", key, indices["packetstacks"].get(key, ()))
         if not stacks:
             return None
@@ -120,8 +137,6 @@ class Operator:
         }
         self._follow(key, services)
         table = next(iter(found["FlowTable"]), None)
-        conflict = observing.conflict(stack, table, lambda block: _claims(block, indices))
-        (self._contending.add if conflict is not None else self._contending.discard)(key)
         listed = {name: list(indices["services"].get((key[0], name), ())) for name in services}
         return World(
             stack=stack,
@@ -139,12 +154,7 @@ class Operator:
             ),
             services={name: ports[0] for name, ports in listed.items() if ports},
             slices={name: tuple(indices["endpointslices"].get((key[0], name), ())) for name in services},
-            neighbours=_neighbours(key, table, indices),
-            conflict=conflict,
-            proposal=self.rebalancers.proposal(key),
-            loads=self.rebalancers.engine_loads(key),
             outdated=self.outdated,
-            memory=memory,
         )
 
     async def _with_doubtful(self, key: Key, world: World) -> World:
@@ -202,7 +212,7 @@ class Operator:
         shown = Shown()
         memory, failures, ending_namespace = Memory(), 0, False
         troubles: dict[str, tuple[str, float]] = {}
-        look = partial(self._world, key, indices, Memory())
+        look = partial(self._seen, key, indices)
         rested: tuple[World, float] | None = None
         """What was there when there was nothing to do, and until when that is believed."""
         try:
