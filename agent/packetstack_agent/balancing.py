@@ -17,7 +17,7 @@ from packetstack_agent.natives import ffi, lib
 from packetstack_agent.stacks import Managed
 from packetstack_core import rebalancing
 from packetstack_core.load import KEEP_SECONDS, Snapshot, bucket_loads, stack_load
-from packetstack_core.rebalancing import Decision, Memory
+from packetstack_core.rebalancing import HOLD_SECONDS, TELL_SECONDS, Decision, Memory
 from packetstack_core.reconciling import State
 
 if TYPE_CHECKING:
@@ -29,11 +29,7 @@ CLOSE_LOOK_SECONDS = 0.1
 WINDOW_SECONDS = 0.3
 """Over which a close look takes the load: a core that sleeps counts its cycles only when it wakes."""
 BUCKET_SECONDS = rebalancing.BUCKETS.period_seconds
-TELL_SECONDS = 60.0
-"""The same advice or elephant is told again only after this."""
 LAST_MOVES = 20
-HOLD_SECONDS = 0.001
-"""Of a handover, before there was one."""
 
 Cycles = tuple[list[int], list[tuple[int, int]]]
 """Of each core all cycles so far; of each queue the core that serves it, and the busy cycles spent on it."""
@@ -188,24 +184,18 @@ class Balancers:
         if not d.moves:
             one.buckets = d.memory
             return
-        why = f"busiest core {d.before:.2f} -> {d.after:.2f} of the mean, as predicted"
-        change = f"{len(d.moves)} buckets: {why}"
         if mode == "Advice":
             if self._due(one, "advice", now):
-                self._agent.event(managed.stack.name, "RebalanceAdvice", f"would move {change}")
+                self._agent.event(managed.stack.name, "RebalanceAdvice", f"would move {d}")
             return
         one.buckets = d.memory
-        one.moved_buckets += await self._agent.rebalance(managed, d.moves, why)
-        self._agent.event(managed.stack.name, "Rebalanced", change)
+        one.moved_buckets += await self._agent.rebalance(managed, d.moves, d.why)
+        self._agent.event(managed.stack.name, "Rebalanced", str(d))
 
     def _tell_of_elephants(self, managed: Managed, one: Balance, d: Decision, now: float) -> None:
         for e in d.elephants:
             if self._due(one, f"bucket {e.bucket}", now):
-                self._agent.event(
-                    managed.stack.name, "Elephant",
-                    f"bucket {e.bucket} of engine {e.owner.slot} takes {e.load:.0%} of a core; no move of buckets helps it",
-                    "Warning",
-                )  # fmt: skip
+                self._agent.event(managed.stack.name, "Elephant", str(e), "Warning")
 
     def _due(self, one: Balance, what: str, now: float) -> bool:
         one.told = {k: when for k, when in one.told.items() if now - when < TELL_SECONDS}

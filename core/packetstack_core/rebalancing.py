@@ -32,6 +32,10 @@ FAR = 0.02
 """Cores that have this much more than they must, in units of the mean, may also exchange a bucket for another."""
 SWAPS = 64
 """So many of a core's biggest buckets are tried for that."""
+HOLD_SECONDS = 0.001
+"""Of a handover, where it is not known."""
+TELL_SECONDS = 60.0
+"""The same advice or elephant is told again only after this."""
 ELEPHANT_LOAD = 0.8
 """Share of a core above which a bucket alone is an elephant: no move of buckets helps its packets any more."""
 
@@ -78,6 +82,9 @@ class Elephant:
     load: float
     """Share of a core that it takes."""
 
+    def __str__(self) -> str:
+        return f"bucket {self.bucket} of engine {self.owner.slot} takes {self.load:.0%} of a core; no move of buckets helps it"
+
 
 @dataclass(frozen=True, slots=True)
 class Decision:
@@ -94,6 +101,14 @@ class Decision:
     """Buckets that are bigger than what is left for a core: each shall have one almost to itself."""
     memory: Memory
 
+    @property
+    def why(self) -> str:
+        """What the moves are for."""
+        return f"busiest core {self.before:.2f} -> {self.after:.2f} of the mean, as predicted"
+
+    def __str__(self) -> str:
+        return f"{len(self.moves)} buckets: {self.why}"
+
 
 def decide(
     loads: Sequence[float],
@@ -103,7 +118,7 @@ def decide(
     memory: Memory = Memory(),
     *,
     stay: Collection[int] = (),
-    hold_seconds: float = 0.001,
+    hold_seconds: float = HOLD_SECONDS,
     limits: Limits = BUCKETS,
 ) -> Decision:
     """Which buckets to give to other cores.

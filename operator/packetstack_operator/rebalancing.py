@@ -14,7 +14,7 @@ import kopf
 
 from packetstack_core import rebalancing
 from packetstack_core.load import StackLoad, bucket_loads
-from packetstack_core.rebalancing import BUCKETS, Decision, Memory
+from packetstack_core.rebalancing import BUCKETS, TELL_SECONDS, Decision, Memory
 from packetstack_operator import observing
 from packetstack_operator.deciding import Event
 from packetstack_operator.loads import Key, LoadError, Loads
@@ -24,12 +24,8 @@ from packetstack_operator.showing import Shown
 
 IDLE_SECONDS = 15.0
 """Between two questions while no core is busy."""
-TELL_SECONDS = 60.0
-"""The same advice is told again only after this; an elephant counts as one for so long."""
 FRESH_SECONDS = 30.0
 """So old a load may be for the choice of an engine that goes."""
-HOLD_SECONDS = 0.001
-"""Of a handover: an agent does not say."""
 
 log = logging.getLogger(__name__)
 
@@ -130,26 +126,24 @@ class Rebalancers:
         if watched.next is not None and watched.next[0] != generation:
             watched.memory = watched.next[1]
         now = asyncio.get_running_loop().time()
-        d = rebalancing.decide(loads, owners, cores, now, watched.memory, hold_seconds=HOLD_SECONDS)
-        change = f"{len(d.moves)} buckets: busiest core {d.before:.2f} -> {d.after:.2f} of the mean, as predicted"
-        self._tell(watched, mode_of(world.stack), d, change, now)
+        d = rebalancing.decide(loads, owners, cores, now, watched.memory)
+        self._tell(watched, mode_of(world.stack), d, now)
         moves = d.moves if mode_of(world.stack) == "Auto" else ()
         watched.next = (generation, d.memory) if moves else None
         if not moves and not watched.elephants:
             return None
-        return Proposal(generation, moves, change if moves else "", tuple(sorted(watched.elephants)))
+        return Proposal(generation, moves, str(d) if moves else "", tuple(sorted(watched.elephants)))
 
-    def _tell(self, watched: _Watched, mode: str, d: Decision, change: str, now: float) -> None:
+    def _tell(self, watched: _Watched, mode: str, d: Decision, now: float) -> None:
         events = []
         for e in d.elephants:
             if e.bucket not in watched.elephants:
-                message = f"bucket {e.bucket} of engine {e.owner.slot} takes {e.load:.0%} of a core; no move of buckets helps it"
-                events.append(Event("Warning", "Elephant", message))
+                events.append(Event("Warning", "Elephant", str(e)))
         seen = {b: when for b, when in watched.elephants.items() if now - when < TELL_SECONDS}
         watched.elephants = seen | {e.bucket: now for e in d.elephants}
         if mode == "Advice" and d.moves and now - watched.advised >= TELL_SECONDS:
             watched.advised = now
-            events.append(Event("Normal", "RebalanceAdvice", f"would move {change}"))
+            events.append(Event("Normal", "RebalanceAdvice", f"would move {d}"))
         watched.events.show(watched.body, events)
 
 
