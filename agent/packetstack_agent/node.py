@@ -174,6 +174,9 @@ def clean(run: RunDirectory) -> list[str]:
     if mounted or (run.pins.is_dir() and run.pins.parent.is_mount()):
         # Links of uplinks go with their pins; the programs are detached when the last reference is gone.
         for pin in run.pins.iterdir():
+            if pin.is_dir() and not pin.is_symlink():  # tc makes one in any BPF file system that it finds
+                shutil.rmtree(pin, ignore_errors=True)
+                continue
             with suppress(PermissionError):  # the kernel's own debug files
                 pin.unlink()
         if mounted:

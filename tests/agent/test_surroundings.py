@@ -119,6 +119,13 @@ def test_without_a_free_core_the_stack_stays_at_its_size(node: Node) -> None:
     node.command("down", "--all", "--yes")
 
 
+def test_what_tc_leaves_beside_the_pins_goes_with_them(node: Node) -> None:
+    node.up(stack())
+    (node.lab.run_directory / "bpf/tc/globals").mkdir(parents=True, exist_ok=True)
+    node.command("down", "--all", "--yes")
+    assert not node.lab.run_directory.exists()
+
+
 # ---- commands that are killed -------------------------------------------------------------------------------------
 
 
