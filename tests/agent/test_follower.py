@@ -140,6 +140,7 @@ async def following(node: str, agent: PlayedAgent | None = None) -> AsyncIterato
         assert "InternalError" not in agent.reasons()
     finally:
         await follower.close()
+        await asyncio.sleep(0.05)  # the server's answer to the end of TLS that a cancelled watch has sent
 
 
 async def until(check: Callable[[], Any], seconds: float = 15) -> None:
