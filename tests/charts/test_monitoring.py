@@ -43,6 +43,8 @@ def exported() -> dict[str, set[str]]:
                 }[kind]
                 for sample in names:
                     found.setdefault(sample, set()).update(re.findall(r'"(\w+)"', labels))
+                    if "names" in labels:
+                        found[sample] |= {"namespace", "stack"}
     return found
 
 
