@@ -36,7 +36,8 @@ build/.python: pyproject.toml setup.py build/.packages
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"$(PYTHON) is Python %d.%d; PacketStack needs 3.11 or newer: make PYTHON=/path/to/python3" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@echo "installing Python packages into $(VENV); this takes a few minutes the first time"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 setup: build/.python
