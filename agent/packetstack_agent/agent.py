@@ -42,7 +42,7 @@ from packetstack_core.reconciling import (
     RemoveEngine,
     State,
 )
-from packetstack_core.resources import Network, PacketStack, ResourceError
+from packetstack_core.resources import Network, PacketStack, ResourceError, counted
 
 T = TypeVar("T")
 
@@ -153,7 +153,7 @@ class Agent:
         await self._routes()
         for name, managed in self.stacks.items():
             managed.task = asyncio.create_task(self._keep(managed))
-            self.event(name, "AgentStarted", f"took over {len(managed.engines)} engines")
+            self.event(name, "AgentStarted", f"took over {counted(len(managed.engines), 'engine')}")
 
     def _read(self, name: str) -> Managed:
         """A stack of the record. Any error if something is missing or has another form. Blocks."""
@@ -381,7 +381,7 @@ class Agent:
             await self._remove_stack(name)
             raise
         managed.task = asyncio.create_task(self._keep(managed))
-        self.event(name, "Created", f"{resource.spec.replicas} engines wanted")
+        self.event(name, "Created", f"{counted(resource.spec.replicas, 'engine')} wanted")
         return managed
 
     async def _change_stack(self, managed: Managed, resource: PacketStack) -> str:
@@ -887,9 +887,10 @@ class Agent:
         managed.holds_ns.extend(report.hold_ns)
         longest = max(report.hold_ns, default=0) / 1e6
         if report.moved:
-            message = f"{report.moved} buckets by {report.fences} fences, the longest {longest:.2f} ms"
+            buckets = counted(report.moved, "bucket")
+            message = f"{buckets} by {counted(report.fences, 'fence')}, the longest {longest:.2f} ms"
             self.event(managed.stack.name, "BucketsMoved", message)
-            self.balancers.of(managed).note(f"{report.moved} buckets", why)
+            self.balancers.of(managed).note(buckets, why)
         engine = managed.engines.get(report.stalled)
         if report.stalled:
             self.event(
@@ -1057,7 +1058,7 @@ class Agent:
         managed = self.planned(name)
         was, note = self.set_replicas(managed, replicas), ""
         if was != replicas:
-            self.event(name, "Scaled", f"from {was} to {replicas} engines")
+            self.event(name, "Scaled", f"from {was} to {counted(replicas, 'engine')}")
             if self.autoscalers.step_aside(managed, "packetstack scale"):
                 note = "its autoscaler changes nothing any more; packetstack explain says how to give the size back"
         return {"from": was, "to": replicas, "note": note}

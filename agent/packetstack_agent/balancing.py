@@ -19,6 +19,7 @@ from packetstack_core import rebalancing
 from packetstack_core.load import KEEP_SECONDS, Snapshot, bucket_loads, stack_load
 from packetstack_core.rebalancing import HOLD_SECONDS, TELL_SECONDS, Decision, Memory
 from packetstack_core.reconciling import State
+from packetstack_core.resources import counted
 
 if TYPE_CHECKING:
     from packetstack_agent.agent import Agent
@@ -189,8 +190,10 @@ class Balancers:
                 self._agent.event(managed.stack.name, "RebalanceAdvice", f"would move {d}")
             return
         one.buckets = d.memory
-        one.moved_buckets += await self._agent.rebalance(managed, d.moves, d.why)
-        self._agent.event(managed.stack.name, "Rebalanced", str(d))
+        moved = await self._agent.rebalance(managed, d.moves, d.why)
+        one.moved_buckets += moved
+        if moved:  # what was asked for may be overtaken by an engine that goes
+            self._agent.event(managed.stack.name, "Rebalanced", f"{counted(moved, 'bucket')}: {d.why}")
 
     def _tell_of_elephants(self, managed: Managed, one: Balance, d: Decision, now: float) -> None:
         for e in d.elephants:

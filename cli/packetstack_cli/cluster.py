@@ -18,7 +18,7 @@ import click
 from packetstack_cli import preflight
 from packetstack_cli.api import Api, Json, NotAnswered, Refused
 from packetstack_cli.client import CliError
-from packetstack_core.resources import API_VERSION, PacketStack
+from packetstack_core.resources import API_VERSION, PacketStack, counted
 
 MANAGER = "packetstack"
 SYSTEM_NAMESPACE = "packetstack-system"
@@ -409,7 +409,9 @@ def _rebalance(spec: Json, given: Json) -> Json:
     moves = []
     if given.get("lastTime"):
         when = datetime.fromisoformat(str(given["lastTime"])).timestamp()
-        moves.append({"time": when, "what": f"{given.get('buckets', 0)} buckets", "why": given.get("message", "")})
+        moves.append(
+            {"time": when, "what": counted(given.get("buckets", 0), "bucket"), "why": given.get("message", "")}
+        )
     return {
         "mode": (spec.get("rebalance") or {}).get("mode", "Auto"),
         "maxOverMean": None,

@@ -19,7 +19,7 @@ from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAg
 from packetstack_cli.cluster import ClusterClient
 from packetstack_cli.demo import run_demo
 from packetstack_core import autoscaling, resources, scaling
-from packetstack_core.resources import PacketStack, ResourceError
+from packetstack_core.resources import PacketStack, ResourceError, counted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -185,7 +185,7 @@ def up(
         raise
     for name in names:
         for item in client.call("get", name=name):
-            click.echo(f"stack {name}: {views.engine_count(item['status']['readyReplicas'])} ready")
+            click.echo(f"stack {name}: {counted(item['status']['readyReplicas'], 'engine')} ready")
 
 
 def _load(file: str) -> list[PacketStack]:
@@ -259,7 +259,7 @@ def scale(client: Client | ClusterClient, name: str, replicas: int, wait: bool, 
         click.echo(f"stack {name}: note: {result['note']}", err=True)
     if wait:
         _wait_ready(client, [name], timeout)
-    click.echo(f"stack {name}: from {result['from']} to {views.engine_count(result['to'])}")
+    click.echo(f"stack {name}: from {result['from']} to {counted(result['to'], 'engine')}")
 
 
 @main.command()
@@ -315,7 +315,7 @@ def move(
         result = client.call(
             "move_buckets", name=name, buckets=list(range(first, last + 1)), slot=engine, queue=to_queue
         )
-        text = f"{result['moved']} buckets to engine {engine} in {result['longestMilliseconds']:.2f} ms"
+        text = f"{counted(result['moved'], 'bucket')} to engine {engine} in {result['longestMilliseconds']:.2f} ms"
     else:
         raise click.UsageError("use --queue SLOT:QUEUE --core CORE, or --buckets FIRST-LAST --engine SLOT")
     _show(result, output, lambda: text)
@@ -430,7 +430,10 @@ def events(client: Client | ClusterClient, name: str | None, output: str | None)
 @_with_client
 def logs(client: Client | ClusterClient, engine: str | None) -> None:
     """The agent's log, or that of ENGINE, as in web-1."""
-    click.echo(client.log(engine), nl=False)
+    text = client.log(engine)
+    click.echo(text, nl=False)
+    if not text:
+        click.echo(f"{f'engine {engine}' if engine else 'agent'}: has written nothing yet", err=True)
 
 
 @main.command()

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from packetstack_cli.preflight import Check
 from packetstack_cli.simulate import Tick
-from packetstack_core.resources import quantity
+from packetstack_core.resources import counted, quantity
 
 HOTTEST = 8
 """Queues that `top` lists by themselves."""
@@ -205,12 +205,14 @@ def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:
         record.get("desired", status["desiredReplicas"]),
     )
     verdict = (
-        f"stays at {engine_count(current)}" if current == desired else f"from {current} to {engine_count(desired)}"
+        f"stays at {counted(current, 'engine')}"
+        if current == desired
+        else f"from {current} to {counted(desired, 'engine')}"
     )
     if item["spec"].get("paused") or item["spec"]["autoscaling"].get("paused"):
         verdict += ", paused"
     schedule = f", by schedule {status['schedule']}" if status.get("schedule") else ""
-    limits = f"{status.get('minReplicas', 1)} to {engine_count(status['maxReplicas'])}{schedule}"
+    limits = f"{status.get('minReplicas', 1)} to {counted(status['maxReplicas'], 'engine')}{schedule}"
     lines = [("decided", f"{verdict}, by these figures since {status.get('decisionTime') or '-'}"), ("limits", limits)]
     lines.append(("scaled", status.get("lastScaleTime") or "never by the autoscaler"))
     table = _table("METRIC", "IS", "TARGET", "ASKS FOR", "")
@@ -218,16 +220,16 @@ def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:
         target, value = p.get("target") or {}, p.get("value") or {}
         note = p.get("error") or ("asks for most" if p["metric"] == record.get("winner") else "")
         if p.get("missing"):
-            note = "; ".join(filter(None, [note, f"{engine_count(p['missing'])} without a recent sample"]))
-        asks = "-" if p.get("replicas") is None else engine_count(p["replicas"])
+            note = "; ".join(filter(None, [note, f"{counted(p['missing'], 'engine')} without a recent sample"]))
+        asks = "-" if p.get("replicas") is None else counted(p["replicas"], "engine")
         kind = next((k for k in ("averageUtilization", "averageValue", "value") if k in target), "")
         table.add_row(p["metric"], _metric(kind, value), _metric(kind, target), asks, note)
     table.columns[-1].no_wrap = False
     cuts = []
     if record.get("stabilizedBy"):
-        cuts.append(("window", f"{record['stabilizedBy']}: {engine_count(record['stabilized'])}"))
+        cuts.append(("window", f"{record['stabilizedBy']}: {counted(record['stabilized'], 'engine')}"))
     if record.get("limitedBy"):
-        cuts.append(("limit", f"{record['limitedBy']}: {engine_count(record['limited'])}"))
+        cuts.append(("limit", f"{record['limitedBy']}: {counted(record['limited'], 'engine')}"))
     if record.get("why"):
         cuts.append(("why", record["why"]))
     parts: list[RenderableType] = [Text(f"Stack {decided['stack']}", style="bold")]
@@ -237,10 +239,6 @@ def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:
     if cuts:
         parts += [Text(), *(Text(f"  {name:10} {text}") for name, text in cuts)]
     return Group(*parts, Text(), _conditions(decided["conditions"]))
-
-
-def engine_count(count: int) -> str:
-    return f"{count} engine" if count == 1 else f"{count} engines"
 
 
 def _metric(kind: str, values: Mapping[str, Any]) -> str:

@@ -20,6 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from packetstack_core.planning import Move, Owner
+from packetstack_core.resources import counted
 
 Core = tuple[int, int]
 """Slot of an engine, and one of its cores."""
@@ -107,7 +108,7 @@ class Decision:
         return f"busiest core {self.before:.2f} -> {self.after:.2f} of the mean, as predicted"
 
     def __str__(self) -> str:
-        return f"{len(self.moves)} buckets: {self.why}"
+        return f"{counted(len(self.moves), 'bucket')}: {self.why}"
 
 
 def decide(

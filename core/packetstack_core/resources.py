@@ -82,6 +82,11 @@ def show(value: object, limit: int = 60) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things: "1 engine", "2 engines"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 @dataclass(frozen=True)
 class Whole:
     """A whole number from `low` to `high`; `what` it should be, for the error."""
@@ -1016,6 +1021,8 @@ def parse(document: Mapping[str, Any]) -> PacketStack:
     """One YAML document, already read. Raises ResourceError with all that is wrong."""
     if not isinstance(document, Mapping):
         raise ResourceError([f"document: {show(document)} is {_kind(document)}; use a mapping with kind {KIND}"])
+    if isinstance(kind := document.get("kind", KIND), str) and kind != KIND:  # its fields are not ours to judge
+        raise ResourceError([f"kind: {show(kind)} cannot be read here; use {KIND}, and kubectl apply for other kinds"])
     try:
         return PacketStack.model_validate(dict(document))
     except ValidationError as e:

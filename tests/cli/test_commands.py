@@ -160,7 +160,10 @@ def test_events_and_logs_tell_what_happened(lab: Lab) -> None:
     assert "EngineReady" in lab.packetstack("events", "web")
     assert "EngineReady" in lab.packetstack("logs")
     slot = json.loads(lab.packetstack("get", "web", "-o", "json"))["status"]["engines"][0]["slot"]
-    lab.packetstack("logs", str(slot))
+    (lab.run_directory / f"engines/{slot}/log").write_text("")
+    cli = (sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(lab.run_directory))
+    silent = lab.run("node", *cli, "logs", str(slot))
+    assert (silent.stdout, silent.stderr) == ("", f"engine {slot}: has written nothing yet\n")
 
 
 def test_every_metric_is_documented_and_every_documented_one_is_there(lab: Lab) -> None:

@@ -239,7 +239,7 @@ WRONG = [
     ("metadata.name", "a" * 53, "has 53 characters; use at most 52"),
     ("metadata.name", "edge\n", "is not a DNS label"),
     ("metadata.lables", {}, "metadata.lables: is an unknown field; did you mean labels?"),
-    ("kind", "Pod", 'kind: "Pod" is not allowed here; use "PacketStack"'),
+    ("kind", "Pod", 'kind: "Pod" cannot be read here; use PacketStack, and kubectl apply for other kinds'),
     ("apiVersion", "v1", 'apiVersion: "v1" is not allowed here; use "packetstack.io/v1alpha1"'),
     ("spec", ..., "spec: is missing; use spec with listeners and snat"),
 ]  # fmt: skip
@@ -314,6 +314,15 @@ def test_text_that_is_not_a_resource_is_refused_in_one_line(text, expected):
         load(text)
     assert caught.value.problems[0].startswith(expected) or expected in caught.value.problems[0]
     assert "\n" not in caught.value.problems[0]
+
+
+def test_a_document_of_another_kind_is_one_problem():
+    others = "apiVersion: v1\nkind: Secret\nmetadata: {name: one}\ndata: {key: dmFsdWU=}\ntype: Opaque\n"
+    with pytest.raises(ResourceError) as caught:
+        load(f"{MINIMAL}---\n{others}")
+    assert caught.value.problems == [
+        'document 2: kind: "Secret" cannot be read here; use PacketStack, and kubectl apply for other kinds'
+    ]
 
 
 def test_several_documents_are_read_and_empty_ones_skipped():
