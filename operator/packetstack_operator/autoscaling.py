@@ -172,7 +172,7 @@ class Autoscalers:
         scaled.ours = wrote or MANAGER in replica_writers(raw)
         self._metrics.autoscalers.known[key] = done
         scaled.events.show(scaled.body, [Event(e.type, e.reason, e.message) for e in done.decision.events])
-        fresh = scaling.show(done, shown, now), scaling.conditions(done.state, _generation(raw))
+        fresh = scaling.show(done, shown, now), scaling.conditions(done.state, observing.generation(raw))
         if fresh[0] != shown or {c.type: c for c in fresh[1]} != {c.type: c for c in conditions}:
             await self._apply(key, {"autoscaling": fresh[0].document(), "conditions": [c.document() for c in fresh[1]]})
         return period
@@ -326,10 +326,6 @@ def _shown(stack: Raw) -> tuple[AutoscalingStatus | None, tuple[Condition, ...]]
             with suppress(ValueError):
                 conditions.append(Condition.model_validate(raw))
     return shown, tuple(conditions)
-
-
-def _generation(stack: Raw) -> int:
-    return int(stack["metadata"].get("generation") or 0)
 
 
 def _active(pod: Raw) -> bool:

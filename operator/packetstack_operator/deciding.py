@@ -39,7 +39,7 @@ from packetstack_core.reconciling import (
     RemoveEngine,
     State,
 )
-from packetstack_core.resources import API_VERSION, PacketStack, ResourceError
+from packetstack_core.resources import API_VERSION, PacketStack, ResourceError, counted
 from packetstack_operator import observing, pods
 from packetstack_operator.observing import Conflict, Holder, Memory, Raw, World
 
@@ -127,7 +127,7 @@ def _only_status(world: World, reason: str, message: str, now: float) -> Decisio
         _set(conditions, world, "Available", False, reason, message, now)
     status = former.model_copy(
         update={
-            "observed_generation": _generation(world.stack),
+            "observed_generation": observing.generation(world.stack),
             "selector": pods.selector(world.stack["metadata"]["name"]),
             "conditions": tuple(conditions[t] for t in sorted(conditions)),
         }
@@ -153,7 +153,7 @@ def release(world: World, now: float) -> Decision:
             confirmed = False
         else:
             report = table.report()
-            current = report is not None and report.observed_generation >= _generation(world.table)
+            current = report is not None and report.observed_generation >= observing.generation(world.table)
             confirmed = table.spec.node is None or (current and report is not None and not report.engines)
     if confirmed:
         writes += [_delete("Pod", p) for p in world.pods if not observing.terminating(p)]
@@ -180,7 +180,7 @@ class _Deciding:
         self.reported = {e.id: e for e in self.report.engines} if self.report is not None else {}
         """Engines that are attached on the stack's node."""
         self.current = self.table is not None and (
-            self.report is not None and self.report.observed_generation >= _generation(world.table)
+            self.report is not None and self.report.observed_generation >= observing.generation(world.table)
         )
         """The node's agent has seen the whole flow table as it is now."""
         self.node: str | None = None
@@ -455,7 +455,7 @@ class _Deciding:
             return
         if "FlowTable" in self.world.outdated:
             return  # a server that does not know the mark drops it: the next plan would move them back
-        if found.generation != _generation(self.world.table):
+        if found.generation != observing.generation(self.world.table):
             return
         able = {i: e.queues for i, e in self.entries.items() if e.state == "Active" and self._ready(e)}
         moves = [m for m in found.moves if m.to.queue < able.get(m.to.slot, 0)]
@@ -465,7 +465,7 @@ class _Deciding:
             self.moved = RebalanceStatus.model_validate(
                 {"lastTime": observing.timestamp(self.now), "buckets": len(moves), "message": found.message}
             )
-            self._event("Rebalanced", found.message)
+            self._event("Rebalanced", f"{counted(len(moves), 'bucket')}: {found.message}")
 
     def _create(self, template: str, queues: int) -> None:
         used = set(self.entries) | set(self.reported) | {observing.number_of(p) for p in self.pods.values()}
@@ -708,13 +708,13 @@ class _Deciding:
         set_("Degraded", *self._degraded(staying))
         status = PacketStackStatus.model_validate(
             {
-                "observedGeneration": _generation(self.world.stack),
+                "observedGeneration": observing.generation(self.world.stack),
                 "replicas": min(len(staying), resources.MAX_REPLICAS),
                 "readyReplicas": len(serving),
                 "updatedReplicas": len(fresh),
                 "drainingReplicas": extra,
                 "selector": pods.selector(self.stack.name),
-                "flowTableGeneration": _generation(self.world.table) if self.world.table is not None else 0,
+                "flowTableGeneration": observing.generation(self.world.table),
                 "node": self.node or "",
                 "capacity": self._flows(),
                 "rebalance": self._rebalance_status(former.rebalance),
@@ -815,10 +815,6 @@ def _conflict(conflict: Conflict) -> str:
     return f"{conflict.address} belongs to stack {conflict.owner}; use another address"
 
 
-def _generation(raw: Raw | None) -> int:
-    return int(raw["metadata"].get("generation") or 0) if raw is not None else 0
-
-
 def _status(stack: Raw) -> PacketStackStatus:
     """What was written last; an empty one if it cannot be read, so that it is written again.
 
@@ -852,7 +848,7 @@ def _set(
             "reason": reason,
             "message": message,
             "lastTransitionTime": since,
-            "observedGeneration": _generation(world.stack),
+            "observedGeneration": observing.generation(world.stack),
         }
     )
 

@@ -149,7 +149,7 @@ class Proposal:
     """What a stack's rebalancer has found, from the load of its buckets."""
 
     generation: int
-    """Of the flow table that it looked at: of another one it says nothing."""
+    """Of the flow table that `moves` are for: they say nothing of another one."""
     moves: tuple[Move, ...] = ()
     """Where buckets should go; `Owner.slot` is an engine's id."""
     message: str = ""
@@ -333,6 +333,11 @@ def node_of(pod: Raw) -> str | None:
     """Where it was put; None before."""
     name = pod.get("spec", {}).get("nodeName")
     return str(name) if name else None
+
+
+def generation(thing: Raw | None) -> int:
+    """Of an object's spec; 0 for one that is not there, or has none."""
+    return int(thing["metadata"].get("generation") or 0) if thing is not None else 0
 
 
 def terminating(pod: Raw) -> bool:

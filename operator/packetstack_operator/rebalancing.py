@@ -7,7 +7,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import kopf
@@ -56,8 +56,8 @@ class Rebalancers:
         self._stacks: dict[Key, tuple[_Watched, asyncio.Task[None]]] = {}
 
     def follow(self, key: Key, stack: Raw, body: kopf.Body, look: Callable[[], World | None]) -> None:
-        """A stack was seen: it gets a task if it may be rebalanced, else it loses it."""
-        if mode_of(stack) == "Off":
+        """A stack was seen: it gets a task if it may be rebalanced now, else it loses it."""
+        if mode_of(stack) == "Off" or stack["spec"].get("paused"):
             self.forget(key)
         elif key not in self._stacks:
             watched = _Watched(body, look)
@@ -98,6 +98,7 @@ class Rebalancers:
             except Exception:  # a bug: the next round may do better, other stacks go on
                 self._metrics.errors.labels("InternalError").inc()
                 log.exception("stack %s/%s: internal error", *key)
+            proposal = self._with_elephants(watched, proposal)
             if proposal != watched.proposal:
                 watched.proposal = proposal
                 self._wake(key)
@@ -116,7 +117,7 @@ class Rebalancers:
         report = table.report() if table is not None else None
         if world is None or world.table is None or table is None or report is None or load is None:
             return None
-        generation = int(world.table["metadata"].get("generation") or 0)
+        generation = observing.generation(world.table)
         owners = table.spec.owner_ids()
         loads = bucket_loads(load, owners)
         if loads is None or not report.settled or report.observed_generation < generation:
@@ -130,17 +131,21 @@ class Rebalancers:
         self._tell(watched, mode_of(world.stack), d, now)
         moves = d.moves if mode_of(world.stack) == "Auto" else ()
         watched.next = (generation, d.memory) if moves else None
-        if not moves and not watched.elephants:
-            return None
-        return Proposal(generation, moves, str(d) if moves else "", tuple(sorted(watched.elephants)))
+        return Proposal(generation, moves, d.why) if moves else None
+
+    def _with_elephants(self, watched: _Watched, proposal: Proposal | None) -> Proposal | None:
+        """A proposal with what was seen of late: an elephant whose core is not busy for a moment has not gone."""
+        now = asyncio.get_running_loop().time()
+        watched.elephants = {b: when for b, when in watched.elephants.items() if now - when < TELL_SECONDS}
+        elephants = tuple(sorted(watched.elephants))
+        return replace(proposal or Proposal(0), elephants=elephants) if proposal or elephants else None
 
     def _tell(self, watched: _Watched, mode: str, d: Decision, now: float) -> None:
         events = []
         for e in d.elephants:
             if e.bucket not in watched.elephants:
                 events.append(Event("Warning", "Elephant", str(e)))
-        seen = {b: when for b, when in watched.elephants.items() if now - when < TELL_SECONDS}
-        watched.elephants = seen | {e.bucket: now for e in d.elephants}
+        watched.elephants |= {e.bucket: now for e in d.elephants}
         if mode == "Advice" and d.moves and now - watched.advised >= TELL_SECONDS:
             watched.advised = now
             events.append(Event("Normal", "RebalanceAdvice", f"would move {d}"))

@@ -112,6 +112,14 @@ async def test_a_stack_with_mode_off_or_one_core_is_not_asked(played):
     assert one.rebalancers.proposal(KEY) is None
 
 
+async def test_a_paused_stack_is_not_asked_and_nobody_is_woken(played):
+    p = played({}, paused=True)
+    p.loads.shares = dict.fromkeys(on(p.model, 1)[:5], 0.15)
+    await asyncio.sleep(60)
+    assert p.loads.asked == []
+    assert p.woken == []
+
+
 async def test_advice_is_told_now_and_then_and_nothing_is_proposed(played):
     p = played({}, rebalance={"mode": "Advice"})
     one = on(p.model, 1)
@@ -128,7 +136,10 @@ async def test_an_elephant_is_proposed_as_one_and_told_of_once(played):
     await asyncio.sleep(120)
     assert p.rebalancers.proposal(KEY).elephants == (one[0],)
     assert [reason for reason, _ in p.events] == ["Elephant"]
-    p.loads.shares = {}
+    woken, p.loads.shares = len(p.woken), {}
+    await asyncio.sleep(2 * IDLE_SECONDS)
+    assert p.rebalancers.proposal(KEY).elephants == (one[0],), "a quiet moment does not end it"
+    assert len(p.woken) == woken
     await asyncio.sleep(120)
     assert p.rebalancers.proposal(KEY) is None
 
