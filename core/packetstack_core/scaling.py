@@ -216,7 +216,9 @@ def step_aside(stack: resources.Spec, state: State, scale: Scale, who: str, now:
         "spec.autoscaling.paused to true and then to false"
     )
     conditions = autoscaling.set_condition(state.status.conditions, "ScalingActive", "False", EXTERNAL, message, now)
-    state = State(status=replace(state.status, conditions=conditions))
+    # What limits an autoscaler that decides nothing is not known.
+    kept = tuple(c for c in conditions if c.type in ("AbleToScale", "ScalingActive"))
+    state = State(status=replace(state.status, conditions=kept))
     decision = replace(_aside(state, scale), events=(Event("Warning", EXTERNAL, message),))
     try:
         spec, schedule = with_schedule(autoscaling.spec_of(wanted), wanted.schedules, datetime.fromtimestamp(now, UTC))

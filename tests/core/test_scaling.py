@@ -341,6 +341,7 @@ def test_a_second_writer_stops_the_autoscaler_until_it_was_paused() -> None:
     done = scaling.step_aside(pool.spec, pool.state, Scale(5, 5), "packetstack scale", pool.now)
     assert done.decision.write is None
     assert [e.reason for e in done.decision.events] == ["ExternallyScaled"]
+    assert {c.type for c in done.state.status.conditions} == {"AbleToScale", "ScalingActive"}, "nothing limits it now"
     pool.state, pool.replicas = done.state, 5
     assert pool.condition("ScalingActive") == ("False", "ExternallyScaled")
     for work in (0.1, 8.0):
