@@ -23,6 +23,7 @@ ALONE = (
     "traffic",
     "failures/test_failure_table.py",
     "kubernetes/test_autoscaling.py",
+    "kubernetes/test_rebalancing.py",
     "kubernetes/test_traffic.py",
     "operator/test_many_stacks.py",
 )

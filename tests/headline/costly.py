@@ -29,6 +29,13 @@ main()
 """
 
 
+def cost(queues: Path, ns: int) -> None:
+    """What each packet takes from now on in the engine with this file."""
+    view = abi.lib().ps_engine_open(str(queues).encode(), 0, abi.ffi.new("struct ps_error *"))
+    view.work_ns = ns
+    abi.lib().ps_unmap(view)
+
+
 class Costly:
     """A stack `web` in a lab, with its servers."""
 
@@ -68,10 +75,7 @@ class Costly:
     def cost(self, ns: int) -> None:
         """What each packet takes from now on."""
         for engine in self.status()["engines"]:
-            path = self.lab.run_directory / "engines" / str(engine["slot"]) / "queues"
-            view = abi.lib().ps_engine_open(str(path).encode(), 0, abi.ffi.new("struct ps_error *"))
-            view.work_ns = ns
-            abi.lib().ps_unmap(view)
+            cost(self.lab.run_directory / "engines" / str(engine["slot"]) / "queues", ns)
 
     def status(self) -> dict[str, Any]:
         """Of the stack."""
