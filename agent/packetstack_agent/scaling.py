@@ -34,6 +34,8 @@ class Autoscaler:
     conditions: tuple[kinds.Condition, ...] = ()
     due: float = 0.0
     """When it decides next, by the event loop's clock."""
+    clocks: tuple[float, float] | None = None
+    """Wall clock and event loop's, as they were at the last decision."""
 
     def document(self) -> dict[str, Any]:
         """Its part of the stack's status; what the next agent resumes from."""
@@ -115,6 +117,9 @@ class Autoscalers:
         spec, now = managed.stack.resource.spec, self._clock()
         wanted = spec.autoscaling
         assert wanted is not None
+        clocks = now, asyncio.get_running_loop().time()
+        one.state = scaling.with_clock_set(one.state, scaling.clock_set_by(one.clocks or clocks, clocks))
+        one.clocks = clocks
         active = [
             Pod(loading.name(e), ready="True")
             for e in managed.engines.values()

@@ -9,10 +9,11 @@ Two writers of `spec.replicas` would undo each other. If somebody else wrote it 
 the caller calls `step_aside`: nothing is decided any more, and `ScalingActive` is `False` for the reason `ExternallyScaled`.
 A round with `autoscaling.paused` ends that, and so does a status without it, as after a time without `spec.autoscaling`.
 
-Nothing here reads a clock. Times are seconds since 1970; `StackLoad.read` must be of the same clock.
+Nothing here reads a clock. Times are seconds since 1970; `StackLoad.read` must be of the same clock. A caller whose clock
+was set (`clock_set_by`) goes on with the state `with_clock_set`.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -43,6 +44,8 @@ CONDITIONS = ("AbleToScale", "ScalingActive", "ScalingLimited", "ScaledToZero")
 EXTERNAL = "ExternallyScaled"
 SAMPLE_SECONDS = 15.0
 """A sample is never too old before."""
+DRIFT_SECONDS = 1.0
+"""A clock that is this much off within a sync period was set."""
 _LONGEST = 500
 """Characters of a text in the status."""
 
@@ -108,7 +111,8 @@ def decide(
     held: bool = False,
 ) -> Round:
     """As `reconcile`, with `spec.autoscaling` alone. `held`: the stack as a whole is paused."""
-    state = _by_the_clock(state, now)
+    # What is remembered for later than now would hold the replicas until then.
+    state = _at(state, lambda at: min(at, now))
     aside = is_external(state) and not wanted.paused
     if held:
         wanted = wanted.model_copy(update={"paused": True})
@@ -160,20 +164,28 @@ def _reading(index: int, metric: Metric, measured: StackLoad | MetricError, answ
     return measured if isinstance(measured, MetricError) else load.samples(measured, metric.name)
 
 
-def _by_the_clock(state: State, now: float) -> State:
-    """What is remembered for later than now happened before the clock was set back: it counts from now, not from then.
+def clock_set_by(before: tuple[float, float], now: tuple[float, float]) -> float:
+    """Seconds by which the wall clock was set between two looks at it and at the monotonic clock; 0 for mere drift."""
+    jump = (now[0] - before[0]) - (now[1] - before[1])
+    return jump if abs(jump) >= DRIFT_SECONDS else 0.0
 
-    Else windows and policies would hold the replicas for as long as the clock was ahead.
-    """
+
+def with_clock_set(state: State, seconds: float) -> State:
+    """The state by a clock that was set by so much: windows and policies last as long as they would have."""
+    return _at(state, lambda at: at + seconds) if seconds else state
+
+
+def _at(state: State, other: Callable[[float], float]) -> State:
+    """With other times for all that windows, rates and panic remember."""
     memory, since = state.memory, state.panic.since
     return replace(
         state,
         memory=Memory(
-            tuple(replace(r, at=min(r.at, now)) for r in memory.recommendations),
-            tuple(replace(e, at=min(e.at, now)) for e in memory.up_events),
-            tuple(replace(e, at=min(e.at, now)) for e in memory.down_events),
+            tuple(replace(r, at=other(r.at)) for r in memory.recommendations),
+            tuple(replace(e, at=other(e.at)) for e in memory.up_events),
+            tuple(replace(e, at=other(e.at)) for e in memory.down_events),
         ),
-        panic=replace(state.panic, since=None if since is None else min(since, now)),
+        panic=replace(state.panic, since=None if since is None else other(since)),
     )
 
 

@@ -60,6 +60,8 @@ class _Scaled:
     """The last writer of `spec.replicas` was the autoscaler."""
     decided: float = 0.0
     """When the last decision was made, on the monotonic clock."""
+    wall: float = 0.0
+    """The same on the wall clock."""
     asks: bool = False
     """A metric is measured by the engines."""
     read: tuple[Any, resources.Spec | None] = (None, None)
@@ -153,13 +155,16 @@ class Autoscalers:
             self._metrics.autoscalers.known.pop(key, None)
             return None
         period = float(spec.autoscaling.sync_period_seconds)
-        world, scaled.decided = scaled.look(), time.monotonic()
+        world, now, before = scaled.look(), time.time(), (scaled.wall, scaled.decided)
+        scaled.wall, scaled.decided = now, time.monotonic()
         active = [_pod(p) for p in world.pods if _active(p)] if world is not None else []
         scale = Scale(spec.replicas, int((raw.get("status") or {}).get("replicas") or 0))
         shown, conditions = _shown(raw)
         first = scaled.state is None
         state = scaled.state or _resume(shown, conditions, scale)
-        now, wrote = time.time(), False
+        if not first:
+            state = scaling.with_clock_set(state, scaling.clock_set_by(before, (now, scaled.decided)))
+        wrote = False
         who = other_writer(raw, spec, state, scale, ours=scaled.ours, first=first)
         if who:
             done = scaling.step_aside(spec, state, scale, who, now)

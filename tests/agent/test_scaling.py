@@ -40,9 +40,11 @@ class World:
         self.become(autoscaling, replicas)
         self._engines(replicas)
         self.autoscalers = Autoscalers(self, self.clock)  # type: ignore[arg-type]
+        self.ahead = 0.0
+        """Of the wall clock."""
 
     def clock(self) -> float:
-        return BEGIN + self.loop.time()
+        return BEGIN + self.loop.time() + self.ahead
 
     def become(self, autoscaling: dict[str, Any] | None, replicas: int | None = None, **changes: Any) -> None:
         replicas = self.managed.stack.resource.spec.replicas if replicas is None else replicas
@@ -249,6 +251,22 @@ def test_the_next_agent_goes_on_and_takes_no_engine_at_once() -> None:
         assert world.shown()["autoscaling"]["lastScaleTime"] > before["autoscaling"]["lastScaleTime"]
 
     run(autoscaling(), story)
+
+
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0])
+def test_a_clock_that_is_set_makes_no_window_longer_or_shorter(jump: float) -> None:
+    async def story(world: World) -> None:
+        world.work = 2.0
+        await asyncio.sleep(21)
+        world.work = 0.3
+        await asyncio.sleep(5)
+        world.ahead = jump
+        await asyncio.sleep(18)
+        assert [size for _, size in world.sizes] == [2, 4], "it has been 30 s only in 6 s"
+        await asyncio.sleep(12)
+        assert world.sizes[-1][1] == 1
+
+    run(autoscaling(behavior={"scaleDown": {"stabilizationWindowSeconds": 30}}), story)
 
 
 def test_a_record_that_cannot_be_read_is_begun_anew() -> None:
