@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from packetstack_agent import loading
 from packetstack_agent.engines import Engine
+from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import ffi, lib
 from packetstack_agent.stacks import Managed
 from packetstack_core import rebalancing
@@ -100,6 +101,8 @@ class Balancers:
             for managed in list(self._agent.stacks.values()):
                 try:
                     close |= await self.look(managed)
+                except AgentError as e:  # as when the record cannot be written
+                    self._agent.event(managed.stack.name, "Failed", f"rebalancer: {e}", "Warning")
                 except Exception as e:  # a bug, or an engine that is going: the other stacks go on
                     message = f"rebalancer: {type(e).__name__}: {e}"
                     self._agent.event(managed.stack.name, "InternalError", message, "Warning")

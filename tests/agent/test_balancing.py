@@ -11,6 +11,7 @@ import pytest
 from packetstack_agent import balancing, loading
 from packetstack_agent.agent import Agent
 from packetstack_agent.balancing import BUCKET_SECONDS, TELL_SECONDS, Balancers
+from packetstack_agent.errors import AgentError
 from packetstack_agent.node import RunDirectory
 from packetstack_core import resources
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
@@ -84,15 +85,19 @@ class World:
         ]  # fmt: skip
         return Snapshot(self.now, tuple(of_engine), tuple(round(self.packets[b]) for b in range(256)))
 
+    def second(self) -> None:
+        """Packets of 100 cycles each."""
+        self.now += 1
+        for bucket, load in self.loads.items():
+            owner = self.owners[bucket]
+            assert owner is not None
+            self.spent[owner.slot] += load * CYCLES
+            self.packets[bucket] += load * CYCLES / 100
+
     async def live(self, seconds: int) -> None:
-        """Packets of 100 cycles each; a look each second."""
+        """A look each second."""
         for _ in range(seconds):
-            self.now += 1
-            for bucket, load in self.loads.items():
-                owner = self.owners[bucket]
-                assert owner is not None
-                self.spent[owner.slot] += load * CYCLES
-                self.packets[bucket] += load * CYCLES / 100
+            self.second()
             await self.balancers.look(self.managed)
 
 
@@ -259,6 +264,24 @@ async def test_one_hot_queue_that_no_move_helps_is_not_looked_at_closely(
         looks.append(await w.balancers.look(w.managed))
     assert not lib.moves
     assert not any(looks)
+
+
+@pytest.mark.looptime
+async def test_moves_that_cannot_be_recorded_are_told_and_the_next_look_follows(world: Callable[..., World]) -> None:
+    w = world("Auto", SKEWED)
+
+    async def refuse(*_: Any) -> int:
+        raise AgentError("state.json: cannot be written: No space left on device")
+
+    w.rebalance = refuse  # type: ignore[method-assign]
+    looking = asyncio.create_task(w.balancers.run())
+    for _ in range(80):
+        w.second()
+        await asyncio.sleep(1)
+    looking.cancel()
+    assert set(w.reasons()) == {"Failed"}
+    assert len(w.reasons()) > 1
+    assert "No space left on device" in w.events[0][2]
 
 
 @pytest.mark.parametrize(("mode", "rebalanced"), [("Auto", True), ("Advice", True), ("Auto", False), ("Off", True)])
