@@ -6,18 +6,20 @@ They are of the test build, and wait instead of computing: a core is busy by its
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab
-from packetstack_cli.traffic import Servers
+from packetstack_cli.traffic import Servers, Traffic
 from packetstack_core import abi
 
 DATAPATH = Path(__file__).parents[2] / "build/meson/engine/packetstack-datapath-inject"
 UDP, TCP = "192.0.2.10:53", "192.0.2.10:80"
+COST_NS, RATE = 500_000, 900
+"""Of a packet, and datagrams a second. Each passes an engine twice, so that two cores are busy for some half of the time."""
 
 # The agent as it is, with datapaths of the test build.
 AGENT = f"""
@@ -34,6 +36,21 @@ def cost(queues: Path, ns: int) -> None:
     view = abi.lib().ps_engine_open(str(queues).encode(), 0, abi.ffi.new("struct ps_error *"))
     view.work_ns = ns
     abi.lib().ps_unmap(view)
+
+
+def skewed_traffic(lab: Lab, tcp: str, udp: str, unevenness: Callable[[float], float]) -> Traffic:
+    """Which flows share a core is chance: until they load two cores unevenly."""
+    for _ in range(12):
+        traffic = Traffic(
+            lab, [tcp], [udp], connections=20, request_interval_ms=1000, answer_bytes="64", udp_flows=40,
+            udp_rate=RATE, udp_skew=1.2, ramp_seconds=0.5,
+        )  # fmt: skip
+        traffic.wait_open()
+        time.sleep(1.5)
+        if unevenness(1.5) > 1.3:
+            return traffic
+        traffic.stop()
+    raise AssertionError("12 times the load was even by chance")
 
 
 class Costly:

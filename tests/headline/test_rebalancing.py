@@ -3,32 +3,12 @@
 import time
 
 import pytest
-from tests.headline.costly import DATAPATH, TCP, UDP, Costly, costly
-
-from packetstack_cli.traffic import Traffic
+from tests.headline.costly import COST_NS, DATAPATH, TCP, UDP, costly, skewed_traffic
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not DATAPATH.exists(), reason="packetstack-datapath-inject is not built; run make build"),
 ]
-COST_NS = 500_000
-RATE = 900
-"""Datagrams a second. Each passes an engine twice, so that two cores are busy for some half of the time."""
-
-
-def skewed_traffic(stack: Costly) -> Traffic:
-    """Which flows share a core is chance: until they load the two cores unevenly."""
-    for _ in range(12):
-        traffic = Traffic(
-            stack.lab, [TCP], [UDP], connections=20, request_interval_ms=1000, answer_bytes="64", udp_flows=40,
-            udp_rate=RATE, udp_skew=1.2, ramp_seconds=0.5,
-        )  # fmt: skip
-        traffic.wait_open()
-        time.sleep(1.5)
-        if stack.unevenness(1.5) > 1.3:
-            return traffic
-        traffic.stop()
-    raise AssertionError("12 times the load was even by chance")
 
 
 @pytest.mark.parametrize(
@@ -43,7 +23,7 @@ def test_two_unevenly_loaded_cores_become_even_and_no_packet_is_lost_or_reordere
     shape: dict[str, int], reason: str
 ) -> None:
     with costly("pkl-even", COST_NS, **shape) as stack:
-        traffic = skewed_traffic(stack)
+        traffic = skewed_traffic(stack.lab, TCP, UDP, stack.unevenness)
         off = stack.unevenness(6)
         assert off > 1.2, "with Off nothing becomes even"
         assert reason not in stack.reasons()

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 from tests.cluster.processes import run
-from tests.headline.costly import DATAPATH, cost
-from tests.headline.test_rebalancing import COST_NS, RATE
+from tests.headline.costly import COST_NS, DATAPATH, cost, skewed_traffic
 
-from packetstack_cli.traffic import Servers, Traffic
+from packetstack_cli.traffic import Servers
 from packetstack_core import kinds, load
 from packetstack_operator.pods import DIRECTORY, HOST_DIRECTORY
 
@@ -83,20 +82,6 @@ class Costly:
         patch = f'{{"spec": {{"rebalance": {{"mode": "{mode}"}}}}}}'
         self.packetstack.kubectl("patch", "packetstack", "web", "-n", self.space, "--type=merge", "-p", patch)
 
-    def skewed_traffic(self) -> Traffic:
-        """Which flows share an engine is chance: until they load the two unevenly."""
-        for _ in range(12):
-            traffic = Traffic(
-                self.packetstack.lab, [f"{VIP}:{PORT}"], [f"{VIP}:{UDP_PORT}"], connections=20,
-                request_interval_ms=1000, answer_bytes="64", udp_flows=40, udp_rate=RATE, udp_skew=1.2, ramp_seconds=0.5,
-            )  # fmt: skip
-            traffic.wait_open()
-            time.sleep(1)
-            if self.unevenness(2) > 1.3:
-                return traffic
-            traffic.stop()
-        raise AssertionError("12 times the load was even by chance")
-
 
 def test_two_unevenly_loaded_engines_become_even_and_no_packet_is_lost_or_reordered(
     packetstack: Installed, servers: Servers, space: str
@@ -105,7 +90,7 @@ def test_two_unevenly_loaded_engines_become_even_and_no_packet_is_lost_or_reorde
     packetstack.cluster.apply(a_stack("web", space, engine=engine, rebalance={"mode": "Off"}))
     packetstack.wait(space, "web", 2)
     stack = Costly(packetstack, space)
-    traffic = stack.skewed_traffic()
+    traffic = skewed_traffic(packetstack.lab, f"{VIP}:{PORT}", f"{VIP}:{UDP_PORT}", stack.unevenness)
     off = stack.unevenness(4)
     assert off > 1.2, "with Off nothing becomes even"
     stack.mode("Auto")
