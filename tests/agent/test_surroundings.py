@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import BACKENDS, Node, ask, eventually, stack
+from .conftest import Node, ask, eventually, stack
 
 SMALL_MIB, LARGE_MIB = 6, 64
 
@@ -124,42 +123,6 @@ def test_what_tc_leaves_beside_the_pins_goes_with_them(node: Node) -> None:
     (node.lab.run_directory / "bpf/tc/globals").mkdir(parents=True, exist_ok=True)
     node.command("down", "--all", "--yes")
     assert not node.lab.run_directory.exists()
-
-
-# ---- commands that are killed -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("milliseconds", range(0, 900, 75))
-def test_a_killed_up_is_repeated_and_all_is_right(node: Node, milliseconds: int) -> None:
-    file = node.lab.directory / "stack.yaml"
-    node.up(stack())
-    node.lab.packetstack("down", "--yes")
-    command = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), "up", str(file)]
-    first = node.lab.start("node", *command)
-    time.sleep(milliseconds / 1000)
-    first.kill()
-    first.wait()
-    node.lab.packetstack("up", str(file))
-    assert node.status()["readyReplicas"] == 2
-    assert node.curl() in BACKENDS
-    node.lab.packetstack("down", "--yes")
-    assert not node.lab.run_directory.exists()
-
-
-@pytest.mark.parametrize("words", [("scale", "web", "--replicas", "3"), ("upgrade", "web-1"), ("upgrade", "--agent")])
-def test_a_killed_command_is_repeated_and_all_is_right(
-    node: Node, served: socket.socket, words: tuple[str, ...]
-) -> None:
-    command = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), *words]
-    for milliseconds in range(100, 500, 80):
-        first = node.lab.start("node", *command)
-        time.sleep(milliseconds / 1000)
-        first.kill()
-        first.wait()
-        ask(served)
-    node.lab.packetstack("upgrade", "--agent")
-    node.lab.packetstack(*words)
-    eventually(lambda: node.status()["ready"])
 
 
 @pytest.fixture

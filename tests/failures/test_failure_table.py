@@ -6,7 +6,6 @@ import re
 import signal
 import socket
 import struct
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,14 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab, inside
 
-from ..agent.conftest import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, eventually, listener, node, stack
+from ..agent.conftest import BACKENDS, VIP, Node, ask, eventually, listener, node, stack
 from ..headline.test_kills import Scene, scene
 
 __all__ = ["node"]
@@ -276,45 +274,3 @@ def test_processes_that_the_kernel_kills_for_their_memory_come_back_and_nothing_
             group.limit.write_text(limit)
             s.settle()
         print(f"the kernel killed {killed} processes")
-
-
-# ---- commands that are killed -------------------------------------------------------------------------------------
-
-
-def start(node: Node, *words: str) -> Any:
-    command = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), *words]
-    return node.lab.start("node", *command)
-
-
-@pytest.mark.parametrize("milliseconds", range(0, 700, 50))
-def test_a_killed_down_is_repeated_and_leaves_nothing(node: Node, milliseconds: int) -> None:
-    node.command("down", "--all", "--yes")
-    before = node.traces()
-    node.up(stack())
-    first = start(node, "down", "--all", "--yes")
-    time.sleep(milliseconds / 1000)
-    first.kill()
-    first.wait()
-    second = node.command("down", "--all", "--yes")
-    assert second.returncode == 0 or "no agent answers" in second.stderr, second
-    assert node.traces() == before
-    node.up(stack())
-    assert node.curl() in BACKENDS
-
-
-@pytest.mark.parametrize("milliseconds", range(200, 600, 50))
-def test_a_killed_move_is_repeated_and_all_is_right(node: Node, milliseconds: int) -> None:
-    node.up(stack(replicas=2))
-    node.lab.packetstack("scale", "web", "--replicas", "2")
-    with node.connect() as connection, node.connect(VIP6) as connection6:
-        served = ask(connection), ask(connection6)
-        slot = node.status()["engines"][-1]["slot"]
-        words = ("move", "web", "--buckets", "0-199", "--engine", str(slot))
-        first = start(node, *words)
-        time.sleep(milliseconds / 1000)
-        first.kill()
-        first.wait()
-        node.lab.packetstack(*words)
-        assert (ask(connection), ask(connection6)) == served
-        assert next(e for e in node.status()["engines"] if e["slot"] == slot)["buckets"] >= 200
-    assert node.who(VIP6) == set(BACKENDS6)

@@ -1,0 +1,80 @@
+"""Commands that are killed at any moment: said again, they do what they were to do, and whoever is served stays served."""
+
+import socket
+import sys
+import time
+from typing import Any
+
+import pytest
+
+from .conftest import BACKENDS, BACKENDS6, VIP6, Node, ask, eventually, stack
+
+
+def start(node: Node, *words: str) -> Any:
+    command = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), *words]
+    return node.lab.start("node", *command)
+
+
+@pytest.mark.parametrize("milliseconds", range(0, 700, 50))
+def test_a_killed_down_is_repeated_and_leaves_nothing(node: Node, milliseconds: int) -> None:
+    node.command("down", "--all", "--yes")
+    before = node.traces()
+    node.up(stack())
+    first = start(node, "down", "--all", "--yes")
+    time.sleep(milliseconds / 1000)
+    first.kill()
+    first.wait()
+    second = node.command("down", "--all", "--yes")
+    assert second.returncode == 0 or "no agent answers" in second.stderr, second
+    assert node.traces() == before
+    node.up(stack())
+    assert node.curl() in BACKENDS
+
+
+@pytest.mark.parametrize("milliseconds", range(200, 600, 50))
+def test_a_killed_move_is_repeated_and_all_is_right(node: Node, milliseconds: int) -> None:
+    node.up(stack(replicas=2))
+    node.lab.packetstack("scale", "web", "--replicas", "2")
+    with node.connect() as connection, node.connect(VIP6) as connection6:
+        served = ask(connection), ask(connection6)
+        slot = node.status()["engines"][-1]["slot"]
+        words = ("move", "web", "--buckets", "0-199", "--engine", str(slot))
+        first = start(node, *words)
+        time.sleep(milliseconds / 1000)
+        first.kill()
+        first.wait()
+        node.lab.packetstack(*words)
+        assert (ask(connection), ask(connection6)) == served
+        assert next(e for e in node.status()["engines"] if e["slot"] == slot)["buckets"] >= 200
+    assert node.who(VIP6) == set(BACKENDS6)
+
+
+@pytest.mark.parametrize("milliseconds", range(0, 900, 75))
+def test_a_killed_up_is_repeated_and_all_is_right(node: Node, milliseconds: int) -> None:
+    file = node.lab.directory / "stack.yaml"
+    node.up(stack())
+    node.lab.packetstack("down", "--yes")
+    first = start(node, "up", str(file))
+    time.sleep(milliseconds / 1000)
+    first.kill()
+    first.wait()
+    node.lab.packetstack("up", str(file))
+    assert node.status()["readyReplicas"] == 2
+    assert node.curl() in BACKENDS
+    node.lab.packetstack("down", "--yes")
+    assert not node.lab.run_directory.exists()
+
+
+@pytest.mark.parametrize("words", [("scale", "web", "--replicas", "3"), ("upgrade", "web-1"), ("upgrade", "--agent")])
+def test_a_killed_command_is_repeated_and_all_is_right(
+    node: Node, served: socket.socket, words: tuple[str, ...]
+) -> None:
+    for milliseconds in range(100, 500, 80):
+        first = start(node, *words)
+        time.sleep(milliseconds / 1000)
+        first.kill()
+        first.wait()
+        ask(served)
+    node.lab.packetstack("upgrade", "--agent")
+    node.lab.packetstack(*words)
+    eventually(lambda: node.status()["ready"])
