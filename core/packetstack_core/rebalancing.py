@@ -111,6 +111,18 @@ class Decision:
         return f"{counted(len(self.moves), 'bucket')}: {self.why}"
 
 
+def is_worth_a_look(cores: Collection[float], limits: Limits = BUCKETS) -> bool:
+    """Whether `decide` may have something to say, by the loads of cores alone: else nobody need ask for those of buckets.
+    With one core nothing can be done about what it says.
+
+    None of the cores must be busier than the idlest. So if the busiest is within the limits of that, it is within those
+    of what it must be, and without an elephant half of what is left of a core is more than that.
+    """
+    if len(cores) < 2 or (most := max(cores)) < limits.busy:
+        return False
+    return most >= ELEPHANT_LOAD or most > limits.excess * min(cores)
+
+
 def decide(
     loads: Sequence[float],
     owners: Sequence[Owner | None],

@@ -34,7 +34,7 @@ from packetstack_operator.showing import Shown
 MANAGER = "packetstack-autoscaler"
 HPA = "kube-controller-manager"
 ASK_SECONDS = 5.0
-"""The agent is asked at least as often, so that an engine is known soon after it has started."""
+"""So soon the agent is asked again while an active engine has no load, as after its start."""
 WAIT_SECONDS = 1.0
 """Between two looks for the first engine, which ask nobody."""
 METRICS_SECONDS = 10.0
@@ -128,8 +128,8 @@ class Autoscalers:
                 async with asyncio.timeout(None if period is None else min(step, left)):
                     await scaled.woken.wait()
                     return
-            if scaled.asks and left > step:
-                await self._ask(key, scaled.look())
+            if scaled.asks and left > step and not self._knows_all(key, world := scaled.look(), step):
+                await self._ask(key, world)
 
     # ---- one round -------------------------------------------------------------------------------------------
 
@@ -181,6 +181,12 @@ class Autoscalers:
         if fresh[0] != shown or {c.type: c for c in fresh[1]} != {c.type: c for c in conditions}:
             await self._apply(key, {"autoscaling": fresh[0].document(), "conditions": [c.document() for c in fresh[1]]})
         return period
+
+    def _knows_all(self, key: Key, world: World | None, seconds: float) -> bool:
+        """Whether each active engine had a load in the last answer: then the next one is time enough."""
+        load = self._loads.load(key, seconds)
+        known = {e.name for e in load.engines} if load is not None else set()
+        return world is not None and all(p["metadata"]["name"] in known for p in world.pods if _active(p))
 
     async def _ask(self, key: Key, world: World | None) -> str:
         """Why there is no answer; "" if there is."""

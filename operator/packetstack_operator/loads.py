@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from math import inf
 
 import aiohttp
 
@@ -34,6 +35,8 @@ class _Known:
     last: Snapshot | None = None
     failures: int = 0
     """In a row."""
+    answered: float = -inf
+    """When the agent answered last, on the monotonic clock."""
     asked: float = 0.0
     """When somebody wanted to know, on the monotonic clock."""
     ask_after: float = 0.0
@@ -62,8 +65,11 @@ class Loads:
         for buckets in (False, True):
             self._known.pop((key, buckets), None)
 
-    async def ask(self, key: Key, world: World, *, buckets: bool = False) -> None:
-        """Ask the stack's agent once. Raises LoadError. `buckets`: for the packets of each bucket, too."""
+    async def ask(self, key: Key, world: World, *, buckets: bool = False, age: float = 0.0) -> None:
+        """Ask the stack's agent once. Raises LoadError.
+
+        `buckets`: for the packets of each bucket, too. `age`: an answer of at most so many seconds ago will do.
+        """
         address = address_of(world)
         if address is None:
             raise LoadError("no engine of the stack has a node")
@@ -71,6 +77,8 @@ class Loads:
         if known is None or known.address != address:  # another node has another clock
             known = self._known[key, buckets] = _Known(address)
         known.asked = time.monotonic()
+        if known.asked < known.answered + age:
+            return
         async with known.asking:  # two who ask at once get their answers in order
             if time.monotonic() < known.ask_after:
                 raise LoadError(f"agent {address}:{self.port} did not answer, and is asked again soon")
@@ -90,6 +98,7 @@ class Loads:
                 known.history.add(known.last, known.read)
         known.history.add(snapshot, now)
         known.last, known.read, known.failures = snapshot, now, 0
+        known.answered = time.monotonic()
 
     def load(self, key: Key, seconds: float, *, buckets: bool = False) -> StackLoad | None:
         """Of the last `seconds` before the agent's last answer; with `buckets`, since the answer before that one.

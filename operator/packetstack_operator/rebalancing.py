@@ -1,6 +1,7 @@
 """A task for each stack that may be rebalanced: it asks for load and proposes moves, which the next decision writes.
 
-A stack at rest costs one small question now and then; for the load of buckets it is asked only when a core is busy.
+A stack at rest costs one small question now and then; for the load of buckets it is asked only when a core is busy, and
+busier than another one.
 """
 
 import asyncio
@@ -24,6 +25,8 @@ from packetstack_operator.showing import Shown
 
 IDLE_SECONDS = 15.0
 """Between two questions while no core is busy."""
+SOON_SECONDS = 0.5
+"""What an autoscaler has asked for in the period is not asked for again, but what was asked for before it is."""
 FRESH_SECONDS = 30.0
 """So old a load may be for the choice of an engine that goes."""
 
@@ -86,9 +89,9 @@ class Rebalancers:
             proposal = None
             try:
                 world = watched.look()
-                busy = world is not None and await self._busy(key, world)
-                pause = BUCKETS.period_seconds if busy else IDLE_SECONDS
-                if world is not None and busy:
+                cores = await self._cores(key, world) if world is not None else []
+                pause = BUCKETS.period_seconds if max(cores, default=0.0) >= BUCKETS.busy else IDLE_SECONDS
+                if world is not None and rebalancing.is_worth_a_look(cores):
                     await self._loads.ask(key, world, buckets=True)
                     load = self._loads.load(key, BUCKETS.period_seconds, buckets=True)
                     # Asking took time: what is there now is what counts.
@@ -103,14 +106,14 @@ class Rebalancers:
                 watched.proposal = proposal
                 self._wake(key)
 
-    async def _busy(self, key: Key, world: World) -> bool:
-        """Whether a core is busy enough to be relieved, and there is another one."""
+    async def _cores(self, key: Key, world: World) -> list[float]:
+        """Loads of all cores, if there are two."""
         entries = (world.table or {}).get("spec", {}).get("engines") or ()
         if sum(int(e.get("cores", 1)) for e in entries) < 2:
-            return False
-        await self._loads.ask(key, world)
+            return []
+        await self._loads.ask(key, world, age=BUCKETS.period_seconds - SOON_SECONDS)
         load = self._loads.load(key, BUCKETS.period_seconds)
-        return load is not None and any(core >= BUCKETS.busy for e in load.engines for core in e.cores)
+        return [core for e in load.engines for core in e.cores] if load is not None else []
 
     def _propose(self, watched: _Watched, world: World | None, load: StackLoad | None) -> Proposal | None:
         table = observing.read_table(world.table) if world is not None else None

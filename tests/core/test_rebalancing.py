@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packetstack_core.planning import Owner, moved
-from packetstack_core.rebalancing import BUCKETS, ELEPHANT_LOAD, QUEUES, Memory, decide, spread
+from packetstack_core.rebalancing import BUCKETS, ELEPHANT_LOAD, QUEUES, Memory, decide, is_worth_a_look, spread
 
 ALWAYS = dataclasses.replace(BUCKETS, busy=0.0, excess=1.0)
 """As if every core were busy: what one step can do."""
@@ -67,6 +67,32 @@ def test_a_step_makes_no_core_worse_than_the_busiest_was_and_keeps_its_limits(si
         assert decision.after == pytest.approx(max(after.values()) / mean)
         assert 1 - 1e-9 <= decision.possible <= decision.after + 1e-9
     assert decide(loads, owners, cores, 0.0, stay=stay, limits=limits) == decision
+
+
+@given(situations())
+@settings(max_examples=300)
+def test_where_a_look_is_not_worth_it_there_is_nothing_to_move_and_no_elephant(situation):
+    loads, owners, cores = situation
+    of_cores = list(core_loads(loads, owners, cores).values())
+    if not is_worth_a_look(of_cores):
+        decision = decide(loads, owners, cores, 0.0)
+        assert decision.moves == ()
+        assert decision.elephants == () or len(of_cores) == 1
+
+
+@pytest.mark.parametrize(
+    ("cores", "worth"),
+    [
+        ([], False),
+        ([0.9], False),
+        ([0.29, 0.0], False),
+        ([0.5, 0.48, 0.47], False),
+        ([0.5, 0.4], True),
+        ([0.81, 0.8], True),
+    ],
+)
+def test_a_look_is_worth_it_when_a_core_is_busy_and_uneven_or_nearly_full(cores, worth):
+    assert is_worth_a_look(cores) == worth
 
 
 @given(situations())
@@ -192,7 +218,7 @@ def test_engines_that_take_no_part_are_left_out_of_the_mean_and_give_nothing():
 def test_queues_are_spread_no_worse_and_come_to_rest(loads, count, chooser):
     cores = [chooser.randrange(count) for _ in loads]
     memory, still = Memory(), 0
-    for step in range(60):
+    for step in range(160):  # several times its moves must rest
         decision = spread(loads, cores, count, 0.1 * step, memory)
         before = [sum(x for x, c in zip(loads, cores, strict=True) if c == core) for core in range(count)]
         cores = [decision.moves.get(q, core) for q, core in enumerate(cores)]

@@ -67,6 +67,15 @@ async def test_buckets_are_asked_for_on_their_own_and_only_two_answers_are_kept(
     assert len(loads._known[KEY, True].history._kept) == 2
 
 
+async def test_an_answer_that_is_young_enough_is_not_asked_for_again(loads, played):
+    await loads.ask(KEY, world(), age=60)
+    await loads.ask(KEY, world(), age=60)
+    assert len(played.asked) == 1
+    await loads.ask(KEY, world(), buckets=True, age=60)
+    await loads.ask(KEY, world())
+    assert len(played.asked) == 3
+
+
 async def test_buckets_of_a_long_time_ago_say_nothing_of_now(loads, played, monkeypatch):
     await loads.ask(KEY, world(), buckets=True)
     monkeypatch.setattr(module, "KEEP_SECONDS", -1.0)  # so that what was just read is too old

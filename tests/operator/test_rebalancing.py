@@ -24,7 +24,7 @@ class Loads:
         self.asked = []
         self.away = False
 
-    async def ask(self, key, world, *, buckets=False):
+    async def ask(self, key, world, *, buckets=False, age=0.0):
         self.asked.append(buckets)
         if self.away:
             raise LoadError("away")
@@ -97,6 +97,15 @@ async def test_a_stack_at_rest_is_asked_seldom_and_never_for_its_buckets(played)
     assert 0 < len(p.loads.asked) <= 600 / IDLE_SECONDS + 1
     assert not any(p.loads.asked)
     assert p.woken == []
+
+
+async def test_a_busy_stack_that_is_even_is_asked_often_and_never_for_its_buckets(played):
+    p = played({})
+    one, two = on(p.model, 1), on(p.model, 2)
+    p.loads.shares = dict.fromkeys([*one[:4], *two[:4]], 0.15)
+    await asyncio.sleep(300)
+    assert len(p.loads.asked) > 50
+    assert not any(p.loads.asked)
 
 
 async def test_a_stack_with_mode_off_or_one_core_is_not_asked(played):
