@@ -3,6 +3,7 @@
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,10 @@ def reconciling(quick: bool) -> Iterator[Row]:
         stacks.create(600)
         rest = stacks.rest(2 if quick else 5, WINDOW_SECONDS)
         taken = stacks.reactions(STACKS if quick else 2 * STACKS)
+    with tempfile.TemporaryDirectory() as directory, crowd(Path(directory), STACKS, ENGINES, autoscaled=True) as stacks:
+        stacks.create(600)
+        time.sleep(WINDOW_SECONDS)  # the first decisions
+        scaled = stacks.rest(2 if quick else 5, WINDOW_SECONDS)
     what = f"operator, {STACKS} stacks of {ENGINES} engines"
     yield Row("T17", f"{what}, writes at rest", rest.writes, "requests", goal="0", met=yes(rest.writes == 0))
     cpu = round(100 * rest.cpu, 2)
@@ -38,3 +43,9 @@ def reconciling(quick: bool) -> Iterator[Row]:
     yield Row("T17", f"{what}, from a change to its flow table", round(taken[len(taken) // 2], 3), "s")
     p99 = taken[int(0.99 * len(taken))]
     yield Row("T17", f"{what}, the same, p99", round(p99, 3), "s", goal="< 1", met=yes(p99 < 1))
+    yield Row("T17", f"{what}, all autoscaled by load, writes at rest", scaled.writes, "requests", goal="0",
+              met=yes(scaled.writes == 0))  # fmt: skip
+    cpu = round(100 * scaled.cpu, 2)
+    yield Row("T17", f"{what}, all autoscaled by load, CPU at rest", cpu, "% of a core", goal="< 5", met=yes(cpu < 5))
+    memory = round(scaled.resident / 1e6, 1)
+    yield Row("T17", f"{what}, all autoscaled by load, memory", memory, "MB", goal="< 200", met=yes(memory < 200))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.control_plane import ControlPlane
+from tests.operator.counters import PlayedCounters
 from tests.operator.operator_process import USER, OperatorProcess, grant
 from tests.operator.players import STACKS, TABLES, PlayedNode, Server, ServerError, wait
 
@@ -18,6 +19,7 @@ from packetstack_core import crds
 
 NODES = 8
 """Each with its share of the stacks, in a namespace of its own."""
+TARGET_PERCENT = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,23 @@ class Rest:
 
 
 class Crowd:
-    """`stacks` stacks of `engines` engines each."""
+    """`stacks` stacks of `engines` engines each; `autoscaled` with a load that is just what their target asks for."""
 
-    def __init__(self, server: Server, operator: OperatorProcess, stacks: int, engines: int) -> None:
-        self.server, self.operator, self.engines = server, operator, engines
+    def __init__(
+        self,
+        server: Server,
+        operator: OperatorProcess,
+        counters: PlayedCounters,
+        stacks: int,
+        engines: int,
+        autoscaled: bool,
+    ) -> None:
+        self.server, self.operator, self.engines, self.autoscaled = server, operator, engines, autoscaled
         self.places = [(f"crowd-{number % NODES}", f"stack-{number}") for number in range(stacks)]
-        self.nodes = [PlayedNode(server, f"crowd-{number}", f"node-{number}") for number in range(NODES)]
+        self.nodes = [PlayedNode(server, f"crowd-{number}", f"node-{number}", counters) for number in range(NODES)]
+        if autoscaled:
+            for place in self.places:
+                counters.set_load(".".join(place), engines * TARGET_PERCENT / 100)
         for node in self.nodes:
             node.room, node.batch = 2 * stacks * engines, 1 << 16
 
@@ -46,6 +59,11 @@ class Crowd:
         """All of them, until they are settled. AssertionError if that takes longer."""
         for number, (namespace, name) in enumerate(self.places):
             body = _stack(namespace, name, number, self.engines)
+            if self.autoscaled:
+                target = {"type": "Utilization", "averageUtilization": TARGET_PERCENT}
+                metric = {"type": "Engine", "engine": {"name": "Utilization", "target": target}}
+                limits = {"minReplicas": 1, "maxReplicas": 2 * self.engines}
+                body["spec"]["autoscaling"] = {**limits, "metrics": [metric]}
             self.server.request("POST", STACKS.format(namespace), body)
         deadline = time.monotonic() + seconds
         with ThreadPoolExecutor(NODES) as pool:
@@ -121,7 +139,7 @@ def _stack(namespace: str, name: str, number: int, engines: int) -> dict[str, An
 
 
 @contextmanager
-def crowd(directory: Path, stacks: int, engines: int) -> Iterator[Crowd]:
+def crowd(directory: Path, stacks: int, engines: int, *, autoscaled: bool = False) -> Iterator[Crowd]:
     """An API server of their own without controllers: nobody but the operator and the players writes."""
     with ControlPlane(directory / "control-plane", controllers=False) as control_plane:
         for number in range(NODES):
@@ -136,7 +154,10 @@ def crowd(directory: Path, stacks: int, engines: int) -> Iterator[Crowd]:
         server = Server(control_plane.kubeconfig)
         kubeconfig = control_plane.kubeconfig_for(USER)
         try:
-            with OperatorProcess(kubeconfig, directory / "operator.log") as operator:
-                yield Crowd(server, operator, stacks, engines)
+            with (
+                PlayedCounters() as counters,
+                OperatorProcess(kubeconfig, directory / "operator.log", f"--agent-port={counters.port}") as operator,
+            ):
+                yield Crowd(server, operator, counters, stacks, engines, autoscaled)
         finally:
             server.close()
