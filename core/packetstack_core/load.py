@@ -245,7 +245,7 @@ class History:
             del self._kept[0]
 
     def load(self, seconds: float) -> StackLoad | None:
-        """Of the last `seconds`, or of the time since there is one if that is shorter; None before two snapshots.
+        """Of the last `seconds`, as nearly as there are snapshots; None before two of them.
 
         An engine that was not there all that time, or was made anew meanwhile, has a window of its own.
         """
@@ -253,7 +253,8 @@ class History:
             return None
         read, last = self._kept[-1]
         earlier = [s for _, s in self._kept[:-1]]
-        begin = next((i for i in reversed(range(len(earlier))) if earlier[i].time <= last.time - seconds), 0)
+        # The nearest one: of one a moment too young the one before might be twice as old.
+        begin = min(range(len(earlier)), key=lambda i: abs(earlier[i].time - (last.time - seconds)))
         found = stack_load(earlier[begin], last, read)
         late = {(e.id, e.name) for e in last.engines if e.ready} - {(e.id, e.name) for e in found.engines}
         for snapshot in earlier[begin + 1 :] if late else ():

@@ -115,8 +115,9 @@ def is_worth_a_look(cores: Collection[float], limits: Limits = BUCKETS) -> bool:
     """Whether `decide` may have something to say, by the loads of cores alone: else nobody need ask for those of buckets.
     With one core nothing can be done about what it says.
 
-    None of the cores must be busier than the idlest. So if the busiest is within the limits of that, it is within those
-    of what it must be, and without an elephant half of what is left of a core is more than that.
+    What a core must have is not less than the load of the idlest one: a core without a bucket of its own has its part of the
+    rest. So if the busiest is within the limits of the idlest, it is within those of what it must have; and below the
+    load of an elephant half of what is left of a core is more than that.
     """
     if len(cores) < 2 or (most := max(cores)) < limits.busy:
         return False

@@ -177,7 +177,7 @@ def with_clock_set(state: State, seconds: float) -> State:
 
 def _at(state: State, other: Callable[[float], float]) -> State:
     """With other times for all that windows, rates and panic remember."""
-    memory, since = state.memory, state.panic.since
+    memory, panic = state.memory, state.panic
     return replace(
         state,
         memory=Memory(
@@ -185,7 +185,11 @@ def _at(state: State, other: Callable[[float], float]) -> State:
             tuple(replace(e, at=other(e.at)) for e in memory.up_events),
             tuple(replace(e, at=other(e.at)) for e in memory.down_events),
         ),
-        panic=replace(state.panic, since=None if since is None else other(since)),
+        panic=replace(
+            panic,
+            demands=tuple((other(at), value) for at, value in panic.demands),
+            since=None if panic.since is None else other(panic.since),
+        ),
     )
 
 
@@ -228,9 +232,7 @@ def step_aside(stack: resources.Spec, state: State, scale: Scale, who: str, now:
         "spec.autoscaling.paused to true and then to false"
     )
     conditions = autoscaling.set_condition(state.status.conditions, "ScalingActive", "False", EXTERNAL, message, now)
-    # What limits an autoscaler that decides nothing is not known.
-    kept = tuple(c for c in conditions if c.type in ("AbleToScale", "ScalingActive"))
-    state = State(status=replace(state.status, conditions=kept))
+    state = State(status=replace(state.status, conditions=conditions))
     decision = replace(_aside(state, scale), events=(Event("Warning", EXTERNAL, message),))
     try:
         spec, schedule = with_schedule(autoscaling.spec_of(wanted), wanted.schedules, datetime.fromtimestamp(now, UTC))
@@ -242,7 +244,11 @@ def step_aside(stack: resources.Spec, state: State, scale: Scale, who: str, now:
 def _aside(state: State, scale: Scale) -> Decision:
     why = next(c.message for c in state.status.conditions if c.type == "ScalingActive")
     current = scale.spec_replicas
-    status = replace(state.status, current_replicas=current, desired_replicas=current, current_metrics=())
+    # What limits an autoscaler that decides nothing is not known.
+    kept = tuple(c for c in state.status.conditions if c.type in ("AbleToScale", "ScalingActive"))
+    status = replace(
+        state.status, current_replicas=current, desired_replicas=current, current_metrics=(), conditions=kept
+    )
     return Decision(state.memory, status, Record(current, current, why=why))
 
 

@@ -34,7 +34,9 @@ from packetstack_operator.showing import Shown
 MANAGER = "packetstack-autoscaler"
 HPA = "kube-controller-manager"
 ASK_SECONDS = 5.0
-"""So soon the agent is asked again while an active engine has no load, as after its start."""
+"""So soon the agent is asked again while there is an engine whose load is not known, as after its start."""
+AGAIN_SECONDS = 1.5
+"""After a question without an answer; before that nobody asks an agent again."""
 WAIT_SECONDS = 1.0
 """Between two looks for the first engine, which ask nobody."""
 METRICS_SECONDS = 10.0
@@ -128,8 +130,10 @@ class Autoscalers:
                 async with asyncio.timeout(None if period is None else min(step, left)):
                     await scaled.woken.wait()
                     return
-            if scaled.asks and left > step and not self._knows_all(key, world := scaled.look(), step):
-                await self._ask(key, world)
+            if scaled.asks and left > step:
+                world, load = scaled.look(), self._loads.load(key, step)
+                if world is None or load is None or not knows_all(load, world.pods, time.time() - (period or 0.0)):
+                    await self._ask(key, world)
 
     # ---- one round -------------------------------------------------------------------------------------------
 
@@ -163,7 +167,8 @@ class Autoscalers:
         first = scaled.state is None
         state = scaled.state or _resume(shown, conditions, scale)
         if not first:
-            state = scaling.with_clock_set(state, scaling.clock_set_by(before, (now, scaled.decided)))
+            # Kept whatever becomes of this round: the next one sees no jump.
+            state = scaled.state = scaling.with_clock_set(state, scaling.clock_set_by(before, (now, scaled.decided)))
         wrote = False
         who = other_writer(raw, spec, state, scale, ours=scaled.ours, first=first)
         if who:
@@ -182,12 +187,6 @@ class Autoscalers:
             await self._apply(key, {"autoscaling": fresh[0].document(), "conditions": [c.document() for c in fresh[1]]})
         return period
 
-    def _knows_all(self, key: Key, world: World | None, seconds: float) -> bool:
-        """Whether each active engine had a load in the last answer: then the next one is time enough."""
-        load = self._loads.load(key, seconds)
-        known = {e.name for e in load.engines} if load is not None else set()
-        return world is not None and all(p["metadata"]["name"] in known for p in world.pods if _active(p))
-
     async def _ask(self, key: Key, world: World | None) -> str:
         """Why there is no answer; "" if there is."""
         try:
@@ -200,6 +199,9 @@ class Autoscalers:
 
     async def _measure(self, key: Key, scaled: _Scaled, period: float) -> StackLoad | MetricError:
         problem = await self._ask(key, scaled.look())
+        if problem:  # one lost question is no reason to decide by an old load
+            await asyncio.sleep(min(period, AGAIN_SECONDS))
+            problem = await self._ask(key, scaled.look())
         if not problem and self._loads.load(key, period) is None:
             await asyncio.sleep(min(period, ASK_SECONDS))
             problem = await self._ask(key, scaled.look())
@@ -258,6 +260,14 @@ class Autoscalers:
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------
+
+
+def knows_all(load: StackLoad, engine_pods: Iterable[Raw], since: float) -> bool:
+    """Whether this load was read after `since` and has each engine that serves or is about to: it need not be read again."""
+    known = {e.name for e in load.engines}
+    return load.read > since and all(
+        pod["metadata"]["name"] in known for pod in engine_pods if _state(pod) in ("Active", "Starting")
+    )
 
 
 def replica_writers(stack: Raw) -> list[str]:
@@ -339,8 +349,12 @@ def _shown(stack: Raw) -> tuple[AutoscalingStatus | None, tuple[Condition, ...]]
     return shown, tuple(conditions)
 
 
+def _state(pod: Raw) -> str:
+    return str(pod["metadata"].get("labels", {}).get(pods.ENGINE_STATE))
+
+
 def _active(pod: Raw) -> bool:
-    return bool(pod["metadata"].get("labels", {}).get(pods.ENGINE_STATE) == "Active")
+    return _state(pod) == "Active"
 
 
 def _pod(raw: Raw) -> Pod:

@@ -77,9 +77,9 @@ class Loads:
         if known is None or known.address != address:  # another node has another clock
             known = self._known[key, buckets] = _Known(address)
         known.asked = time.monotonic()
-        if known.asked < known.answered + age:
-            return
         async with known.asking:  # two who ask at once get their answers in order
+            if known.asked < known.answered + age:
+                return
             if time.monotonic() < known.ask_after:
                 raise LoadError(f"agent {address}:{self.port} did not answer, and is asked again soon")
             try:

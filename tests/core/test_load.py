@@ -96,6 +96,15 @@ def test_a_history_looks_as_far_back_as_asked() -> None:
         assert load.read == 1199.0
 
 
+def test_a_snapshot_that_is_a_moment_too_young_is_better_than_one_that_is_twice_as_old() -> None:
+    history = History()
+    for t in (0.0, 15.0, 29.99):
+        history.add(Snapshot(t, (engine(at=t),)), 1000.0 + t)
+    load = history.load(15.0)
+    assert load is not None
+    assert load.engines[0].window == pytest.approx(14.99)
+
+
 def test_an_engine_that_came_later_or_was_made_anew_has_a_window_of_its_own() -> None:
     history = History()
     for t in range(1, 31):

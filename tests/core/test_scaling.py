@@ -503,6 +503,39 @@ def test_a_decision_over_a_thousand_engines_takes_at_most_20_ms() -> None:
     print(f"best {min(took) * 1000:.2f} ms")
 
 
+@pytest.mark.parametrize("jump", [86_400.0, -86_400.0, 1.5])
+def test_a_clock_that_is_set_changes_no_decision(jump: float) -> None:
+    wanted = spec(
+        maxReplicas=20,
+        behavior={
+            "scaleUp": {"policies": [{"type": "Pods", "value": 1, "periodSeconds": 60}]},
+            "scaleDown": {"stabilizationWindowSeconds": 60},
+        },
+        panic={"windowPercentage": 50, "thresholdPercentage": 200, "stableWindowSeconds": 60},
+    )
+
+    def story(jumps: set[int]) -> list[int]:
+        state, wall, steady, replicas, sizes = State(), BEGIN, 0.0, 4, []
+        for second in range(0, 600, 5):
+            before = wall, steady
+            wall, steady = wall + 5 + (jump if second in jumps else 0), steady + 5
+            state = scaling.with_clock_set(state, scaling.clock_set_by(before, (wall, steady)))
+            busy = 0.95 if second == 100 or 200 <= second < 320 else 0.4 if second < 400 else 0.1
+            done = scaling.reconcile(
+                wanted, state, Scale(replicas, replicas), pods(replicas), load_of([busy] * replicas, wall), wall
+            )
+            if done.decision.write is not None:
+                replicas, done = done.decision.write, scaling.written(done, wall)
+            state = done.state
+            sizes.append(replicas)
+        return sizes
+
+    undisturbed = story(set())
+    assert len(set(undisturbed)) > 3
+    for second in range(0, 600, 45):
+        assert story({second, second + 20}) == undisturbed
+
+
 def test_a_clock_that_is_set_back_holds_no_window_and_no_policy_for_longer_than_they_are() -> None:
     wanted = spec(
         maxReplicas=20, behavior={"scaleUp": {"policies": [{"type": "Pods", "value": 4, "periodSeconds": 60}]}}

@@ -9,9 +9,33 @@ from packetstack_core.autoscaling_options import State
 from packetstack_core.load import EngineLoad, StackLoad
 from packetstack_core.resources import parse
 from packetstack_operator.applying import Refused
-from packetstack_operator.autoscaling import MANAGER, other_writer, replica_writers
+from packetstack_operator.autoscaling import MANAGER, knows_all, other_writer, replica_writers
 from packetstack_operator.metrics import Metrics
+from packetstack_operator.pods import ENGINE_STATE
 from packetstack_operator.readings import Readings, selector_text
+
+# ---- when an agent is asked again ---------------------------------------------------------------------------------
+
+
+def pod(name, state):
+    return {"metadata": {"name": name, "labels": {ENGINE_STATE: state}}}
+
+
+@pytest.mark.parametrize(
+    ("there", "since", "knows"),
+    [
+        ([("edge-1", "Active")], 90.0, True),
+        ([("edge-1", "Active"), ("edge-9", "Draining"), ("edge-8", "Pending")], 90.0, True),
+        ([("edge-1", "Active"), ("edge-2", "Active")], 90.0, False),
+        ([("edge-1", "Active"), ("edge-2", "Starting")], 90.0, False),
+        ([("edge-1", "Active")], 101.0, False),
+    ],
+    ids=["all are known", "who does not serve", "a new one", "a coming one", "the last question had no answer"],
+)
+def test_a_load_is_enough_if_it_is_of_this_period_and_has_each_engine(there, since, knows):
+    one = EngineLoad(1, "edge-1", "Active", True, 15.0, (0.5,), (), 0, 0.0, 1000.0, 0.0, 0.0)
+    assert knows_all(StackLoad(100.0, (one,)), [pod(*p) for p in there], since) == knows
+
 
 # ---- the second writer -----------------------------------------------------------------------------------------
 

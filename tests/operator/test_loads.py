@@ -74,6 +74,9 @@ async def test_an_answer_that_is_young_enough_is_not_asked_for_again(loads, play
     await loads.ask(KEY, world(), buckets=True, age=60)
     await loads.ask(KEY, world())
     assert len(played.asked) == 3
+    loads._known[KEY, False].answered -= 61
+    await asyncio.gather(*(loads.ask(KEY, world(), age=60) for _ in range(3)))
+    assert len(played.asked) == 4, "too old; and who waits for an answer takes it"
 
 
 async def test_buckets_of_a_long_time_ago_say_nothing_of_now(loads, played, monkeypatch):
