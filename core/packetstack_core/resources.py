@@ -1022,6 +1022,8 @@ def parse(document: Mapping[str, Any]) -> PacketStack:
     if not isinstance(document, Mapping):
         raise ResourceError([f"document: {show(document)} is {_kind(document)}; use a mapping with kind {KIND}"])
     if isinstance(kind := document.get("kind", KIND), str) and kind != KIND:  # its fields are not ours to judge
+        if difflib.get_close_matches(kind[:100], [KIND], 1, 0.8):
+            raise ResourceError([f"kind: {show(kind)} is unknown; did you mean {KIND}?"])
         raise ResourceError([f"kind: {show(kind)} cannot be read here; use {KIND}, and kubectl apply for other kinds"])
     try:
         return PacketStack.model_validate(dict(document))

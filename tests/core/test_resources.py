@@ -325,6 +325,11 @@ def test_a_document_of_another_kind_is_one_problem():
     ]
 
 
+def test_a_kind_that_is_nearly_ours_is_a_typing_error():
+    with pytest.raises(ResourceError, match=r'kind: "Packetstack" is unknown; did you mean PacketStack\?'):
+        load(MINIMAL.replace("PacketStack", "Packetstack"))
+
+
 def test_several_documents_are_read_and_empty_ones_skipped():
     other = MINIMAL.replace("name: edge", "name: two")
     assert [s.name for s in load(f"{MINIMAL}---\n---{other}")] == ["edge", "two"]
