@@ -86,7 +86,10 @@ class Server:
                 return agent.explain(r["name"], r["protocol"], r["source"], r["sport"], r["destination"], r["dport"])
             case "events":
                 name = r.get("name")
-                return [e for e in agent.events if name in (None, e["stack"])]
+                found = [e for e in agent.events if name in (None, e["stack"])]
+                if name is not None and not found:
+                    agent.get(name)  # or it is not found; of a stack that has gone there are events for a while
+                return found
             case "census":
                 return agent.census(r["name"])
             case "metrics":

@@ -256,6 +256,8 @@ def explain(
         raise AgentError(
             f'flow "{protocol} {source} {destination}": not a flow; use "tcp 10.0.0.1:40000 192.0.2.10:80"'
         ) from None
+    if client.version != vip.version:
+        raise AgentError(f'flow "{protocol} {source} {destination}": is of two families; use two addresses of one')
     listener = next(
         (
             li

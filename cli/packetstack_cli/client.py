@@ -55,6 +55,9 @@ class Client:
                 f"{path}: the agent has not answered for {ANSWER_SECONDS} s; see {self.run_directory / 'agent.log'}"
             ) from None
         except (FileNotFoundError, ConnectionError):
+            if left := self.left_behind():
+                problem = f"{', '.join(left)} may go on without one; start another with: packetstack upgrade --agent"
+                raise NoAgent(f"{path}: no agent answers, and {problem}") from None
             raise NoAgent(
                 f"{path}: no agent answers; start one with: packetstack up FILE (or name its --run-dir)"
             ) from None
@@ -102,6 +105,10 @@ class Client:
         del must  # they are always there
         items: list[dict[str, Any]] = self.call("get", name=name)
         return items
+
+    def left_behind(self) -> list[str]:
+        """Stacks that there were when the agent was there last. Their packets go on without it."""
+        return sorted(p.name for p in (self.run_directory / "stacks").glob("*"))
 
     def chosen(self, stacks: Sequence[str], name: str | None, everything: bool) -> list[str]:
         """Those that `down` shall end."""

@@ -3,7 +3,7 @@
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -169,7 +169,7 @@ def up(
     force: bool,
 ) -> None:
     """Make the stacks of FILES run; start the agent if there is none. Repeating it changes nothing."""
-    wanted = [stack for file in files for stack in _load(file)]
+    wanted = _load_all(files)
     started = client.begin(metrics_listen)
     names = []
     try:
@@ -188,11 +188,22 @@ def up(
             click.echo(f"stack {name}: {counted(item['status']['readyReplicas'], 'engine')} ready")
 
 
+def _load_all(files: Iterable[str]) -> list[PacketStack]:
+    """The stacks of all files. CliError for two of one name: the second would replace the first."""
+    found: dict[tuple[str | None, str], tuple[str, PacketStack]] = {}
+    for file in files:
+        for stack in _load(file):
+            first, _ = found.setdefault((stack.metadata.namespace, stack.name), (file, stack))
+            if first != file:
+                raise CliError(f"{file}: stack {stack.name} is in {first} too; use a name once")
+    return [stack for _, stack in found.values()]
+
+
 def _load(file: str) -> list[PacketStack]:
     try:
         return list(resources.load(sys.stdin.read() if file == "-" else Path(file).read_text()))
     except (OSError, UnicodeDecodeError) as e:
-        raise CliError(f"{file}: cannot be read: {e}") from None
+        raise CliError(f"{file}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     except ResourceError as e:
         raise CliError("\n".join(f"{file}: {problem}" for problem in e.problems)) from None
 
@@ -212,6 +223,16 @@ def down(client: Client | ClusterClient, name: str | None, everything: bool, yes
     except NoAgent:
         if not isinstance(client, Client) or not client.run_directory.exists():
             raise
+        left = client.left_behind()
+        if len(client.chosen(left, name, everything)) < len(left):
+            raise CliError(
+                f"stack {name}: no agent answers, and without one only all stacks can be ended; "
+                "start another agent with packetstack upgrade --agent, or use down --all"
+            ) from None
+        if left:
+            click.echo(f"no agent answers; all flows of {', '.join(left)} will end", err=True)
+            if not yes and sys.stdin.isatty():
+                click.confirm("Go on?", abort=True)
         click.echo(client.clean(), nl=False)
         return
     chosen = client.chosen([s["metadata"]["name"] for s in stacks], name, everything)
@@ -463,11 +484,10 @@ def preflight(client: Client | ClusterClient, output: str | None) -> None:
 @_with_client
 def check(client: Client | ClusterClient, files: tuple[str, ...]) -> None:
     """Read FILES as `up` would, and change nothing. For a cluster its API server reads them too."""
-    for file in files:
-        stacks = _load(file)
-        client.check(stacks)
-        for stack in stacks:
-            click.echo(yaml.safe_dump(stack.document(), sort_keys=False).rstrip())
+    stacks = _load_all(files)
+    client.check(stacks)
+    for stack in stacks:
+        click.echo(yaml.safe_dump(stack.document(), sort_keys=False).rstrip())
 
 
 @main.command("simulate")

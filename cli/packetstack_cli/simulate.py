@@ -87,7 +87,7 @@ def read_series(path: Path, metrics: Sequence[Metric]) -> Series:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [(i, row) for i, row in enumerate(csv.reader(file), 1) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise CliError(f"{path}: cannot be read: {e}") from None
+        raise CliError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
     wanted = [metric.name for metric in metrics]
     header = [cell.strip() for cell in rows[0][1]] if rows else []
     if not header or header[0] != "seconds" or sorted(header[1:]) != sorted(set(wanted)):

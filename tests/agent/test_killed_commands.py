@@ -1,5 +1,7 @@
 """Commands that are killed at any moment: said again, they do what they were to do, and whoever is served stays served."""
 
+import os
+import signal
 import socket
 import sys
 import time
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from .conftest import BACKENDS, BACKENDS6, VIP6, Node, ask, eventually, stack
+from .conftest import BACKENDS, BACKENDS6, VIP6, Node, ask, eventually, listener, stack
 
 
 def start(node: Node, *words: str) -> Any:
@@ -78,3 +80,17 @@ def test_a_killed_command_is_repeated_and_all_is_right(
     node.lab.packetstack("upgrade", "--agent")
     node.lab.packetstack(*words)
     eventually(lambda: node.status()["ready"])
+
+
+def test_without_an_agent_all_stacks_are_ended_or_none(node: Node) -> None:
+    listeners = [listener("other", "192.0.2.11", BACKENDS)]
+    node.up(stack(), stack("other", replicas=1, listeners=listeners, snat={"addresses": ["198.51.100.8/31"]}))
+    os.kill(node.client.agent_pid(), signal.SIGKILL)
+    eventually(lambda: not node.client.alive())
+    assert "other, web may go on without one; start another with: packetstack upgrade --agent" in node.refused("get")
+    assert node.refused("down", "nope", "--yes") == "stack nope: not found; stacks of this agent: other, web"
+    assert "only all stacks can be ended" in node.refused("down", "web", "--yes")
+    assert "there are 2 stacks" in node.refused("down", "--yes")
+    assert node.curl() in BACKENDS
+    assert node.command("down", "--all", "--yes").returncode == 0
+    assert not node.lab.run_directory.exists()

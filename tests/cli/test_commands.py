@@ -181,6 +181,8 @@ def test_every_metric_is_documented_and_every_documented_one_is_there(lab: Lab) 
         (("describe", "no"), "stack no: not found; stacks of this agent: web"),
         (("down", "no"), "stack no: not found; stacks of this agent: web"),
         (("scale", "no", "--replicas", "1"), "stack no: not found; stacks of this agent: web"),
+        (("events", "no"), "stack no: not found; stacks of this agent: web"),
+        (("explain", "web", "tcp", "[2001:db8::2]:1", "192.0.2.10:80"), 'flow "tcp 2001:db8::2 192.0.2.10": is of two'),
         (("logs", "999"), "engine 999: has no log; engines: "),
         (("move", "web", "--buckets", "0-9", "--engine", "999"), "engine 999: is not an active engine of stack web"),
         (("move", "web", "--queue", "999:0", "--core", "0"), "engine 999: is not an active engine of stack web"),
@@ -241,6 +243,12 @@ def test_without_an_agent_it_says_how_to_start_one(lab: Lab, tmp_path: Path) -> 
         assert done.returncode == 1
         assert "start one with: packetstack up FILE" in done.stderr
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("verb", ["up", "check"])
+def test_two_files_with_a_stack_of_one_name_are_refused(lab: Lab, verb: str) -> None:
+    files = [str(ROOT / "examples" / name) for name in ("web.yaml", "autoscaled.yaml")]
+    assert said(lab, verb, *files) == (1, f"{files[1]}: stack web is in {files[0]} too; use a name once")
 
 
 def test_check_reads_a_file_and_changes_nothing(lab: Lab) -> None:
