@@ -128,6 +128,15 @@ def place(server: Server, control_plane: ControlPlane, monkeypatch: pytest.Monke
     server.delete(f"/api/v1/namespaces/{namespace}")
 
 
+@pytest.fixture(autouse=True)
+async def connections_end() -> AsyncIterator[None]:
+    """Before the loop does: that of a cancelled watch is there until the server has answered the end of TLS."""
+    yield
+    selector: Any = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+    with contextlib.suppress(AssertionError):
+        await until(lambda: len(selector.get_map()) <= 1, 5)  # the loop's own
+
+
 @contextlib.asynccontextmanager
 async def following(node: str, agent: PlayedAgent | None = None) -> AsyncIterator[tuple[PlayedAgent, Follower]]:
     """A Follower at work."""
@@ -140,7 +149,6 @@ async def following(node: str, agent: PlayedAgent | None = None) -> AsyncIterato
         assert "InternalError" not in agent.reasons()
     finally:
         await follower.close()
-        await asyncio.sleep(0.05)  # the server's answer to the end of TLS that a cancelled watch has sent
 
 
 async def until(check: Callable[[], Any], seconds: float = 15) -> None:
