@@ -17,7 +17,7 @@ def start(node: Node, *words: str) -> Any:
     return node.lab.start("node", *command)
 
 
-@pytest.mark.parametrize("milliseconds", range(0, 700, 50))
+@pytest.mark.parametrize("milliseconds", range(0, 700, 100))
 def test_a_killed_down_is_repeated_and_leaves_nothing(node: Node, milliseconds: int) -> None:
     node.command("down", "--all", "--yes")
     before = node.traces()
@@ -33,7 +33,7 @@ def test_a_killed_down_is_repeated_and_leaves_nothing(node: Node, milliseconds: 
     assert node.curl() in BACKENDS
 
 
-@pytest.mark.parametrize("milliseconds", range(200, 600, 50))
+@pytest.mark.parametrize("milliseconds", range(200, 600, 100))
 def test_a_killed_move_is_repeated_and_all_is_right(node: Node, milliseconds: int) -> None:
     node.up(stack(replicas=2))
     node.lab.packetstack("scale", "web", "--replicas", "2")
@@ -51,7 +51,7 @@ def test_a_killed_move_is_repeated_and_all_is_right(node: Node, milliseconds: in
     assert node.who(VIP6) == set(BACKENDS6)
 
 
-@pytest.mark.parametrize("milliseconds", range(0, 900, 75))
+@pytest.mark.parametrize("milliseconds", range(0, 900, 150))
 def test_a_killed_up_is_repeated_and_all_is_right(node: Node, milliseconds: int) -> None:
     file = node.lab.directory / "stack.yaml"
     node.up(stack())
