@@ -118,7 +118,7 @@ class Autoscalers:
         wanted = spec.autoscaling
         assert wanted is not None
         clocks = now, asyncio.get_running_loop().time()
-        one.state = scaling.with_clock_set(one.state, scaling.clock_set_by(one.clocks or clocks, clocks))
+        one.state = scaling.by_the_clock(one.state, one.clocks or clocks, clocks)
         one.clocks = clocks
         active = [
             Pod(loading.name(e), ready="True")

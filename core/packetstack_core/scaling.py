@@ -10,7 +10,7 @@ the caller calls `step_aside`: nothing is decided any more, and `ScalingActive` 
 A round with `autoscaling.paused` ends that, and so does a status without it, as after a time without `spec.autoscaling`.
 
 Nothing here reads a clock. Times are seconds since 1970; `StackLoad.read` must be of the same clock. A caller whose clock
-was set (`clock_set_by`) goes on with the state `with_clock_set`.
+may have been set goes on with the state `by_the_clock`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -164,15 +164,13 @@ def _reading(index: int, metric: Metric, measured: StackLoad | MetricError, answ
     return measured if isinstance(measured, MetricError) else load.samples(measured, metric.name)
 
 
-def clock_set_by(before: tuple[float, float], now: tuple[float, float]) -> float:
-    """Seconds by which the wall clock was set between two looks at it and at the monotonic clock; 0 for mere drift."""
+def by_the_clock(state: State, before: tuple[float, float], now: tuple[float, float]) -> State:
+    """The state by a wall clock that may have been set: windows and policies last as long as they would have.
+
+    `before`, `now`: wall clock and monotonic clock, at the last round and at this one.
+    """
     jump = (now[0] - before[0]) - (now[1] - before[1])
-    return jump if abs(jump) >= DRIFT_SECONDS else 0.0
-
-
-def with_clock_set(state: State, seconds: float) -> State:
-    """The state by a clock that was set by so much: windows and policies last as long as they would have."""
-    return _at(state, lambda at: at + seconds) if seconds else state
+    return _at(state, lambda at: at + jump) if abs(jump) >= DRIFT_SECONDS else state
 
 
 def _at(state: State, other: Callable[[float], float]) -> State:

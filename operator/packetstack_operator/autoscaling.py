@@ -168,7 +168,7 @@ class Autoscalers:
         state = scaled.state or _resume(shown, conditions, scale)
         if not first:
             # Kept whatever becomes of this round: the next one sees no jump.
-            state = scaled.state = scaling.with_clock_set(state, scaling.clock_set_by(before, (now, scaled.decided)))
+            state = scaled.state = scaling.by_the_clock(state, before, (now, scaled.decided))
         wrote = False
         who = other_writer(raw, spec, state, scale, ours=scaled.ours, first=first)
         if who:

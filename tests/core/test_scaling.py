@@ -519,7 +519,7 @@ def test_a_clock_that_is_set_changes_no_decision(jump: float) -> None:
         for second in range(0, 600, 5):
             before = wall, steady
             wall, steady = wall + 5 + (jump if second in jumps else 0), steady + 5
-            state = scaling.with_clock_set(state, scaling.clock_set_by(before, (wall, steady)))
+            state = scaling.by_the_clock(state, before, (wall, steady))
             busy = 0.95 if second == 100 or 200 <= second < 320 else 0.4 if second < 400 else 0.1
             done = scaling.reconcile(
                 wanted, state, Scale(replicas, replicas), pods(replicas), load_of([busy] * replicas, wall), wall
