@@ -258,8 +258,11 @@ class Lab:
 
     def packetstack(self, *words: str, check: bool = True, timeout_seconds: float = 60) -> str:
         """The real command in the node, with a run directory of the lab's own; what it printed."""
-        command = [*_PACKETSTACK, "--run-dir", str(self.run_directory), *words]
-        return self.run("node", *command, check=check, timeout_seconds=timeout_seconds).stdout
+        return self.run("node", *self.command(*words), check=check, timeout_seconds=timeout_seconds).stdout
+
+    def command(self, *words: str) -> list[str]:
+        """The real command with the lab's own run directory, for `run` and `start`."""
+        return [*_PACKETSTACK, "--run-dir", str(self.run_directory), *words]
 
     def status(self, stack: str) -> dict[str, Any]:
         """The `status` of a stack, as `packetstack get STACK -o json` shows it."""

@@ -82,8 +82,7 @@ class Node:
 
     def command(self, *words: str) -> Any:
         """The command, whatever comes of it."""
-        line = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(self.lab.run_directory), *words]
-        return self.lab.run("node", *line, check=False)
+        return self.lab.run("node", *self.lab.command(*words), check=False)
 
     def status(self, name: str = "web") -> dict[str, Any]:
         """Of a stack."""

@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import sys
 import time
 from typing import Any
 
@@ -13,8 +12,7 @@ from .conftest import BACKENDS, BACKENDS6, VIP6, Node, ask, eventually, listener
 
 
 def start(node: Node, *words: str) -> Any:
-    command = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), *words]
-    return node.lab.start("node", *command)
+    return node.lab.start("node", *node.lab.command(*words))
 
 
 @pytest.mark.parametrize("milliseconds", range(0, 700, 100))

@@ -85,7 +85,7 @@ def test_down_leaves_nothing_of_an_agent_that_died_while_it_wrote_its_record(nod
 def test_two_ups_at_once_start_one_agent(node: Node, clean: dict[str, Any]) -> None:
     file = node.lab.directory / "stack.yaml"
     file.write_text(json.dumps(stack()))
-    line = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), "up", str(file)]
+    line = node.lab.command("up", str(file))
     both = [node.lab.start("node", *line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
     for command in both:
         out, error = command.communicate(timeout=30)

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -239,8 +238,7 @@ def test_an_agent_in_another_network_namespace_is_refused(node: Node, served: An
     before = same(node)
     kill_agent(node)
     file = str(node.lab.directory / "stack.yaml")
-    line = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(node.lab.run_directory), "up", file]
-    done = node.lab.run("client", *line, check=False)
+    done = node.lab.run("client", *node.lab.command("up", file), check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "its stacks are in another network namespace" in done.stderr
     again(node)

@@ -54,8 +54,7 @@ def lab() -> Iterator[Lab]:
 
 def said(lab: Lab, *words: str) -> tuple[int, str]:
     """Exit code and standard error of a command that refuses."""
-    line = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(lab.run_directory), *words]
-    done = lab.run("node", *line, check=False)
+    done = lab.run("node", *lab.command(*words), check=False)
     return done.returncode, done.stderr.strip()
 
 
@@ -161,8 +160,7 @@ def test_events_and_logs_tell_what_happened(lab: Lab) -> None:
     assert "EngineReady" in lab.packetstack("logs")
     slot = json.loads(lab.packetstack("get", "web", "-o", "json"))["status"]["engines"][0]["slot"]
     (lab.run_directory / f"engines/{slot}/log").write_text("")
-    cli = (sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(lab.run_directory))
-    silent = lab.run("node", *cli, "logs", str(slot))
+    silent = lab.run("node", *lab.command("logs", str(slot)))
     assert (silent.stdout, silent.stderr) == ("", f"engine {slot}: has written nothing yet\n")
 
 
