@@ -30,6 +30,11 @@ class NoAgent(CliError):
     """Nobody answers."""
 
 
+def unreadable(file: Path | str, e: Exception) -> CliError:
+    """For a file that was not there, or is not what it should be."""
+    return CliError(f"{file}: cannot be read: {getattr(e, 'strerror', None) or e}")
+
+
 class Client:
     """One connection a call: an agent that was replaced is not noticed."""
 
@@ -138,7 +143,7 @@ class Client:
         try:
             return path.read_text(errors="replace")
         except OSError as e:
-            raise CliError(f"{path}: cannot be read: {e.strerror}") from None
+            raise unreadable(path, e) from None
 
     # ---- the agent
 

@@ -15,7 +15,7 @@ from rich.live import Live
 
 from packetstack_cli import preflight as checks
 from packetstack_cli import simulate, views
-from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent
+from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent, unreadable
 from packetstack_cli.cluster import ClusterClient
 from packetstack_cli.demo import run_demo
 from packetstack_core import autoscaling, resources, scaling
@@ -203,7 +203,7 @@ def _load(file: str) -> list[PacketStack]:
     try:
         return list(resources.load(sys.stdin.read() if file == "-" else Path(file).read_text()))
     except (OSError, UnicodeDecodeError) as e:
-        raise CliError(f"{file}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+        raise unreadable(file, e) from None
     except ResourceError as e:
         raise CliError("\n".join(f"{file}: {problem}" for problem in e.problems)) from None
 
@@ -230,20 +230,23 @@ def down(client: Client | ClusterClient, name: str | None, everything: bool, yes
                 "start another agent with packetstack upgrade --agent, or use down --all"
             ) from None
         if left:
-            click.echo(f"no agent answers; all flows of {', '.join(left)} will end", err=True)
-            if not yes and sys.stdin.isatty():
-                click.confirm("Go on?", abort=True)
+            _ask(f"no agent answers; all flows of {', '.join(left)} will end", yes)
         click.echo(client.clean(), nl=False)
         return
     chosen = client.chosen([s["metadata"]["name"] for s in stacks], name, everything)
     flows = sum(s["status"]["flows"] for s in stacks if s["metadata"]["name"] in chosen)
     if flows:
-        click.echo(f"{flows:,} live flows will end", err=True)
-        if not yes and sys.stdin.isatty():
-            click.confirm("Go on?", abort=True)
+        _ask(f"{flows:,} live flows will end", yes)
     client.remove(chosen, last=len(chosen) == len(stacks))
     for one in chosen:
         click.echo(f"stack {one}: removed")
+
+
+def _ask(warning: str, yes: bool) -> None:
+    """Say what will be, and ask a person who has not said `--yes`; click.Abort if it shall not be."""
+    click.echo(warning, err=True)
+    if not yes and sys.stdin.isatty():
+        click.confirm("Go on?", abort=True)
 
 
 @main.command()

@@ -15,7 +15,7 @@ from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from packetstack_cli.client import CliError
+from packetstack_cli.client import CliError, unreadable
 from packetstack_core import autoscaling, scaling
 from packetstack_core.autoscaling import Metric, MetricError, Pod, Reading, Sample, Scale
 from packetstack_core.autoscaling_options import State, is_active
@@ -87,7 +87,7 @@ def read_series(path: Path, metrics: Sequence[Metric]) -> Series:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [(i, row) for i, row in enumerate(csv.reader(file), 1) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise CliError(f"{path}: cannot be read: {getattr(e, 'strerror', None) or e}") from None
+        raise unreadable(path, e) from None
     wanted = [metric.name for metric in metrics]
     header = [cell.strip() for cell in rows[0][1]] if rows else []
     if not header or header[0] != "seconds" or sorted(header[1:]) != sorted(set(wanted)):
