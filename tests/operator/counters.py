@@ -4,6 +4,7 @@ import http.server
 import threading
 import time
 from contextlib import suppress
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot, to_json
@@ -11,6 +12,12 @@ from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, S
 CYCLES = 1_000_000_000
 """A second."""
 BUCKETS = 1024
+
+
+def busy(percent: int) -> dict[str, Any]:
+    """The metric of `spec.autoscaling` that these counters answer."""
+    target = {"type": "Utilization", "averageUtilization": percent}
+    return {"type": "Engine", "engine": {"name": "Utilization", "target": target}}
 
 
 class Server(http.server.ThreadingHTTPServer):

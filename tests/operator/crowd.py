@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.control_plane import ControlPlane
-from tests.operator.counters import PlayedCounters
+from tests.operator.counters import PlayedCounters, busy
 from tests.operator.operator_process import USER, OperatorProcess, grant
 from tests.operator.players import STACKS, TABLES, PlayedNode, Server, ServerError, wait
 
@@ -60,10 +60,8 @@ class Crowd:
         for number, (namespace, name) in enumerate(self.places):
             body = _stack(namespace, name, number, self.engines)
             if self.autoscaled:
-                target = {"type": "Utilization", "averageUtilization": TARGET_PERCENT}
-                metric = {"type": "Engine", "engine": {"name": "Utilization", "target": target}}
                 limits = {"minReplicas": 1, "maxReplicas": 2 * self.engines}
-                body["spec"]["autoscaling"] = {**limits, "metrics": [metric]}
+                body["spec"]["autoscaling"] = {**limits, "metrics": [busy(TARGET_PERCENT)]}
             self.server.request("POST", STACKS.format(namespace), body)
         deadline = time.monotonic() + seconds
         with ThreadPoolExecutor(NODES) as pool:

@@ -9,15 +9,11 @@ import time
 import pytest
 from tests.cluster.metrics_api import MetricsApi, Series
 from tests.cluster.processes import ClusterError
+from tests.operator.counters import busy
 from tests.operator.place import STACK
 from tests.operator.players import STACKS, wait
 
 SYNC = 1
-
-
-def busy(percent):
-    target = {"type": "Utilization", "averageUtilization": percent}
-    return {"type": "Engine", "engine": {"name": "Utilization", "target": target}}
 
 
 BUSY = busy(60)
