@@ -53,6 +53,15 @@ def skewed_traffic(lab: Lab, tcp: str, udp: str, unevenness: Callable[[float], f
     raise AssertionError("12 times the load was even by chance")
 
 
+def becomes_even(unevenness: Callable[[float], float], off: float, *, within: float, look: float, stay: float) -> float:
+    """Busiest core by the mean once that is even, by looks of `look` seconds; it was `off`. It must stay so for `stay`."""
+    deadline = time.monotonic() + within
+    while (now := unevenness(look)) >= 1.2:
+        assert time.monotonic() < deadline, f"max/mean is still {now:.2f}; it was {off:.2f}"
+    assert unevenness(stay) < 1.2, "it stays"
+    return now
+
+
 class Costly:
     """A stack `web` in a lab, with its servers."""
 

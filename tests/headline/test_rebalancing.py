@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from tests.headline.costly import COST_NS, DATAPATH, TCP, UDP, costly, skewed_traffic
+from tests.headline.costly import COST_NS, DATAPATH, TCP, UDP, becomes_even, costly, skewed_traffic
 
 pytestmark = [
     pytest.mark.slow,
@@ -29,10 +29,7 @@ def test_two_unevenly_loaded_cores_become_even_and_no_packet_is_lost_or_reordere
         assert reason not in stack.reasons()
         began = time.time()
         stack.up("Auto")
-        deadline = time.monotonic() + 25
-        while (now := stack.unevenness(2)) >= 1.2:
-            assert time.monotonic() < deadline, f"max/mean is still {now:.2f}; it was {off:.2f}"
-        assert stack.unevenness(5) < 1.2, "it stays"
+        now = becomes_even(stack.unevenness, off, within=25, look=2, stay=5)
         outcome = traffic.stop()
         reasons, drops = stack.reasons(), stack.status()["drops"]
         last = [m["why"] for m in stack.status()["rebalance"]["lastMoves"] if m["time"] > began]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.cluster.processes import run
-from tests.headline.costly import COST_NS, DATAPATH, cost, skewed_traffic
+from tests.headline.costly import COST_NS, DATAPATH, becomes_even, cost, skewed_traffic
 
 from packetstack_cli.traffic import Servers
 from packetstack_core import kinds, load
@@ -94,10 +94,7 @@ def test_two_unevenly_loaded_engines_become_even_and_no_packet_is_lost_or_reorde
     off = stack.unevenness(4)
     assert off > 1.2, "with Off nothing becomes even"
     stack.mode("Auto")
-    deadline = time.monotonic() + 45
-    while (now := stack.unevenness(3)) >= 1.2:
-        assert time.monotonic() < deadline, f"max/mean is still {now:.2f}; it was {off:.2f}"
-    assert stack.unevenness(6) < 1.2, "it stays"
+    now = becomes_even(stack.unevenness, off, within=45, look=3, stay=6)
     outcome = traffic.stop()
     print(f"max/mean {off:.2f} -> {now:.2f}; {outcome}")
     raw: dict[str, Any] = packetstack.cluster.get("packetstack", "web", "-n", space)
