@@ -221,8 +221,13 @@ def down(client: Client | ClusterClient, name: str | None, everything: bool, yes
     try:
         stacks = client.call("get")
     except NoAgent:
-        if not isinstance(client, Client) or not client.run_directory.exists():
+        if not isinstance(client, Client):
             raise
+        if not client.run_directory.exists():
+            if not everything:
+                raise
+            click.echo("no stacks, and nothing left of any")
+            return
         left = client.left_behind()
         if len(client.chosen(left, name, everything)) < len(left):
             raise CliError(
