@@ -137,10 +137,11 @@ int ps_probe(const struct ps_fence_engine *engine, struct ps_error *e);
  * Moves buckets of one stack. Stores the words, runs the fence, releases the shards. Never releases
  * by a timer: with stalled_slot set, some shards are not released and the caller must repeat the
  * call (same or other moves) when the engine answers again. Idempotent: buckets whose word and
- * shard differ from an earlier, interrupted call are fenced too.
+ * shard differ from an earlier, interrupted call are fenced too. all_cpus: the `tasks` file of a cpuset
+ * with every CPU, which the fence's thread enters when its own lacks one; or -1.
  */
 int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *egress, struct ps_fence_engine *engines,
-		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms,
+		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms, int all_cpus,
 		struct ps_transfer_report *report, struct ps_error *e);
 /* Gives a queue to another core of the same engine; returns when it has it, or after limit_ms with -1. */
 int ps_queue_to_core(struct ps_fence_engine *engine, uint32_t queue, uint32_t core, uint32_t limit_ms,

@@ -63,6 +63,7 @@ struct transfer {
 	struct ps_transfer_report *report;
 	struct ps_error *e;
 	cpu_set_t cpus; /* all online CPUs */
+	int all_cpus;
 	uint32_t attempt;
 	uint64_t id;
 	/* Queues that lose a bucket, queues that get one: bit per queue, by place in `engines`. */
@@ -409,7 +410,9 @@ static void *transfer_thread(void *argument)
 	struct sched_param first = { .sched_priority = 10 };
 	long online = sysconf(_SC_NPROCESSORS_ONLN);
 
-	/* A director may run on any CPU. */
+	/* A director may run on any CPU. Writing fails where the thread is to stay in its cpuset; told below. */
+	if (t->all_cpus >= 0 && write(t->all_cpus, "0", 1) < 0)
+		t->all_cpus = -1;
 	for (int i = 0; i < CPU_SETSIZE && i < PS_MAX_CPUS; i++)
 		CPU_SET(i, &t->cpus);
 	sched_setaffinity(0, sizeof(t->cpus), &t->cpus);
@@ -423,7 +426,7 @@ static void *transfer_thread(void *argument)
 }
 
 int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *egress, struct ps_fence_engine *engines,
-		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms,
+		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms, int all_cpus,
 		struct ps_transfer_report *report, struct ps_error *e)
 {
 	struct transfer t = {
@@ -436,6 +439,7 @@ int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *
 		.moves = moves,
 		.n_moves = n_moves,
 		.limit_ms = limit_ms,
+		.all_cpus = all_cpus,
 		.report = report,
 		.e = e,
 	};

@@ -59,7 +59,8 @@ class Shared:
 
     slot: int
     cores: int
-    pin: tuple[int, ...]
+    pin: tuple[int, ...] | None
+    """CPU of each core; empty: none. None: the CPUs that the process has for itself, if it has as many as cores."""
     files: tuple[int, int]
     """Arena, configuration."""
     engine: int
@@ -204,8 +205,9 @@ class Attachments:
         link.generation = self._generation
         message = _message("PS_MSG_ATTACH")
         message.slot, message.queues, message.cores, message.generation = s.slot, s.queues, s.cores, link.generation
+        pin = processes.own_cpus(link.pid, s.cores) if s.pin is None else s.pin
         for i in range(len(message.pin)):
-            message.pin[i] = s.pin[i] if i < len(s.pin) else -1
+            message.pin[i] = pin[i] if i < len(pin) else -1
         fds = [s.files[0], s.engine, s.files[1], *s.rings]
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         link.connection.sendmsg([bytes(ffi.buffer(message))], control)

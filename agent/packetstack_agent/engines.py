@@ -269,7 +269,9 @@ def _share(engine: Engine, view: Any, engine_file: int, rings: list[int]) -> Non
     b = engine.blueprint
     arena, config = (os.open(p, os.O_RDWR | os.O_CLOEXEC) for p in (b.arena, b.config))
     engine.files += [arena, config]
-    engine.shared = Shared(b.slot, b.cores, b.cpus, (arena, config), engine_file, rings, b.queues, view, b.pod_uid)
+    # In a pod it is the kubelet who gives CPUs.
+    pin = None if b.pod and b.cpu_policy == "Exclusive" else b.cpus
+    engine.shared = Shared(b.slot, b.cores, pin, (arena, config), engine_file, rings, b.queues, view, b.pod_uid)
     if b.pod:
         (b.directory / "queues").chmod(0o644)  # its supervisor reads it, as nobody
     engine.listener = _listen(b.directory / "engine.sock")

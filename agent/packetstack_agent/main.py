@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from packetstack_agent import loading, processes
+from packetstack_agent import loading
 from packetstack_agent.agent import Agent
 from packetstack_agent.errors import AgentError
 from packetstack_agent.metrics import render
@@ -56,7 +56,6 @@ def main() -> None:
                 print(f"removed {line}")
             return
         alone.write_text(str(os.getpid()))
-        processes.leave_cpuset()
         run.record.metrics_listen = arguments.metrics_listen or run.record.metrics_listen
         asyncio.run(_serve(run, arguments.node, arguments.uplink))
     except (AgentError, NotBuilt) as e:

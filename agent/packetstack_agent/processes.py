@@ -6,7 +6,8 @@ import select
 import signal
 import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -111,24 +112,51 @@ CGROUPS = (Path("/proc/1/root/sys/fs/cgroup"), Path("/sys/fs/cgroup"))
 """Where the machine's cgroups may be: a container has a view of its own."""
 
 
-def leave_cpuset() -> bool:
-    """Let this process run on any CPU when a cpuset keeps it from some; its threads stay where they are until they ask.
+@contextmanager
+def way_to_all_cpus() -> Iterator[int]:
+    """How a thread gets to run on any CPU when a cpuset keeps this one from some: an open file that it writes 0 to.
 
-    Under the static CPU manager the kubelet gives CPUs to one pod and keeps all others off them, but a fence must visit
-    every CPU. `root`: the machine's cgroups, v1 or v2. Call it before there are threads. Returns whether it was needed
-    and done; a fence that cannot visit all CPUs refuses to begin, and says so.
+    Under the static CPU manager the kubelet gives CPUs to one pod and keeps all others off them, whenever such a pod
+    comes; but a fence must visit every CPU. With cgroup v1 the file moves the thread that writes to it, and no other. With
+    v2 only a whole process can leave, so this one does, and its threads stay on the CPUs that they have.
+    -1: it is not needed, or cannot be; a fence that cannot visit all CPUs refuses to begin, and says so.
     """
+    file = -1
+    if not _may_run_anywhere():
+        for root in CGROUPS:
+            with suppress(OSError):
+                file = os.open(root / "cpuset/tasks", os.O_WRONLY | os.O_CLOEXEC)
+                break
+        else:
+            _leave_cpuset()
+    try:
+        yield file
+    finally:
+        if file >= 0:
+            os.close(file)
+
+
+def _leave_cpuset() -> None:
     allowed = os.sched_getaffinity(0)
-    if _may_run_anywhere():
-        return False
-    # In v1 the set of all CPUs is the root of the cpuset hierarchy, in v2 the root of all.
-    for processes in (root / place / "cgroup.procs" for place in ("cpuset", "") for root in CGROUPS):
-        with suppress(OSError):
-            processes.write_text(str(os.getpid()))
+    for root in CGROUPS:
+        if (root / "cgroup.controllers").exists():  # v2
+            with suppress(OSError):
+                (root / "cgroup.procs").write_text(str(os.getpid()))
         if _may_run_anywhere():
-            os.sched_setaffinity(0, allowed)
-            return True
-    return False
+            break
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it has ended, or may not
+            os.sched_setaffinity(int(thread.name), allowed)
+
+
+def own_cpus(pid: int, count: int) -> tuple[int, ...]:
+    """The CPUs that a process was given for itself: so many, and not all of the machine; else none."""
+    try:
+        allowed = os.sched_getaffinity(pid)
+    except OSError:
+        return ()
+    own = len(allowed) == count < os.sysconf("SC_NPROCESSORS_ONLN")
+    return tuple(sorted(allowed)) if own else ()
 
 
 def _may_run_anywhere() -> bool:

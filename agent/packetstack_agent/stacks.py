@@ -17,6 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from packetstack_agent import processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, wire
@@ -266,27 +267,28 @@ class Stack:
             fence[i].slot = slot
         out = ffi.new("struct ps_transfer_report *")
         batches = [list(moves[i : i + BATCH]) for i in range(0, len(moves), BATCH)] or [[]]
-        for batch in batches:
-            moved = 1
-            # A queue never gives and gets in one fence, so some moves may have to wait for a second one.
-            while moved and not report.stalled:
-                wanted = ffi.new("struct ps_move[]", [(m.bucket, m.to.slot, m.to.queue) for m in batch] or 1)
-                call(
-                    lib().ps_transfer, self.arena, self._words, self._offset, self._egress, fence, len(present) + len(gone),
-                    wanted, len(batch), FENCE_LIMIT_MS, out,
-                )  # fmt: skip
-                moved = int(out.moved)
-                report.moved += moved
-                report.stalled = int(out.stalled_slot)
-                if moved or not batch:
-                    report.fences += 1
-                    report.hold_ns.append(int(out.total_ns))
-                owners = self.owners()
-                batch = [m for m in batch if owners[m.bucket] != m.to]
-                if not batch:
+        with processes.way_to_all_cpus() as cpus:
+            for batch in batches:
+                moved = 1
+                # A queue never gives and gets in one fence, so some moves may have to wait for a second one.
+                while moved and not report.stalled:
+                    wanted = ffi.new("struct ps_move[]", [(m.bucket, m.to.slot, m.to.queue) for m in batch] or 1)
+                    call(
+                        lib().ps_transfer, self.arena, self._words, self._offset, self._egress, fence, len(present) + len(gone),
+                        wanted, len(batch), FENCE_LIMIT_MS, cpus, out,
+                    )  # fmt: skip
+                    moved = int(out.moved)
+                    report.moved += moved
+                    report.stalled = int(out.stalled_slot)
+                    if moved or not batch:
+                        report.fences += 1
+                        report.hold_ns.append(int(out.total_ns))
+                    owners = self.owners()
+                    batch = [m for m in batch if owners[m.bucket] != m.to]
+                    if not batch:
+                        break
+                if report.stalled:
                     break
-            if report.stalled:
-                break
         return report
 
     def live(self) -> int:

@@ -86,3 +86,14 @@ def test_cpus_that_are_offline_are_no_cpuset(monkeypatch: pytest.MonkeyPatch, cp
     monkeypatch.setattr(os, "sched_setaffinity", lambda _, cpus: affinity.append(set(cpus) & cpuset))
     assert processes._may_run_anywhere() == anywhere
     assert affinity[-1] == cpuset & {0}
+
+
+def test_cpus_are_a_process_s_own_when_they_are_as_many_as_its_cores_and_not_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sysconf", {"SC_NPROCESSORS_ONLN": 4}.__getitem__)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 2})
+    assert processes.own_cpus(1, 2) == (2, 5)
+    assert processes.own_cpus(1, 1) == processes.own_cpus(1, 4) == ()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    assert processes.own_cpus(1, 4) == ()

@@ -145,14 +145,20 @@ def one_cpu(node: Node) -> Iterator[Path]:
     place.rmdir()
 
 
-def test_an_agent_in_a_cpuset_without_all_cpus_hands_over_and_stays_on_its_cpus(node: Node, one_cpu: Path) -> None:
+@pytest.mark.parametrize("when", ["before it starts", "while it runs"])
+def test_an_agent_in_a_cpuset_without_all_cpus_hands_over_and_stays_on_its_cpus(
+    node: Node, one_cpu: Path, when: str
+) -> None:
     file = node.lab.directory / "stack.yaml"
     file.write_text(json.dumps(stack(replicas=2)))
     up = f"{sys.executable} -m packetstack_cli.main --run-dir {node.lab.run_directory} up {file} --uplink up0"
-    node.lab.run("node", "sh", "-c", f"echo $$ > {one_cpu}/cgroup.procs; exec {up}")
+    enter = f"echo $$ > {one_cpu}/cgroup.procs; " if when == "before it starts" else ""
+    node.lab.run("node", "sh", "-c", f"{enter}exec {up}")
+    pid = (node.lab.run_directory / "agent.pid").read_text()
+    if when == "while it runs":  # the kubelet gives a CPU to another pod
+        (one_cpu / "cgroup.procs").write_text(pid)
 
     def cpus() -> list[set[int]]:
-        pid = (node.lab.run_directory / "agent.pid").read_text()
         return [os.sched_getaffinity(int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()]
 
     assert all(c == {0} for c in cpus())
@@ -161,3 +167,4 @@ def test_an_agent_in_a_cpuset_without_all_cpus_hands_over_and_stays_on_its_cpus(
             node.lab.packetstack("scale", "web", "--replicas", str(replicas))
             assert ask(connection)
     assert all(c == {0} for c in cpus())
+    assert (one_cpu / "cgroup.procs").read_text().split().count(pid) == 1

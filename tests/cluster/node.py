@@ -75,8 +75,7 @@ class Node:
     """`start()` and `stop()`; made and used by a `Cluster`.
 
     `namespace` is its network namespace, already there, with `CLUSTER_LINK` in it; `address` is on that link.
-    `exclusive_cpus`: the static CPU manager, with CPU `index` (modulo their number) reserved for all that is not
-    pinned, so two nodes on a machine of two cores give away one core each; every other pod must then ask for no CPU.
+    `exclusive_cpus`: the static CPU manager, with one CPU that stays for all who have none of their own.
     """
 
     def __init__(
@@ -359,7 +358,9 @@ class Node:
         if self.exclusive_cpus:
             kubelet |= {
                 "cpuManagerPolicy": "static",
-                "reservedSystemCPUs": str(self.index % (os.cpu_count() or 1)),
+                "kubeReserved": {
+                    "cpu": "500m"
+                },  # half a CPU for other pods: what is reserved is rounded up to whole ones
                 "cpuManagerReconcilePeriod": "1s",
                 "topologyManagerPolicy": "single-numa-node",
             }
