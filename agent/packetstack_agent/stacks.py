@@ -21,7 +21,7 @@ from packetstack_agent import processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, wire
-from packetstack_core import maglev
+from packetstack_core import hashing, maglev
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
 from packetstack_core.planning import NOBODY, Move, Owner
@@ -202,6 +202,19 @@ class Stack:
         """Backends that may get new flows, with their weights."""
         found = [((e.address, e.port), e.weight) for e in listener.backends.endpoints or () if e.weight > 0]
         return [(place, weight) for place, weight in found if self.healthy.get(place, True)]
+
+    def choice(self, listener: Listener, flow_hash: int, client: Address) -> Place | None:
+        """The backend that a new flow is dealt. None without any, and where turns or live flows decide."""
+        usable = self.usable(listener)
+        affinity = listener.session_affinity == "ClientIP"
+        if not usable or not (affinity or listener.balancing == "Maglev"):
+            return None
+        table = choices(usable, "Maglev")
+        if affinity:
+            entry = hashing.choice_by_client(*self.key, client, len(table))
+        else:
+            entry = hashing.choice(flow_hash, len(table))
+        return usable[table[entry]][0]
 
     def _address(self, address: Address) -> int:
         index = lib().ps_arena_address(self.arena, packed(address))

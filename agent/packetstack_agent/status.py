@@ -303,12 +303,13 @@ def explain(
         result["why"] = f"bucket {bucket} has no owner: packets are dropped as no_owner"
     elif result["flow"]:
         result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {engine}, which keeps this flow"
+    elif usable := len(stack.usable(listener)):
+        chosen = stack.choice(listener, value, client)
+        how = f"{listener.balancing} would choose" if listener.session_affinity == "None" else "its client's backend is"
+        which = f"{chosen[0]} port {chosen[1]}, one of {usable}" if chosen else f"one of {usable} backends"
+        result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {engine}; no such flow yet, {how} {which}"
     else:
-        usable = stack.usable(listener)
-        result["why"] = (
-            f"hash {value:016x} -> bucket {bucket} -> engine {engine}; no such flow yet, "
-            f"{listener.balancing} would choose one of {len(usable)} backends"
-        )
+        result["why"] = f"listener {listener.name} has no healthy backend: new flows are dropped as no_backend"
     return result
 
 

@@ -64,6 +64,19 @@ def bucket_of(hash_: int, buckets: int) -> int:
     return hash_ & (buckets - 1)
 
 
+def choice(hash_: int, size: int) -> int:
+    """The entry of a listener's lookup table, of `size` entries, that a new flow with this hash is dealt."""
+    upper = hash_ >> 32  # which is what engines are told
+    return ((upper * 0x9E3779B97F4A7C15 & _MASK) >> 32) % size
+
+
+def choice_by_client(key0: int, key1: int, client: Address, size: int) -> int:
+    """The same with session affinity: by the client's address alone."""
+    address = ip_address(client)
+    mapped = address.packed if address.version == 6 else bytes(10) + b"\xff\xff" + address.packed
+    return (siphash(key0, key1, mapped + bytes(16) + bytes([0, 0, 0, 0, 0, 6, 0, 0])) >> 32) % size
+
+
 def reply_bucket(snat_port: int, buckets: int) -> int:
     """The bucket that a reply to this SNAT port belongs to."""
     return snat_port & (buckets - 1)

@@ -100,13 +100,18 @@ class Node:
         server.kill()
         server.wait()
 
-    def connect(self, address: str = VIP, port: int = 80, timeout_seconds: float = 3) -> socket.socket:
+    def connect(
+        self, address: str = VIP, port: int = 80, timeout_seconds: float = 3, source: tuple[str, int] | None = None
+    ) -> socket.socket:
         """A connection from the client's namespace."""
         with inside(self.lab.namespace("client")):
             family = socket.AF_INET6 if ":" in address else socket.AF_INET
             connection = socket.socket(family, socket.SOCK_STREAM)
         connection.settimeout(timeout_seconds)
         try:
+            if source:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                connection.bind(source)
             connection.connect((address, port))
         except OSError:
             connection.close()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import socket
 import sys
 import threading
@@ -101,6 +102,21 @@ def test_a_backend_that_goes_keeps_its_connections_and_gets_no_new_ones(node: No
 ECHO = "import socket, sys\ns = socket.socket(type=socket.SOCK_DGRAM)\ns.bind((sys.argv[1], 9000))\n" + (
     "while True: s.sendto(sys.argv[1].encode(), s.recvfrom(64)[1])"
 )
+
+
+@pytest.mark.parametrize(("affinity", "first"), [("None", 30000), ("ClientIP", 31000)])
+def test_explain_names_the_backend_before_there_is_a_flow(node: Node, affinity: str, first: int) -> None:
+    made = {**web(*BACKENDS)[0], "balancing": "Maglev", "sessionAffinity": affinity}
+    node.up(stack(listeners=[made]))
+    source, named = node.lab.client_addresses[0], set()
+    for port in range(first, first + 16):
+        flow = {"protocol": "tcp", "source": source, "sport": port, "destination": VIP, "dport": 80}
+        said = node.client.call("explain", name="web", **flow)["why"]
+        with node.connect(source=(source, port)) as connection:
+            backend = ask(connection)
+        assert re.search(rf" {re.escape(backend)} port 8080, one of 2$", said), (port, said)
+        named.add(backend)
+    assert len(named) == (2 if affinity == "None" else 1)
 
 
 def test_a_udp_flow_leaves_a_backend_that_goes(node: Node) -> None:
