@@ -1,4 +1,4 @@
-"""README.md and docs/autoscaling.md are true for one host: their commands are run, in their order."""
+"""What documents say about one host is true: their commands are run, in their order."""
 
 import os
 import re
@@ -44,6 +44,41 @@ def test_the_readme_leads_from_a_file_to_a_stack_and_back(tmp_path: Path) -> Non
             command = f"nsenter --net=/run/netns/{lab.namespace('node')} {line.removeprefix('# ')}"
             bash(command, tmp_path, PACKETSTACK_RUN_DIR=str(lab.run_directory))
         assert not lab.run_directory.exists()
+
+
+def tasks() -> dict[str, list[str]]:
+    """Commands of docs/operate.md and the first ones of docs/troubleshoot.md, by the headings above them."""
+    found: dict[str, list[str]] = {}
+    for document in ("docs/operate.md", "docs/troubleshoot.md"):
+        for section in (ROOT / document).read_text().split("\n## ")[1:]:
+            blocks = re.findall(r"^```console\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+            lines = [line.removeprefix("# ") for block in blocks for line in block.splitlines()]
+            if lines:
+                found[section.splitlines()[0]] = lines
+    return found
+
+
+@pytest.fixture(scope="module")
+def operated() -> Iterator[Lab]:
+    with Lab("pkd-operate") as lab:
+        yield lab
+
+
+@pytest.mark.parametrize("task", [name for name in tasks() if name != "See it work"])  # that has tests of its own
+def test_every_command_of_a_task_does_what_it_should(operated: Lab, task: str) -> None:
+    environment = {"PACKETSTACK_RUN_DIR": str(operated.run_directory)}
+    enter = f"nsenter --net=/run/netns/{operated.namespace('node')} "
+    if task != "Start a stack":
+        bash(f"{enter}packetstack up examples/web.yaml", ROOT, **environment)
+    try:
+        for line in tasks()[task]:
+            assert line.startswith("packetstack "), line
+            # An autoscaler has something to explain once it has decided.
+            until = "for i in {1..60}; do sleep 0.5; $1 && break; done; " if line == "packetstack explain web" else ""
+            bash(until.replace("$1", enter + line) + enter + line.replace("eth1", NODE_UPLINK), ROOT, **environment)
+    finally:
+        bash(f"{enter}packetstack down --all", ROOT, **environment)
+    assert not operated.run_directory.exists()
 
 
 @pytest.fixture
