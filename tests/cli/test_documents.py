@@ -19,9 +19,12 @@ ROOT = Path(__file__).parents[2]
 
 def blocks(document: str, *having: str) -> Iterator[str]:
     """Code blocks with all of these words."""
-    for block in re.findall(r"^```\w*\n(.*?)^```$", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE):
-        if all(word in block for word in having):
-            yield block
+    yield from (block for block in code((ROOT / document).read_text()) if all(word in block for word in having))
+
+
+def code(text: str, language: str = r"\w*") -> list[str]:
+    """Its code blocks."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
 def bash(script: str, directory: Path, **environment: str) -> str:
@@ -51,8 +54,7 @@ def tasks() -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for document in ("docs/operate.md", "docs/troubleshoot.md"):
         for section in (ROOT / document).read_text().split("\n## ")[1:]:
-            blocks = re.findall(r"^```console\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
-            lines = [line.removeprefix("# ") for block in blocks for line in block.splitlines()]
+            lines = [line.removeprefix("# ") for block in code(section, "console") for line in block.splitlines()]
             if lines:
                 found[section.splitlines()[0]] = lines
     return found
@@ -73,9 +75,10 @@ def test_every_command_of_a_task_does_what_it_should(operated: Lab, task: str) -
     try:
         for line in tasks()[task]:
             assert line.startswith("packetstack "), line
-            # An autoscaler has something to explain once it has decided.
-            until = "for i in {1..60}; do sleep 0.5; $1 && break; done; " if line == "packetstack explain web" else ""
-            bash(until.replace("$1", enter + line) + enter + line.replace("eth1", NODE_UPLINK), ROOT, **environment)
+            command = enter + line.replace("eth1", NODE_UPLINK)
+            if line == "packetstack explain web":  # an autoscaler has something to explain once it has decided
+                command = f"for i in {{1..60}}; do {command} && exit; sleep 0.5; done; exit 1"
+            bash(command, ROOT, **environment)
     finally:
         bash(f"{enter}packetstack down --all", ROOT, **environment)
     assert not operated.run_directory.exists()

@@ -358,9 +358,8 @@ class Node:
         if self.exclusive_cpus:
             kubelet |= {
                 "cpuManagerPolicy": "static",
-                "kubeReserved": {
-                    "cpu": "500m"
-                },  # half a CPU for other pods: what is reserved is rounded up to whole ones
+                # Half a CPU for other pods; the CPUs that are not given away are this, rounded up to whole ones.
+                "kubeReserved": {"cpu": "500m"},
                 "cpuManagerReconcilePeriod": "1s",
                 "topologyManagerPolicy": "single-numa-node",
             }

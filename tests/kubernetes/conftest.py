@@ -61,6 +61,11 @@ class Installed:
         """What it printed."""
         return self.cluster.kubectl(*words)
 
+    def create_namespace(self, name: str) -> None:
+        """One in which engines may have a host path."""
+        self.cluster.control_plane.create_namespace(name)
+        self.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=privileged", "--overwrite")
+
     def agent(self) -> str:
         """Name of the agent's pod on the first node."""
         pods = self.cluster.get("pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=agent")["items"]
@@ -80,6 +85,11 @@ class Installed:
         """Of a stack."""
         status: dict[str, Any] = self.cluster.get("packetstack", name, "-n", namespace).get("status", {})
         return status
+
+    def condition(self, namespace: str, name: str, kind: str) -> tuple[str, str]:
+        """Status and reason of a condition that the stack has."""
+        conditions = self.status(namespace, name)["conditions"]
+        return next((c["status"], c["reason"]) for c in conditions if c["type"] == kind)
 
     def settled(self, namespace: str, name: str, replicas: int) -> bool:
         """Whether the stack has this many engines, no others, and packets see its table."""
@@ -148,8 +158,7 @@ def servers(packetstack: Installed) -> Servers:
 def space(packetstack: Installed, request: pytest.FixtureRequest) -> Iterator[str]:
     """A namespace of the test's own, in which engines may have a host path; deleted with all stacks in it."""
     name = f"t{abs(hash(request.node.name)) % 10**8}"
-    packetstack.cluster.control_plane.create_namespace(name)
-    packetstack.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=privileged", "--overwrite")
+    packetstack.create_namespace(name)
     yield name
     packetstack.kubectl("delete", "packetstack", "--all", "-n", name, "--timeout=60s")
     packetstack.kubectl("delete", "namespace", name, "--wait=false")

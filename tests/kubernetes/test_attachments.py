@@ -66,9 +66,8 @@ def test_engines_on_devices_of_a_device_plugin_serve_until_there_is_none_left(
     packetstack.kubectl("scale", "packetstack", "web", "-n", space, f"--replicas={DEVICES + 1}")
 
     def refused() -> bool:
-        status = packetstack.status(space, "web")
-        found = {c["type"]: (c["status"], c["reason"]) for c in status["conditions"]}
-        return found["CapacityAvailable"] == ("False", "NoFreeVF") and status["readyReplicas"] == DEVICES
+        condition = packetstack.condition(space, "web", "CapacityAvailable")
+        return condition == ("False", "NoFreeVF") and packetstack.status(space, "web")["readyReplicas"] == DEVICES
 
     eventually(refused, "CapacityAvailable=False, NoFreeVF")
     assert len(packetstack.engines(space, "web")) <= DEVICES + 1, "no heap of pods that cannot run"

@@ -28,10 +28,9 @@ def exclusive() -> Iterator[Installed]:
         pytest.skip("needs two CPUs: one stays shared")
     with Slot() as slot, Cluster(slot, exclusive_cpus=True) as cluster:
         install(cluster, f"--set=agent.uplinks={{{NODE_UPLINK}}}")
-        cluster.control_plane.create_namespace(NAMESPACE)
-        enforce = "pod-security.kubernetes.io/enforce=privileged"  # engines have a host path
-        cluster.kubectl("label", "namespace", NAMESPACE, enforce, "--overwrite")
-        yield Installed(cluster)
+        made = Installed(cluster)
+        made.create_namespace(NAMESPACE)
+        yield made
         cluster.kubectl("delete", "packetstack", "--all", "-n", NAMESPACE, "--timeout=60s")
 
 
@@ -79,8 +78,6 @@ def test_an_engine_has_its_cpu_for_itself_and_pools_beside_it_are_resized(exclus
     exclusive.kubectl("scale", "packetstack", "own", "-n", NAMESPACE, "--replicas=8")
 
     def refused() -> bool:
-        conditions = exclusive.status(NAMESPACE, "own")["conditions"]
-        found = {c["type"]: (c["status"], c["reason"]) for c in conditions}
-        return found["CapacityAvailable"] == ("False", "NoExclusiveCPU")
+        return exclusive.condition(NAMESPACE, "own", "CapacityAvailable") == ("False", "NoExclusiveCPU")
 
     eventually(refused, "CapacityAvailable=False, NoExclusiveCPU")

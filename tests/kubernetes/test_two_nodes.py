@@ -58,10 +58,9 @@ def two() -> Iterator[Installed]:
             here, there = sorted(cluster.nodes, key=lambda node: node.name != place)
             for network in (VIPS[name], SNATS[name]):
                 run("ip", "-n", there.namespace, "route", "add", network, "via", here.address)
-        cluster.control_plane.create_namespace(NAMESPACE)
-        enforce = "pod-security.kubernetes.io/enforce=privileged"  # engines have a host path
-        cluster.kubectl("label", "namespace", NAMESPACE, enforce, "--overwrite")
-        yield Installed(cluster)
+        made = Installed(cluster)
+        made.create_namespace(NAMESPACE)
+        yield made
         cluster.kubectl("delete", "packetstack", "--all", "-n", NAMESPACE, "--timeout=60s")
 
 
