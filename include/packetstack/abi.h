@@ -16,7 +16,7 @@
 #endif
 
 enum ps_limits {
-	PS_LAYOUT_VERSION = 2,
+	PS_LAYOUT_VERSION = 3,
 	PS_MAX_STACKS = 64,
 	PS_MIN_BUCKETS = 256,
 	PS_MAX_BUCKETS = 8192,
@@ -28,6 +28,8 @@ enum ps_limits {
 	PS_MAX_ADDRESSES = 4096, /* VIP and SNAT addresses a stack has ever had */
 	PS_MAX_BACKENDS = 4096,	 /* backends (address, port) a stack has ever had */
 	PS_MAX_LISTENERS = 256,
+	PS_MAX_NUMBERS = 1024, /* listeners that a stack's live flows may name, those that were removed too */
+	PS_CLASSES = 64,       /* listeners are told apart in a shard by number % PS_CLASSES */
 	PS_MAX_SNAT = 1024,
 	PS_DIRECT_SLOTS = 1024,	 /* of the director's direct table; 2^10, see ps_direct_slot */
 	PS_MAX_LOOKUP = 1048576, /* Maglev entries of all listeners */
@@ -35,7 +37,7 @@ enum ps_limits {
 	PS_BATCH = 64,		 /* frames of one ring transaction */
 	PS_UNDO_BYTES = 128,	 /* all that rewriting one frame may touch */
 	PS_FRAME_BYTES = 2048,
-	PS_TICKS_PER_SECOND = 10, /* unit of ps_flow.last_seen, CLOCK_MONOTONIC */
+	PS_TICKS_PER_SECOND = 10, /* unit of ps_entry.last_seen, CLOCK_MONOTONIC */
 	PS_CAPTURES = 8,
 	PS_CAPTURE_BYTES = 256,
 };
@@ -165,6 +167,7 @@ enum ps_counter {
 	PS_C_ICMP_TRANSLATED,
 	PS_C_MSS_CLAMPED,
 	PS_C_RESETS_SENT,
+	PS_C_UNPROVEN, /* segments that would have changed a connection's state, by somebody who does not know its numbers */
 	PS_C_DROP_NO_STAMP,
 	PS_C_DROP_MALFORMED,
 	PS_C_DROP_BAD_CHECKSUM,
@@ -173,6 +176,9 @@ enum ps_counter {
 	PS_C_DROP_NO_PORT,    /* all SNAT ports of the bucket are in use */
 	PS_C_DROP_NO_FLOW,    /* TCP without state and without SYN, or a reply without a flow */
 	PS_C_DROP_SHARD_FULL,
+	PS_C_DROP_LIMIT_FLOWS,	/* the listener has spec.listeners[].limits.maxFlows */
+	PS_C_DROP_LIMIT_RATE,	/* more openers than limits.newFlowsPerSecond */
+	PS_C_DROP_LIMIT_CLIENT, /* the client has limits.maxFlowsPerClient */
 	PS_C_DROP_TTL,
 	PS_C_DROP_PARK_FULL,
 	PS_C_DROP_TX_FULL,
@@ -396,54 +402,85 @@ enum ps_flow_state {
 	PS_FLOW_SYN = 1,     /* TCP: SYN seen, no answer yet */
 	PS_FLOW_SYN_ACK = 2, /* TCP: answered, the client has not confirmed */
 	PS_FLOW_ESTABLISHED = 3,
-	PS_FLOW_CLOSING = 4,	/* TCP: one FIN seen */
-	PS_FLOW_CLOSED = 5,	/* TCP: both FINs, or a reset */
-	PS_FLOW_UNANSWERED = 6, /* UDP: the backend has not answered */
-	PS_FLOW_ASSURED = 7,	/* UDP: it has */
+	PS_FLOW_CLOSING = 4,	/* TCP: one side's FIN has been acknowledged or is under way */
+	PS_FLOW_CLOSED = 5,	/* TCP: both FINs or a reset; nothing keeps the backend from a new connection */
+	PS_FLOW_TIME_WAIT = 6,	/* TCP: both FINs, the backend's first: it keeps the addresses and ports for a while */
+	PS_FLOW_UNANSWERED = 7, /* UDP: the backend has not answered */
+	PS_FLOW_ANSWERED = 8,	/* UDP: it has; whether the client is where it says is not known */
+	PS_FLOW_ASSURED = 9,	/* UDP: questions and answers over some time */
 	PS_FLOW_STATES
 };
 
 enum ps_flow_flags {
 	PS_FLOW_UDP = 1,
-	PS_FLOW_FIN_CLIENT = 2,
-	PS_FLOW_FIN_BACKEND = 4,
+	PS_FLOW_FIN_CLIENT = 2,	 /* TCP: a FIN stands at the end of what the client sent */
+	PS_FLOW_FIN_BACKEND = 4, /* the same of the backend */
 	PS_FLOW_V6 = 8,
-	PS_FLOW_LISTED = 16,  /* on the shard's half-open or closed list */
-	PS_FLOW_COUNTED = 32, /* in its backend's `live` */
+	PS_FLOW_LISTED = 16,	     /* on one of the shard's lists */
+	PS_FLOW_COUNTED = 32,	     /* in `live` of its backend and of its listener */
+	PS_FLOW_CLIENT_COUNTED = 64, /* in the table of clients */
+	PS_FLOW_BACKEND_FIRST = 128, /* TCP: the backend's FIN was the first */
+	PS_FLOW_RESET = 256,	     /* TCP: a reset ended it, so it seemed */
+	PS_FLOW_RESET_BACKEND = 512, /* the backend's, else the client's */
+	PS_FLOW_RESET_EARLY = 1024,  /* its number was the last acknowledged one, with more on the way */
+	PS_FLOW_UNSENT = 2048,	     /* changed since it was last sent to a replica; not used yet */
 };
 
-/* 64 bytes, one cache line */
-struct ps_flow {
-	uint32_t version;    /* odd while being written */
+/* Sides of a flow, index of the arrays below. */
+enum ps_side { PS_CLIENT = 0, PS_BACKEND = 1 };
+
+/*
+ * 64 bytes, one cache line. What names the flow is complete in itself but for two tables of the arena, whose
+ * entries outlive the flows that name them: listeners (virtual address, port, protocol) and backends.
+ */
+struct ps_entry {
+	uint16_t version;    /* odd while being written */
+	uint8_t state;	     /* ps_flow_state */
+	uint8_t scales;	     /* TCP: window scale of the client, of the backend << 4; 15 = none offered */
 	uint32_t last_seen;  /* ticks of 1/PS_TICKS_PER_SECOND s */
 	uint32_t hash;	     /* upper half of the forward hash */
 	uint16_t prev, next; /* list links: index + 1, 0 = end */
 	uint8_t client[16];
-	uint8_t backend[16];
-	uint16_t client_port, vip_port, snat_port, backend_port;
-	uint16_t vip, snat;  /* index into the arena's addresses; never reused */
-	uint8_t state;	     /* ps_flow_state */
-	uint8_t flags;	     /* ps_flow_flags */
-	uint16_t backend_id; /* index into the arena's backend counters: for counting only */
+	/* By ps_side. TCP: */
+	uint32_t end[2];    /* number behind the last byte it sent. In SYN: behind the first SYN, behind the latest */
+	uint32_t acked[2];  /* highest number it has acknowledged. In SYN_ACK, of the client: the backend's first */
+	uint16_t window[2]; /* largest window it has offered, unscaled. UDP: exchanges; - */
+	uint16_t client_port, snat_port;
+	uint16_t snat;	   /* index into the arena's addresses; never reused */
+	uint16_t backend;  /* index into the arena's backends */
+	uint16_t listener; /* number: index into the arena's listeners */
+	uint16_t flags;	   /* ps_flow_flags */
 };
 
 enum ps_owner_state { PS_OWNED = 0, PS_FENCED = 1 };
 
+/* Flows that may have to go, oldest first. Links are index + 1, 0 = none. */
+enum ps_list {
+	PS_LIST_HALF_OPEN = 0, /* SYN, SYN_ACK, UNANSWERED, ANSWERED */
+	PS_LIST_CLOSED = 1,    /* CLOSED */
+	PS_LIST_TIME_WAIT = 2, /* TIME_WAIT: their ports are not given to others */
+	PS_LISTS
+};
+
+struct ps_flow_list {
+	uint16_t head, tail; /* oldest, newest */
+	uint16_t count;
+};
+
 struct ps_shard {
-	uint64_t owner; /* epoch 32 | slot 10 | queue 6 | ps_owner_state 16; as in the word */
-	uint32_t dirty; /* index, lists and counts below are being changed: rebuild if a writer died */
-	uint32_t spare0;
-	uint16_t live;			   /* entries in use */
-	uint16_t high;			   /* entries ever used: the rest was never touched */
-	uint16_t free;			   /* free list: index + 1 */
-	uint16_t half_open;		   /* entries on the half-open list */
-	uint16_t half_head, half_tail;	   /* oldest, newest: half-open and unanswered */
-	uint16_t closed_head, closed_tail; /* oldest, newest: closed, port still held */
-	uint16_t port_cursor;		   /* where the search for a free SNAT port goes on */
-	uint16_t closed;
-	uint32_t next_expiry; /* tick before which no entry can expire */
-	uint64_t packets;     /* handled, for load per bucket */
-	uint64_t spare[10];
+	uint64_t owner;		     /* epoch 32 | slot 10 | queue 6 | ps_owner_state 16; as in the word */
+	uint32_t dirty;		     /* index, lists and counts below are being changed: rebuild if a writer died */
+	uint32_t next_expiry;	     /* tick before which no entry can expire */
+	uint16_t live;		     /* entries in use */
+	uint16_t high;		     /* entries ever used: the rest was never touched */
+	uint16_t free;		     /* free list: index + 1 */
+	uint16_t port_cursor;	     /* where the search for a free SNAT port goes on */
+	struct ps_flow_list list[3]; /* by ps_list */
+	uint16_t spare0[3];
+	uint64_t packets; /* handled, for load per bucket */
+	uint64_t spare[8];
+	/* By class of the listener (number % PS_CLASSES): entries in use, and those of them that are half open. */
+	uint16_t held[64], half_open[64];
 	/* uint16_t forward[index_slots]; uint16_t reply[index_slots]; ps_flow flows[entries] */
 };
 
@@ -458,13 +495,29 @@ struct ps_address {
 	uint8_t bytes[16];
 };
 
-struct ps_backend_count {
+/* Entries are given to another backend only when no flow in any shard names them. */
+struct ps_backend {
 	uint8_t address[16];
 	uint16_t port;
-	uint16_t used;
-	int32_t live; /* flows, added to atomically */
+	uint16_t used; /* the configuration names it */
+	int32_t live;  /* flows that have not ended, added to atomically */
 	uint64_t created;
 };
+
+/* A listener's flows over all engines of the node. One cache line. */
+struct ps_listener_state {
+	uint8_t address[16];
+	uint16_t port;	  /* wire order */
+	uint8_t protocol; /* 0: the entry is free */
+	uint8_t used;	  /* the configuration names it */
+	int32_t live;	  /* flows that have not ended, added to atomically */
+	uint64_t created;
+	uint64_t next_ns; /* newFlowsPerSecond: when an even stream would bring its next opener */
+	uint64_t spare[3];
+};
+
+/* Proven flows of one client of one listener that has maxFlowsPerClient: tag of both 32 | flows 32 */
+typedef uint64_t ps_client_count;
 
 struct ps_arena {
 	uint32_t magic, layout;
@@ -473,13 +526,16 @@ struct ps_arena {
 	uint32_t index_slots; /* power of two */
 	uint32_t addresses;   /* in use, from 0 */
 	uint32_t backends;    /* in use, from 0 */
-	uint32_t spare0;
+	uint32_t clients;     /* places of the table of clients, a power of two */
 	uint64_t bytes;
 	uint64_t shards_offset, shard_stride;
+	uint64_t clients_offset; /* ps_client_count[clients] */
 	uint64_t next_fence;
-	struct ps_fence fences[16];	       /* PS_MAX_FENCES */
-	struct ps_address address[4096];       /* PS_MAX_ADDRESSES */
-	struct ps_backend_count backend[4096]; /* PS_MAX_BACKENDS */
+	uint64_t spare[7];
+	struct ps_fence fences[16];		 /* PS_MAX_FENCES */
+	struct ps_address address[4096];	 /* PS_MAX_ADDRESSES: SNAT and virtual addresses */
+	struct ps_backend backend[4096];	 /* PS_MAX_BACKENDS */
+	struct ps_listener_state listener[1024]; /* PS_MAX_NUMBERS */
 };
 
 /* ---- configuration: one file per stack, two buffers --------------------------------------------- */
@@ -488,6 +544,9 @@ enum ps_balancing { PS_MAGLEV = 0, PS_ROUND_ROBIN = 1, PS_LEAST_FLOWS = 2 };
 
 enum ps_listener_flags {
 	PS_LISTENER_CLIENT_IP = 1, /* sessionAffinity: ClientIP */
+	PS_LISTENER_REFUSE = 2,	   /* a SYN that finds no backend is answered by a reset */
+	PS_LISTENER_RESET_BACKEND_DOWN =
+		4, /* flows of a backend that is down end with their next packet; TCP by a reset */
 };
 
 /* Sorted by address, port, protocol (memcmp order) */
@@ -498,16 +557,20 @@ struct ps_listener {
 	uint8_t balancing;
 	uint32_t flags;
 	uint32_t first_backend, backends; /* range in ps_config.backend: healthy, weight > 0 */
+	uint32_t down;			  /* so many behind that range have failed their health check */
 	uint32_t lookup, lookup_size;	  /* Maglev: range in ps_config.lookup, values are offsets in the range above */
-	uint16_t vip;			  /* index into the arena's addresses */
+	uint16_t number;		  /* index into the arena's listeners */
 	uint16_t spare0;
+	/* limits; 0 = none */
+	uint32_t max_flows, max_flows_per_client;
+	uint32_t new_flows_per_second;
 	uint32_t spare1;
 };
 
 struct ps_config_backend {
 	uint8_t address[16];
 	uint16_t port;
-	uint16_t id; /* index into the arena's backend counters */
+	uint16_t id; /* index into the arena's backends */
 	uint32_t weight;
 };
 
@@ -525,7 +588,7 @@ struct ps_config {
 	uint32_t listeners, backends, snats;
 	uint32_t unknown_flow_reset; /* 1: answer TCP without state by a reset */
 	uint32_t mtu;		     /* path MTU behind the engines: MSS is clamped to it; 0 = leave */
-	uint32_t timeout[8];	     /* ticks, by ps_flow_state */
+	uint32_t timeout[16];	     /* ticks, by ps_flow_state */
 	struct ps_listener listener[256];
 	struct ps_config_snat snat[1024];
 	struct ps_config_backend backend[4096];
