@@ -104,14 +104,15 @@ int main(int argc, char **argv)
 		c->snat[i].family = 4;
 		c->snat[i].id = (uint16_t)ps_arena_address(h.arena, c->snat[i].address);
 	}
-	c->listener[0].vip = (uint16_t)ps_arena_address(h.arena, c->listener[0].address);
-	h.half_limit = h.arena->entries + 1;
+	c->listener[0].number = (uint16_t)ps_arena_listener(h.arena, c->listener[0].address, c->listener[0].port, 6);
+	ps_configure(&h, c);
 	begun = seconds();
 	while (made < FLOWS) {
-		struct ps_flow *f;
+		enum ps_counter why;
+		struct ps_entry *f;
 
 		draw(c, &k, &bucket);
-		f = ps_flow_open(&h, ps_shard_at(h.arena, bucket), bucket, &k);
+		f = ps_flow_open(&h, ps_shard_at(h.arena, bucket), bucket, &k, c->listener, &why);
 		if (!f) {
 			refused++;
 			made++;

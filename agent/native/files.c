@@ -6,6 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -78,6 +79,7 @@ static void *file_open(const char *path, int read_only, uint32_t magic, const ch
 struct ps_arena *ps_arena_create(const char *path, uint32_t buckets, uint64_t max_flows, struct ps_error *e)
 {
 	uint64_t mean = (max_flows + buckets - 1) / buckets, entries, index, stride, offset, bytes;
+	uint64_t clients;
 	struct ps_arena *a;
 
 	if (buckets < PS_MIN_BUCKETS || buckets > PS_MAX_BUCKETS || buckets & (buckets - 1)) {
@@ -100,7 +102,9 @@ struct ps_arena *ps_arena_create(const char *path, uint32_t buckets, uint64_t ma
 		;
 	stride = ps_shard_bytes((uint32_t)entries, (uint32_t)index);
 	offset = (sizeof(*a) + 4095) & ~4095ull;
-	bytes = (offset + stride * buckets + 4095) & ~4095ull;
+	for (clients = 1024; clients < max_flows / 16; clients *= 2)
+		;
+	bytes = (offset + stride * buckets + clients * sizeof(ps_client_count) + 4095) & ~4095ull;
 	a = ps_file_create(path, bytes, NULL, e);
 	if (!a)
 		return NULL;
@@ -111,6 +115,14 @@ struct ps_arena *ps_arena_create(const char *path, uint32_t buckets, uint64_t ma
 	a->bytes = bytes;
 	a->shards_offset = offset;
 	a->shard_stride = stride;
+	a->clients = (uint32_t)clients;
+	a->clients_offset = offset + stride * buckets;
+	if (getrandom(a->clients_key, sizeof(a->clients_key), 0) != sizeof(a->clients_key)) {
+		ps_fail(e, "%s: no random numbers: %s", path, strerror(errno));
+		munmap(a, bytes);
+		unlink(path);
+		return NULL;
+	}
 	a->next_fence = 1;
 	__atomic_store_n(&a->magic, PS_ARENA_MAGIC, __ATOMIC_RELEASE);
 	return a;
@@ -167,29 +179,98 @@ int ps_arena_address(struct ps_arena *a, const uint8_t *address)
 	return (int)__atomic_fetch_add(&a->addresses, 1, __ATOMIC_RELEASE);
 }
 
+/*
+ * Takes marks of numbers that flows name out of `free`, both arrays of bytes by number. Exact: a number that the
+ * configuration of no core names can come into no new flow.
+ */
+static void keep_named(struct ps_arena *a, uint8_t *free_backend, uint8_t *free_listener)
+{
+	for (uint32_t b = 0; b < a->buckets; b++) {
+		struct ps_shard *s = ps_shard_at(a, b);
+		const struct ps_entry *flows = ps_shard_flows(a, s);
+
+		for (uint32_t i = 0; i < s->high && i < a->entries; i++) {
+			if (flows[i].state == PS_FLOW_FREE)
+				continue;
+			free_backend[flows[i].backend & (PS_MAX_BACKENDS - 1)] = 0;
+			free_listener[flows[i].listener & (PS_MAX_NUMBERS - 1)] = 0;
+		}
+	}
+}
+
 int ps_arena_backend(struct ps_arena *a, const uint8_t *address, uint16_t port)
 {
-	int unused = -1;
+	static uint8_t unused[PS_MAX_BACKENDS], listeners[PS_MAX_NUMBERS];
+	int found = -1;
 
-	for (uint32_t i = 0; i < a->backends; i++) {
-		if (a->backend[i].port == port && !memcmp(a->backend[i].address, address, 16))
+	for (uint32_t i = 0; i < a->backends && i < PS_MAX_BACKENDS; i++)
+		if (a->backend[i].port == port && !memcmp(a->backend[i].address, address, 16)) {
+			a->backend[i].used = 1; /* from now on it may come into flows */
 			return (int)i;
-		/* Counting only: a place whose backend has no flow left may serve another one. */
-		if (unused < 0 && a->backend[i].live <= 0 && !a->backend[i].used)
-			unused = (int)i;
-	}
-	if (a->backends >= PS_MAX_BACKENDS) {
-		if (unused < 0)
-			return -1;
+		}
+	if (a->backends < PS_MAX_BACKENDS) {
+		found = (int)a->backends;
 	} else {
-		unused = (int)a->backends;
+		for (int i = 0; i < PS_MAX_BACKENDS; i++)
+			unused[i] = !a->backend[i].used;
+		keep_named(a, unused, listeners);
+		for (int i = 0; i < PS_MAX_BACKENDS && found < 0; i++)
+			if (unused[i])
+				found = i;
+		if (found < 0)
+			return -1;
 	}
-	memcpy(a->backend[unused].address, address, 16);
-	a->backend[unused].port = port;
-	a->backend[unused].live = 0;
-	if ((uint32_t)unused == a->backends)
+	memcpy(a->backend[found].address, address, 16);
+	a->backend[found].port = port;
+	a->backend[found].live = 0;
+	a->backend[found].used = 1;
+	if ((uint32_t)found == a->backends)
 		__atomic_fetch_add(&a->backends, 1, __ATOMIC_RELEASE);
-	return unused;
+	return found;
+}
+
+int ps_arena_listener(struct ps_arena *a, const uint8_t *address, uint16_t port, uint8_t protocol)
+{
+	static uint8_t backends[PS_MAX_BACKENDS], unused[PS_MAX_NUMBERS];
+	uint32_t in_class[PS_CLASSES] = { 0 };
+	int found = -1;
+
+	for (int i = 0; i < PS_MAX_NUMBERS; i++) {
+		struct ps_listener_state *l = &a->listener[i];
+
+		if (l->protocol == protocol && l->port == port && !memcmp(l->address, address, 16)) {
+			l->used = 1;
+			return i;
+		}
+		unused[i] = !l->used;
+		in_class[i % PS_CLASSES] += l->used;
+	}
+	keep_named(a, backends, unused);
+	/* Of the class with fewest listeners: those of one class share what a shard sets apart for it. */
+	for (int i = 0; i < PS_MAX_NUMBERS; i++)
+		if (unused[i] && (found < 0 || in_class[i % PS_CLASSES] < in_class[found % PS_CLASSES]))
+			found = i;
+	if (found < 0)
+		return -1;
+	a->listener[found] = (struct ps_listener_state){ .port = port, .protocol = protocol, .used = 1 };
+	memcpy(a->listener[found].address, address, 16);
+	return found;
+}
+
+void ps_arena_used(struct ps_arena *a, const struct ps_config *c)
+{
+	static uint8_t backends[PS_MAX_BACKENDS], listeners[PS_MAX_NUMBERS];
+
+	memset(backends, 0, sizeof(backends));
+	memset(listeners, 0, sizeof(listeners));
+	for (uint32_t i = 0; i < c->backends && i < PS_MAX_BACKENDS; i++)
+		backends[c->backend[i].id & (PS_MAX_BACKENDS - 1)] = 1;
+	for (uint32_t i = 0; i < c->listeners && i < PS_MAX_LISTENERS; i++)
+		listeners[c->listener[i].number & (PS_MAX_NUMBERS - 1)] = 1;
+	for (int i = 0; i < PS_MAX_BACKENDS; i++)
+		a->backend[i].used = backends[i];
+	for (int i = 0; i < PS_MAX_NUMBERS; i++)
+		a->listener[i].used = listeners[i];
 }
 
 struct ps_shard *ps_arena_shard(struct ps_arena *a, uint32_t bucket)
@@ -200,19 +281,44 @@ struct ps_shard *ps_arena_shard(struct ps_arena *a, uint32_t bucket)
 int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int max)
 {
 	struct ps_shard *s = ps_shard_at(a, bucket);
-	struct ps_flow *flows = ps_shard_flows(a, s);
+	struct ps_entry *flows = ps_shard_flows(a, s);
 	int n = 0;
 
 	for (uint32_t i = 0; i < s->high && i < a->entries && n < max; i++) {
-		uint32_t version = __atomic_load_n(&flows[i].version, __ATOMIC_ACQUIRE);
+		uint16_t version = __atomic_load_n(&flows[i].version, __ATOMIC_ACQUIRE);
+		struct ps_entry f = flows[i];
+		const struct ps_listener_state *l = ps_listener_of(a, &f);
+		const struct ps_backend *b = ps_backend_of(a, &f);
 
-		out[n] = flows[i];
 		__atomic_thread_fence(__ATOMIC_ACQUIRE);
-		if (!(version & 1) && version == __atomic_load_n(&flows[i].version, __ATOMIC_RELAXED) &&
-		    out[n].state != PS_FLOW_FREE)
-			n++;
+		if (version & 1 || version != __atomic_load_n(&flows[i].version, __ATOMIC_RELAXED) ||
+		    f.state == PS_FLOW_FREE)
+			continue;
+		out[n] = (struct ps_flow){
+			.client_port = f.client_port,
+			.vip_port = l->port,
+			.snat_port = f.snat_port,
+			.backend_port = b->port,
+			.hash = f.hash,
+			.last_seen = f.last_seen,
+			.flags = f.flags,
+			.backend_id = f.backend,
+			.listener = f.listener,
+			.snat_id = f.snat,
+			.state = f.state,
+		};
+		memcpy(out[n].client, f.client, 16);
+		memcpy(out[n].vip, l->address, 16);
+		memcpy(out[n].snat, ps_address(a, f.snat), 16);
+		memcpy(out[n].backend, b->address, 16);
+		n++;
 	}
 	return n;
+}
+
+static uint16_t not_ended(const struct ps_shard *s)
+{
+	return (uint16_t)(s->live - s->list[PS_LIST_CLOSED].count - s->list[PS_LIST_TIME_WAIT].count);
 }
 
 void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live)
@@ -221,7 +327,7 @@ void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live)
 		const struct ps_shard *s = ps_shard_at(a, b);
 
 		owners[b] = __atomic_load_n(&s->owner, __ATOMIC_ACQUIRE);
-		live[b] = s->live;
+		live[b] = not_ended(s);
 	}
 }
 
@@ -230,6 +336,6 @@ uint64_t ps_arena_live(struct ps_arena *a)
 	uint64_t live = 0;
 
 	for (uint32_t b = 0; b < a->buckets; b++)
-		live += ps_shard_at(a, b)->live;
+		live += not_ended(ps_shard_at(a, b));
 	return live;
 }

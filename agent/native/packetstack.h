@@ -56,6 +56,17 @@ int ps_host_counters(struct ps_director *d, uint64_t *out, struct ps_error *e);
 int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t buckets, uint64_t *out,
 			       struct ps_error *e);
 
+/* A flow with all that names it, as others than its owner read it. Addresses 16 bytes, ports in wire order. */
+struct ps_flow {
+	uint8_t client[16], vip[16], snat[16], backend[16];
+	uint16_t client_port, vip_port, snat_port, backend_port;
+	uint32_t hash;				/* upper half of the forward hash */
+	uint32_t last_seen;			/* ticks of 1/PS_TICKS_PER_SECOND s */
+	uint16_t flags;				/* ps_flow_flags */
+	uint16_t backend_id, listener, snat_id; /* indexes into the arena's tables */
+	uint8_t state;				/* ps_flow_state */
+};
+
 /* ---- files.c: arena, engine file, configuration file ----------------------------------------------- */
 
 /* Creates (refuses to overwrite) or opens; maps shared. Layout mismatch is refused. */
@@ -68,12 +79,16 @@ void ps_unmap(void *map); /* any of the above */
 
 /* Index of the address in the arena's table, adding it if it is new; -1 if the table is full. */
 int ps_arena_address(struct ps_arena *a, const uint8_t *address);
+/* The same of backends and listeners, whose entries are given to others when no flow names them any more. */
 int ps_arena_backend(struct ps_arena *a, const uint8_t *address, uint16_t port);
+int ps_arena_listener(struct ps_arena *a, const uint8_t *address, uint16_t port, uint8_t protocol);
+/* Marks what this configuration names as used, all else as not. Every core must have taken it. */
+void ps_arena_used(struct ps_arena *a, const struct ps_config *c);
 struct ps_shard *ps_arena_shard(struct ps_arena *a, uint32_t bucket);
-/* Copies up to `max` live flows of a bucket; -> how many. Safe beside the writer (version words). */
+/* Up to `max` flows of a bucket, those that have ended too; -> how many. Safe beside the writer (version words). */
 int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int max);
-uint64_t ps_arena_live(struct ps_arena *a); /* flows in all shards */
-/* Owner and number of live flows of each shard, into arrays with a place for each bucket. */
+uint64_t ps_arena_live(struct ps_arena *a); /* flows in all shards that have not ended */
+/* Owner of each shard, and how many of its flows have not ended, into arrays with a place for each bucket. */
 void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live);
 
 /* ---- queues.c: an engine's rings, made by the agent in the engine's network namespace --------------- */

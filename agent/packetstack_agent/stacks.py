@@ -40,11 +40,12 @@ BALANCING = {"Maglev": "PS_MAGLEV", "RoundRobin": "PS_ROUND_ROBIN", "LeastFlows"
 
 # Seconds by ps_flow_state; the idle limits of established TCP and assured UDP are the resource's.
 TIMEOUTS = {
-    "PS_FLOW_SYN": 30,
+    "PS_FLOW_SYN": 60,
     "PS_FLOW_SYN_ACK": 60,
-    "PS_FLOW_CLOSING": 120,
-    "PS_FLOW_CLOSED": 10,
-    "PS_FLOW_UNANSWERED": 30,
+    "PS_FLOW_CLOSING": 240,
+    "PS_FLOW_CLOSED": 240,
+    "PS_FLOW_TIME_WAIT": 60,
+    "PS_FLOW_UNANSWERED": 120,
 }
 
 
@@ -158,6 +159,7 @@ class Stack:
         ticks = constant("PS_TICKS_PER_SECOND")
         idle = {
             "PS_FLOW_ESTABLISHED": spec.flow_table.tcp_idle_timeout_seconds,
+            "PS_FLOW_ANSWERED": spec.flow_table.udp_idle_timeout_seconds,
             "PS_FLOW_ASSURED": spec.flow_table.udp_idle_timeout_seconds,
         }
         for state, seconds in (TIMEOUTS | idle).items():
@@ -181,7 +183,8 @@ class Stack:
             entry.protocol = PROTOCOLS[listener.protocol]
             entry.balancing = constant(BALANCING[listener.balancing])
             entry.flags = constant("PS_LISTENER_CLIENT_IP") if listener.session_affinity == "ClientIP" else 0
-            entry.vip = self._address(listener.address)
+            entry.number = self._number(listener)
+            entry.down = 0
             entry.first_backend, entry.backends = backends, len(usable)
             for (address, port), weight in usable:
                 backend = c.backend[backends]
@@ -229,6 +232,17 @@ class Stack:
         if index < 0:
             raise AgentError(
                 f"stack {self.name}: its table of backends is full ({constant('PS_MAX_BACKENDS')}); recreate it"
+            )
+        return int(index)
+
+    def _number(self, listener: Listener) -> int:
+        index = lib().ps_arena_listener(
+            self.arena, packed(listener.address), wire(listener.port), PROTOCOLS[listener.protocol]
+        )
+        if index < 0:
+            raise AgentError(
+                f"stack {self.name}: listener {listener.name}: {constant('PS_MAX_NUMBERS')} listeners have live flows; "
+                "wait until those of removed listeners have timed out, or recreate the stack"
             )
         return int(index)
 

@@ -287,9 +287,9 @@ def explain(
             and wire(flow.client_port) == sport
             and wire(flow.vip_port) == dport
             and bool(flow.flags & 1) == (number == 17)
-            and unpacked(bytes(ffi.buffer(stack.arena.address[flow.vip].bytes))) == vip
+            and unpacked(bytes(ffi.buffer(flow.vip))) == vip
         ):
-            snat = unpacked(bytes(ffi.buffer(stack.arena.address[flow.snat].bytes)))
+            snat = unpacked(bytes(ffi.buffer(flow.snat)))
             result["flow"] = {
                 "state": names[flow.state].removeprefix("PS_FLOW_").lower(),
                 "backend": f"{unpacked(bytes(ffi.buffer(flow.backend)))} port {wire(flow.backend_port)}",

@@ -943,23 +943,26 @@ static void take_configuration(struct worker *w)
 
 	if (generation == w->core->config_seen)
 		return;
-	w->handler.config = &file->buffer[generation & 1];
-	w->handler.half_limit = ps_half_limit(w->d->arena, w->handler.config);
-	w->handler.since = w->handler.now;
+	ps_configure(&w->handler, &file->buffer[generation & 1]);
 	STORE(&w->core->config_seen, generation);
 }
 
-/* Visits all shards about once a second, a few at a time; touches only those this core owns. */
+/*
+ * Visits all shards about once a second, a few at a time; touches only those this core owns. Packets wait meanwhile, so
+ * it stops after SWEEP_NS and goes on in the next turn.
+ */
 static void sweep(struct worker *w)
 {
+	enum { SWEEP_NS = 50000, LOOK_EACH = 4 };
 	struct datapath *d = w->d;
-	uint64_t due = (w->now_ns - w->swept_ns) * d->arena->buckets / 1000000000ull;
+	uint64_t due = (w->now_ns - w->swept_ns) * d->arena->buckets / 1000000000ull, begun, swept = 0;
 
 	if (due < 16 && d->arena->buckets >= 16)
 		return;
-	if (due > 512)
-		due = 512;
+	if (due > d->arena->buckets)
+		due = d->arena->buckets;
 	w->swept_ns = w->now_ns;
+	begun = w->now_ns;
 	while (due--) {
 		struct ps_shard *s = ps_shard_at(d->arena, w->sweep);
 		uint64_t owner = LOAD(&s->owner);
@@ -974,10 +977,15 @@ static void sweep(struct worker *w)
 					ps_shard_sweep(d->arena, s, w->handler.config->timeout, w->handler.now);
 				w->core->counters[PS_C_SWEPT_SHARDS]++;
 				PS_POINT(SWEPT);
+				swept++;
 			}
 		}
 		if (++w->sweep >= d->arena->buckets)
 			w->sweep = 0;
+		if (swept && !(swept % LOOK_EACH) && clock_ns() - begun > SWEEP_NS) {
+			w->swept_ns -= due * 1000000000ull / d->arena->buckets; /* still due */
+			return;
+		}
 	}
 }
 
@@ -1030,6 +1038,7 @@ static void *run(void *argument)
 		uint64_t cycles;
 
 		w->now_ns = clock_ns();
+		w->handler.now_ns = w->now_ns;
 		w->handler.now = (uint32_t)(w->now_ns / (1000000000 / PS_TICKS_PER_SECOND));
 		w->core->heartbeat++;
 		w->core->cpu = (uint32_t)sched_getcpu();

@@ -14,6 +14,7 @@
 #include "packetstack/hash.h"
 #include "packetstack/parse.h"
 #include "packetstack/shard.h"
+#include "track.h"
 
 #ifdef PS_INJECT
 #include <stdlib.h>
@@ -25,34 +26,31 @@ enum ps_verdict { PS_DROP = 0, PS_TRANSMIT = 1, PS_PARK = 2, PS_CONSUMED = 3 };
 #define PS_VERDICT(v) ((v)&15)
 #define PS_SHIFT(v)   (((v) >> 4) * 4) /* how far the frame's start moved: VLAN tags are not sent on */
 
-enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
-
 struct ps_handler { /* one per core */
 	struct ps_arena *arena;
 	const struct ps_config *config;
 	const struct ps_engine *engine;
-	uint64_t *counters;  /* enum ps_counter */
-	uint32_t now;	     /* ticks */
-	uint32_t since;	     /* when `config` was taken, ticks */
-	uint32_t half_limit; /* entries of a shard that half-open flows may hold */
-	uint32_t turn[256];  /* round robin, per listener */
+	uint64_t *counters; /* enum ps_counter */
+	uint64_t now_ns;    /* CLOCK_MONOTONIC */
+	uint32_t now;	    /* the same in ticks */
+	uint32_t since;	    /* when `config` was taken, ticks */
+	uint64_t classes;   /* of the configured listeners: bit per class */
+	uint32_t turn[256]; /* round robin, per listener */
 };
+
+static inline void ps_configure(struct ps_handler *h, const struct ps_config *c)
+{
+	h->config = c;
+	h->since = h->now;
+	h->classes = 0;
+	for (uint32_t i = 0; i < c->listeners; i++)
+		h->classes |= 1ull << (c->listener[i].number & (PS_CLASSES - 1));
+}
 
 static inline uint8_t ps_refuse(struct ps_handler *h, enum ps_counter reason)
 {
 	h->counters[reason]++;
 	return PS_DROP;
-}
-
-/* Half of a bucket's entries and half of its ports, whichever is less; at least one. */
-static inline uint32_t ps_half_limit(const struct ps_arena *a, const struct ps_config *c)
-{
-	uint64_t ports = (uint64_t)ps_ports_per_bucket(a->buckets) * c->snats * (c->backends ? c->backends : 1) / 2;
-	uint32_t entries = a->entries / 2;
-
-	if (ports < 1)
-		ports = 1;
-	return ports < entries ? (uint32_t)ports : entries;
 }
 
 /* ---- opening a flow ------------------------------------------------------------------------------- */
@@ -125,127 +123,253 @@ static inline bool ps_is_v6(const uint8_t *address)
 	return memcmp(address, mapped, 12) != 0;
 }
 
-/* Makes the flow of an opener: backend, SNAT address and port. NULL with the reason counted. */
-static inline struct ps_flow *ps_flow_open(struct ps_handler *h, struct ps_shard *s, uint32_t bucket,
-					   const struct ps_key *k)
+/* spec.listeners[].limits.newFlowsPerSecond: a bucket of one second's worth, which all engines of the node share. */
+static inline bool ps_rate_allows(struct ps_listener_state *state, uint32_t per_second, uint64_t now)
 {
+	uint64_t step = 1000000000ull / per_second, at = __atomic_load_n(&state->next_ns, __ATOMIC_RELAXED), from;
+
+	do {
+		from = at > now ? at : now;
+		if (from - now > 1000000000ull - step)
+			return false;
+	} while (!__atomic_compare_exchange_n(&state->next_ns, &at, from + step, false, __ATOMIC_RELAXED,
+					      __ATOMIC_RELAXED));
+	return true;
+}
+
+/*
+ * Only proven flows count for limits: with forged sources nobody can use up what others may have. What is not proven
+ * is bounded by the shares of a shard. -> the reason to refuse, or PS_COUNTERS
+ */
+static inline enum ps_counter ps_limit_reached(const struct ps_handler *h, const struct ps_listener *l,
+					       const uint8_t client[16])
+{
+	const struct ps_listener_state *state = &h->arena->listener[l->number & (PS_MAX_NUMBERS - 1)];
+
+	if (l->max_flows && __atomic_load_n(&state->proven, __ATOMIC_RELAXED) >= (int64_t)l->max_flows)
+		return PS_C_DROP_LIMIT_FLOWS;
+	if (l->max_flows_per_client && ps_client_flows(h->arena, client, l->number) >= l->max_flows_per_client)
+		return PS_C_DROP_LIMIT_CLIENT;
+	return PS_COUNTERS;
+}
+
+/*
+ * A port for the flow: of other SNAT addresses first, then of other backends (never with affinity). If none is free,
+ * one that a flow has which has ended or is half open, of the first pair of address and backend. -> whether there is
+ */
+static inline bool ps_place(struct ps_handler *h, struct ps_shard *s, uint32_t bucket, const struct ps_listener *l,
+			    const struct ps_key *k, struct ps_entry *value)
+{
+	enum { PAIRS = 32 }; /* that are tried: a flood must not make each opener dear */
 	const struct ps_config *c = h->config;
-	const struct ps_listener *l = ps_listener_find(c, k->destination, k->dport, k->udp ? 17 : 6);
-	struct ps_flow value = { .hash = k->hash, .client_port = k->sport, .vip_port = k->dport };
 	uint16_t family = ps_is_v6(k->destination) ? 6 : 4;
-	uint32_t backend, recycled = 0;
-	struct ps_flow *room;
+	uint32_t backend = ps_backend_choose(h, l, k), tried = 0;
+	struct ps_entry *victim = NULL, first = *value;
 
-	if (!l) {
-		h->counters[PS_C_DROP_NO_LISTENER]++;
-		return NULL;
-	}
-	if (!l->backends) {
-		h->counters[PS_C_DROP_NO_BACKEND]++;
-		return NULL;
-	}
-	room = ps_flow_room(h->arena, s, h->half_limit, &recycled);
-	h->counters[PS_C_FLOWS_RECYCLED] += recycled;
-	h->counters[PS_C_FLOWS_ENDED] += recycled;
-	if (!room) {
-		h->counters[PS_C_DROP_SHARD_FULL]++;
-		return NULL;
-	}
-	memcpy(value.client, k->source, 16);
-	value.vip = l->vip;
-	value.flags = (k->udp ? PS_FLOW_UDP : 0) | (family == 6 ? PS_FLOW_V6 : 0);
-	value.state = k->udp ? PS_FLOW_UNANSWERED : PS_FLOW_SYN;
-
-	backend = ps_backend_choose(h, l, k);
-	for (uint32_t try = 0; try < l->backends && try < 8 && !value.snat_port; try++) {
+	for (uint32_t try = 0; try < l->backends && try < 8 && tried < PAIRS; try++) {
 		const struct ps_config_backend *b = &c->backend[backend];
 
-		/* Other SNAT addresses first, then other backends (never with affinity). */
-		for (uint32_t i = 0; i < c->snats && !value.snat_port; i++) {
+		value->backend = b->id;
+		for (uint32_t i = 0; i < c->snats && tried < PAIRS; i++) {
 			const struct ps_config_snat *n = &c->snat[((k->hash >> 8) + i) % c->snats];
+			bool none = !victim;
 
 			if (n->family != family)
 				continue;
-			value.snat_port = ps_port_find(h->arena, s, bucket, n->id, b->address, b->port, k->udp);
-			value.snat = n->id;
+			tried++;
+			value->snat = n->id;
+			value->snat_port =
+				ps_port_find(h->arena, s, bucket, n->id, b->address, b->port, k->udp, &victim);
+			if (value->snat_port)
+				return true;
+			if (none && victim)
+				first = *value;
 		}
-		memcpy(value.backend, b->address, 16);
-		value.backend_port = b->port;
-		value.backend_id = b->id;
 		if (l->flags & PS_LISTENER_CLIENT_IP)
 			break;
 		if (++backend == l->first_backend + l->backends)
 			backend = l->first_backend;
 	}
-	if (!value.snat_port) {
-		h->counters[PS_C_DROP_NO_PORT]++;
+	if (!victim)
+		return false;
+	*value = first;
+	value->snat_port = victim->snat_port;
+	ps_flow_remove(h->arena, s, victim);
+	h->counters[PS_C_FLOWS_RECYCLED]++;
+	h->counters[PS_C_FLOWS_ENDED]++;
+	return true;
+}
+
+/* Makes the flow of an opener: backend, SNAT address and port. NULL with the reason in *refused, not yet counted. */
+static inline struct ps_entry *ps_flow_open(struct ps_handler *h, struct ps_shard *s, uint32_t bucket,
+					    const struct ps_key *k, const struct ps_listener *l,
+					    enum ps_counter *refused)
+{
+	struct ps_entry value = { .hash = k->hash, .client_port = k->sport };
+	uint32_t recycled = 0;
+	struct ps_entry *room;
+
+	*refused = !l ? PS_C_DROP_NO_LISTENER : !l->backends ? PS_C_DROP_NO_BACKEND : ps_limit_reached(h, l, k->source);
+	if (*refused != PS_COUNTERS)
+		return NULL;
+	if (!ps_share_left(h->arena, s, l->number & (PS_CLASSES - 1), h->classes)) {
+		*refused = PS_C_DROP_SHARD_FULL;
 		return NULL;
 	}
-	ps_flow_insert(h->arena, s, room, &value, c->timeout, h->now);
+	if (l->new_flows_per_second && !ps_rate_allows(&h->arena->listener[l->number & (PS_MAX_NUMBERS - 1)],
+						       l->new_flows_per_second, h->now_ns)) {
+		*refused = PS_C_DROP_LIMIT_RATE;
+		return NULL;
+	}
+	memcpy(value.client, k->source, 16);
+	value.listener = l->number;
+	value.flags = (k->udp ? PS_FLOW_UDP : 0) | (ps_is_v6(k->destination) ? PS_FLOW_V6 : 0);
+	value.state = k->udp ? PS_FLOW_UNANSWERED : PS_FLOW_SYN;
+	if (!ps_place(h, s, bucket, l, k, &value)) {
+		*refused = PS_C_DROP_NO_PORT;
+		return NULL;
+	}
+	room = ps_flow_room(h->arena, s, &recycled);
+	h->counters[PS_C_FLOWS_RECYCLED] += recycled;
+	h->counters[PS_C_FLOWS_ENDED] += recycled;
+	if (!room) {
+		*refused = PS_C_DROP_SHARD_FULL;
+		return NULL;
+	}
+	ps_flow_insert(h->arena, s, room, &value, h->config->timeout, h->now);
 	h->counters[PS_C_FLOWS_CREATED]++;
 	return room;
 }
 
-static inline bool ps_backend_serves(const struct ps_config *c, const struct ps_flow *f, const struct ps_key *k)
+static inline bool ps_among(const struct ps_config *c, uint32_t first, uint32_t number, const struct ps_entry *f)
 {
-	const struct ps_listener *l = ps_listener_find(c, k->destination, k->dport, k->udp ? 17 : 6);
-
-	for (uint32_t i = 0; l && i < l->backends; i++) {
-		const struct ps_config_backend *b = &c->backend[l->first_backend + i];
-
-		if (b->port == f->backend_port && !memcmp(b->address, f->backend, 16))
+	for (uint32_t i = 0; i < number; i++)
+		if (c->backend[first + i].id == f->backend)
 			return true;
-	}
 	return false;
 }
 
+/* Does the flow's backend get new flows of this listener? */
+static inline bool ps_backend_serves(const struct ps_config *c, const struct ps_entry *f, const struct ps_listener *l)
+{
+	return l && ps_among(c, l->first_backend, l->backends, f);
+}
+
+static inline bool ps_backend_down(const struct ps_config *c, const struct ps_entry *f, const struct ps_listener *l)
+{
+	return l && ps_among(c, l->first_backend + l->backends, l->down, f);
+}
+
 /*
- * A UDP flow has no end that anybody would wait for: it leaves a backend that gets no new flows, with its next
- * packet, if there is another. Looked at once a flow and configuration: not when it was seen since.
+ * What a packet of the client finds out about its flow's backend, once a flow and configuration. A UDP flow has no end
+ * that anybody would wait for: it leaves a backend that gets no new flows, if there is another. -> whether it is to end
  */
-static inline bool ps_flow_leaves(const struct ps_handler *h, const struct ps_flow *f, const struct ps_key *k)
+enum ps_leaving { PS_STAYS = 0, PS_LEAVES, PS_IS_RESET };
+
+static inline enum ps_leaving ps_flow_leaves(const struct ps_handler *h, const struct ps_entry *f,
+					     const struct ps_key *k)
 {
 	const struct ps_listener *l;
 
-	if (!k->udp || (int32_t)(f->last_seen - h->since) > 0)
-		return false;
-	l = ps_listener_find(h->config, k->destination, k->dport, 17);
-	return l && l->backends && !ps_backend_serves(h->config, f, k);
+	if ((int32_t)(f->last_seen - h->since) > 0)
+		return PS_STAYS;
+	l = ps_listener_find(h->config, k->destination, k->dport, k->udp ? 17 : 6);
+	if (k->udp)
+		return l && l->backends && !ps_backend_serves(h->config, f, l) ? PS_LEAVES : PS_STAYS;
+	if (l && l->flags & PS_LISTENER_RESET_BACKEND_DOWN && ps_backend_down(h->config, f, l))
+		return PS_IS_RESET;
+	return PS_STAYS;
 }
 
 /* ---- connection state ------------------------------------------------------------------------------ */
 
-static inline void ps_track(struct ps_handler *h, struct ps_shard *s, struct ps_flow *f, uint8_t tcp, bool reply)
+static inline void ps_seen(const struct ps_handler *h, struct ps_entry *f)
 {
-	uint8_t state = f->state;
-
 	if (f->last_seen != h->now)
 		f->last_seen = h->now;
-	if (f->flags & PS_FLOW_UDP) {
-		if (reply && state == PS_FLOW_UNANSWERED)
-			ps_flow_set_state(h->arena, s, f, PS_FLOW_ASSURED, h->config->timeout, h->now);
+}
+
+/* The flow is about to be proven. -> the reason why it may not, or PS_COUNTERS */
+static inline enum ps_counter ps_prove(struct ps_handler *h, struct ps_entry *f, const struct ps_key *k)
+{
+	const struct ps_listener_state *state = ps_listener_of(h->arena, f);
+	const struct ps_listener *l = ps_listener_find(h->config, state->address, state->port, k->udp ? 17 : 6);
+	enum ps_counter refused = l ? ps_limit_reached(h, l, f->client) : PS_COUNTERS;
+
+	if (refused == PS_COUNTERS)
+		ps_proven_add(h->arena, f, l && l->max_flows_per_client);
+	return refused;
+}
+
+/*
+ * UDP: assured after questions and answers in turns, over some time. Who asks with a forged source gets no answer that
+ * he could go on from, but may ask again; so until then the flow may be recycled, the longest unused first.
+ * Of the fields for numbers: end[0] is the tick of the first answer, window[0] counts questions after an answer,
+ * window[1] is 1 when an answer came last.
+ */
+static inline void ps_track_udp(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, const struct ps_key *k,
+				bool reply)
+{
+	ps_seen(h, f);
+	if (f->state == PS_FLOW_ASSURED)
+		return;
+	if (!reply) {
+		if (!f->window[1])
+			return;
+		f->window[1] = 0;
+		f->window[0]++;
+		ps_flow_renew(h->arena, s, f);
 		return;
 	}
-	if (state == PS_FLOW_ESTABLISHED && !(tcp & (TCP_FIN | TCP_RST)))
-		return;
-	if (tcp & TCP_RST) {
-		state = PS_FLOW_CLOSED;
-	} else {
-		if (tcp & TCP_FIN)
-			f->flags |= reply ? PS_FLOW_FIN_BACKEND : PS_FLOW_FIN_CLIENT;
-		if ((f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND)) ==
-		    (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND))
-			state = PS_FLOW_CLOSED;
-		else if (f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND))
-			state = PS_FLOW_CLOSING;
-		else if (state == PS_FLOW_SYN && reply && (tcp & (TCP_SYN | TCP_ACK)) == (TCP_SYN | TCP_ACK))
-			state = PS_FLOW_SYN_ACK;
-		else if (state == PS_FLOW_SYN_ACK && !reply && (tcp & (TCP_SYN | TCP_ACK)) == TCP_ACK)
-			state = PS_FLOW_ESTABLISHED;
-		else if (state == PS_FLOW_CLOSED && (tcp & (TCP_SYN | TCP_ACK)) == TCP_ACK)
-			state = PS_FLOW_ESTABLISHED; /* the reset was not believed by its receiver */
+	f->window[1] = 1;
+	if (f->state == PS_FLOW_UNANSWERED) {
+		f->end[0] = h->now;
+		ps_flow_set_state(h->arena, s, f, PS_FLOW_ANSWERED, h->config->timeout, h->now);
+	} else if (f->window[0] >= PS_UDP_EXCHANGES && h->now - f->end[0] >= PS_UDP_ASSURED_TICKS &&
+		   ps_prove(h, f, k) == PS_COUNTERS) {
+		ps_flow_set_state(h->arena, s, f, PS_FLOW_ASSURED, h->config->timeout, h->now);
 	}
+}
+
+/* -> false when the segment is dropped, its reason counted */
+static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, const uint8_t *frame,
+				const struct ps_packet *p, const struct ps_key *k, bool reply)
+{
+	int side = reply ? PS_BACKEND : PS_CLIENT;
+	uint8_t state = f->state;
+	enum ps_counter refused;
+	struct ps_segment g;
+	bool moved = false;
+
+	ps_segment_read(&g, frame, p);
+	if (state == PS_FLOW_SYN || state == PS_FLOW_SYN_ACK) {
+		state = ps_track_opening(f, &g, side, frame, p, &moved);
+		if (state == PS_FLOW_ESTABLISHED) {
+			refused = ps_prove(h, f, k);
+			if (refused != PS_COUNTERS) {
+				h->counters[refused]++;
+				return false;
+			}
+			ps_flow_set_state(h->arena, s, f, state, h->config->timeout, h->now);
+		}
+	}
+	if (__builtin_expect(state == PS_FLOW_ESTABLISHED && !(g.flags & (TCP_SYN | TCP_FIN | TCP_RST)) &&
+				     !(f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND)),
+			     1)) {
+		if (ps_in_window(f, &g, side)) {
+			ps_track_move(f, &g, side);
+			ps_seen(h, f);
+		}
+		return true;
+	}
+	if (state != PS_FLOW_SYN && state != PS_FLOW_SYN_ACK && f->state == state)
+		state = ps_track_control(f, &g, side, frame, p, &moved);
+	if (moved)
+		ps_seen(h, f);
+	else if (g.flags & (TCP_SYN | TCP_FIN | TCP_RST) || f->state == PS_FLOW_SYN_ACK)
+		h->counters[PS_C_UNPROVEN]++;
 	ps_flow_set_state(h->arena, s, f, state, h->config->timeout, h->now);
+	return true;
 }
 
 /* ---- rewriting ------------------------------------------------------------------------------------- */
@@ -317,12 +441,14 @@ static inline uint64_t ps_clamp_mss(struct ps_handler *h, uint8_t *tcp, uint32_t
 	return 0;
 }
 
-static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, uint8_t *frame,
+static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_entry *f, uint8_t *frame,
 				 const struct ps_packet *p, bool reply)
 {
 	const struct ps_arena *a = h->arena;
-	const uint8_t *source = reply ? ps_address(a, f->vip) : ps_address(a, f->snat);
-	const uint8_t *destination = reply ? f->client : f->backend;
+	const struct ps_listener_state *listener = ps_listener_of(a, f);
+	const struct ps_backend *backend = ps_backend_of(a, f);
+	const uint8_t *source = reply ? listener->address : ps_address(a, f->snat);
+	const uint8_t *destination = reply ? f->client : backend->address;
 	uint8_t *ip = frame + p->l3, *l4 = frame + p->l4;
 	uint64_t d;
 
@@ -338,11 +464,12 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 
 		header += ps_replace(ip + 8, word, 2);
 		if ((ip[6] & 0x3f) | ip[7]) {
-			/* Two clients behind one SNAT address must not share an id: all fragments get the same change. */
+			/* Two clients behind one SNAT address, or two backends behind one virtual address, must not
+			 * share an id: all fragments of a flow get the same change. */
 			uint16_t id, mix = (uint16_t)(f->hash ^ f->hash >> 16);
 
 			memcpy(&id, ip + 4, 2);
-			id ^= reply ? 0 : mix;
+			id ^= mix;
 			header += ps_replace(ip + 4, &id, 2);
 		}
 		ps_checksum_apply(ip + 10, header);
@@ -350,7 +477,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
 		ip[7]--;
 	}
 	if (p->kind != PS_PKT_FRAGMENT) {
-		uint16_t ports[2] = { reply ? f->vip_port : f->snat_port, reply ? f->client_port : f->backend_port };
+		uint16_t ports[2] = { reply ? listener->port : f->snat_port, reply ? f->client_port : backend->port };
 
 		d += ps_replace(l4, ports, 4);
 		PS_POINT(REWRITE_PORTS);
@@ -374,23 +501,25 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_flow *f, 
  * to the client, towards the client when it is what we sent to the backend. The embedded header is
  * translated to what its sender knows.
  */
-static inline uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_flow *f, uint8_t *frame,
+static inline uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_entry *f, uint8_t *frame,
 					const struct ps_packet *p, bool reply)
 {
-	const uint8_t *vip = ps_address(h->arena, f->vip), *snat = ps_address(h->arena, f->snat);
+	const struct ps_listener_state *listener = ps_listener_of(h->arena, f);
+	const struct ps_backend *backend = ps_backend_of(h->arena, f);
+	const uint8_t *vip = listener->address, *snat = ps_address(h->arena, f->snat);
 	uint8_t *ip = frame + p->l3, *icmp = frame + p->l4, *inner = frame + p->inner_l3, *l4 = frame + p->inner_l4;
 	uint32_t check = p->protocol == 6 ? 16 : 6;
 	uint16_t ports[2];
 	uint64_t outer, addresses, inside, changed;
 
-	outer = ps_set_addresses(ip, p->family, reply ? vip : snat, reply ? f->client : f->backend);
+	outer = ps_set_addresses(ip, p->family, reply ? vip : snat, reply ? f->client : backend->address);
 	addresses = reply ? ps_set_addresses(inner, p->family, f->client, vip)
-			  : ps_set_addresses(inner, p->family, f->backend, snat);
+			  : ps_set_addresses(inner, p->family, backend->address, snat);
 	changed = addresses;
 	if (p->family == 4)
 		changed += ps_checksum_apply(inner + 10, addresses);
-	ports[0] = reply ? f->client_port : f->backend_port;
-	ports[1] = reply ? f->vip_port : f->snat_port;
+	ports[0] = reply ? f->client_port : backend->port;
+	ports[1] = reply ? listener->port : f->snat_port;
 	inside = ps_replace(l4, ports, 4);
 	changed += inside;
 	if (p->inner_l4 + check + 2u <= p->end && p->inner_l4 + check + 2u <= PS_UNDO_BYTES)
@@ -412,7 +541,7 @@ static inline uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_fl
 	return (uint8_t)(PS_TRANSMIT | (p->l3 - 14) / 4 << 4);
 }
 
-/* Answers a TCP segment that has no flow by a reset (RFC 9293, 3.10.7.1), in place. unknownFlow: Reset. */
+/* Answers a TCP segment by a reset (RFC 9293, 3.10.7.1), in place. -> verdict */
 static inline uint8_t ps_reset(struct ps_handler *h, uint8_t *frame, const struct ps_packet *p)
 {
 	uint8_t *ip = frame + p->l3, *tcp = frame + p->l4;
@@ -461,6 +590,19 @@ static inline uint8_t ps_reset(struct ps_handler *h, uint8_t *frame, const struc
 	return (uint8_t)(PS_TRANSMIT | (p->l3 - 14) / 4 << 4);
 }
 
+/* A packet without a flow that begins none, or may begin none: answered if the resource says so, or dropped. */
+static inline uint8_t ps_turn_away(struct ps_handler *h, uint8_t *frame, const struct ps_packet *p, bool answer,
+				   enum ps_counter reason)
+{
+	if (answer && p->kind == PS_PKT_FLOW && p->protocol == 6) {
+		uint8_t verdict = ps_reset(h, frame, p);
+
+		if (PS_VERDICT(verdict) == PS_TRANSMIT)
+			return verdict;
+	}
+	return ps_refuse(h, reason);
+}
+
 /* ---- one packet ------------------------------------------------------------------------------------ */
 
 /*
@@ -470,8 +612,8 @@ static inline uint8_t ps_reset(struct ps_handler *h, uint8_t *frame, const struc
 static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t length, const struct ps_stamp *stamp)
 {
 	struct ps_shard *s = ps_shard_at(h->arena, stamp->bucket);
-	bool reply = stamp->flags & PS_STAMP_REPLY;
-	struct ps_flow *f;
+	bool reply = stamp->flags & PS_STAMP_REPLY, opener, fresh = false;
+	struct ps_entry *f;
 	struct ps_packet p = { 0 };
 	struct ps_key k;
 	uint32_t touched;
@@ -519,36 +661,51 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	f = reply ? ps_find_reply(h->arena, s, &k) : ps_find_forward(h->arena, s, &k);
 	if (p.kind == PS_PKT_ICMP_ERROR)
 		return f ? ps_translate_icmp(h, f, frame, &p, reply) : ps_refuse(h, PS_C_DROP_NO_FLOW);
-	if (f && !reply && ps_flow_leaves(h, f, &k)) {
-		ps_flow_remove(h->arena, s, f);
-		h->counters[PS_C_FLOWS_ENDED]++;
-		f = NULL;
-	}
-	if (f && !reply && f->state == PS_FLOW_CLOSED && (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST)) == TCP_SYN &&
-	    !k.udp) {
-		/* The client's port is used again. Same backend and SNAT port if that backend still serves. */
-		if (ps_backend_serves(h->config, f, &k)) {
-			f->flags &= (uint8_t) ~(PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND);
-			ps_flow_set_state(h->arena, s, f, PS_FLOW_SYN, h->config->timeout, h->now);
-		} else {
+	opener = p.kind == PS_PKT_FLOW && !reply &&
+		 (k.udp || (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN);
+	if (f && !reply) {
+		enum ps_leaving leaving = ps_flow_leaves(h, f, &k);
+		bool again = opener && !k.udp && (ps_state_ended(f->state) || f->state == PS_FLOW_SYN);
+		const struct ps_listener *l = again ? ps_listener_find(h->config, k.destination, k.dport, 6) : NULL;
+
+		if (leaving || (again && !ps_backend_serves(h->config, f, l))) {
 			ps_flow_remove(h->arena, s, f);
 			h->counters[PS_C_FLOWS_ENDED]++;
 			f = NULL;
+			if (leaving == PS_IS_RESET && !opener)
+				return ps_turn_away(h, frame, &p, true, PS_C_DROP_NO_BACKEND);
+		} else if (again && ps_state_ended(f->state) && ps_segment_intact(frame, &p)) {
+			/* The client's port is used again. Same backend and SNAT port. */
+			fresh = true;
+			ps_flow_set_state(h->arena, s, f, PS_FLOW_SYN, h->config->timeout, h->now);
 		}
 	}
 	if (!f) {
-		if (reply || p.kind == PS_PKT_FRAGMENT ||
-		    (!k.udp && (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) != TCP_SYN)) {
-			if (h->config->unknown_flow_reset && !reply && p.kind == PS_PKT_FLOW && !k.udp &&
-			    ps_reset(h, frame, &p) & PS_TRANSMIT)
-				return (uint8_t)(PS_TRANSMIT | (p.l3 - 14) / 4 << 4);
-			return ps_refuse(h, PS_C_DROP_NO_FLOW);
-		}
-		f = ps_flow_open(h, s, stamp->bucket, &k);
+		const struct ps_listener *l;
+		enum ps_counter refused;
+
+		if (!opener)
+			return ps_turn_away(h, frame, &p, h->config->unknown_flow_reset && !reply, PS_C_DROP_NO_FLOW);
+		if (!k.udp && !ps_segment_intact(frame, &p))
+			return ps_refuse(h, PS_C_DROP_BAD_CHECKSUM);
+		l = ps_listener_find(h->config, k.destination, k.dport, k.udp ? 17 : 6);
+		f = ps_flow_open(h, s, stamp->bucket, &k, l, &refused);
 		if (!f)
-			return PS_DROP;
+			return ps_turn_away(h, frame, &p,
+					    refused == PS_C_DROP_NO_BACKEND && l->flags & PS_LISTENER_REFUSE, refused);
+		fresh = true;
 	}
-	ps_track(h, s, f, p.kind == PS_PKT_FLOW && !k.udp ? p.tcp_flags : 0, reply);
+	if (k.udp) {
+		ps_track_udp(h, s, f, &k, reply);
+	} else if (fresh) {
+		struct ps_segment g;
+
+		ps_segment_read(&g, frame, &p);
+		ps_track_open(f, &g, ps_segment_scale(frame, &p));
+		ps_seen(h, f);
+	} else if (p.kind == PS_PKT_FLOW && !ps_track_tcp(h, s, f, frame, &p, &k, reply)) {
+		return PS_DROP;
+	}
 	return ps_rewrite(h, f, frame, &p, reply);
 }
 

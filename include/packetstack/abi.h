@@ -372,6 +372,7 @@ enum ps_point {
 	PS_AT_STATE_UNLISTED,
 	PS_AT_STATE_SET,
 	PS_AT_STATE_LISTED,
+	PS_AT_STATE_COUNTED,
 	PS_AT_SWEPT,
 	PS_AT_HANDED,
 	PS_AT_REBUILD_EMPTIED, /* from here on: points of a process that takes over */
@@ -417,12 +418,13 @@ enum ps_flow_flags {
 	PS_FLOW_FIN_BACKEND = 4, /* the same of the backend */
 	PS_FLOW_V6 = 8,
 	PS_FLOW_LISTED = 16,	     /* on one of the shard's lists */
-	PS_FLOW_COUNTED = 32,	     /* in `live` of its backend and of its listener */
+	PS_FLOW_COUNTED = 32,	     /* in `live` of its backend and of its listener, and in `held` */
 	PS_FLOW_CLIENT_COUNTED = 64, /* in the table of clients */
 	PS_FLOW_BACKEND_FIRST = 128, /* TCP: the backend's FIN was the first */
 	PS_FLOW_RESET = 256,	     /* TCP: a reset ended it, so it seemed */
 	PS_FLOW_RESET_BACKEND = 512, /* the backend's, else the client's */
 	PS_FLOW_RESET_EARLY = 1024,  /* its number was the last acknowledged one, with more on the way */
+	PS_FLOW_PROVEN = 4096,	     /* in `proven` of its listener */
 	PS_FLOW_UNSENT = 2048,	     /* changed since it was last sent to a replica; not used yet */
 };
 
@@ -513,7 +515,9 @@ struct ps_listener_state {
 	int32_t live;	  /* flows that have not ended, added to atomically */
 	uint64_t created;
 	uint64_t next_ns; /* newFlowsPerSecond: when an even stream would bring its next opener */
-	uint64_t spare[3];
+	int32_t proven;	  /* flows whose client is where it says, not ended; added to atomically */
+	uint32_t spare0;
+	uint64_t spare[2];
 };
 
 /* Proven flows of one client of one listener that has maxFlowsPerClient: tag of both 32 | flows 32 */
@@ -530,8 +534,9 @@ struct ps_arena {
 	uint64_t bytes;
 	uint64_t shards_offset, shard_stride;
 	uint64_t clients_offset; /* ps_client_count[clients] */
+	uint64_t clients_key[2]; /* of its hash, a secret */
 	uint64_t next_fence;
-	uint64_t spare[7];
+	uint64_t spare[5];
 	struct ps_fence fences[16];		 /* PS_MAX_FENCES */
 	struct ps_address address[4096];	 /* PS_MAX_ADDRESSES: SNAT and virtual addresses */
 	struct ps_backend backend[4096];	 /* PS_MAX_BACKENDS */

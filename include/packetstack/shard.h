@@ -16,6 +16,7 @@
 #include <string.h>
 
 #include "packetstack/abi.h"
+#include "packetstack/hash.h"
 
 #define PS_BARRIER() __asm__ volatile("" ::: "memory")
 
@@ -47,9 +48,9 @@ static inline uint16_t *ps_shard_reply(const struct ps_arena *a, struct ps_shard
 	return ps_shard_forward(s) + a->index_slots;
 }
 
-static inline struct ps_flow *ps_shard_flows(const struct ps_arena *a, struct ps_shard *s)
+static inline struct ps_entry *ps_shard_flows(const struct ps_arena *a, struct ps_shard *s)
 {
-	return (struct ps_flow *)(ps_shard_reply(a, s) + a->index_slots);
+	return (struct ps_entry *)(ps_shard_reply(a, s) + a->index_slots);
 }
 
 /*
@@ -61,10 +62,17 @@ static inline const uint8_t *ps_address(const struct ps_arena *a, uint16_t numbe
 	return a->address[number & (PS_MAX_ADDRESSES - 1)].bytes;
 }
 
-static inline struct ps_backend_count *ps_backend_of(struct ps_arena *a, const struct ps_flow *f)
+static inline const struct ps_backend *ps_backend_of(const struct ps_arena *a, const struct ps_entry *f)
 {
-	return &a->backend[f->backend_id & (PS_MAX_BACKENDS - 1)];
+	return &a->backend[f->backend & (PS_MAX_BACKENDS - 1)];
 }
+
+static inline const struct ps_listener_state *ps_listener_of(const struct ps_arena *a, const struct ps_entry *f)
+{
+	return &a->listener[f->listener & (PS_MAX_NUMBERS - 1)];
+}
+
+static inline uint32_t ps_class(const struct ps_entry *f) { return f->listener & (PS_CLASSES - 1); }
 
 static inline uint16_t ps_link(const struct ps_shard *s, uint16_t link) { return link <= s->high ? link : 0; }
 
@@ -97,9 +105,11 @@ static inline uint32_t ps_home_reply(const struct ps_arena *a, const uint8_t *ba
 	return (uint32_t)(x >> 40) & (a->index_slots - 1);
 }
 
-static inline uint32_t ps_home_of(const struct ps_arena *a, const struct ps_flow *f, bool reply)
+static inline uint32_t ps_home_of(const struct ps_arena *a, const struct ps_entry *f, bool reply)
 {
-	return reply ? ps_home_reply(a, f->backend, f->backend_port, ps_address(a, f->snat), f->snat_port)
+	const struct ps_backend *b = ps_backend_of(a, f);
+
+	return reply ? ps_home_reply(a, b->address, b->port, ps_address(a, f->snat), f->snat_port)
 		     : ps_home_forward(a, f->hash);
 }
 
@@ -115,7 +125,7 @@ static inline void ps_index_add(const struct ps_arena *a, uint16_t *index, uint3
 static inline void ps_index_remove(const struct ps_arena *a, struct ps_shard *s, uint32_t entry, bool reply)
 {
 	uint16_t *index = reply ? ps_shard_reply(a, s) : ps_shard_forward(s);
-	struct ps_flow *flows = ps_shard_flows(a, s);
+	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t mask = a->index_slots - 1, hole = ps_home_of(a, &flows[entry], reply), next;
 
 	while (index[hole] != entry + 1) {
@@ -135,95 +145,104 @@ static inline void ps_index_remove(const struct ps_arena *a, struct ps_shard *s,
 	index[hole] = 0;
 }
 
-static inline struct ps_flow *ps_find_forward(const struct ps_arena *a, struct ps_shard *s, const struct ps_key *k)
+static inline struct ps_entry *ps_find_forward(const struct ps_arena *a, struct ps_shard *s, const struct ps_key *k)
 {
 	uint16_t *index = ps_shard_forward(s);
-	struct ps_flow *flows = ps_shard_flows(a, s);
+	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t mask = a->index_slots - 1, at;
 
 	for (at = ps_home_forward(a, k->hash); index[at]; at = (at + 1) & mask) {
-		struct ps_flow *f = &flows[index[at] - 1];
+		struct ps_entry *f = &flows[index[at] - 1];
 
-		if (f->hash == k->hash && f->client_port == k->sport && f->vip_port == k->dport &&
+		if (f->hash == k->hash && f->client_port == k->sport && ps_listener_of(a, f)->port == k->dport &&
 		    !(f->flags & PS_FLOW_UDP) == !k->udp && !memcmp(f->client, k->source, 16) &&
-		    !memcmp(ps_address(a, f->vip), k->destination, 16))
+		    !memcmp(ps_listener_of(a, f)->address, k->destination, 16))
 			return f;
 	}
 	return NULL;
 }
 
 /* k: source = backend, destination = SNAT address. */
-static inline struct ps_flow *ps_find_reply(const struct ps_arena *a, struct ps_shard *s, const struct ps_key *k)
+static inline struct ps_entry *ps_find_reply(const struct ps_arena *a, struct ps_shard *s, const struct ps_key *k)
 {
 	uint16_t *index = ps_shard_reply(a, s);
-	struct ps_flow *flows = ps_shard_flows(a, s);
+	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t mask = a->index_slots - 1, at;
 
 	for (at = ps_home_reply(a, k->source, k->sport, k->destination, k->dport); index[at]; at = (at + 1) & mask) {
-		struct ps_flow *f = &flows[index[at] - 1];
+		struct ps_entry *f = &flows[index[at] - 1];
 
-		if (f->snat_port == k->dport && f->backend_port == k->sport && !(f->flags & PS_FLOW_UDP) == !k->udp &&
-		    !memcmp(f->backend, k->source, 16) && !memcmp(ps_address(a, f->snat), k->destination, 16))
+		if (f->snat_port == k->dport && ps_backend_of(a, f)->port == k->sport &&
+		    !(f->flags & PS_FLOW_UDP) == !k->udp && !memcmp(ps_backend_of(a, f)->address, k->source, 16) &&
+		    !memcmp(ps_address(a, f->snat), k->destination, 16))
 			return f;
 	}
 	return NULL;
 }
 
-/* ---- lists of what may be recycled: half-open and closed flows, oldest first ------------------------- */
+/* ---- lists of what may have to go, oldest first --------------------------------------------------------- */
 
 static inline bool ps_state_half_open(uint8_t state)
 {
-	return state == PS_FLOW_SYN || state == PS_FLOW_SYN_ACK || state == PS_FLOW_UNANSWERED;
+	return state == PS_FLOW_SYN || state == PS_FLOW_SYN_ACK || state == PS_FLOW_UNANSWERED ||
+	       state == PS_FLOW_ANSWERED;
 }
 
-static inline bool ps_state_listed(uint8_t state) { return ps_state_half_open(state) || state == PS_FLOW_CLOSED; }
+/* Both ends have done with it. */
+static inline bool ps_state_ended(uint8_t state) { return state == PS_FLOW_CLOSED || state == PS_FLOW_TIME_WAIT; }
 
-static inline void ps_list_add(const struct ps_arena *a, struct ps_shard *s, struct ps_flow *f)
+/* -> ps_list, or PS_LISTS: on none, nobody may take its place */
+static inline uint32_t ps_list_of(uint8_t state)
 {
-	struct ps_flow *flows = ps_shard_flows(a, s);
-	bool closed = f->state == PS_FLOW_CLOSED;
-	uint16_t *head = closed ? &s->closed_head : &s->half_head;
-	uint16_t *tail = closed ? &s->closed_tail : &s->half_tail;
+	return ps_state_half_open(state)    ? PS_LIST_HALF_OPEN
+	       : state == PS_FLOW_CLOSED    ? PS_LIST_CLOSED
+	       : state == PS_FLOW_TIME_WAIT ? PS_LIST_TIME_WAIT
+					    : PS_LISTS;
+}
+
+static inline bool ps_state_listed(uint8_t state) { return ps_list_of(state) != PS_LISTS; }
+
+static inline void ps_list_add(const struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
+{
+	struct ps_entry *flows = ps_shard_flows(a, s);
+	struct ps_flow_list *list = &s->list[ps_list_of(f->state)];
 	uint16_t me = (uint16_t)(f - flows + 1);
 
-	f->prev = *tail;
+	f->prev = list->tail;
 	f->next = 0;
-	if (*tail)
-		flows[*tail - 1].next = me;
+	if (list->tail)
+		flows[list->tail - 1].next = me;
 	else
-		*head = me;
-	*tail = me;
+		list->head = me;
+	list->tail = me;
 	f->flags |= PS_FLOW_LISTED;
-	if (closed)
-		s->closed++;
-	else
-		s->half_open++;
+	list->count++;
+	if (ps_state_half_open(f->state))
+		s->half_open[ps_class(f)]++;
 }
 
-static inline void ps_list_remove(const struct ps_arena *a, struct ps_shard *s, struct ps_flow *f)
+static inline void ps_list_remove(const struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
 {
-	struct ps_flow *flows = ps_shard_flows(a, s);
-	bool closed = f->state == PS_FLOW_CLOSED;
-	uint16_t *head = closed ? &s->closed_head : &s->half_head;
-	uint16_t *tail = closed ? &s->closed_tail : &s->half_tail;
+	struct ps_entry *flows = ps_shard_flows(a, s);
+	struct ps_flow_list *list;
 	uint16_t prev = ps_link(s, f->prev), next = ps_link(s, f->next);
 
-	if (!(f->flags & PS_FLOW_LISTED))
+	if (!(f->flags & PS_FLOW_LISTED) || !ps_state_listed(f->state))
 		return;
+	list = &s->list[ps_list_of(f->state)];
 	if (prev)
 		flows[prev - 1].next = next;
 	else
-		*head = next;
+		list->head = next;
 	if (next)
 		flows[next - 1].prev = prev;
 	else
-		*tail = prev;
+		list->tail = prev;
 	f->prev = f->next = 0;
-	f->flags &= (uint8_t)~PS_FLOW_LISTED;
-	if (closed)
-		s->closed--;
-	else
-		s->half_open--;
+	f->flags &= (uint16_t)~PS_FLOW_LISTED;
+	list->count--;
+	if (ps_state_half_open(f->state))
+		s->half_open[ps_class(f)]--;
 }
 
 /* ---- changes --------------------------------------------------------------------------------------- */
@@ -239,15 +258,15 @@ static inline void ps_shard_end(struct ps_shard *s)
 	s->dirty = 0;
 	PS_BARRIER();
 }
-static inline void ps_flow_begin(struct ps_flow *f)
+static inline void ps_flow_begin(struct ps_entry *f)
 {
 	f->version |= 1;
 	PS_BARRIER();
 }
-static inline void ps_flow_end(struct ps_flow *f)
+static inline void ps_flow_end(struct ps_entry *f)
 {
 	PS_BARRIER();
-	f->version = (f->version | 1) + 1;
+	f->version = (uint16_t)((f->version | 1) + 1);
 	PS_BARRIER();
 }
 
@@ -257,8 +276,113 @@ static inline void ps_shard_expect(struct ps_shard *s, uint32_t tick)
 		s->next_expiry = tick;
 }
 
-/* A flow's state changes: keeps the lists right and the next expiry a lower bound. */
-static inline void ps_flow_set_state(const struct ps_arena *a, struct ps_shard *s, struct ps_flow *f, uint8_t state,
+/* The flag is set after the counters and cleared before them: a rebuild counts whoever has none. */
+static inline void ps_count_add(struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
+{
+	if (f->flags & PS_FLOW_COUNTED)
+		return;
+	s->held[ps_class(f)]++;
+	__atomic_fetch_add(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
+	f->flags |= PS_FLOW_COUNTED;
+}
+
+static inline void ps_count_subtract(struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
+{
+	if (!(f->flags & PS_FLOW_COUNTED))
+		return;
+	f->flags &= (uint16_t)~PS_FLOW_COUNTED;
+	PS_BARRIER();
+	s->held[ps_class(f)]--;
+	__atomic_fetch_sub(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_sub(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
+}
+
+/*
+ * The table of clients: a group of eight places, one cache line, by a keyed hash of listener and client. A place
+ * whose count is 0 is free. A client that finds its group full is not limited.
+ */
+enum { PS_CLIENT_GROUP = 8 };
+
+static inline ps_client_count *ps_client_group(const struct ps_arena *a, const uint8_t client[16], uint16_t listener,
+					       uint64_t *tag)
+{
+	uint32_t words[4], none[4] = { 0 };
+	uint64_t hash;
+
+	memcpy(words, client, 16);
+	hash = ps_hash6(a->clients_key[0], a->clients_key[1], words, none, listener, 0, 0);
+	*tag = hash & ~0xffffffffull;
+	return (ps_client_count *)((uint8_t *)a + a->clients_offset) +
+	       ((uint32_t)hash & (a->clients - 1) & ~(PS_CLIENT_GROUP - 1u));
+}
+
+/* -> proven flows of this client of this listener */
+static inline uint32_t ps_client_flows(const struct ps_arena *a, const uint8_t client[16], uint16_t listener)
+{
+	uint64_t tag;
+	ps_client_count *group = ps_client_group(a, client, listener, &tag);
+
+	for (int i = 0; i < PS_CLIENT_GROUP; i++) {
+		uint64_t at = __atomic_load_n(&group[i], __ATOMIC_RELAXED);
+
+		if ((at & ~0xffffffffull) == tag && (uint32_t)at)
+			return (uint32_t)at;
+	}
+	return 0;
+}
+
+/* The flow is proven: its listener counts it, and its client too if the listener limits clients. */
+static inline void ps_proven_add(struct ps_arena *a, struct ps_entry *f, bool by_client)
+{
+	uint64_t tag;
+	ps_client_count *group;
+
+	if (f->flags & PS_FLOW_PROVEN)
+		return;
+	__atomic_fetch_add(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].proven, 1, __ATOMIC_RELAXED);
+	f->flags |= PS_FLOW_PROVEN;
+	if (!by_client)
+		return;
+	group = ps_client_group(a, f->client, f->listener, &tag);
+	for (int pass = 0; pass < 2; pass++)
+		for (int i = 0; i < PS_CLIENT_GROUP; i++) {
+			uint64_t at = __atomic_load_n(&group[i], __ATOMIC_RELAXED);
+
+			while (pass ? !(uint32_t)at : (uint32_t)at && (at & ~0xffffffffull) == tag)
+				if (__atomic_compare_exchange_n(&group[i], &at, pass ? tag | 1 : at + 1, false,
+								__ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+					f->flags |= PS_FLOW_CLIENT_COUNTED;
+					return;
+				}
+		}
+}
+
+static inline void ps_proven_subtract(struct ps_arena *a, struct ps_entry *f)
+{
+	uint64_t tag;
+	ps_client_count *group;
+
+	if (f->flags & PS_FLOW_PROVEN) {
+		f->flags &= (uint16_t)~PS_FLOW_PROVEN;
+		__atomic_fetch_sub(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].proven, 1, __ATOMIC_RELAXED);
+	}
+	if (!(f->flags & PS_FLOW_CLIENT_COUNTED))
+		return;
+	f->flags &= (uint16_t)~PS_FLOW_CLIENT_COUNTED;
+	group = ps_client_group(a, f->client, f->listener, &tag);
+	for (int i = 0; i < PS_CLIENT_GROUP; i++) {
+		uint64_t at = __atomic_load_n(&group[i], __ATOMIC_RELAXED);
+
+		while ((uint32_t)at && (at & ~0xffffffffull) == tag)
+			if (__atomic_compare_exchange_n(&group[i], &at, at - 1, false, __ATOMIC_RELAXED,
+							__ATOMIC_RELAXED))
+				return;
+	}
+}
+
+/* A flow's state changes: keeps lists and counts right and the next expiry a lower bound. */
+static inline void ps_flow_set_state(struct ps_arena *a, struct ps_shard *s, struct ps_entry *f, uint8_t state,
 				     const uint32_t *timeout, uint32_t now)
 {
 	if (f->state == state)
@@ -272,28 +396,32 @@ static inline void ps_flow_set_state(const struct ps_arena *a, struct ps_shard *
 	if (ps_state_listed(state))
 		ps_list_add(a, s, f);
 	PS_POINT(STATE_LISTED);
+	if (ps_state_ended(state)) {
+		ps_proven_subtract(a, f);
+		ps_count_subtract(a, s, f);
+	} else {
+		ps_count_add(a, s, f);
+	}
+	PS_POINT(STATE_COUNTED);
 	ps_shard_end(s);
 }
 
-/* The flag is set after the counter and cleared before it: a rebuild counts whoever has none. */
-static inline void ps_backend_add(struct ps_arena *a, struct ps_flow *f)
+/* To the end of its list: it is no longer among those that go first. */
+static inline void ps_flow_renew(struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
 {
-	__atomic_fetch_add(&ps_backend_of(a, f)->live, 1, __ATOMIC_RELAXED);
-	f->flags |= PS_FLOW_COUNTED;
-}
-
-static inline void ps_backend_subtract(struct ps_arena *a, struct ps_flow *f)
-{
-	if (!(f->flags & PS_FLOW_COUNTED))
+	if (!ps_state_listed(f->state) || !ps_link(s, f->next))
 		return;
-	f->flags &= (uint8_t)~PS_FLOW_COUNTED;
-	PS_BARRIER();
-	__atomic_fetch_sub(&ps_backend_of(a, f)->live, 1, __ATOMIC_RELAXED);
+	ps_shard_begin(s);
+	ps_list_remove(a, s, f);
+	PS_POINT(STATE_UNLISTED);
+	ps_list_add(a, s, f);
+	PS_POINT(STATE_LISTED);
+	ps_shard_end(s);
 }
 
-static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct ps_flow *f)
+static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
 {
-	struct ps_flow *flows = ps_shard_flows(a, s);
+	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t entry = (uint32_t)(f - flows);
 
 	ps_shard_begin(s);
@@ -303,7 +431,8 @@ static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct
 	PS_POINT(REMOVE_FORWARD);
 	ps_index_remove(a, s, entry, true);
 	PS_POINT(REMOVE_REPLY);
-	ps_backend_subtract(a, f);
+	ps_proven_subtract(a, f);
+	ps_count_subtract(a, s, f);
 	ps_flow_begin(f);
 	PS_POINT(REMOVE_WRITING);
 	f->state = PS_FLOW_FREE;
@@ -318,40 +447,81 @@ static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct
 	ps_shard_end(s);
 }
 
-/*
- * Makes room: a free entry, or NULL when every entry holds a flow that may not be evicted. Half-open
- * flows may hold `half_limit` entries at the most; then, and when the shard is full, the oldest of
- * them goes. Established flows are never evicted. *recycled counts those that had to go.
- */
-static inline struct ps_flow *ps_flow_room(struct ps_arena *a, struct ps_shard *s, uint32_t half_limit,
-					   uint32_t *recycled)
+/* The oldest half-open flow of the class that has most of them, or nearly: its flows beyond a few are a flood's. */
+static inline struct ps_entry *ps_half_open_victim(const struct ps_arena *a, struct ps_shard *s)
 {
-	struct ps_flow *flows = ps_shard_flows(a, s);
+	struct ps_entry *flows = ps_shard_flows(a, s);
+	uint32_t most = 0, at = s->list[PS_LIST_HALF_OPEN].head;
 
-	if (s->half_open >= half_limit && s->half_head) {
-		ps_flow_remove(a, s, &flows[s->half_head - 1]);
+	for (uint32_t c = 1; c < PS_CLASSES; c++)
+		if (s->half_open[c] > s->half_open[most])
+			most = c;
+	for (int i = 0; at && i < 64; i++, at = ps_link(s, flows[at - 1].next))
+		if (ps_class(&flows[at - 1]) == most)
+			return &flows[at - 1];
+	at = s->list[PS_LIST_HALF_OPEN].head;
+	return at ? &flows[at - 1] : NULL;
+}
+
+/*
+ * May a listener of this class have one more entry? Half of the entries are dealt out in equal parts to the
+ * classes that there are: what one has not taken of its part is kept for it. Only flows that cannot be evicted count.
+ */
+static inline bool ps_share_left(const struct ps_arena *a, const struct ps_shard *s, uint32_t class, uint64_t classes)
+{
+	uint32_t firm = s->live, part, kept = 0, mine = s->held[class] - s->half_open[class];
+
+	for (int i = 0; i < PS_LISTS; i++)
+		firm -= s->list[i].count;
+	if (firm < a->entries / 2 || !classes)
+		return true;
+	part = a->entries / 2 / (uint32_t)__builtin_popcountll(classes);
+	if (mine < part)
+		return true;
+	for (uint32_t c = 0; c < PS_CLASSES; c++) {
+		uint32_t has = s->held[c] - s->half_open[c];
+
+		if (classes >> c & 1 && has < part)
+			kept += part - has;
+	}
+	return firm + kept < a->entries;
+}
+
+/*
+ * Makes room: a free entry, or NULL when every entry holds a flow that may not be evicted. Half-open flows may hold
+ * half of the entries; then, and when the shard is full, one of them goes, of the listener that has most. Those that
+ * have ended go before, and those whose ports the backend still keeps after them. *recycled counts who had to go.
+ */
+static inline struct ps_entry *ps_flow_room(struct ps_arena *a, struct ps_shard *s, uint32_t *recycled)
+{
+	struct ps_entry *flows = ps_shard_flows(a, s), *victim = NULL;
+
+	if (s->list[PS_LIST_HALF_OPEN].count >= a->entries / 2 && (victim = ps_half_open_victim(a, s))) {
+		ps_flow_remove(a, s, victim);
 		++*recycled;
 	}
 	if (s->free && flows[s->free - 1].state != PS_FLOW_FREE)
 		s->free = 0; /* a flow lives there: the list is rubbish from here on */
 	if (!s->free && s->high >= a->entries) {
-		uint16_t oldest = s->closed_head ? s->closed_head : s->half_head;
-
-		if (!oldest)
+		if (s->list[PS_LIST_CLOSED].head)
+			victim = &flows[s->list[PS_LIST_CLOSED].head - 1];
+		else if (!(victim = ps_half_open_victim(a, s)) && s->list[PS_LIST_TIME_WAIT].head)
+			victim = &flows[s->list[PS_LIST_TIME_WAIT].head - 1];
+		if (!victim)
 			return NULL;
-		ps_flow_remove(a, s, &flows[oldest - 1]);
+		ps_flow_remove(a, s, victim);
 		++*recycled;
 	}
 	return s->free ? &flows[s->free - 1] : &flows[s->high];
 }
 
 /* Puts a flow whose fields `value` holds (key, backend, ports, state) into `room` from ps_flow_room. */
-static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct ps_flow *room,
-				  const struct ps_flow *value, const uint32_t *timeout, uint32_t now)
+static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct ps_entry *room,
+				  const struct ps_entry *value, const uint32_t *timeout, uint32_t now)
 {
-	struct ps_flow *flows = ps_shard_flows(a, s);
+	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t entry = (uint32_t)(room - flows);
-	struct ps_flow copy = *value;
+	struct ps_entry copy = *value;
 
 	ps_shard_begin(s);
 	ps_shard_expect(s, now + timeout[copy.state]);
@@ -377,8 +547,9 @@ static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct
 		ps_list_add(a, s, room);
 	PS_POINT(INSERT_LISTED);
 	s->live++;
-	__atomic_fetch_add(&ps_backend_of(a, room)->created, 1, __ATOMIC_RELAXED);
-	ps_backend_add(a, room);
+	__atomic_fetch_add(&a->backend[room->backend & (PS_MAX_BACKENDS - 1)].created, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->listener[room->listener & (PS_MAX_NUMBERS - 1)].created, 1, __ATOMIC_RELAXED);
+	ps_count_add(a, s, room);
 	PS_POINT(INSERT_COUNTED);
 	ps_shard_end(s);
 }
@@ -386,13 +557,13 @@ static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct
 /* Removes what has timed out. -> flows removed. Cheap when nothing can have expired. */
 static inline uint32_t ps_shard_sweep(struct ps_arena *a, struct ps_shard *s, const uint32_t *timeout, uint32_t now)
 {
-	struct ps_flow *flows = ps_shard_flows(a, s);
+	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t removed = 0, next = now + 0x3fffffff;
 
 	if (!s->live || (int32_t)(now - s->next_expiry) < 0)
 		return 0;
 	for (uint32_t i = 0; i < s->high; i++) {
-		struct ps_flow *f = &flows[i];
+		struct ps_entry *f = &flows[i];
 		uint32_t expiry;
 
 		if (f->state == PS_FLOW_FREE)
@@ -410,21 +581,21 @@ static inline uint32_t ps_shard_sweep(struct ps_arena *a, struct ps_shard *s, co
 }
 
 /* Could this entry be a flow at all? What else is wrong with it harms only itself. */
-static inline bool ps_flow_sane(const struct ps_flow *f)
+static inline bool ps_flow_sane(const struct ps_entry *f)
 {
-	return f->state != PS_FLOW_FREE && f->state < PS_FLOW_STATES && f->vip < PS_MAX_ADDRESSES &&
-	       f->snat < PS_MAX_ADDRESSES && f->backend_id < PS_MAX_BACKENDS;
+	return f->state != PS_FLOW_FREE && f->state < PS_FLOW_STATES && f->listener < PS_MAX_NUMBERS &&
+	       f->snat < PS_MAX_ADDRESSES && f->backend < PS_MAX_BACKENDS;
 }
 
-static inline struct ps_flow *ps_find_twin(const struct ps_arena *a, struct ps_shard *s, const struct ps_flow *f,
-					   bool reply)
+static inline struct ps_entry *ps_find_twin(const struct ps_arena *a, struct ps_shard *s, const struct ps_entry *f,
+					    bool reply)
 {
 	struct ps_key k = { .udp = f->flags & PS_FLOW_UDP, .hash = f->hash };
 
-	memcpy(k.source, reply ? f->backend : f->client, 16);
-	memcpy(k.destination, ps_address(a, reply ? f->snat : f->vip), 16);
-	k.sport = reply ? f->backend_port : f->client_port;
-	k.dport = reply ? f->snat_port : f->vip_port;
+	memcpy(k.source, reply ? ps_backend_of(a, f)->address : f->client, 16);
+	memcpy(k.destination, reply ? ps_address(a, f->snat) : ps_listener_of(a, f)->address, 16);
+	k.sport = reply ? ps_backend_of(a, f)->port : f->client_port;
+	k.dport = reply ? f->snat_port : ps_listener_of(a, f)->port;
 	return reply ? ps_find_reply(a, s, &k) : ps_find_forward(a, s, &k);
 }
 
@@ -436,17 +607,19 @@ static inline struct ps_flow *ps_find_twin(const struct ps_arena *a, struct ps_s
  */
 static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 {
-	struct ps_flow *flows = ps_shard_flows(a, s);
+	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t dropped = 0;
 
 	ps_shard_begin(s);
 	memset(ps_shard_forward(s), 0, 4ul * a->index_slots);
-	s->live = s->high = s->free = s->half_open = s->closed = 0;
-	s->half_head = s->half_tail = s->closed_head = s->closed_tail = 0;
+	s->live = s->high = s->free = 0;
+	memset(s->list, 0, sizeof(s->list));
+	memset(s->held, 0, sizeof(s->held));
+	memset(s->half_open, 0, sizeof(s->half_open));
 	s->next_expiry = 0;
 	PS_POINT(REBUILD_EMPTIED);
 	for (uint32_t i = 0; i < a->entries; i++) {
-		struct ps_flow *f = &flows[i];
+		struct ps_entry *f = &flows[i];
 
 		if (f->version & 1) {
 			f->state = PS_FLOW_FREE;
@@ -458,14 +631,15 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 	}
 	PS_POINT(REBUILD_ENTRIES);
 	for (uint32_t i = s->high; i-- > 0;) {
-		struct ps_flow *f = &flows[i];
+		struct ps_entry *f = &flows[i];
 
-		f->flags &= (uint8_t)~PS_FLOW_LISTED;
+		f->flags &= (uint16_t)~PS_FLOW_LISTED;
 		f->prev = f->next = 0;
+		s->held[ps_class(f)] += !!(f->flags & PS_FLOW_COUNTED); /* as when it was counted */
 		if (!ps_flow_sane(f) || ps_find_twin(a, s, f, false) || ps_find_twin(a, s, f, true)) {
 			dropped += f->state != PS_FLOW_FREE;
-			if (f->backend_id < PS_MAX_BACKENDS)
-				ps_backend_subtract(a, f);
+			ps_proven_subtract(a, f);
+			ps_count_subtract(a, s, f);
 			f->state = PS_FLOW_FREE;
 			f->flags = 0;
 			f->next = s->free;
@@ -476,8 +650,10 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 		ps_index_add(a, ps_shard_reply(a, s), ps_home_of(a, f, true), i);
 		if (ps_state_listed(f->state))
 			ps_list_add(a, s, f);
-		if (!(f->flags & PS_FLOW_COUNTED))
-			ps_backend_add(a, f);
+		if (ps_state_ended(f->state))
+			ps_count_subtract(a, s, f);
+		else
+			ps_count_add(a, s, f);
 		s->live++;
 		PS_POINT(REBUILD_HALF);
 	}
@@ -494,11 +670,22 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 static inline const char *ps_shard_sane(const struct ps_arena *a, struct ps_shard *s)
 {
 	const uint16_t *index = ps_shard_forward(s);
-	uint32_t links[] = { s->free, s->half_head, s->half_tail, s->closed_head, s->closed_tail };
+	uint32_t links[] = { s->free,	      s->list[0].head, s->list[0].tail, s->list[1].head,
+			     s->list[1].tail, s->list[2].head, s->list[2].tail };
+	uint32_t listed = 0, held = 0, half = 0;
 
 	if (s->dirty)
 		return "its writer died inside a change";
-	if (s->high > a->entries || s->live > s->high || s->half_open + s->closed > s->live)
+	for (int i = 0; i < PS_LISTS; i++)
+		listed += s->list[i].count;
+	for (int c = 0; c < PS_CLASSES; c++) {
+		if (s->half_open[c] > s->held[c])
+			return "its counts are impossible";
+		held += s->held[c];
+		half += s->half_open[c];
+	}
+	if (s->high > a->entries || s->live > s->high || listed > s->live || half != s->list[0].count ||
+	    held + s->list[1].count + s->list[2].count != s->live)
 		return "its counts are impossible";
 	for (size_t i = 0; i < sizeof(links) / sizeof(links[0]); i++)
 		if (links[i] > s->high)
@@ -520,13 +707,13 @@ static inline const char *ps_shard_sane(const struct ps_arena *a, struct ps_shar
 static inline const char *ps_shard_check(const struct ps_arena *a, struct ps_shard *s)
 {
 	const char *wrong = ps_shard_sane(a, s);
-	struct ps_flow *flows = ps_shard_flows(a, s);
-	uint32_t live = 0, half = 0, closed = 0, on_free = 0;
+	struct ps_entry *flows = ps_shard_flows(a, s);
+	uint32_t live = 0, listed[PS_LISTS] = { 0 }, held[PS_CLASSES] = { 0 }, half[PS_CLASSES] = { 0 }, on_free = 0;
 
 	if (wrong)
 		return wrong;
 	for (uint32_t i = 0; i < a->entries; i++) {
-		struct ps_flow *f = &flows[i];
+		struct ps_entry *f = &flows[i];
 
 		if (f->version & 1)
 			return "an entry is half written";
@@ -537,26 +724,30 @@ static inline const char *ps_shard_check(const struct ps_arena *a, struct ps_sha
 		if (!!(f->flags & PS_FLOW_LISTED) != ps_state_listed(f->state) || f->prev > s->high ||
 		    f->next > s->high)
 			return "an entry's links are not those of its state";
-		if (!(f->flags & PS_FLOW_COUNTED))
-			return "a flow is not counted";
+		if (!(f->flags & PS_FLOW_COUNTED) != ps_state_ended(f->state))
+			return "a flow is not counted, or one that has ended is";
 		live++;
-		half += ps_state_half_open(f->state);
-		closed += f->state == PS_FLOW_CLOSED;
+		held[ps_class(f)] += !ps_state_ended(f->state);
+		half[ps_class(f)] += ps_state_half_open(f->state);
+		if (ps_state_listed(f->state))
+			listed[ps_list_of(f->state)]++;
 	}
-	if (live != s->live || half != s->half_open || closed != s->closed)
+	if (live != s->live)
 		return "its counts are not those of its flows";
+	for (int c = 0; c < PS_CLASSES; c++)
+		if (held[c] != s->held[c] || half[c] != s->half_open[c])
+			return "its counts are not those of its flows";
 	for (uint32_t i = 0; i < s->high; i++)
 		if (flows[i].state != PS_FLOW_FREE && (ps_find_twin(a, s, &flows[i], false) != &flows[i] ||
 						       ps_find_twin(a, s, &flows[i], true) != &flows[i]))
 			return "a flow is not found, or another one in its place";
-	for (int list = 0; list < 2; list++) {
-		uint32_t n = 0, before = 0, at = list ? s->closed_head : s->half_head;
+	for (uint32_t list = 0; list < PS_LISTS; list++) {
+		uint32_t n = 0, before = 0, at = s->list[list].head;
 
 		for (; at; before = at, at = flows[at - 1].next)
-			if (flows[at - 1].prev != before || (flows[at - 1].state == PS_FLOW_CLOSED) != list ||
-			    !ps_state_listed(flows[at - 1].state) || ++n > live)
+			if (flows[at - 1].prev != before || ps_list_of(flows[at - 1].state) != list || ++n > live)
 				return "a list is broken";
-		if (before != (list ? s->closed_tail : s->half_tail) || n != (list ? closed : half))
+		if (before != s->list[list].tail || n != listed[list] || n != s->list[list].count)
 			return "a list is not whole";
 	}
 	for (uint32_t at = s->free; at; at = flows[at - 1].next)
@@ -572,27 +763,40 @@ static inline uint32_t ps_port_first(uint32_t buckets) { return buckets >= 1024 
 static inline uint32_t ps_ports_per_bucket(uint32_t buckets) { return 65536 / buckets - ps_port_first(buckets); }
 
 /*
- * A port that is free for (SNAT address, backend), taking up the search where the last one ended, so
- * that a port given back is used again last. -> port in wire order, 0 = none.
+ * A port that is free for (SNAT address, backend), taking up the search where the last one ended, so that a port
+ * given back is used again last. -> port in wire order, 0 = none. Then *oldest, unless it is set already, is the flow
+ * whose port may be taken: of those that have ended, else of those that are half open, the one that was seen longest
+ * ago. Not one whose port the backend still keeps (TIME_WAIT).
  */
 static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s, uint32_t bucket, uint16_t snat,
-				    const uint8_t *backend, uint16_t backend_port, bool udp)
+				    const uint8_t *backend, uint16_t backend_port, bool udp, struct ps_entry **oldest)
 {
 	uint32_t n = ps_ports_per_bucket(a->buckets), first = ps_port_first(a->buckets);
 	struct ps_key k = { .sport = backend_port, .udp = udp };
+	struct ps_entry *best = NULL;
 
 	memcpy(k.source, backend, 16);
 	memcpy(k.destination, ps_address(a, snat), 16);
 	for (uint32_t i = 0; i < n; i++) {
 		uint32_t at = (s->port_cursor + i) % n;
 		uint32_t port = (first + at) * a->buckets + bucket;
+		struct ps_entry *f;
 
 		k.dport = __builtin_bswap16((uint16_t)port);
-		if (!ps_find_reply(a, s, &k)) {
+		f = ps_find_reply(a, s, &k);
+		if (!f) {
 			s->port_cursor = (uint16_t)((at + 1) % n);
 			return k.dport;
 		}
+		if (f->state != PS_FLOW_CLOSED && !ps_state_half_open(f->state))
+			continue;
+		if (!best || (f->state == PS_FLOW_CLOSED) > (best->state == PS_FLOW_CLOSED) ||
+		    ((f->state == PS_FLOW_CLOSED) == (best->state == PS_FLOW_CLOSED) &&
+		     (int32_t)(f->last_seen - best->last_seen) < 0))
+			best = f;
 	}
+	if (!*oldest)
+		*oldest = best;
 	return 0;
 }
 

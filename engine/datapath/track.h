@@ -1,0 +1,325 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The state of a TCP connection as somebody between its ends can know it. Only the two ends change it: a segment counts
+ * when its numbers show that its sender sees the connection's packets, and its checksum is right. Any segment is passed
+ * on; what one says is believed or not. No I/O, no shard: values of one entry.
+ *
+ * What is checked is what a stateful NAT checks (RFC 5382, RFC 7857) and what receivers of today do (RFC 9293 with
+ * RFC 5961):
+ *
+ *   in the window  sequence and acknowledgement lie in what the other end offered and has sent. Such a segment keeps
+ *                  the flow from idling out, and moves what is known of its sender.
+ *   a handshake    is proven by the client's acknowledgement of the backend's first number.
+ *   a reset        counts when its number is the very next one: what was acknowledged last, or what would be sent next.
+ *   a FIN          counts when nothing is missing before it, or once it has been acknowledged.
+ *   a SYN          counts when the connection has ended.
+ */
+#ifndef PACKETSTACK_TRACK_H
+#define PACKETSTACK_TRACK_H
+
+#include <arpa/inet.h>
+
+#include "packetstack/checksum.h"
+#include "packetstack/parse.h"
+#include "packetstack/shard.h"
+
+enum { TCP_FIN = 1, TCP_SYN = 2, TCP_RST = 4, TCP_ACK = 16 };
+
+enum {
+	PS_NO_SCALE = 15,
+	PS_MAX_SCALE = 14,	   /* RFC 7323, 2.3 */
+	PS_LATE_ACK = 66000,	   /* an acknowledgement may be that old, whatever the window */
+	PS_FAST_OPEN = 1460,	   /* data of a SYN that its acknowledgement may cover (RFC 7413) */
+	PS_UDP_EXCHANGES = 3,	   /* questions after an answer until UDP may be assured, */
+	PS_UDP_ASSURED_TICKS = 20, /* and the time since its first answer */
+};
+
+/* Difference of two sequence numbers: negative when a comes before b. */
+static inline int32_t ps_seq(uint32_t a, uint32_t b) { return (int32_t)(a - b); }
+
+struct ps_segment {
+	uint32_t seq, ack;
+	uint32_t next;	 /* number behind it: seq + payload + SYN + FIN */
+	uint16_t window; /* as it stands there */
+	uint8_t flags;
+};
+
+static inline void ps_segment_read(struct ps_segment *g, const uint8_t *frame, const struct ps_packet *p)
+{
+	const uint8_t *tcp = frame + p->l4;
+	uint32_t words[2];
+	uint16_t window;
+
+	memcpy(words, tcp + 4, 8);
+	memcpy(&window, tcp + 14, 2);
+	g->seq = ntohl(words[0]);
+	g->ack = ntohl(words[1]);
+	g->window = ntohs(window);
+	g->flags = p->tcp_flags;
+	g->next = g->seq + (p->end - p->l4 - (tcp[12] >> 4) * 4u) + !!(g->flags & TCP_SYN) + !!(g->flags & TCP_FIN);
+}
+
+/* Is the checksum right? Only asked of segments that would change a state. A first fragment cannot show it. */
+static inline bool ps_segment_intact(const uint8_t *frame, const struct ps_packet *p)
+{
+	const uint8_t *ip = frame + p->l3;
+	uint32_t length = p->end - p->l4;
+	uint64_t sum = (uint64_t)htons((uint16_t)length) + htons(6);
+
+	if (p->first_fragment)
+		return false;
+	sum = p->family == 4 ? ps_sum(ip + 12, 8, sum) : ps_sum(ip + 8, 32, sum);
+	return ps_fold(ps_sum(frame + p->l4, length, sum)) == 0xffff;
+}
+
+/* Window scale that a SYN offers; PS_NO_SCALE: none. */
+static inline uint8_t ps_segment_scale(const uint8_t *frame, const struct ps_packet *p)
+{
+	const uint8_t *tcp = frame + p->l4;
+	uint32_t end = (tcp[12] >> 4) * 4u, at = 20;
+
+	while (at + 1 < end && tcp[at]) {
+		if (tcp[at] == 1) {
+			at++;
+			continue;
+		}
+		if (tcp[at + 1] < 2 || at + tcp[at + 1] > end)
+			break;
+		if (tcp[at] == 3 && tcp[at + 1] == 3)
+			return tcp[at + 2] < PS_MAX_SCALE ? tcp[at + 2] : PS_MAX_SCALE;
+		at += tcp[at + 1];
+	}
+	return PS_NO_SCALE;
+}
+
+static inline uint8_t ps_scale(const struct ps_entry *f, int side)
+{
+	uint8_t client = f->scales & 15, backend = f->scales >> 4;
+
+	if (client == PS_NO_SCALE || backend == PS_NO_SCALE)
+		return 0;
+	return side == PS_CLIENT ? client : backend;
+}
+
+/* Largest window that this side has offered, in bytes. */
+static inline uint32_t ps_window(const struct ps_entry *f, int side)
+{
+	return (uint32_t)f->window[side] << ps_scale(f, side);
+}
+
+/*
+ * Could the segment be one of this side's? Its end is not older than a window of the other side, it begins within
+ * what the other side has offered, and it acknowledges what the other side has sent.
+ */
+static inline bool ps_in_window(const struct ps_entry *f, const struct ps_segment *g, int side)
+{
+	int other = !side;
+	uint32_t window = ps_window(f, other), late = ps_window(f, side);
+
+	if (late < PS_LATE_ACK)
+		late = PS_LATE_ACK;
+	return g->flags & TCP_ACK && ps_seq(g->seq, f->acked[other] + window + 1) <= 0 &&
+	       ps_seq(g->next, f->end[side] - window - 1) >= 0 && ps_seq(g->ack, f->end[other]) <= 0 &&
+	       ps_seq(g->ack, f->end[other] - late) >= 0;
+}
+
+/* A SYN begins a connection, or a new one with the addresses of one that has ended. */
+static inline void ps_track_open(struct ps_entry *f, const struct ps_segment *g, uint8_t scale)
+{
+	f->end[PS_CLIENT] = f->end[PS_BACKEND] = g->seq + 1;
+	f->acked[PS_CLIENT] = f->acked[PS_BACKEND] = 0;
+	f->window[PS_CLIENT] = g->window;
+	f->window[PS_BACKEND] = 0;
+	f->scales = (uint8_t)(PS_NO_SCALE << 4 | scale);
+	f->flags &= (uint16_t) ~(PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND | PS_FLOW_BACKEND_FIRST | PS_FLOW_RESET |
+				 PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY);
+}
+
+/* In SYN: does the number answer the first SYN, or the latest? Nobody off the path can know either. */
+static inline bool ps_answers_syn(const struct ps_entry *f, uint32_t number)
+{
+	return number - f->end[PS_CLIENT] <= PS_FAST_OPEN || number - f->end[PS_BACKEND] <= PS_FAST_OPEN;
+}
+
+/* Windows of SYNs are not scaled; from here on they are kept as later segments say them. */
+static inline uint16_t ps_scaled_down(uint16_t window, uint8_t scale)
+{
+	return (uint16_t)((window + (1u << scale) - 1) >> scale);
+}
+
+/* SYN: the backend's SYN with the right acknowledgement. */
+static inline void ps_track_answer(struct ps_entry *f, const struct ps_segment *g, uint8_t scale)
+{
+	uint8_t client = f->scales & 15;
+
+	if (f->state == PS_FLOW_SYN && g->ack - f->end[PS_CLIENT] > PS_FAST_OPEN)
+		client = PS_MAX_SCALE; /* it answers a later SYN, whose options nobody has kept */
+	f->scales = (uint8_t)(scale << 4 | client);
+	f->end[PS_CLIENT] = f->acked[PS_BACKEND] = g->ack;
+	f->end[PS_BACKEND] = g->next;
+	f->acked[PS_CLIENT] = g->seq; /* not acknowledged yet: what an acknowledgement must be beyond */
+	f->window[PS_BACKEND] = g->window;
+	if (f->state == PS_FLOW_SYN && ps_scale(f, PS_CLIENT))
+		f->window[PS_CLIENT] = ps_scaled_down(f->window[PS_CLIENT], ps_scale(f, PS_CLIENT));
+	if (ps_scale(f, PS_BACKEND))
+		f->window[PS_BACKEND] = ps_scaled_down(g->window, ps_scale(f, PS_BACKEND));
+}
+
+/* What a segment in the window shows of its sender. A byte behind a FIN shows that it was none. */
+static inline void ps_track_move(struct ps_entry *f, const struct ps_segment *g, int side)
+{
+	if (ps_seq(g->next, f->end[side]) > 0) {
+		f->end[side] = g->next;
+		if (f->flags & (side == PS_CLIENT ? PS_FLOW_FIN_CLIENT : PS_FLOW_FIN_BACKEND))
+			f->flags &= (uint16_t) ~(side == PS_CLIENT ? PS_FLOW_FIN_CLIENT
+								   : PS_FLOW_FIN_BACKEND | PS_FLOW_BACKEND_FIRST);
+	}
+	if (ps_seq(g->ack, f->acked[side]) > 0)
+		f->acked[side] = g->ack;
+	if (g->window > f->window[side])
+		f->window[side] = g->window;
+}
+
+/* CLOSING, CLOSED or TIME_WAIT, by the FINs and what has been acknowledged of them. `state`: if there is none. */
+static inline uint8_t ps_track_fins(const struct ps_entry *f, uint8_t state)
+{
+	bool client = f->flags & PS_FLOW_FIN_CLIENT, backend = f->flags & PS_FLOW_FIN_BACKEND;
+
+	if (client && backend && f->acked[PS_CLIENT] == f->end[PS_BACKEND] && f->acked[PS_BACKEND] == f->end[PS_CLIENT])
+		return f->flags & PS_FLOW_BACKEND_FIRST ? PS_FLOW_TIME_WAIT : PS_FLOW_CLOSED;
+	if ((client && f->acked[PS_BACKEND] == f->end[PS_CLIENT]) ||
+	    (backend && f->acked[PS_CLIENT] == f->end[PS_BACKEND]))
+		return PS_FLOW_CLOSING;
+	return state;
+}
+
+/*
+ * A segment of `side` in ESTABLISHED or CLOSING that is more than data and acknowledgements, or one after a reset.
+ * -> the state that it leads to. *moved: it lay in the window.
+ */
+static inline uint8_t ps_track_control(struct ps_entry *f, const struct ps_segment *g, int side, const uint8_t *frame,
+				       const struct ps_packet *p, bool *moved)
+{
+	uint16_t fin = side == PS_CLIENT ? PS_FLOW_FIN_CLIENT : PS_FLOW_FIN_BACKEND;
+	bool by_it = !(f->flags & PS_FLOW_RESET_BACKEND) == (side == PS_CLIENT);
+	uint8_t state = f->state;
+
+	*moved = false;
+	if (g->flags & TCP_RST) {
+		/* The next number, or the one that its elicitor acknowledged, which is how a host without the
+		 * connection makes one (RFC 9293, 3.10.7.1). The receiver takes no other (RFC 5961, 3.2). */
+		if ((g->seq != f->end[side] && g->seq != f->acked[!side]) || !ps_segment_intact(frame, p))
+			return state;
+		*moved = true;
+		f->flags &= (uint16_t) ~(PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY);
+		f->flags |= PS_FLOW_RESET;
+		if (side == PS_BACKEND)
+			f->flags |= PS_FLOW_RESET_BACKEND;
+		if (g->seq != f->end[side])
+			f->flags |= PS_FLOW_RESET_EARLY;
+		return PS_FLOW_CLOSED;
+	}
+	if (g->flags & TCP_SYN || !ps_in_window(f, g, side))
+		return state;
+	*moved = true;
+	if (f->flags & PS_FLOW_RESET && ps_segment_intact(frame, p)) {
+		bool more = ps_seq(g->ack, f->acked[side]) > 0;
+
+		/*
+		 * Somebody goes on after a reset. Its sender: then it was none of its. Its receiver, with the
+		 * acknowledgement of a byte behind it: then it has not taken it. Else it may just not have had
+		 * it when it sent this, and the flow is kept until one of them says more.
+		 */
+		if (by_it || (f->flags & PS_FLOW_RESET_EARLY && more)) {
+			f->flags &= (uint16_t) ~(PS_FLOW_RESET | PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY);
+			state = PS_FLOW_ESTABLISHED;
+		} else {
+			state = PS_FLOW_CLOSING;
+		}
+	}
+	if (g->flags & TCP_FIN && ps_seq(g->next, f->end[side]) >= 0 && ps_segment_intact(frame, p)) {
+		bool exact = (ps_seq(g->seq, f->end[side]) <= 0 && ps_seq(g->next, f->end[side]) > 0) ||
+			     (f->flags & fin && g->next == f->end[side]);
+
+		if (side == PS_BACKEND && !(f->flags & PS_FLOW_FIN_BACKEND) &&
+		    !(f->flags & PS_FLOW_FIN_CLIENT && g->ack == f->end[PS_CLIENT]))
+			f->flags |= PS_FLOW_BACKEND_FIRST;
+		ps_track_move(f, g, side);
+		f->flags |= fin;
+		if (exact && state == PS_FLOW_ESTABLISHED)
+			state = PS_FLOW_CLOSING;
+	} else {
+		ps_track_move(f, g, side);
+	}
+	if (f->flags & PS_FLOW_RESET)
+		return state;
+	state = ps_track_fins(f, state);
+	/* A FIN that turned out to be none */
+	if (state == PS_FLOW_CLOSING && !(f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND)))
+		state = PS_FLOW_ESTABLISHED;
+	return state;
+}
+
+/*
+ * A segment of `side` while the connection opens. -> the state that it leads to. *moved: it was one of the two ends'.
+ */
+static inline uint8_t ps_track_opening(struct ps_entry *f, const struct ps_segment *g, int side, const uint8_t *frame,
+				       const struct ps_packet *p, bool *moved)
+{
+	uint8_t kind = g->flags & (TCP_SYN | TCP_RST | TCP_ACK);
+
+	*moved = false;
+	if (f->state == PS_FLOW_SYN) {
+		if (side == PS_CLIENT) {
+			if (kind == TCP_SYN && ps_segment_intact(frame, p)) {
+				*moved = true;
+				f->end[PS_BACKEND] = g->seq + 1; /* the latest; the first is kept as well */
+			} else if (kind & TCP_RST && ps_answers_syn(f, g->seq) && ps_segment_intact(frame, p)) {
+				*moved = true;
+				return PS_FLOW_CLOSED;
+			}
+			return f->state;
+		}
+		if (!(kind & TCP_ACK) || !ps_answers_syn(f, g->ack) || !ps_segment_intact(frame, p))
+			return f->state;
+		*moved = true;
+		if (kind & TCP_RST)
+			return PS_FLOW_CLOSED;
+		if (!(kind & TCP_SYN))
+			return f->state;
+		ps_track_answer(f, g, ps_segment_scale(frame, p));
+		return PS_FLOW_SYN_ACK;
+	}
+	/* SYN_ACK */
+	if (kind & TCP_RST) {
+		if ((g->seq != f->end[side] &&
+		     g->seq != (side == PS_CLIENT ? f->acked[PS_BACKEND] : f->acked[PS_CLIENT] + 1)) ||
+		    !ps_segment_intact(frame, p))
+			return f->state;
+		*moved = true;
+		return PS_FLOW_CLOSED;
+	}
+	if (side == PS_BACKEND) {
+		if (kind == (TCP_SYN | TCP_ACK)) {
+			if (g->ack == f->acked[PS_BACKEND] && ps_segment_intact(frame, p)) {
+				*moved = true;
+				if (g->seq != f->acked[PS_CLIENT])
+					ps_track_answer(f, g, ps_segment_scale(frame, p));
+			}
+		} else if (kind == TCP_ACK && ps_seq(g->next, f->end[PS_BACKEND]) > 0 &&
+			   ps_seq(g->next, f->acked[PS_CLIENT] + ps_window(f, PS_CLIENT) + 1) <= 0 &&
+			   ps_seq(g->ack, f->acked[PS_BACKEND]) >= 0 && ps_seq(g->ack, f->end[PS_CLIENT]) <= 0) {
+			*moved = true; /* it need not wait for the client's acknowledgement (RFC 7413) */
+			f->end[PS_BACKEND] = g->next;
+		}
+		return f->state;
+	}
+	if (kind != TCP_ACK || g->ack - f->acked[PS_CLIENT] - 1 >= f->end[PS_BACKEND] - f->acked[PS_CLIENT] ||
+	    ps_seq(g->seq, f->acked[PS_BACKEND] - 1) < 0 ||
+	    ps_seq(g->seq, f->acked[PS_BACKEND] + ps_window(f, PS_BACKEND) + 1) > 0 || !ps_segment_intact(frame, p))
+		return f->state;
+	*moved = true;
+	return PS_FLOW_ESTABLISHED;
+}
+
+#endif
