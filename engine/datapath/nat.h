@@ -341,6 +341,12 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 	struct ps_segment g;
 	bool moved = false;
 
+#ifdef PS_WITHOUT_TRACKING /* bench/tracking.c: what the rest costs an established flow */
+	if (state == PS_FLOW_ESTABLISHED && !(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST))) {
+		ps_seen(h, f);
+		return true;
+	}
+#endif
 	ps_segment_read(&g, frame, p);
 	if (state == PS_FLOW_SYN || state == PS_FLOW_SYN_ACK) {
 		state = ps_track_opening(f, &g, side, frame, p, &moved);

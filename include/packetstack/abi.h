@@ -469,6 +469,12 @@ struct ps_flow_list {
 	uint16_t count;
 };
 
+/* What the listeners of a class have of a shard. */
+struct ps_share {
+	uint16_t held;	    /* entries of flows that have not ended */
+	uint16_t half_open; /* of these, those that are half open */
+};
+
 struct ps_shard {
 	uint64_t owner;		     /* epoch 32 | slot 10 | queue 6 | ps_owner_state 16; as in the word */
 	uint32_t dirty;		     /* index, lists and counts below are being changed: rebuild if a writer died */
@@ -481,8 +487,7 @@ struct ps_shard {
 	uint16_t spare0[3];
 	uint64_t packets; /* handled, for load per bucket */
 	uint64_t spare[8];
-	/* By class of the listener (number % PS_CLASSES): entries in use, and those of them that are half open. */
-	uint16_t held[64], half_open[64];
+	struct ps_share share[64]; /* by class of the listener: number % PS_CLASSES */
 	/* uint16_t forward[index_slots]; uint16_t reply[index_slots]; ps_flow flows[entries] */
 };
 

@@ -218,7 +218,7 @@ static inline void ps_list_add(const struct ps_arena *a, struct ps_shard *s, str
 	f->flags |= PS_FLOW_LISTED;
 	list->count++;
 	if (ps_state_half_open(f->state))
-		s->half_open[ps_class(f)]++;
+		s->share[ps_class(f)].half_open++;
 }
 
 static inline void ps_list_remove(const struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
@@ -242,7 +242,7 @@ static inline void ps_list_remove(const struct ps_arena *a, struct ps_shard *s, 
 	f->flags &= (uint16_t)~PS_FLOW_LISTED;
 	list->count--;
 	if (ps_state_half_open(f->state))
-		s->half_open[ps_class(f)]--;
+		s->share[ps_class(f)].half_open--;
 }
 
 /* ---- changes --------------------------------------------------------------------------------------- */
@@ -281,7 +281,7 @@ static inline void ps_count_add(struct ps_arena *a, struct ps_shard *s, struct p
 {
 	if (f->flags & PS_FLOW_COUNTED)
 		return;
-	s->held[ps_class(f)]++;
+	s->share[ps_class(f)].held++;
 	__atomic_fetch_add(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
 	__atomic_fetch_add(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
 	f->flags |= PS_FLOW_COUNTED;
@@ -293,7 +293,7 @@ static inline void ps_count_subtract(struct ps_arena *a, struct ps_shard *s, str
 		return;
 	f->flags &= (uint16_t)~PS_FLOW_COUNTED;
 	PS_BARRIER();
-	s->held[ps_class(f)]--;
+	s->share[ps_class(f)].held--;
 	__atomic_fetch_sub(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
 	__atomic_fetch_sub(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
 }
@@ -454,7 +454,7 @@ static inline struct ps_entry *ps_half_open_victim(const struct ps_arena *a, str
 	uint32_t most = 0, at = s->list[PS_LIST_HALF_OPEN].head;
 
 	for (uint32_t c = 1; c < PS_CLASSES; c++)
-		if (s->half_open[c] > s->half_open[most])
+		if (s->share[c].half_open > s->share[most].half_open)
 			most = c;
 	for (int i = 0; at && i < 64; i++, at = ps_link(s, flows[at - 1].next))
 		if (ps_class(&flows[at - 1]) == most)
@@ -469,7 +469,7 @@ static inline struct ps_entry *ps_half_open_victim(const struct ps_arena *a, str
  */
 static inline bool ps_share_left(const struct ps_arena *a, const struct ps_shard *s, uint32_t class, uint64_t classes)
 {
-	uint32_t firm = s->live, part, kept = 0, mine = s->held[class] - s->half_open[class];
+	uint32_t firm = s->live, part, kept = 0, mine = s->share[class].held - s->share[class].half_open;
 
 	for (int i = 0; i < PS_LISTS; i++)
 		firm -= s->list[i].count;
@@ -479,7 +479,7 @@ static inline bool ps_share_left(const struct ps_arena *a, const struct ps_shard
 	if (mine < part)
 		return true;
 	for (uint32_t c = 0; c < PS_CLASSES; c++) {
-		uint32_t has = s->held[c] - s->half_open[c];
+		uint32_t has = s->share[c].held - s->share[c].half_open;
 
 		if (classes >> c & 1 && has < part)
 			kept += part - has;
@@ -614,8 +614,7 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 	memset(ps_shard_forward(s), 0, 4ul * a->index_slots);
 	s->live = s->high = s->free = 0;
 	memset(s->list, 0, sizeof(s->list));
-	memset(s->held, 0, sizeof(s->held));
-	memset(s->half_open, 0, sizeof(s->half_open));
+	memset(s->share, 0, sizeof(s->share));
 	s->next_expiry = 0;
 	PS_POINT(REBUILD_EMPTIED);
 	for (uint32_t i = 0; i < a->entries; i++) {
@@ -635,7 +634,7 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 
 		f->flags &= (uint16_t)~PS_FLOW_LISTED;
 		f->prev = f->next = 0;
-		s->held[ps_class(f)] += !!(f->flags & PS_FLOW_COUNTED); /* as when it was counted */
+		s->share[ps_class(f)].held += !!(f->flags & PS_FLOW_COUNTED); /* as when it was counted */
 		if (!ps_flow_sane(f) || ps_find_twin(a, s, f, false) || ps_find_twin(a, s, f, true)) {
 			dropped += f->state != PS_FLOW_FREE;
 			ps_proven_subtract(a, f);
@@ -679,10 +678,10 @@ static inline const char *ps_shard_sane(const struct ps_arena *a, struct ps_shar
 	for (int i = 0; i < PS_LISTS; i++)
 		listed += s->list[i].count;
 	for (int c = 0; c < PS_CLASSES; c++) {
-		if (s->half_open[c] > s->held[c])
+		if (s->share[c].half_open > s->share[c].held)
 			return "its counts are impossible";
-		held += s->held[c];
-		half += s->half_open[c];
+		held += s->share[c].held;
+		half += s->share[c].half_open;
 	}
 	if (s->high > a->entries || s->live > s->high || listed > s->live || half != s->list[0].count ||
 	    held + s->list[1].count + s->list[2].count != s->live)
@@ -735,7 +734,7 @@ static inline const char *ps_shard_check(const struct ps_arena *a, struct ps_sha
 	if (live != s->live)
 		return "its counts are not those of its flows";
 	for (int c = 0; c < PS_CLASSES; c++)
-		if (held[c] != s->held[c] || half[c] != s->half_open[c])
+		if (held[c] != s->share[c].held || half[c] != s->share[c].half_open)
 			return "its counts are not those of its flows";
 	for (uint32_t i = 0; i < s->high; i++)
 		if (flows[i].state != PS_FLOW_FREE && (ps_find_twin(a, s, &flows[i], false) != &flows[i] ||
