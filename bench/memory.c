@@ -108,11 +108,12 @@ int main(int argc, char **argv)
 	ps_configure(&h, c);
 	begun = seconds();
 	while (made < FLOWS) {
+		struct ps_opening syn = { 0 };
 		enum ps_counter why;
 		struct ps_entry *f;
 
 		draw(c, &k, &bucket);
-		f = ps_flow_open(&h, ps_shard_at(h.arena, bucket), bucket, &k, c->listener, &why);
+		f = ps_flow_open(&h, ps_shard_at(h.arena, bucket), bucket, &k, c->listener, &syn, &why);
 		if (!f) {
 			refused++;
 			made++;

@@ -158,7 +158,7 @@ static inline enum ps_counter ps_limit_reached(const struct ps_handler *h, const
  * one that a flow has which has ended or is half open, of the first pair of address and backend. -> whether there is
  */
 static inline bool ps_place(struct ps_handler *h, struct ps_shard *s, uint32_t bucket, const struct ps_listener *l,
-			    const struct ps_key *k, struct ps_entry *value)
+			    const struct ps_key *k, const struct ps_opening *syn, struct ps_entry *value)
 {
 	enum { PAIRS = 32 }; /* that are tried: a flood must not make each opener dear */
 	const struct ps_config *c = h->config;
@@ -178,8 +178,7 @@ static inline bool ps_place(struct ps_handler *h, struct ps_shard *s, uint32_t b
 				continue;
 			tried++;
 			value->snat = n->id;
-			value->snat_port =
-				ps_port_find(h->arena, s, bucket, n->id, b->address, b->port, k->udp, &victim);
+			value->snat_port = ps_port_find(h->arena, s, bucket, n->id, b->address, b->port, syn, &victim);
 			if (value->snat_port)
 				return true;
 			if (none && victim)
@@ -200,10 +199,13 @@ static inline bool ps_place(struct ps_handler *h, struct ps_shard *s, uint32_t b
 	return true;
 }
 
-/* Makes the flow of an opener: backend, SNAT address and port. NULL with the reason in *refused, not yet counted. */
+/*
+ * Makes the flow of an opener: backend, SNAT address and port. NULL with the reason in *refused, not yet counted.
+ * `syn`: NULL for UDP.
+ */
 static inline struct ps_entry *ps_flow_open(struct ps_handler *h, struct ps_shard *s, uint32_t bucket,
 					    const struct ps_key *k, const struct ps_listener *l,
-					    enum ps_counter *refused)
+					    const struct ps_opening *syn, enum ps_counter *refused)
 {
 	struct ps_entry value = { .hash = k->hash, .client_port = k->sport };
 	uint32_t recycled = 0;
@@ -225,7 +227,7 @@ static inline struct ps_entry *ps_flow_open(struct ps_handler *h, struct ps_shar
 	value.listener = l->number;
 	value.flags = (k->udp ? PS_FLOW_UDP : 0) | (ps_is_v6(k->destination) ? PS_FLOW_V6 : 0);
 	value.state = k->udp ? PS_FLOW_UNANSWERED : PS_FLOW_SYN;
-	if (!ps_place(h, s, bucket, l, k, &value)) {
+	if (!ps_place(h, s, bucket, l, k, syn, &value)) {
 		*refused = PS_C_DROP_NO_PORT;
 		return NULL;
 	}
@@ -338,7 +340,7 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 	int side = reply ? PS_BACKEND : PS_CLIENT;
 	uint8_t state = f->state;
 	enum ps_counter refused;
-	struct ps_segment g;
+	struct ps_segment g = { 0 };
 	bool moved = false;
 
 #ifdef PS_WITHOUT_TRACKING /* bench/tracking.c: what the rest costs an established flow */
@@ -352,7 +354,7 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 		state = ps_track_opening(f, &g, side, frame, p, &moved);
 		if (state == PS_FLOW_ESTABLISHED) {
 			refused = ps_prove(h, f, k);
-			if (refused != PS_COUNTERS) {
+			if (refused != PS_COUNTERS) { /* it stays half open, and goes first */
 				h->counters[refused]++;
 				return false;
 			}
@@ -374,6 +376,11 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 		ps_seen(h, f);
 	else if (g.flags & (TCP_SYN | TCP_FIN | TCP_RST) || f->state == PS_FLOW_SYN_ACK)
 		h->counters[PS_C_UNPROVEN]++;
+	if (state == PS_FLOW_TIME_WAIT && f->state != state) {
+		struct ps_options o = ps_segment_options(frame, p);
+
+		ps_track_wait(f, side, &o);
+	}
 	ps_flow_set_state(h->arena, s, f, state, h->config->timeout, h->now);
 	return true;
 }
@@ -619,8 +626,10 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 {
 	struct ps_shard *s = ps_shard_at(h->arena, stamp->bucket);
 	bool reply = stamp->flags & PS_STAMP_REPLY, opener, fresh = false;
-	struct ps_entry *f;
+	struct ps_options o = { .scale = PS_NO_SCALE };
 	struct ps_packet p = { 0 };
+	struct ps_segment g = { 0 };
+	struct ps_entry *f;
 	struct ps_key k;
 	uint32_t touched;
 
@@ -683,19 +692,27 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		} else if (again && ps_state_ended(f->state) && ps_segment_intact(frame, &p)) {
 			/* The client's port is used again. Same backend and SNAT port. */
 			fresh = true;
+			ps_segment_read(&g, frame, &p);
+			o = ps_segment_options(frame, &p);
 			ps_flow_set_state(h->arena, s, f, PS_FLOW_SYN, h->config->timeout, h->now);
 		}
 	}
 	if (!f) {
 		const struct ps_listener *l;
 		enum ps_counter refused;
+		struct ps_opening syn;
 
 		if (!opener)
 			return ps_turn_away(h, frame, &p, h->config->unknown_flow_reset && !reply, PS_C_DROP_NO_FLOW);
 		if (!k.udp && !ps_segment_intact(frame, &p))
 			return ps_refuse(h, PS_C_DROP_BAD_CHECKSUM);
 		l = ps_listener_find(h->config, k.destination, k.dport, k.udp ? 17 : 6);
-		f = ps_flow_open(h, s, stamp->bucket, &k, l, &refused);
+		if (!k.udp) {
+			ps_segment_read(&g, frame, &p);
+			o = ps_segment_options(frame, &p);
+			syn = (struct ps_opening){ .seq = g.seq, .stamp = o.stamp, .stamped = o.stamped };
+		}
+		f = ps_flow_open(h, s, stamp->bucket, &k, l, k.udp ? NULL : &syn, &refused);
 		if (!f)
 			return ps_turn_away(h, frame, &p,
 					    refused == PS_C_DROP_NO_BACKEND && l->flags & PS_LISTENER_REFUSE, refused);
@@ -704,10 +721,7 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	if (k.udp) {
 		ps_track_udp(h, s, f, &k, reply);
 	} else if (fresh) {
-		struct ps_segment g;
-
-		ps_segment_read(&g, frame, &p);
-		ps_track_open(f, &g, ps_segment_scale(frame, &p));
+		ps_track_open(f, &g, o.scale);
 		ps_seen(h, f);
 	} else if (p.kind == PS_PKT_FLOW && !ps_track_tcp(h, s, f, frame, &p, &k, reply)) {
 		return PS_DROP;

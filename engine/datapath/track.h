@@ -72,11 +72,18 @@ static inline bool ps_segment_intact(const uint8_t *frame, const struct ps_packe
 	return ps_fold(ps_sum(frame + p->l4, length, sum)) == 0xffff;
 }
 
-/* Window scale that a SYN offers; PS_NO_SCALE: none. */
-static inline uint8_t ps_segment_scale(const uint8_t *frame, const struct ps_packet *p)
+/* Options that matter here (RFC 7323). */
+struct ps_options {
+	uint8_t scale; /* PS_NO_SCALE: none offered */
+	bool stamped;
+	uint32_t stamp, echo; /* TSval, TSecr */
+};
+
+static inline struct ps_options ps_segment_options(const uint8_t *frame, const struct ps_packet *p)
 {
+	struct ps_options o = { .scale = PS_NO_SCALE };
 	const uint8_t *tcp = frame + p->l4;
-	uint32_t end = (tcp[12] >> 4) * 4u, at = 20;
+	uint32_t end = (tcp[12] >> 4) * 4u, at = 20, words[2];
 
 	while (at + 1 < end && tcp[at]) {
 		if (tcp[at] == 1) {
@@ -85,11 +92,17 @@ static inline uint8_t ps_segment_scale(const uint8_t *frame, const struct ps_pac
 		}
 		if (tcp[at + 1] < 2 || at + tcp[at + 1] > end)
 			break;
-		if (tcp[at] == 3 && tcp[at + 1] == 3)
-			return tcp[at + 2] < PS_MAX_SCALE ? tcp[at + 2] : PS_MAX_SCALE;
+		if (tcp[at] == 3 && tcp[at + 1] == 3) {
+			o.scale = tcp[at + 2] < PS_MAX_SCALE ? tcp[at + 2] : PS_MAX_SCALE;
+		} else if (tcp[at] == 8 && tcp[at + 1] == 10) {
+			memcpy(words, tcp + at + 2, 8);
+			o.stamped = true;
+			o.stamp = ntohl(words[0]);
+			o.echo = ntohl(words[1]);
+		}
 		at += tcp[at + 1];
 	}
-	return PS_NO_SCALE;
+	return o;
 }
 
 static inline uint8_t ps_scale(const struct ps_entry *f, int side)
@@ -132,7 +145,7 @@ static inline void ps_track_open(struct ps_entry *f, const struct ps_segment *g,
 	f->window[PS_BACKEND] = 0;
 	f->scales = (uint8_t)(PS_NO_SCALE << 4 | scale);
 	f->flags &= (uint16_t) ~(PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND | PS_FLOW_BACKEND_FIRST | PS_FLOW_RESET |
-				 PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY);
+				 PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY | PS_FLOW_STAMPED);
 }
 
 /* In SYN: does the number answer the first SYN, or the latest? Nobody off the path can know either. */
@@ -260,6 +273,18 @@ static inline uint8_t ps_track_control(struct ps_entry *f, const struct ps_segme
 	return state;
 }
 
+/* What a SYN must be beyond to begin a connection with addresses and ports that the backend still keeps. */
+static inline void ps_track_wait(struct ps_entry *f, int side, const struct ps_options *o)
+{
+	uint32_t stamp = side == PS_CLIENT ? o->stamp : o->echo;
+
+	if (!o->stamped)
+		return;
+	f->flags |= PS_FLOW_STAMPED;
+	f->window[0] = (uint16_t)(stamp >> 16);
+	f->window[1] = (uint16_t)stamp;
+}
+
 /*
  * A segment of `side` while the connection opens. -> the state that it leads to. *moved: it was one of the two ends'.
  */
@@ -287,7 +312,7 @@ static inline uint8_t ps_track_opening(struct ps_entry *f, const struct ps_segme
 			return PS_FLOW_CLOSED;
 		if (!(kind & TCP_SYN))
 			return f->state;
-		ps_track_answer(f, g, ps_segment_scale(frame, p));
+		ps_track_answer(f, g, ps_segment_options(frame, p).scale);
 		return PS_FLOW_SYN_ACK;
 	}
 	/* SYN_ACK */
@@ -304,7 +329,7 @@ static inline uint8_t ps_track_opening(struct ps_entry *f, const struct ps_segme
 			if (g->ack == f->acked[PS_BACKEND] && ps_segment_intact(frame, p)) {
 				*moved = true;
 				if (g->seq != f->acked[PS_CLIENT])
-					ps_track_answer(f, g, ps_segment_scale(frame, p));
+					ps_track_answer(f, g, ps_segment_options(frame, p).scale);
 			}
 		} else if (kind == TCP_ACK && ps_seq(g->next, f->end[PS_BACKEND]) > 0 &&
 			   ps_seq(g->next, f->acked[PS_CLIENT] + ps_window(f, PS_CLIENT) + 1) <= 0 &&

@@ -424,8 +424,9 @@ enum ps_flow_flags {
 	PS_FLOW_RESET = 256,	     /* TCP: a reset ended it, so it seemed */
 	PS_FLOW_RESET_BACKEND = 512, /* the backend's, else the client's */
 	PS_FLOW_RESET_EARLY = 1024,  /* its number was the last acknowledged one, with more on the way */
-	PS_FLOW_PROVEN = 4096,	     /* in `proven` of its listener */
-	PS_FLOW_UNSENT = 2048,	     /* changed since it was last sent to a replica; not used yet */
+	PS_FLOW_STAMPED = 8192, /* TIME_WAIT: window[] holds the last timestamp that the backend has of the client */
+	PS_FLOW_PROVEN = 4096,	/* in `proven` of its listener */
+	PS_FLOW_UNSENT = 2048,	/* changed since it was last sent to a replica; not used yet */
 };
 
 /* Sides of a flow, index of the arrays below. */

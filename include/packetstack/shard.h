@@ -761,17 +761,48 @@ static inline const char *ps_shard_check(const struct ps_arena *a, struct ps_sha
 static inline uint32_t ps_port_first(uint32_t buckets) { return buckets >= 1024 ? 1 : 1024 / buckets; }
 static inline uint32_t ps_ports_per_bucket(uint32_t buckets) { return 65536 / buckets - ps_port_first(buckets); }
 
+/* A SYN that looks for a port. */
+struct ps_opening {
+	uint32_t seq;
+	uint32_t stamp; /* its timestamp */
+	bool stamped;
+};
+
+/*
+ * Will a backend that keeps this flow in TIME-WAIT take the SYN for a new connection (RFC 6191)? Then its timestamp, or
+ * without timestamps its number, is beyond all that the old connection's client has sent.
+ */
+static inline bool ps_may_follow(const struct ps_entry *f, const struct ps_opening *syn)
+{
+	uint32_t last = (uint32_t)f->window[0] << 16 | f->window[1];
+
+	if (f->flags & PS_FLOW_STAMPED && syn->stamped)
+		return (int32_t)(syn->stamp - last) > 0;
+	return (int32_t)(syn->seq - f->end[PS_CLIENT]) > 0;
+}
+
+/* Whose port may be taken, best first. 0: it may not. */
+static inline int ps_port_rank(const struct ps_entry *f, const struct ps_opening *syn)
+{
+	if (f->state == PS_FLOW_CLOSED)
+		return 3;
+	if (ps_state_half_open(f->state))
+		return 2;
+	return f->state == PS_FLOW_TIME_WAIT && syn && ps_may_follow(f, syn);
+}
+
 /*
  * A port that is free for (SNAT address, backend), taking up the search where the last one ended, so that a port
  * given back is used again last. -> port in wire order, 0 = none. Then *oldest, unless it is set already, is the flow
- * whose port may be taken: of those that have ended, else of those that are half open, the one that was seen longest
- * ago. Not one whose port the backend still keeps (TIME_WAIT).
+ * whose port may be taken: one that has ended, else one that is half open, else one whose port the backend still keeps
+ * but will give to this SYN. Of several the one that was seen longest ago. `syn`: NULL for UDP.
  */
 static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s, uint32_t bucket, uint16_t snat,
-				    const uint8_t *backend, uint16_t backend_port, bool udp, struct ps_entry **oldest)
+				    const uint8_t *backend, uint16_t backend_port, const struct ps_opening *syn,
+				    struct ps_entry **oldest)
 {
 	uint32_t n = ps_ports_per_bucket(a->buckets), first = ps_port_first(a->buckets);
-	struct ps_key k = { .sport = backend_port, .udp = udp };
+	struct ps_key k = { .sport = backend_port, .udp = !syn };
 	struct ps_entry *best = NULL;
 
 	memcpy(k.source, backend, 16);
@@ -780,6 +811,7 @@ static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s
 		uint32_t at = (s->port_cursor + i) % n;
 		uint32_t port = (first + at) * a->buckets + bucket;
 		struct ps_entry *f;
+		int better;
 
 		k.dport = __builtin_bswap16((uint16_t)port);
 		f = ps_find_reply(a, s, &k);
@@ -787,11 +819,10 @@ static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s
 			s->port_cursor = (uint16_t)((at + 1) % n);
 			return k.dport;
 		}
-		if (f->state != PS_FLOW_CLOSED && !ps_state_half_open(f->state))
+		if (*oldest || !ps_port_rank(f, syn))
 			continue;
-		if (!best || (f->state == PS_FLOW_CLOSED) > (best->state == PS_FLOW_CLOSED) ||
-		    ((f->state == PS_FLOW_CLOSED) == (best->state == PS_FLOW_CLOSED) &&
-		     (int32_t)(f->last_seen - best->last_seen) < 0))
+		better = best ? ps_port_rank(f, syn) - ps_port_rank(best, syn) : 1;
+		if (better > 0 || (!better && (int32_t)(f->last_seen - best->last_seen) < 0))
 			best = f;
 	}
 	if (!*oldest)
