@@ -340,7 +340,7 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 	int side = reply ? PS_BACKEND : PS_CLIENT;
 	uint8_t state = f->state;
 	enum ps_counter refused;
-	struct ps_segment g = { 0 };
+	struct ps_segment g;
 	bool moved = false;
 
 #ifdef PS_WITHOUT_TRACKING /* bench/tracking.c: what the rest costs an established flow */
@@ -616,6 +616,46 @@ static inline uint8_t ps_turn_away(struct ps_handler *h, uint8_t *frame, const s
 	return ps_refuse(h, reason);
 }
 
+/*
+ * An opener: makes its flow, or begins a new connection in `f`, one that has ended between the same two. -> the flow, or
+ * NULL with the verdict
+ */
+static __attribute__((noinline)) struct ps_entry *ps_begin(struct ps_handler *h, struct ps_shard *s, uint32_t bucket,
+							   uint8_t *frame, const struct ps_packet *p,
+							   const struct ps_key *k, struct ps_entry *f, uint8_t *verdict)
+{
+	struct ps_options o = { .scale = PS_NO_SCALE };
+	struct ps_opening syn = { 0 };
+	struct ps_segment g = { 0 };
+
+	if (!k->udp) {
+		if (!ps_segment_intact(frame, p)) {
+			*verdict = ps_refuse(h, PS_C_DROP_BAD_CHECKSUM);
+			return NULL;
+		}
+		ps_segment_read(&g, frame, p);
+		o = ps_segment_options(frame, p);
+		syn = (struct ps_opening){ .seq = g.seq, .stamp = o.stamp, .stamped = o.stamped };
+	}
+	if (f) {
+		ps_flow_set_state(h->arena, s, f, PS_FLOW_SYN, h->config->timeout, h->now);
+	} else {
+		const struct ps_listener *l = ps_listener_find(h->config, k->destination, k->dport, k->udp ? 17 : 6);
+		enum ps_counter refused;
+
+		f = ps_flow_open(h, s, bucket, k, l, k->udp ? NULL : &syn, &refused);
+		if (!f) {
+			*verdict = ps_turn_away(
+				h, frame, p, refused == PS_C_DROP_NO_BACKEND && l->flags & PS_LISTENER_REFUSE, refused);
+			return NULL;
+		}
+	}
+	if (!k->udp)
+		ps_track_open(f, &g, o.scale);
+	ps_seen(h, f);
+	return f;
+}
+
 /* ---- one packet ------------------------------------------------------------------------------------ */
 
 /*
@@ -625,13 +665,12 @@ static inline uint8_t ps_turn_away(struct ps_handler *h, uint8_t *frame, const s
 static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t length, const struct ps_stamp *stamp)
 {
 	struct ps_shard *s = ps_shard_at(h->arena, stamp->bucket);
-	bool reply = stamp->flags & PS_STAMP_REPLY, opener, fresh = false;
-	struct ps_options o = { .scale = PS_NO_SCALE };
+	bool reply = stamp->flags & PS_STAMP_REPLY, opener, fresh;
 	struct ps_packet p = { 0 };
-	struct ps_segment g = { 0 };
 	struct ps_entry *f;
 	struct ps_key k;
 	uint32_t touched;
+	uint8_t verdict;
 
 	if (ps_parse(frame, frame + length, &p) == PS_PKT_MALFORMED)
 		return ps_refuse(h, PS_C_DROP_MALFORMED);
@@ -678,51 +717,30 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		return f ? ps_translate_icmp(h, f, frame, &p, reply) : ps_refuse(h, PS_C_DROP_NO_FLOW);
 	opener = p.kind == PS_PKT_FLOW && !reply &&
 		 (k.udp || (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN);
+	fresh = opener && !f;
 	if (f && !reply) {
 		enum ps_leaving leaving = ps_flow_leaves(h, f, &k);
 		bool again = opener && !k.udp && (ps_state_ended(f->state) || f->state == PS_FLOW_SYN);
-		const struct ps_listener *l = again ? ps_listener_find(h->config, k.destination, k.dport, 6) : NULL;
 
-		if (leaving || (again && !ps_backend_serves(h->config, f, l))) {
+		if (leaving || (again && !ps_backend_serves(h->config, f,
+							    ps_listener_find(h->config, k.destination, k.dport, 6)))) {
 			ps_flow_remove(h->arena, s, f);
 			h->counters[PS_C_FLOWS_ENDED]++;
 			f = NULL;
 			if (leaving == PS_IS_RESET && !opener)
 				return ps_turn_away(h, frame, &p, true, PS_C_DROP_NO_BACKEND);
-		} else if (again && ps_state_ended(f->state) && ps_segment_intact(frame, &p)) {
-			/* The client's port is used again. Same backend and SNAT port. */
-			fresh = true;
-			ps_segment_read(&g, frame, &p);
-			o = ps_segment_options(frame, &p);
-			ps_flow_set_state(h->arena, s, f, PS_FLOW_SYN, h->config->timeout, h->now);
 		}
+		/* The client's port is used again: same backend and SNAT port, if that backend still serves. */
+		fresh = opener && (!f || (again && ps_state_ended(f->state)));
 	}
-	if (!f) {
-		const struct ps_listener *l;
-		enum ps_counter refused;
-		struct ps_opening syn;
-
-		if (!opener)
-			return ps_turn_away(h, frame, &p, h->config->unknown_flow_reset && !reply, PS_C_DROP_NO_FLOW);
-		if (!k.udp && !ps_segment_intact(frame, &p))
-			return ps_refuse(h, PS_C_DROP_BAD_CHECKSUM);
-		l = ps_listener_find(h->config, k.destination, k.dport, k.udp ? 17 : 6);
-		if (!k.udp) {
-			ps_segment_read(&g, frame, &p);
-			o = ps_segment_options(frame, &p);
-			syn = (struct ps_opening){ .seq = g.seq, .stamp = o.stamp, .stamped = o.stamped };
-		}
-		f = ps_flow_open(h, s, stamp->bucket, &k, l, k.udp ? NULL : &syn, &refused);
+	if (fresh) {
+		f = ps_begin(h, s, stamp->bucket, frame, &p, &k, f, &verdict);
 		if (!f)
-			return ps_turn_away(h, frame, &p,
-					    refused == PS_C_DROP_NO_BACKEND && l->flags & PS_LISTENER_REFUSE, refused);
-		fresh = true;
-	}
-	if (k.udp) {
+			return verdict;
+	} else if (!f) {
+		return ps_turn_away(h, frame, &p, h->config->unknown_flow_reset && !reply, PS_C_DROP_NO_FLOW);
+	} else if (k.udp) {
 		ps_track_udp(h, s, f, &k, reply);
-	} else if (fresh) {
-		ps_track_open(f, &g, o.scale);
-		ps_seen(h, f);
 	} else if (p.kind == PS_PKT_FLOW && !ps_track_tcp(h, s, f, frame, &p, &k, reply)) {
 		return PS_DROP;
 	}
