@@ -486,10 +486,10 @@ struct ps_shard {
 	uint16_t port_cursor;	     /* where the search for a free SNAT port goes on */
 	struct ps_flow_list list[3]; /* by ps_list */
 	uint16_t spare0[3];
-	uint64_t packets; /* handled, for load per bucket */
-	uint64_t spare[8];
+	uint64_t packets;	   /* handled, for load per bucket */
+	uint64_t spare[9];	   /* to a multiple of a cache line: flows are aligned */
 	struct ps_share share[64]; /* by class of the listener: number % PS_CLASSES */
-	/* uint16_t forward[index_slots]; uint16_t reply[index_slots]; ps_flow flows[entries] */
+	/* uint16_t forward[index_slots]; uint16_t reply[index_slots]; ps_entry flows[entries] */
 };
 
 struct ps_fence {

@@ -28,6 +28,10 @@ void ps_point(enum ps_point at);
 #define PS_POINT(name) ((void)0)
 #endif
 
+_Static_assert(sizeof(struct ps_entry) == 64 && sizeof(struct ps_listener_state) == 64 &&
+		       !(sizeof(struct ps_shard) % 64),
+	       "entries begin at a cache line");
+
 /* A flow as its packets name it; wire order */
 struct ps_key {
 	uint8_t source[16], destination[16];

@@ -18,12 +18,12 @@ def test_a_structure_of_another_size_is_refused():
         def ps_size_of(name):
             return abi.lib().ps_size_of(name) + (name == b"ps_shard")
 
-    with pytest.raises(abi.NativeError, match="struct ps_shard: 129 bytes in libpacketstack"):
+    with pytest.raises(abi.NativeError, match="struct ps_shard: 385 bytes in libpacketstack"):
         abi._check(Library)
 
 
 def test_what_fills_cache_lines_does():
-    for name, size in (("ps_flow", 64), ("ps_shard", 128), ("ps_stamp", 16), ("ps_descriptor", 16), ("ps_ring", 128)):
+    for name, size in (("ps_entry", 64), ("ps_shard", 384), ("ps_stamp", 16), ("ps_descriptor", 16), ("ps_ring", 128)):
         assert abi.ffi.sizeof(f"struct {name}") == size
     assert abi.ffi.sizeof("struct ps_core") % 64 == abi.ffi.sizeof("struct ps_queue") % 8 == 0
 
