@@ -469,6 +469,7 @@ struct ps_flow_list {
 	uint16_t count;
 };
 
+/* A multiple of a cache line, so that each entry behind it is one. */
 struct ps_shard {
 	uint64_t owner;		     /* epoch 32 | slot 10 | queue 6 | ps_owner_state 16; as in the word */
 	uint32_t dirty;		     /* index, lists and counts below are being changed: rebuild if a writer died */
@@ -480,7 +481,7 @@ struct ps_shard {
 	struct ps_flow_list list[3]; /* by ps_list */
 	uint16_t spare0[3];
 	uint64_t packets; /* handled, for load per bucket */
-	uint64_t spare[8];
+	uint64_t spare[9];
 	/* By class of the listener (number % PS_CLASSES): entries in use, and those of them that are half open. */
 	uint16_t held[64], half_open[64];
 	/* uint16_t forward[index_slots]; uint16_t reply[index_slots]; ps_flow flows[entries] */

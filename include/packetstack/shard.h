@@ -79,6 +79,7 @@ static inline uint16_t ps_link(const struct ps_shard *s, uint16_t link) { return
 /* Bytes of a shard: header, two indexes, entries; a multiple of a cache line. */
 static inline uint64_t ps_shard_bytes(uint32_t entries, uint32_t index_slots)
 {
+	_Static_assert(sizeof(struct ps_shard) % 64 == 0, "entries lie on cache lines");
 	return sizeof(struct ps_shard) + 4ull * index_slots + 64ull * entries;
 }
 
