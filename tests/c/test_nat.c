@@ -12,6 +12,8 @@ struct conversation {
 	struct ps_stamp stamp;
 	struct build sent;  /* what the backend saw: SNAT address -> backend */
 	bool open, settled; /* settled: later packets may come in fragments */
+	bool closed[2];	    /* TCP: has sent a FIN, and so no data any more */
+	uint32_t next[2];   /* TCP: number behind what each side has sent, by ps_side */
 };
 
 static struct stack t;
@@ -143,6 +145,16 @@ static void one_packet(struct conversation *c, uint8_t tcp_flags, bool reply)
 			stamp.hash = (uint32_t)ntohs(b.sport) << 16 | ntohs(b.dport);
 		}
 	}
+	b.seq = c->next[reply];
+	b.ack = tcp_flags & TCP_ACK ? c->next[!reply] : 0;
+	b.window = 65535;
+	if (tcp_flags & TCP_SYN || c->closed[reply])
+		b.payload = 0;
+	c->closed[reply] |= tcp_flags & TCP_FIN;
+	if (tcp_flags & TCP_SYN && !random_below(2))
+		b.scale = (uint8_t)(1 + random_below(15));
+	if (!b.fragment_offset)
+		c->next[reply] += b.payload + !!(tcp_flags & TCP_SYN) + !!(tcp_flags & TCP_FIN);
 	length = build_frame(frame, &b, &l3);
 	verdict = handle(length, &stamp, before);
 	CHECK(PS_VERDICT(verdict) == PS_TRANSMIT, "verdict %u, protocol %u flags %x reply %d", verdict, b.protocol,
@@ -235,6 +247,51 @@ static void one_error(struct conversation *c, bool about_backend_side)
 		      "embedded checksum");
 }
 
+/* The entry of a conversation, NULL if there is none. */
+static struct ps_entry *entry_of(const struct conversation *c)
+{
+	struct ps_key k = { .sport = c->forward.sport,
+			    .dport = c->forward.dport,
+			    .udp = c->forward.protocol == 17,
+			    .hash = c->stamp.hash };
+
+	memcpy(k.source, c->forward.source, 16);
+	memcpy(k.destination, c->forward.destination, 16);
+	return ps_find_forward(t.arena, ps_shard_at(t.arena, c->stamp.bucket), &k);
+}
+
+/* The three packets that open a connection; a question, its answer and another question. */
+static void open_both(struct conversation *c)
+{
+	c->stamp = stamp_of_flow(&t, c->forward.source, c->forward.sport, c->forward.destination, c->forward.dport,
+				 c->forward.protocol);
+	c->next[PS_CLIENT] = random_below(0xffffffff);
+	c->next[PS_BACKEND] = random_below(0xffffffff);
+	one_packet(c, TCP_SYN, false);
+	one_packet(c, TCP_SYN | TCP_ACK, true);
+	one_packet(c, TCP_ACK, false);
+	CHECK(entry_of(c)->state == (c->forward.protocol == 6 ? PS_FLOW_ESTABLISHED : PS_FLOW_ANSWERED), "state %u",
+	      entry_of(c)->state);
+}
+
+/* Questions and answers until a UDP flow is assured: it may not be recycled any more. */
+static void assure(struct conversation *c)
+{
+	for (int i = 0; i < 5 && c->forward.protocol == 17; i++) {
+		t.handler.now += PS_UDP_ASSURED_TICKS / 4;
+		one_packet(c, TCP_ACK, true);
+		one_packet(c, TCP_ACK, false);
+	}
+	CHECK(c->forward.protocol == 6 || entry_of(c)->state == PS_FLOW_ASSURED, "state %u", entry_of(c)->state);
+}
+
+static void whole(void)
+{
+	for (uint32_t b = 0; b < t.arena->buckets; b++)
+		shard_check(t.arena, ps_shard_at(t.arena, b), t.config->timeout);
+	counts_check(t.arena, 0, t.arena->buckets, 0);
+}
+
 static void conversations(uint64_t seed)
 {
 	static struct conversation all[300];
@@ -256,11 +313,7 @@ static void conversations(uint64_t seed)
 			memset(c, 0, sizeof(*c));
 			continue;
 		}
-		c->stamp = stamp_of_flow(&t, c->forward.source, c->forward.sport, c->forward.destination, htons(80),
-					 c->forward.protocol);
-		one_packet(c, TCP_SYN, false);
-		one_packet(c, TCP_SYN | TCP_ACK, true);
-		one_packet(c, TCP_ACK, false);
+		open_both(c);
 		c->settled = true;
 	}
 	for (uint32_t i = 0; i < 3000; i++) {
@@ -273,24 +326,27 @@ static void conversations(uint64_t seed)
 		else
 			one_error(c, random_below(2));
 	}
-	for (uint32_t b = 0; b < 256; b++)
-		shard_check(t.arena, ps_shard_at(t.arena, b), t.config->timeout);
+	whole();
 	/* Both sides close, in any order; the shards are empty when the timers have run. */
 	for (uint32_t i = 0; i < 300; i++)
 		if (all[i].open && all[i].forward.protocol == 6) {
 			bool first = random_below(2);
 
+			all[i].settled = false; /* nothing of this comes in fragments */
 			one_packet(&all[i], TCP_FIN | TCP_ACK, first);
+			CHECK(entry_of(&all[i])->state == PS_FLOW_CLOSING, "state %u", entry_of(&all[i])->state);
 			one_packet(&all[i], TCP_FIN | TCP_ACK, !first);
 			one_packet(&all[i], TCP_ACK, first);
+			CHECK(entry_of(&all[i])->state == (first ? PS_FLOW_TIME_WAIT : PS_FLOW_CLOSED), "state %u",
+			      entry_of(&all[i])->state);
 		}
-	t.handler.now += 2000;
+	whole();
+	t.handler.now += 3000;
 	for (uint32_t b = 0; b < 256; b++) {
 		ps_shard_sweep(t.arena, ps_shard_at(t.arena, b), t.config->timeout, t.handler.now);
 		CHECK(!ps_shard_at(t.arena, b)->live, "bucket %u has %u flows", b, ps_shard_at(t.arena, b)->live);
 	}
-	for (uint32_t i = 0; i < 6; i++)
-		CHECK(!t.arena->backend[i].live, "backend %u counts %d flows", i, t.arena->backend[i].live);
+	whole();
 	stack_free(&t);
 }
 
@@ -308,18 +364,15 @@ static void leaving(uint64_t seed)
 
 		draw_forward(&c->forward, i % 2, 50);
 		c->forward.sport = htons((uint16_t)(2000 + i));
-		c->stamp = stamp_of_flow(&t, c->forward.source, c->forward.sport, c->forward.destination, htons(80),
-					 c->forward.protocol);
-		one_packet(c, TCP_SYN, false);
-		one_packet(c, TCP_SYN | TCP_ACK, true);
-		one_packet(c, TCP_ACK, false);
+		open_both(c);
 	}
 	/* The third backend of each family goes. */
 	for (uint32_t i = 0; i < t.config->listeners; i++)
 		t.config->listener[i].backends = 2;
 	for (uint32_t i = 0; i < 7; i++)
 		t.config->lookup[i] = (uint16_t)(i % 2);
-	t.handler.since = t.handler.now += 5;
+	t.handler.now += 5;
+	ps_configure(&t.handler, t.config);
 	for (int round = 0; round < 2; round++) {
 		t.handler.now += 5;
 		for (uint32_t i = 0; i < 60; i++) {
@@ -338,11 +391,11 @@ static void leaving(uint64_t seed)
 	/* No backend is left: a flow stays with the one it has. */
 	for (uint32_t i = 0; i < t.config->listeners; i++)
 		t.config->listener[i].backends = 0;
-	t.handler.since = t.handler.now += 5;
+	t.handler.now += 5;
+	ps_configure(&t.handler, t.config);
 	for (uint32_t i = 0; i < 60; i++)
 		one_packet(&all[i], TCP_ACK, false);
-	for (uint32_t b = 0; b < 256; b++)
-		shard_check(t.arena, ps_shard_at(t.arena, b), t.config->timeout);
+	whole();
 	stack_free(&t);
 }
 
@@ -363,9 +416,8 @@ static void flood(void)
 			c->stamp = stamp_of_flow(&t, c->forward.source, c->forward.sport, c->forward.destination,
 						 htons(80), c->forward.protocol);
 		} while (c->stamp.bucket != 9);
-		one_packet(c, TCP_SYN, false);
-		one_packet(c, TCP_SYN | TCP_ACK, true);
-		one_packet(c, TCP_ACK, false);
+		open_both(c);
+		assure(c);
 		c->settled = true;
 	}
 	for (uint32_t i = 0; i < 20000; i++) {
@@ -377,7 +429,8 @@ static void flood(void)
 		stamp = stamp_of_flow(&t, b.source, b.sport, b.destination, htons(80), b.protocol);
 		stamp.bucket = 9; /* all of them in one place */
 		handle(build_frame(frame, &b, &l3), &stamp, before);
-		CHECK(ps_shard_at(t.arena, 9)->half_open <= t.handler.half_limit, "half-open flows are bounded");
+		CHECK(ps_shard_at(t.arena, 9)->list[PS_LIST_HALF_OPEN].count <= t.arena->entries / 2,
+		      "half-open flows are bounded");
 		if (i % 500 == 0)
 			shard_check(t.arena, ps_shard_at(t.arena, 9), t.config->timeout);
 	}
@@ -422,8 +475,7 @@ static void garbage(void)
 	CHECK(t.counters[PS_C_FORWARDED] + sum == n, "%lu forwarded + %lu dropped of %u", t.counters[PS_C_FORWARDED],
 	      sum, n);
 	CHECK(t.counters[PS_C_FORWARDED] > n / 20, "%lu forwarded", t.counters[PS_C_FORWARDED]);
-	for (uint32_t b = 0; b < 256; b++)
-		shard_check(t.arena, ps_shard_at(t.arena, b), t.config->timeout);
+	whole();
 	stack_free(&t);
 }
 

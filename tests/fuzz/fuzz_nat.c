@@ -52,5 +52,6 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 		ps_shard_sweep(t.arena, ps_shard_at(t.arena, b), t.config->timeout, t.handler.now);
 		shard_check(t.arena, ps_shard_at(t.arena, b), t.config->timeout);
 	}
+	counts_check(t.arena, 0, 4, 0);
 	return 0;
 }
