@@ -291,13 +291,24 @@ static inline void ps_seen(const struct ps_handler *h, struct ps_entry *f)
 		f->last_seen = h->now;
 }
 
-/* The flow is about to be proven. -> the reason why it may not, or PS_COUNTERS */
-static inline enum ps_counter ps_prove(struct ps_handler *h, struct ps_entry *f, const struct ps_key *k)
+/*
+ * The flow is about to be proven, or again after a reset that was none, which no limit keeps it from. -> the reason why
+ * it may not, or PS_COUNTERS
+ */
+static inline enum ps_counter ps_prove(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, bool again)
 {
 	const struct ps_listener_state *state = ps_listener_of(h->arena, f);
-	const struct ps_listener *l = ps_listener_find(h->config, state->address, state->port, k->udp ? 17 : 6);
-	enum ps_counter refused = l ? ps_limit_reached(h, l, f->client) : PS_COUNTERS;
+	const struct ps_listener *l =
+		ps_listener_find(h->config, state->address, state->port, f->flags & PS_FLOW_UDP ? 17 : 6);
+	enum ps_counter refused = PS_COUNTERS;
 
+	if (f->flags & PS_FLOW_PROVEN)
+		return PS_COUNTERS;
+	if (l && !again)
+		refused = ps_limit_reached(h, l, f->client);
+	/* From now on it cannot be evicted: what is kept for other listeners is not for it. */
+	if (refused == PS_COUNTERS && !again && !ps_share_left(h->arena, s, ps_class(f), h->classes))
+		refused = PS_C_DROP_SHARD_FULL;
 	if (refused == PS_COUNTERS)
 		ps_proven_add(h->arena, f, l && l->max_flows_per_client);
 	return refused;
@@ -309,8 +320,7 @@ static inline enum ps_counter ps_prove(struct ps_handler *h, struct ps_entry *f,
  * Of the fields for numbers: end[0] is the tick of the first answer, window[0] counts questions after an answer,
  * window[1] is 1 when an answer came last.
  */
-static inline void ps_track_udp(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, const struct ps_key *k,
-				bool reply)
+static inline void ps_track_udp(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, bool reply)
 {
 	ps_seen(h, f);
 	if (f->state == PS_FLOW_ASSURED)
@@ -328,14 +338,14 @@ static inline void ps_track_udp(struct ps_handler *h, struct ps_shard *s, struct
 		f->end[0] = h->now;
 		ps_flow_set_state(h->arena, s, f, PS_FLOW_ANSWERED, h->config->timeout, h->now);
 	} else if (f->window[0] >= PS_UDP_EXCHANGES && h->now - f->end[0] >= PS_UDP_ASSURED_TICKS &&
-		   ps_prove(h, f, k) == PS_COUNTERS) {
+		   ps_prove(h, s, f, false) == PS_COUNTERS) {
 		ps_flow_set_state(h->arena, s, f, PS_FLOW_ASSURED, h->config->timeout, h->now);
 	}
 }
 
 /* -> false when the segment is dropped, its reason counted */
 static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, const uint8_t *frame,
-				const struct ps_packet *p, const struct ps_key *k, bool reply)
+				const struct ps_packet *p, bool reply)
 {
 	int side = reply ? PS_BACKEND : PS_CLIENT;
 	uint8_t state = f->state;
@@ -353,7 +363,7 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 	if (state == PS_FLOW_SYN || state == PS_FLOW_SYN_ACK) {
 		state = ps_track_opening(f, &g, side, frame, p, &moved);
 		if (state == PS_FLOW_ESTABLISHED) {
-			refused = ps_prove(h, f, k);
+			refused = ps_prove(h, s, f, false);
 			if (refused != PS_COUNTERS) { /* it stays half open, and goes first */
 				h->counters[refused]++;
 				return false;
@@ -381,6 +391,8 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 
 		ps_track_wait(f, side, &o);
 	}
+	if (ps_state_ended(f->state) && !ps_state_ended(state))
+		ps_prove(h, s, f, true);
 	ps_flow_set_state(h->arena, s, f, state, h->config->timeout, h->now);
 	return true;
 }
@@ -740,8 +752,8 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	} else if (!f) {
 		return ps_turn_away(h, frame, &p, h->config->unknown_flow_reset && !reply, PS_C_DROP_NO_FLOW);
 	} else if (k.udp) {
-		ps_track_udp(h, s, f, &k, reply);
-	} else if (p.kind == PS_PKT_FLOW && !ps_track_tcp(h, s, f, frame, &p, &k, reply)) {
+		ps_track_udp(h, s, f, reply);
+	} else if (p.kind == PS_PKT_FLOW && !ps_track_tcp(h, s, f, frame, &p, reply)) {
 		return PS_DROP;
 	}
 	return ps_rewrite(h, f, frame, &p, reply);

@@ -254,10 +254,10 @@ static inline uint8_t ps_track_control(struct ps_entry *f, const struct ps_segme
 		bool exact = (ps_seq(g->seq, f->end[side]) <= 0 && ps_seq(g->next, f->end[side]) > 0) ||
 			     (f->flags & fin && g->next == f->end[side]);
 
+		ps_track_move(f, g, side); /* forgets a FIN of it that was none */
 		if (side == PS_BACKEND && !(f->flags & PS_FLOW_FIN_BACKEND) &&
 		    !(f->flags & PS_FLOW_FIN_CLIENT && g->ack == f->end[PS_CLIENT]))
 			f->flags |= PS_FLOW_BACKEND_FIRST;
-		ps_track_move(f, g, side);
 		f->flags |= fin;
 		if (exact && state == PS_FLOW_ESTABLISHED)
 			state = PS_FLOW_CLOSING;

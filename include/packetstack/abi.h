@@ -476,6 +476,7 @@ struct ps_share {
 	uint16_t half_open; /* of these, those that are half open */
 };
 
+/* A multiple of a cache line, so that each entry behind it is one. */
 struct ps_shard {
 	uint64_t owner;		     /* epoch 32 | slot 10 | queue 6 | ps_owner_state 16; as in the word */
 	uint32_t dirty;		     /* index, lists and counts below are being changed: rebuild if a writer died */
@@ -486,8 +487,8 @@ struct ps_shard {
 	uint16_t port_cursor;	     /* where the search for a free SNAT port goes on */
 	struct ps_flow_list list[3]; /* by ps_list */
 	uint16_t spare0[3];
-	uint64_t packets;	   /* handled, for load per bucket */
-	uint64_t spare[9];	   /* to a multiple of a cache line: flows are aligned */
+	uint64_t packets; /* handled, for load per bucket */
+	uint64_t spare[9];
 	struct ps_share share[64]; /* by class of the listener: number % PS_CLASSES */
 	/* uint16_t forward[index_slots]; uint16_t reply[index_slots]; ps_entry flows[entries] */
 };

@@ -83,6 +83,7 @@ static inline uint16_t ps_link(const struct ps_shard *s, uint16_t link) { return
 /* Bytes of a shard: header, two indexes, entries; a multiple of a cache line. */
 static inline uint64_t ps_shard_bytes(uint32_t entries, uint32_t index_slots)
 {
+	_Static_assert(sizeof(struct ps_shard) % 64 == 0, "entries lie on cache lines");
 	return sizeof(struct ps_shard) + 4ull * index_slots + 64ull * entries;
 }
 
@@ -369,12 +370,14 @@ static inline void ps_proven_subtract(struct ps_arena *a, struct ps_entry *f)
 
 	if (f->flags & PS_FLOW_PROVEN) {
 		f->flags &= (uint16_t)~PS_FLOW_PROVEN;
+		PS_BARRIER();
 		__atomic_fetch_sub(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].proven, 1, __ATOMIC_RELAXED);
 	}
 	if (!(f->flags & PS_FLOW_CLIENT_COUNTED))
 		return;
-	f->flags &= (uint16_t)~PS_FLOW_CLIENT_COUNTED;
 	group = ps_client_group(a, f->client, f->listener, &tag);
+	f->flags &= (uint16_t)~PS_FLOW_CLIENT_COUNTED;
+	PS_BARRIER();
 	for (int i = 0; i < PS_CLIENT_GROUP; i++) {
 		uint64_t at = __atomic_load_n(&group[i], __ATOMIC_RELAXED);
 
@@ -653,6 +656,8 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 		ps_index_add(a, ps_shard_reply(a, s), ps_home_of(a, f, true), i);
 		if (ps_state_listed(f->state))
 			ps_list_add(a, s, f);
+		if (ps_state_ended(f->state) || !(f->flags & PS_FLOW_PROVEN))
+			ps_proven_subtract(a, f);
 		if (ps_state_ended(f->state))
 			ps_count_subtract(a, s, f);
 		else

@@ -40,10 +40,13 @@ static inline void mapped(uint8_t out[16], uint32_t host_order)
 	out[15] = (uint8_t)host_order;
 }
 
+enum { CLIENTS = 64 }; /* places of the table of clients: few, so that groups fill up */
+
 static inline struct ps_arena *arena_new(uint32_t buckets, uint32_t entries, uint32_t index_slots)
 {
 	uint64_t stride = ps_shard_bytes(entries, index_slots), offset = (sizeof(struct ps_arena) + 63) & ~63ull;
-	uint64_t bytes = (offset + stride * buckets + 4095) & ~4095ull;
+	uint64_t clients = offset + stride * buckets;
+	uint64_t bytes = (clients + CLIENTS * sizeof(ps_client_count) + 4095) & ~4095ull;
 	struct ps_arena *a = aligned_alloc(4096, bytes);
 
 	CHECK(a, "out of memory");
@@ -56,72 +59,178 @@ static inline struct ps_arena *arena_new(uint32_t buckets, uint32_t entries, uin
 	a->bytes = bytes;
 	a->shards_offset = offset;
 	a->shard_stride = stride;
+	a->clients = CLIENTS;
+	a->clients_offset = clients;
+	a->clients_key[0] = 0x1716151413121110ull;
+	a->clients_key[1] = 0x1f1e1d1c1b1a1918ull;
 	return a;
+}
+
+static inline void listener_is(struct ps_arena *a, uint32_t number, const uint8_t *address, uint16_t port,
+			       uint8_t protocol)
+{
+	memcpy(a->listener[number].address, address, 16);
+	a->listener[number].port = port;
+	a->listener[number].protocol = protocol;
+	a->listener[number].used = 1;
+}
+
+static inline void backend_is(struct ps_arena *a, uint32_t number, const uint8_t *address, uint16_t port)
+{
+	memcpy(a->backend[number].address, address, 16);
+	a->backend[number].port = port;
+	a->backend[number].used = 1;
+	if (a->backends <= number)
+		a->backends = number + 1;
 }
 
 /*
  * What must hold of a shard at any time when nobody is changing it: each entry in use is found by both
  * indexes and by nothing twice, the lists hold exactly the entries their state asks for, the free list
- * and the counts are right.
+ * and the counts are right, those by class of listener too.
  */
 static inline void shard_check(const struct ps_arena *a, struct ps_shard *s, const uint32_t *timeout)
 {
-	struct ps_flow *flows = ps_shard_flows(a, s);
-	uint32_t live = 0, half = 0, closed = 0, on_free = 0, slots[2] = { 0, 0 }, at, before;
+	static const uint8_t lists[PS_FLOW_STATES] = {
+		[PS_FLOW_FREE] = 9,
+		[PS_FLOW_SYN] = PS_LIST_HALF_OPEN,
+		[PS_FLOW_SYN_ACK] = PS_LIST_HALF_OPEN,
+		[PS_FLOW_ESTABLISHED] = 9,
+		[PS_FLOW_CLOSING] = 9,
+		[PS_FLOW_CLOSED] = PS_LIST_CLOSED,
+		[PS_FLOW_TIME_WAIT] = PS_LIST_TIME_WAIT,
+		[PS_FLOW_UNANSWERED] = PS_LIST_HALF_OPEN,
+		[PS_FLOW_ANSWERED] = PS_LIST_HALF_OPEN,
+		[PS_FLOW_ASSURED] = 9,
+	};
+	struct ps_entry *flows = ps_shard_flows(a, s);
+	uint32_t live = 0, listed[PS_LISTS] = { 0 }, held[64] = { 0 }, half[64] = { 0 };
+	uint32_t on_free = 0, slots[2] = { 0, 0 }, at, before;
+	const char *wrong = ps_shard_check(a, s);
 
+	CHECK(!wrong, "%s", wrong);
 	CHECK(!s->dirty, "a shard at rest");
 	CHECK(s->high <= a->entries, "%u of %u", s->high, a->entries);
 	for (uint32_t i = 0; i < a->entries; i++) {
-		struct ps_flow *f = &flows[i];
+		struct ps_entry *f = &flows[i];
+		const struct ps_listener_state *l = &a->listener[f->listener];
+		const struct ps_backend *b = &a->backend[f->backend];
 		struct ps_key k = {
-			.sport = f->client_port, .dport = f->vip_port, .udp = f->flags & PS_FLOW_UDP, .hash = f->hash
+			.sport = f->client_port, .dport = l->port, .udp = f->flags & PS_FLOW_UDP, .hash = f->hash
 		};
+		bool ended = f->state == PS_FLOW_CLOSED || f->state == PS_FLOW_TIME_WAIT;
 
 		CHECK(!(f->version & 1), "entry %u is half written", i);
-		if (f->state == PS_FLOW_FREE)
+		if (f->state == PS_FLOW_FREE) {
+			CHECK(!(f->flags &
+				(PS_FLOW_LISTED | PS_FLOW_COUNTED | PS_FLOW_PROVEN | PS_FLOW_CLIENT_COUNTED)),
+			      "entry %u is free and counted", i);
 			continue;
+		}
 		CHECK(i < s->high, "entry %u beyond %u", i, s->high);
 		CHECK(f->state < PS_FLOW_STATES, "state %u", f->state);
 		live++;
-		half += ps_state_half_open(f->state);
-		closed += f->state == PS_FLOW_CLOSED;
-		CHECK(!!(f->flags & PS_FLOW_LISTED) == ps_state_listed(f->state), "entry %u, state %u", i, f->state);
+		if (lists[f->state] < PS_LISTS)
+			listed[lists[f->state]]++;
+		CHECK(!!(f->flags & PS_FLOW_LISTED) == (lists[f->state] < PS_LISTS), "entry %u, state %u", i, f->state);
+		CHECK(!(f->flags & PS_FLOW_COUNTED) == ended, "entry %u, state %u, flags %x", i, f->state, f->flags);
+		CHECK(!ended || !(f->flags & PS_FLOW_PROVEN), "entry %u has ended and is counted as proven", i);
+		CHECK(f->flags & PS_FLOW_PROVEN || !(f->flags & PS_FLOW_CLIENT_COUNTED), "entry %u, flags %x", i,
+		      f->flags);
+		held[f->listener % 64] += !ended;
+		half[f->listener % 64] += lists[f->state] == PS_LIST_HALF_OPEN;
 		memcpy(k.source, f->client, 16);
-		memcpy(k.destination, a->address[f->vip].bytes, 16);
+		memcpy(k.destination, l->address, 16);
 		CHECK(ps_find_forward(a, s, &k) == f, "entry %u by its client", i);
-		memcpy(k.source, f->backend, 16);
+		memcpy(k.source, b->address, 16);
 		memcpy(k.destination, a->address[f->snat].bytes, 16);
-		k.sport = f->backend_port;
+		k.sport = b->port;
 		k.dport = f->snat_port;
 		CHECK(ps_find_reply(a, s, &k) == f, "entry %u by its backend", i);
 		CHECK((int32_t)(s->next_expiry - f->last_seen - timeout[f->state]) <= 0, "entry %u would expire late",
 		      i);
 	}
-	CHECK(live == s->live && half == s->half_open && closed == s->closed, "%u %u %u, counted %u %u %u", live, half,
-	      closed, s->live, s->half_open, s->closed);
+	CHECK(live == s->live, "%u flows, counted %u", live, s->live);
+	for (uint32_t c = 0; c < 64; c++)
+		CHECK(held[c] == s->share[c].held && half[c] == s->share[c].half_open, "class %u: %u %u, counted %u %u",
+		      c, held[c], half[c], s->share[c].held, s->share[c].half_open);
 	for (uint32_t i = 0; i < a->index_slots; i++) {
 		slots[0] += ps_shard_forward(s)[i] != 0;
 		slots[1] += ps_shard_reply(a, s)[i] != 0;
 	}
 	CHECK(slots[0] == live && slots[1] == live, "index slots %u %u for %u flows", slots[0], slots[1], live);
-	for (int list = 0; list < 2; list++) {
+	for (uint32_t list = 0; list < PS_LISTS; list++) {
 		uint32_t n = 0;
 
 		before = 0;
-		for (at = list ? s->closed_head : s->half_head; at; at = flows[at - 1].next) {
-			CHECK(flows[at - 1].prev == before, "list %d at %u", list, at);
-			CHECK((flows[at - 1].state == PS_FLOW_CLOSED) == list, "list %d at %u", list, at);
+		for (at = s->list[list].head; at; at = flows[at - 1].next) {
+			CHECK(flows[at - 1].prev == before, "list %u at %u", list, at);
+			CHECK(lists[flows[at - 1].state] == list, "list %u at %u", list, at);
 			before = at;
-			CHECK(++n <= live, "list %d has a loop", list);
+			CHECK(++n <= live, "list %u has a loop", list);
 		}
-		CHECK(before == (list ? s->closed_tail : s->half_tail), "tail of list %d", list);
-		CHECK(n == (list ? closed : half), "list %d: %u", list, n);
+		CHECK(before == s->list[list].tail, "tail of list %u", list);
+		CHECK(n == listed[list] && n == s->list[list].count, "list %u: %u", list, n);
 	}
 	for (at = s->free; at; at = flows[at - 1].next) {
 		CHECK(flows[at - 1].state == PS_FLOW_FREE, "entry %u on the free list", at - 1);
 		CHECK(++on_free <= s->high, "the free list has a loop");
 	}
 	CHECK(on_free + live == s->high, "%u free + %u live of %u", on_free, live, s->high);
+}
+
+/*
+ * The arena's counts are those of the flows in `buckets` shards from `first` on, or higher by `slack` at most, all
+ * together: a writer that dies between a counter and the flag which says that the flow is in it leaves the counter one
+ * too high. -> how much they are too high
+ */
+static inline uint32_t counts_check(const struct ps_arena *a, uint32_t first, uint32_t buckets, uint32_t slack)
+{
+	static int32_t backend[PS_MAX_BACKENDS], listener[PS_MAX_NUMBERS], proven[PS_MAX_NUMBERS];
+	const ps_client_count *clients = (const ps_client_count *)((const uint8_t *)a + a->clients_offset);
+	uint32_t high = 0;
+	int64_t by_client = 0;
+
+	memset(backend, 0, sizeof(backend));
+	memset(listener, 0, sizeof(listener));
+	memset(proven, 0, sizeof(proven));
+	for (uint32_t b = first; b < first + buckets; b++) {
+		struct ps_shard *s = ps_shard_at(a, b);
+
+		for (uint32_t i = 0; i < s->high; i++) {
+			const struct ps_entry *f = &ps_shard_flows(a, s)[i];
+
+			if (f->state == PS_FLOW_FREE)
+				continue;
+			if (f->state != PS_FLOW_CLOSED && f->state != PS_FLOW_TIME_WAIT) {
+				backend[f->backend]++;
+				listener[f->listener]++;
+			}
+			proven[f->listener] += !!(f->flags & PS_FLOW_PROVEN);
+			if (f->flags & PS_FLOW_CLIENT_COUNTED) {
+				CHECK(ps_client_flows(a, f->client, f->listener), "a counted client is not there");
+				by_client--;
+			}
+		}
+	}
+	for (uint32_t i = 0; i < a->clients; i++)
+		by_client += (uint32_t)clients[i];
+	CHECK(by_client >= 0, "%ld flows of clients are not counted", -by_client);
+	high += (uint32_t)by_client;
+	for (uint32_t i = 0; i < PS_MAX_BACKENDS; i++) {
+		CHECK(a->backend[i].live >= backend[i], "backend %u counts %d of %d", i, a->backend[i].live,
+		      backend[i]);
+		high += (uint32_t)(a->backend[i].live - backend[i]);
+	}
+	for (uint32_t i = 0; i < PS_MAX_NUMBERS; i++) {
+		const struct ps_listener_state *l = &a->listener[i];
+
+		CHECK(l->live >= listener[i], "listener %u counts %d of %d", i, l->live, listener[i]);
+		CHECK(l->proven >= proven[i], "listener %u counts %d of %d proven", i, l->proven, proven[i]);
+		high += (uint32_t)(l->live - listener[i]) + (uint32_t)(l->proven - proven[i]);
+	}
+	CHECK(high <= slack, "counters are %u too high", high);
+	return high;
 }
 
 #endif

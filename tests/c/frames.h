@@ -13,10 +13,13 @@ struct build {
 	uint8_t vlans;	 /* 0 .. 2 tags */
 	uint8_t options; /* bytes of IPv4 options or IPv6 extension headers / of TCP options */
 	uint8_t mss_at;	 /* TCP: NOPs before an MSS option; 0 = none, 1 = no NOP */
+	uint8_t scale;	 /* TCP: 1 + window scale; 0 = no such option */
 	uint16_t mss;
+	uint16_t window;
+	uint32_t seq, ack;
 	uint16_t payload;
 	uint16_t fragment_offset; /* in units of 8 bytes */
-	bool more_fragments, no_checksum;
+	bool more_fragments, no_checksum, bad_checksum;
 };
 
 static inline void put16(uint8_t *at, uint32_t value)
@@ -124,6 +127,8 @@ static inline uint32_t build_frame(uint8_t *frame, const struct build *b, uint32
 	ip = frame + at;
 	if (b->mss_at)
 		tcp += (b->mss_at + 3u + 3u) & ~3u;
+	if (b->scale)
+		tcp += 4;
 	l4_bytes = b->fragment_offset ? b->payload : b->payload + (b->protocol == 6 ? tcp : 8u);
 	header = build_ip(ip, b, b->protocol, l4_bytes);
 	l4 = ip + header;
@@ -136,8 +141,15 @@ static inline uint32_t build_frame(uint8_t *frame, const struct build *b, uint32
 	if (b->protocol == 6) {
 		l4[12] = (uint8_t)(tcp / 4 << 4);
 		l4[13] = b->tcp_flags;
+		put16(l4 + 4, b->seq >> 16);
+		put16(l4 + 6, b->seq);
+		put16(l4 + 8, b->ack >> 16);
+		put16(l4 + 10, b->ack);
+		put16(l4 + 14, b->window);
+		memset(l4 + 20, 1, tcp - 20);
+		if (b->scale)
+			memcpy(l4 + tcp - 4, (uint8_t[]){ 1, 3, 3, (uint8_t)(b->scale - 1) }, 4);
 		if (b->mss_at) {
-			memset(l4 + 20, 1, tcp - 20);
 			l4[20 + b->mss_at - 1] = 2;
 			l4[20 + b->mss_at] = 4;
 			put16(l4 + 20 + b->mss_at + 1, b->mss);
@@ -146,6 +158,8 @@ static inline uint32_t build_frame(uint8_t *frame, const struct build *b, uint32
 		put16(l4 + 4, l4_bytes);
 	}
 	l4_checksum(ip, l4, l4_bytes, b->protocol);
+	if (b->bad_checksum)
+		l4[b->protocol == 6 ? 16 : 6] ^= 1;
 	if (b->no_checksum && b->protocol == 17 && !v6)
 		l4[6] = l4[7] = 0;
 	return at + header + l4_bytes;
@@ -173,7 +187,7 @@ static inline void address6(uint8_t out[16], uint32_t net, uint32_t host)
 
 static inline void stack_new(struct stack *t, uint32_t buckets, uint32_t entries, uint32_t index_slots)
 {
-	static const uint32_t timeout[8] = { 0, 300, 600, 74400, 1200, 100, 300, 1800 };
+	static const uint32_t timeout[16] = { 0, 600, 600, 74400, 2400, 2400, 600, 1200, 1800, 1800 };
 	struct ps_config *c = calloc(1, sizeof(*c));
 	struct ps_arena *a = arena_new(buckets, entries, index_slots);
 
@@ -200,8 +214,7 @@ static inline void stack_new(struct stack *t, uint32_t buckets, uint32_t entries
 			b->port = htons(8080);
 			b->id = (uint16_t)(v6 * 3 + i);
 			b->weight = 1;
-			memcpy(a->backend[b->id].address, b->address, 16);
-			a->backend[b->id].port = b->port;
+			backend_is(a, b->id, b->address, b->port);
 		}
 		for (uint32_t i = 0; i < 2; i++) {
 			struct ps_config_snat *n = &c->snat[v6 * 2 + i];
@@ -219,10 +232,8 @@ static inline void stack_new(struct stack *t, uint32_t buckets, uint32_t entries
 			address6(t->vip[v6], 1, 10);
 		else
 			mapped(t->vip[v6], 0xc000020a);
-		memcpy(a->address[4 + v6].bytes, t->vip[v6], 16);
 	}
-	a->addresses = 6;
-	a->backends = 6;
+	a->addresses = 4;
 	c->backends = 6;
 	c->snats = 4;
 	/* Memory order: 2001:... sorts behind ::ffff:..., TCP before UDP. */
@@ -238,16 +249,17 @@ static inline void stack_new(struct stack *t, uint32_t buckets, uint32_t entries
 			l->backends = 3;
 			l->lookup = 0;
 			l->lookup_size = 7;
-			l->vip = (uint16_t)(4 + v6);
+			l->number = (uint16_t)(v6 * 2 + udp);
+			listener_is(a, l->number, l->address, l->port, l->protocol);
 		}
 	for (uint32_t i = 0; i < 7; i++)
 		c->lookup[i] = (uint16_t)(i % 3);
 	t->handler.arena = a;
-	t->handler.config = c;
 	t->handler.engine = &t->engine;
 	t->handler.counters = t->counters;
 	t->handler.now = 1000;
-	t->handler.half_limit = ps_half_limit(a, c);
+	t->handler.now_ns = 100000000000ull;
+	ps_configure(&t->handler, c);
 }
 
 static inline void stack_free(struct stack *t)

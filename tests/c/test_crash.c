@@ -10,7 +10,17 @@
 #include "datapath.c"
 #include "frames.h"
 
-enum { FRAMES = 64, PACKETS = 14, BUCKETS = 16, ENTRIES = 16, INDEX = 32, SLOTS = 64, HEAD = 256, FIRST = 0xfffffff8 };
+enum {
+	FRAMES = 64,
+	PACKETS = 14,
+	BUCKETS = 16,
+	ENTRIES = 16,
+	INDEX = 32,
+	SLOTS = 64,
+	HEAD = 256,
+	FIRST = 0xfffffff8,
+	ANSWER = 8
+};
 
 struct ring_memory {
 	uint32_t producer, consumer;
@@ -29,6 +39,7 @@ struct world {
 	uint8_t umem[FRAMES * PS_FRAME_BYTES] __attribute__((aligned(4096)));
 	struct ps_arena arena __attribute__((aligned(4096)));
 	uint8_t shards[BUCKETS * (sizeof(struct ps_shard) + 4 * INDEX + 64 * ENTRIES)];
+	ps_client_count clients[CLIENTS];
 };
 
 static struct ps_config_file *config;
@@ -63,12 +74,12 @@ static void attach(struct datapath *d, struct worker *w, struct world *m, uint32
 	w->now_ns = 1;
 	w->handler = (struct ps_handler){
 		.arena = d->arena,
-		.config = &config->buffer[1],
 		.engine = d->engine,
 		.counters = w->core->counters,
 		.now = 100,
-		.half_limit = ENTRIES / 2,
+		.now_ns = 10000000000ull,
 	};
+	ps_configure(&w->handler, &config->buffer[1]);
 	adopt(d);
 }
 
@@ -82,14 +93,20 @@ static void arrive(struct world *m, uint32_t n, uint32_t bucket, uint32_t epoch,
 	};
 	uint32_t length = 20 + (b.protocol == 6 ? 20 : 8) + 8;
 
+	if (!ps_is_v6(b.source) && b.sport == htons(8080))
+		stamp.flags = PS_STAMP_REPLY;
+
 	memset(frame, 0, 128);
 	put16(frame + 12, 0x0800);
 	build_ip(frame + 14, &b, b.protocol, length - 20);
 	memcpy(frame + 34, &b.sport, 2);
 	memcpy(frame + 36, &b.dport, 2);
 	if (b.protocol == 6) {
+		put16(frame + 40, b.seq);
+		put16(frame + 44, b.ack);
 		frame[46] = 0x50;
 		frame[47] = b.tcp_flags;
+		put16(frame + 48, 4096);
 	} else {
 		put16(frame + 38, 16);
 	}
@@ -115,6 +132,7 @@ static struct build packet(uint32_t client, uint8_t protocol, uint8_t flags, uin
 static void prepare(struct world *m)
 {
 	struct ps_config *c;
+	uint8_t address[16];
 
 	memset(m, 0, sizeof(*m));
 	m->engine = (struct ps_engine){ .slot = 1, .queues = 1, .cores = 1, .frames = FRAMES };
@@ -126,8 +144,14 @@ static void prepare(struct world *m)
 	m->arena.index_slots = INDEX;
 	m->arena.shards_offset = offsetof(struct world, shards) - offsetof(struct world, arena);
 	m->arena.shard_stride = ps_shard_bytes(ENTRIES, INDEX);
-	mapped(m->arena.address[0].bytes, 0xc0000201);
+	m->arena.clients = CLIENTS;
+	m->arena.clients_offset = offsetof(struct world, clients) - offsetof(struct world, arena);
 	mapped(m->arena.address[1].bytes, 0xc6336401);
+	mapped(address, 0xc0000201);
+	for (uint32_t i = 0; i < 2; i++)
+		listener_is(&m->arena, i, address, htons(80), i ? 17 : 6);
+	mapped(address, 0x0a010001);
+	backend_is(&m->arena, 0, address, htons(8080));
 	for (uint32_t b = 0; b < BUCKETS; b++)
 		ps_shard_at(&m->arena, b)->owner = ps_owner(ps_word(5, 1, 0, 0, 0));
 	/* Indexes wrap around in the middle of the work. */
@@ -147,9 +171,9 @@ static void prepare(struct world *m)
 	c->mask = BUCKETS - 1;
 	c->listeners = 2;
 	c->backends = c->snats = 1;
-	for (int i = 1; i < 8; i++)
+	for (int i = 1; i < PS_FLOW_STATES; i++)
 		c->timeout[i] = 1000;
-	for (int i = 0; i < 2; i++) {
+	for (uint16_t i = 0; i < 2; i++) {
 		struct ps_listener *l = &c->listener[i];
 
 		mapped(l->address, 0xc0000201);
@@ -157,6 +181,9 @@ static void prepare(struct world *m)
 		l->protocol = i ? 17 : 6;
 		l->balancing = PS_ROUND_ROBIN;
 		l->backends = l->lookup_size = 1;
+		l->number = i;
+		l->max_flows_per_client = 5;
+		l->new_flows_per_second = 1000;
 	}
 	mapped(c->backend[0].address, 0x0a010001);
 	c->backend[0].port = htons(8080);
@@ -165,18 +192,39 @@ static void prepare(struct world *m)
 	c->snat[0].family = 4;
 }
 
+/*
+ * UDP clients 0, 2 and 4 ask; the connection of client 1 is reset while it opens, that of client 3 gets established.
+ * Numbers begin at 0. The first port of a bucket with 16 of them is 1024 + bucket.
+ */
 static void fill_receive_ring(struct world *m)
 {
 	for (uint32_t n = 0; n < PACKETS; n++) {
 		uint32_t client = n % 5, bucket = client;
+		struct build b = packet(client, client & 1 ? 6 : 17, TCP_SYN, 80);
 
-		if (n == 6)
+		if (n == 6) {
 			arrive(m, n, bucket, 5, packet(client, 17, 0, 99)); /* no such listener */
-		else if (n == 5 || n == 9 || n == 12)
+			continue;
+		}
+		if (n == 5 || n == 9 || n == 12) {
 			arrive(m, n, 9, 6, packet(9, 17, 0, 80)); /* not ours yet */
-		else
-			arrive(m, n, bucket, 5,
-			       packet(client, client & 1 ? 6 : 17, n < 5 ? TCP_SYN : TCP_FIN | TCP_ACK, 80));
+			continue;
+		}
+		if (n == ANSWER) {
+			mapped(b.source, 0x0a010001);
+			mapped(b.destination, 0xc6336401);
+			b.sport = htons(8080);
+			b.dport = htons((uint16_t)(1024 + bucket));
+			b.tcp_flags = TCP_SYN | TCP_ACK;
+			b.ack = 1;
+		} else if (n == 11) {
+			b.tcp_flags = TCP_RST;
+			b.seq = 1;
+		} else if (n == 13) {
+			b.tcp_flags = TCP_ACK;
+			b.seq = b.ack = 1;
+		}
+		arrive(m, n, bucket, 5, b);
 	}
 }
 
@@ -207,7 +255,12 @@ static void check(struct world *m, uint32_t step)
 		CHECK(ps_fold(ps_sum(ip, 20, 0)) == 0xffff, "step %u: packet %u: IP checksum", step, number);
 		CHECK(!l4_check(ip, ip + 20, length - 20, ip[9]), "step %u: packet %u: checksum", step, number);
 		CHECK(ip[8] == 63, "step %u: packet %u: TTL %u", step, number, ip[8]);
-		CHECK(!memcmp(ip + 16, "\x0a\x01\x00\x01", 4) && ip[22] == 8080 >> 8, "step %u: destination", step);
+		if (number == ANSWER)
+			CHECK(!memcmp(ip + 12, "\xc0\x00\x02\x01\x0a\x00\x00\x01\x00\x50", 10), "step %u: answer",
+			      step);
+		else
+			CHECK(!memcmp(ip + 16, "\x0a\x01\x00\x01", 4) && ip[22] == 8080 >> 8, "step %u: destination",
+			      step);
 		CHECK(last[bucket] < (int)number, "step %u: packet %u after %d", step, number, last[bucket]);
 		CHECK((uint64_t)number * PS_FRAME_BYTES + HEAD == tx[at & (SLOTS - 1)].address,
 		      "step %u: another frame", step);
@@ -230,6 +283,13 @@ static void check(struct world *m, uint32_t step)
 		const char *wrong = ps_shard_check(&m->arena, ps_shard_at(&m->arena, b));
 
 		CHECK(!wrong, "step %u: bucket %u: %s", step, b, wrong);
+	}
+	for (uint32_t bucket = 1; bucket < 4; bucket += 2) {
+		struct ps_entry *f = ps_shard_flows(&m->arena, ps_shard_at(&m->arena, bucket));
+
+		CHECK(f->state == (bucket == 1 ? PS_FLOW_CLOSED : PS_FLOW_ESTABLISHED), "step %u: bucket %u: state %u",
+		      step, bucket, f->state);
+		CHECK(bucket == 1 || f->flags & PS_FLOW_PROVEN, "step %u: it is not proven", step);
 	}
 }
 
@@ -262,8 +322,7 @@ static void every_instruction(void)
 	}
 	waitpid(child, &status, 0);
 	for (;;) {
-		const char *wrong = NULL;
-		int32_t live = 0;
+		uint32_t high;
 
 		CHECK(!ptrace(PTRACE_SINGLESTEP, child, NULL, NULL), "single step");
 		waitpid(child, &status, 0);
@@ -271,24 +330,30 @@ static void every_instruction(void)
 			break;
 		steps++;
 		memcpy(copy, m, sizeof(*m));
+		if (!ps_shard_at(&copy->arena, 3)
+			     ->live) /* it may have died with a port chosen; the answer comes to the first */
+			ps_shard_at(&copy->arena, 3)->port_cursor = 0;
 		attach(&successor, &follower, copy, 8);
 		for (int turn = 0; turn < 2; turn++)
 			work(&follower, true);
 		for (uint32_t b = 0; b < BUCKETS; b++) {
 			struct ps_shard *s = ps_shard_at(&copy->arena, b);
 
-			if ((wrong = ps_shard_check(&copy->arena, s))) /* as the sweep does */
+			if (ps_shard_check(&copy->arena, s)) /* as the sweep does */
 				ps_shard_rebuild(&copy->arena, s);
-			live += s->live;
 		}
-		doubtful += copy->arena.backend[0].live != live;
+		high = counts_check(&copy->arena, 0, BUCKETS, 2);
+		doubtful += high != 0;
 		check(copy, steps);
 	}
 	kill(child, SIGKILL);
 	waitpid(child, &status, 0);
 	CHECK(steps > 5000, "%u steps", steps);
-	/* The counter of a backend may be wrong after a death between two instructions of each change of a flow. */
-	CHECK(doubtful * 1000 < steps, "%u instructions leave a backend's counter wrong", doubtful);
+	/*
+	 * The counters of a flow's backend, of its listener (live, proven) and of its client may be one too high after a
+	 * death between the few instructions that change one of them and the flow's flag.
+	 */
+	CHECK(doubtful * 500 < steps, "%u instructions leave a counter wrong", doubtful);
 	printf("%u instructions, %u with a doubtful counter\n", steps, doubtful);
 	munmap(m, sizeof(*m));
 	free(copy);

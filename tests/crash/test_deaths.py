@@ -141,9 +141,10 @@ def remains(engine: Keeper, what: str) -> list[Any]:
         return [ffi.buffer(ffi.addressof(q.park)) for q in queues] + [slots(q, 0, park_bytes) for q in queues]
     arena = engine.stack.arena
     shards = [ffi.cast("char *", arena) + arena.shards_offset + b * arena.shard_stride for b in range(256)]
+    header = ffi.sizeof("struct ps_shard")
     if what == "shard header":  # its owner is the agent's
-        return [ffi.buffer(s + 8, 56) for s in shards]
-    return [ffi.buffer(s + 128, arena.shard_stride - 128) for s in shards]
+        return [ffi.buffer(s + 8, header - 8) for s in shards]
+    return [ffi.buffer(s + header, arena.shard_stride - header) for s in shards]
 
 
 @pytest.mark.parametrize("what", ["journal", "progress", "recycle", "free ring", "park ring", "shard header", "shard"])
