@@ -701,6 +701,9 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 				return ps_refuse(h, refused);
 			fresh = true;
 			ps_flow_set_state(h->arena, s, f, PS_FLOW_SYN, h->config->timeout, h->now);
+			ps_created_add(h->arena, f);
+			h->counters[PS_C_FLOWS_ENDED]++;
+			h->counters[PS_C_FLOWS_CREATED]++;
 		}
 	}
 	if (!f) {

@@ -288,6 +288,12 @@ static inline void ps_count_add(struct ps_arena *a, struct ps_shard *s, struct p
 	f->flags |= PS_FLOW_COUNTED;
 }
 
+static inline void ps_created_add(struct ps_arena *a, const struct ps_entry *f)
+{
+	__atomic_fetch_add(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].created, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].created, 1, __ATOMIC_RELAXED);
+}
+
 static inline void ps_count_subtract(struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
 {
 	if (!(f->flags & PS_FLOW_COUNTED))
@@ -553,8 +559,7 @@ static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct
 		ps_list_add(a, s, room);
 	PS_POINT(INSERT_LISTED);
 	s->live++;
-	__atomic_fetch_add(&a->backend[room->backend & (PS_MAX_BACKENDS - 1)].created, 1, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&a->listener[room->listener & (PS_MAX_NUMBERS - 1)].created, 1, __ATOMIC_RELAXED);
+	ps_created_add(a, room);
 	ps_count_add(a, s, room);
 	PS_POINT(INSERT_COUNTED);
 	ps_shard_end(s);

@@ -706,6 +706,10 @@ static void a_port_used_again_keeps_its_translation(void)
 			      !memcmp(c.sent.destination, was.destination, 16),
 		      "another translation");
 		CHECK(ps_shard_at(t.arena, 9)->live == live, "a second entry");
+		CHECK(t.counters[PS_C_FLOWS_CREATED] == 2 * ((uint32_t)who + 1) &&
+			      t.counters[PS_C_FLOWS_ENDED] == (uint32_t)who + 1 &&
+			      t.arena->listener[0].created == 2 * ((uint32_t)who + 1),
+		      "it is no new flow");
 		LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
 		LEADS(c, CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
 		CHECK(proven(0) == 1 + who, "%d proven", proven(0));
