@@ -220,10 +220,8 @@ int ps_arena_backend(struct ps_arena *a, const uint8_t *address, uint16_t port)
 		if (found < 0)
 			return -1;
 	}
+	a->backend[found] = (struct ps_backend){ .port = port, .used = 1 };
 	memcpy(a->backend[found].address, address, 16);
-	a->backend[found].port = port;
-	a->backend[found].live = 0;
-	a->backend[found].used = 1;
 	if ((uint32_t)found == a->backends)
 		__atomic_fetch_add(&a->backends, 1, __ATOMIC_RELEASE);
 	return found;

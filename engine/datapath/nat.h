@@ -153,6 +153,18 @@ static inline enum ps_counter ps_limit_reached(const struct ps_handler *h, const
 	return PS_COUNTERS;
 }
 
+/* May this client open a flow, or use one that has ended again? -> the reason to refuse, or PS_COUNTERS */
+static inline enum ps_counter ps_opener_refused(const struct ps_handler *h, const struct ps_listener *l,
+						const uint8_t client[16])
+{
+	enum ps_counter refused = ps_limit_reached(h, l, client);
+
+	if (refused == PS_COUNTERS && l->new_flows_per_second &&
+	    !ps_rate_allows(&h->arena->listener[l->number & (PS_MAX_NUMBERS - 1)], l->new_flows_per_second, h->now_ns))
+		return PS_C_DROP_LIMIT_RATE;
+	return refused;
+}
+
 /*
  * A port for the flow: of other SNAT addresses first, then of other backends (never with affinity). If none is free,
  * one that a flow has which has ended or is half open, of the first pair of address and backend. -> whether there is
@@ -211,18 +223,13 @@ static inline struct ps_entry *ps_flow_open(struct ps_handler *h, struct ps_shar
 	uint32_t recycled = 0;
 	struct ps_entry *room;
 
-	*refused = !l ? PS_C_DROP_NO_LISTENER : !l->backends ? PS_C_DROP_NO_BACKEND : ps_limit_reached(h, l, k->source);
+	*refused = !l		  ? PS_C_DROP_NO_LISTENER
+		   : !l->backends ? PS_C_DROP_NO_BACKEND
+		   : !ps_share_left(h->arena, s, l->number & (PS_CLASSES - 1), h->classes)
+			   ? PS_C_DROP_SHARD_FULL
+			   : ps_opener_refused(h, l, k->source);
 	if (*refused != PS_COUNTERS)
 		return NULL;
-	if (!ps_share_left(h->arena, s, l->number & (PS_CLASSES - 1), h->classes)) {
-		*refused = PS_C_DROP_SHARD_FULL;
-		return NULL;
-	}
-	if (l->new_flows_per_second && !ps_rate_allows(&h->arena->listener[l->number & (PS_MAX_NUMBERS - 1)],
-						       l->new_flows_per_second, h->now_ns)) {
-		*refused = PS_C_DROP_LIMIT_RATE;
-		return NULL;
-	}
 	memcpy(value.client, k->source, 16);
 	value.listener = l->number;
 	value.flags = (k->udp ? PS_FLOW_UDP : 0) | (ps_is_v6(k->destination) ? PS_FLOW_V6 : 0);
@@ -639,6 +646,8 @@ static __attribute__((noinline)) struct ps_entry *ps_begin(struct ps_handler *h,
 	struct ps_options o = { .scale = PS_NO_SCALE };
 	struct ps_opening syn = { 0 };
 	struct ps_segment g = { 0 };
+	const struct ps_listener *l;
+	enum ps_counter refused;
 
 	if (!k->udp) {
 		if (!ps_segment_intact(frame, p)) {
@@ -649,12 +658,18 @@ static __attribute__((noinline)) struct ps_entry *ps_begin(struct ps_handler *h,
 		o = ps_segment_options(frame, p);
 		syn = (struct ps_opening){ .seq = g.seq, .stamp = o.stamp, .stamped = o.stamped };
 	}
+	l = ps_listener_find(h->config, k->destination, k->dport, k->udp ? 17 : 6);
 	if (f) {
+		refused = ps_opener_refused(h, l, k->source);
+		if (refused != PS_COUNTERS) {
+			*verdict = ps_refuse(h, refused);
+			return NULL;
+		}
 		ps_flow_set_state(h->arena, s, f, PS_FLOW_SYN, h->config->timeout, h->now);
+		ps_created_add(h->arena, f);
+		h->counters[PS_C_FLOWS_ENDED]++;
+		h->counters[PS_C_FLOWS_CREATED]++;
 	} else {
-		const struct ps_listener *l = ps_listener_find(h->config, k->destination, k->dport, k->udp ? 17 : 6);
-		enum ps_counter refused;
-
 		f = ps_flow_open(h, s, bucket, k, l, k->udp ? NULL : &syn, &refused);
 		if (!f) {
 			*verdict = ps_turn_away(

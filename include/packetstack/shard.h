@@ -292,6 +292,12 @@ static inline void ps_count_add(struct ps_arena *a, struct ps_shard *s, struct p
 	f->flags |= PS_FLOW_COUNTED;
 }
 
+static inline void ps_created_add(struct ps_arena *a, const struct ps_entry *f)
+{
+	__atomic_fetch_add(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].created, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].created, 1, __ATOMIC_RELAXED);
+}
+
 static inline void ps_count_subtract(struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
 {
 	if (!(f->flags & PS_FLOW_COUNTED))
@@ -454,20 +460,23 @@ static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct
 	ps_shard_end(s);
 }
 
-/* The oldest half-open flow of the class that has most of them, or nearly: its flows beyond a few are a flood's. */
-static inline struct ps_entry *ps_half_open_victim(const struct ps_arena *a, struct ps_shard *s)
+/*
+ * The oldest half-open flow of the class that has most of them: its flows beyond a few are a flood's. Those of other
+ * classes that stand before it go to the end of the list, so that each is passed once; some 64 at a time, then whoever
+ * is next has to go.
+ */
+static inline struct ps_entry *ps_half_open_victim(struct ps_arena *a, struct ps_shard *s)
 {
 	struct ps_entry *flows = ps_shard_flows(a, s);
-	uint32_t most = 0, at = s->list[PS_LIST_HALF_OPEN].head;
+	const struct ps_flow_list *list = &s->list[PS_LIST_HALF_OPEN];
+	uint32_t most = 0;
 
 	for (uint32_t c = 1; c < PS_CLASSES; c++)
 		if (s->share[c].half_open > s->share[most].half_open)
 			most = c;
-	for (int i = 0; at && i < 64; i++, at = ps_link(s, flows[at - 1].next))
-		if (ps_class(&flows[at - 1]) == most)
-			return &flows[at - 1];
-	at = s->list[PS_LIST_HALF_OPEN].head;
-	return at ? &flows[at - 1] : NULL;
+	for (int i = 0; i < 64 && list->head && ps_class(&flows[list->head - 1]) != most; i++)
+		ps_flow_renew(a, s, &flows[list->head - 1]);
+	return list->head ? &flows[list->head - 1] : NULL;
 }
 
 /*
@@ -554,8 +563,7 @@ static inline void ps_flow_insert(struct ps_arena *a, struct ps_shard *s, struct
 		ps_list_add(a, s, room);
 	PS_POINT(INSERT_LISTED);
 	s->live++;
-	__atomic_fetch_add(&a->backend[room->backend & (PS_MAX_BACKENDS - 1)].created, 1, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&a->listener[room->listener & (PS_MAX_NUMBERS - 1)].created, 1, __ATOMIC_RELAXED);
+	ps_created_add(a, room);
 	ps_count_add(a, s, room);
 	PS_POINT(INSERT_COUNTED);
 	ps_shard_end(s);

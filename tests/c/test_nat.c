@@ -706,6 +706,10 @@ static void a_port_used_again_keeps_its_translation(void)
 			      !memcmp(c.sent.destination, was.destination, 16),
 		      "another translation");
 		CHECK(ps_shard_at(t.arena, 9)->live == live, "a second entry");
+		CHECK(t.counters[PS_C_FLOWS_CREATED] == 2 * ((uint32_t)who + 1) &&
+			      t.counters[PS_C_FLOWS_ENDED] == (uint32_t)who + 1 &&
+			      t.arena->listener[0].created == 2 * ((uint32_t)who + 1),
+		      "it is no new flow");
 		LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
 		LEADS(c, CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
 		CHECK(proven(0) == 1 + who, "%d proven", proven(0));
@@ -779,7 +783,7 @@ static void the_window_decides_what_keeps_a_connection(void)
 	LEADS(d, CLIENT, TCP_ACK, 1 + 1000 * 128, 1, 10, ESTABLISHED);
 	CHECK(refreshed(&d), "up to 1000 << 7");
 	t.handler.now += 10;
-	LEADS(d, BACKEND, TCP_ACK, 1 + 1000 * 128, 1, 10, ESTABLISHED);
+	LEADS(d, BACKEND, TCP_ACK, 1 + 1000 * 128, 11 + 1000 * 128, 10, ESTABLISHED);
 	CHECK(refreshed(&d), "up to 1000 << 7 of the other side");
 
 	shape.scale = 1 + 7; /* the client alone */
@@ -841,6 +845,7 @@ static struct conversation asks(uint32_t bucket, uint32_t number)
 	c.stamp = stamp_of_flow(&t, c.forward.source, c.forward.sport, c.forward.destination, c.forward.dport, 17);
 	c.stamp.bucket = (uint16_t)bucket;
 	CHECK(say(&c, c.forward, false) == PS_TRANSMIT, "a question");
+	c.open = true;
 	return c;
 }
 
@@ -881,6 +886,397 @@ static void udp_is_assured_by_exchanges_over_some_time(void)
 	exchange(&e, PS_FLOW_ANSWERED);
 	t.handler.now += 500;
 	exchange(&e, PS_FLOW_ANSWERED);
+}
+
+/* ---- what a shard holds, and who goes when it is full ------------------------------------------------------- */
+
+/* One listener (IPv4, TCP), one backend, one SNAT address: a pair of address and backend has few ports. */
+static void one_pair(void)
+{
+	struct ps_config *c = t.config;
+
+	c->listeners = c->snats = 1;
+	c->listener[0].backends = c->listener[0].lookup_size = 1;
+	c->lookup[0] = 0;
+	ps_configure(&t.handler, c);
+}
+
+/* A flood that nobody answers of one listener takes nothing that half-open flows of another one have. */
+static void a_flood_of_one_listener_leaves_the_half_open_flows_of_others(void)
+{
+	struct conversation asked[12], opening[4];
+
+	for (uint32_t i = 0; i < 12; i++)
+		asked[i] = asks(9, i);
+	for (uint32_t i = 0; i < 4; i++) {
+		opening[i] = client_in(9, i);
+		memcpy(opening[i].forward.destination, t.vip[0], 16);
+	}
+	for (uint32_t i = 0; i < 5000; i++) {
+		struct conversation c = client_in(9, 1000 + i);
+
+		CHECK(segment(&c, CLIENT, TCP_SYN, 0, 0, 0) == PS_TRANSMIT, "the flood itself goes on");
+	}
+	CHECK(ps_shard_at(t.arena, 9)->list[PS_LIST_HALF_OPEN].count <= 32, "half-open flows are bounded");
+	for (uint32_t i = 0; i < 12; i++)
+		CHECK(entry_of(&asked[i]), "flow %u of the other listener went", i);
+	for (uint32_t i = 0; i < 4; i++) {
+		/* In the middle of it a client of the flooded listener still gets through. */
+		LEADS(opening[i], CLIENT, TCP_SYN, 0, 0, 0, SYN);
+		LEADS(opening[i], BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
+		LEADS(opening[i], CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
+	}
+}
+
+/* The same with more of them than a victim is looked for among at once: hardly any goes. */
+static void a_flood_behind_many_older_flows_of_another_listener_takes_hardly_any(void)
+{
+	struct conversation asked[90];
+	uint32_t gone = 0;
+
+	stack_free(&t);
+	stack_new(&t, 256, 400, 512);
+	for (uint32_t i = 0; i < 90; i++)
+		asked[i] = asks(9, i);
+	for (uint32_t i = 0; i < 5000; i++) {
+		struct conversation c = client_in(9, 1000 + i);
+
+		segment(&c, CLIENT, TCP_SYN, 0, 0, 0);
+	}
+	for (uint32_t i = 0; i < 90; i++)
+		gone += !entry_of(&asked[i]);
+	CHECK(gone <= 2, "%u flows of the other listener went", gone);
+}
+
+/* Established flows of one listener leave others the part of the shard that is theirs. */
+static void a_listener_cannot_take_the_part_of_another(void)
+{
+	/* Half of 64 entries for 4 listeners: 8 each. */
+	uint32_t mine = 0;
+
+	for (uint32_t i = 0; i < 100; i++) {
+		struct conversation c = client_in(9, i);
+
+		if (segment(&c, CLIENT, TCP_SYN, 0, 0, 0) != PS_TRANSMIT)
+			continue;
+		segment(&c, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0);
+		mine += segment(&c, CLIENT, TCP_ACK, 1, 1, 0) == PS_TRANSMIT;
+	}
+	CHECK(mine == 64 - 3 * 8, "%u flows of one listener in 64 entries", mine);
+	CHECK(t.counters[PS_C_DROP_SHARD_FULL] == 100 - mine, "%lu", t.counters[PS_C_DROP_SHARD_FULL]);
+	for (uint32_t i = 0; i < 8; i++) {
+		struct conversation c = asks(9, i);
+
+		exchange(&c, PS_FLOW_ANSWERED);
+		assure(&c);
+	}
+	whole();
+}
+
+/* Nor can it with connections that it opens first and confirms later. */
+static void what_is_kept_for_others_is_kept_when_a_handshake_ends_too(void)
+{
+	static struct conversation opened[64];
+	uint32_t mine = 0, n = 0;
+
+	for (uint32_t i = 0; i < 32; i++)
+		established(9, i);
+	for (uint32_t i = 0; i < 32; i++) {
+		opened[n] = client_in(9, 100 + i);
+		if (segment(&opened[n], CLIENT, TCP_SYN, 0, 0, 0) == PS_TRANSMIT &&
+		    segment(&opened[n], BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0) == PS_TRANSMIT)
+			n++;
+	}
+	CHECK(n > 20, "%u half-open flows beside 32 established ones", n);
+	for (uint32_t i = 0; i < n; i++)
+		if (entry_of(&opened[i]))
+			mine += segment(&opened[i], CLIENT, TCP_ACK, 1, 1, 0) == PS_TRANSMIT;
+	CHECK(32 + mine == 64 - 3 * 8, "%u flows of one listener in 64 entries", 32 + mine);
+	for (uint32_t i = 0; i < 8; i++) {
+		struct conversation c = asks(9, i);
+
+		exchange(&c, PS_FLOW_ANSWERED);
+		assure(&c);
+	}
+}
+
+/* A full shard evicts flows that have closed, the oldest first, then half-open ones, then TIME_WAIT, never others. */
+static void a_full_shard_evicts_in_order(void)
+{
+	struct conversation lives[8], closed[2], waiting[2], half[4];
+	uint32_t n = 100;
+
+	stack_free(&t);
+	stack_new(&t, 256, 16, 32);
+	one_pair();
+	for (uint32_t i = 0; i < 8; i++)
+		lives[i] = established(9, i);
+	for (uint32_t i = 0; i < 2; i++) {
+		waiting[i] = established(9, 10 + i);
+		end_orderly(&waiting[i], BACKEND);
+		closed[i] = established(9, 20 + i);
+		end_orderly(&closed[i], CLIENT);
+	}
+	for (uint32_t i = 0; i < 4; i++) {
+		half[i] = client_in(9, 30 + i);
+		LEADS(half[i], CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	}
+	CHECK(ps_shard_at(t.arena, 9)->live == 16, "it is full");
+	for (uint32_t i = 0; i < 2; i++, n++) {
+		established(9, n);
+		CHECK(!entry_of(&closed[i]) && (i || entry_of(&closed[1])), "closed flow %u is still there", i);
+	}
+	for (uint32_t i = 0; i < 4; i++, n++) {
+		established(9, n);
+		CHECK(!entry_of(&half[i]) && (i == 3 || entry_of(&half[i + 1])), "half-open flow %u is still there", i);
+		CHECK(entry_of(&waiting[0]) && entry_of(&waiting[1]), "TIME_WAIT went before");
+	}
+	for (uint32_t i = 0; i < 2; i++, n++) {
+		established(9, n);
+		CHECK(!entry_of(&waiting[i]) && (i || entry_of(&waiting[1])), "flow %u in TIME_WAIT is there", i);
+	}
+	half[0] = client_in(9, n);
+	CHECK(segment(&half[0], CLIENT, TCP_SYN, 0, 0, 0) == PS_DROP && t.counters[PS_C_DROP_SHARD_FULL] == 1,
+	      "16 connections live");
+	for (uint32_t i = 0; i < 8; i++)
+		LEADS(lives[i], CLIENT, TCP_ACK, 1, 1, 10, ESTABLISHED);
+	CHECK(t.counters[PS_C_FLOWS_RECYCLED] == 8, "%lu recycled", t.counters[PS_C_FLOWS_RECYCLED]);
+}
+
+/* Without a free port an opener takes that of a closed flow, then of a half-open one, the oldest first. */
+static void an_opener_takes_the_port_of_an_ended_or_half_open_flow(void)
+{
+	struct conversation c[8], more;
+
+	stack_free(&t);
+	stack_new(&t, 8192, 16, 32);
+	one_pair(); /* 7 ports in a bucket */
+	for (uint32_t i = 0; i < 7; i++) {
+		t.handler.now++;
+		c[i] = established(9, i);
+	}
+	more = client_in(9, 50);
+	CHECK(segment(&more, CLIENT, TCP_SYN, 0, 0, 0) == PS_DROP && t.counters[PS_C_DROP_NO_PORT] == 1,
+	      "an eighth connection");
+	end_orderly(&c[0], BACKEND);
+	CHECK(segment(&more, CLIENT, TCP_SYN, 0, 0, 0) == PS_DROP && t.counters[PS_C_DROP_NO_PORT] == 2,
+	      "the backend keeps the port of one in TIME_WAIT");
+	t.handler.now++;
+	end_orderly(&c[2], CLIENT);
+	t.handler.now++;
+	end_orderly(&c[1], CLIENT);
+	t.handler.now++;
+	LEADS(more, CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	CHECK(more.sent.sport == c[2].sent.sport && !entry_of(&c[2]) && entry_of(&c[1]),
+	      "not that of the one longest closed");
+	t.handler.now++;
+	more = client_in(9, 51);
+	LEADS(more, CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	CHECK(more.sent.sport == c[1].sent.sport && !entry_of(&c[1]), "not that of the other");
+	t.handler.now++;
+	more = client_in(9, 52);
+	LEADS(more, CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	CHECK(more.sent.sport == c[2].sent.sport, "not that of the half-open flow that is longest unused");
+	for (uint32_t i = 3; i < 7; i++)
+		LEADS(c[i], CLIENT, TCP_ACK, 1, 1, 10, ESTABLISHED);
+	CHECK(entry_of(&c[0])->state == PS_FLOW_TIME_WAIT, "TIME_WAIT went");
+}
+
+/* ---- limits --------------------------------------------------------------------------------------------------- */
+
+/* newFlowsPerSecond: a second's worth at once, then one each part of a second; ports that are used again count. */
+static void openers_beyond_the_rate_are_dropped(void)
+{
+	struct conversation c;
+	uint32_t passed = 0, n;
+
+	t.config->listener[0].new_flows_per_second = 5;
+	for (n = 0; n < 20; n++) {
+		c = client(n);
+		passed += segment(&c, CLIENT, TCP_SYN, 0, 0, 0) == PS_TRANSMIT;
+	}
+	CHECK(passed == 5 && t.counters[PS_C_DROP_LIMIT_RATE] == 15, "%u passed", passed);
+	for (uint32_t i = 0; i < 10; i++) {
+		t.handler.now_ns += 100000000;
+		for (uint32_t j = 0; j < 3; j++, n++) {
+			c = client(n);
+			passed += segment(&c, CLIENT, TCP_SYN, 0, 0, 0) == PS_TRANSMIT;
+		}
+	}
+	CHECK(passed == 10, "%u in a second more", passed - 5);
+	t.handler.now_ns += 1000000000;
+	c = established(9, n);
+	end_orderly(&c, CLIENT);
+	for (passed = 0, n = 0; n < 20; n++) {
+		passed += segment(&c, CLIENT, TCP_SYN, 100000 * (n + 1), 0, 0) == PS_TRANSMIT;
+		segment(&c, BACKEND, TCP_RST | TCP_ACK, 0, 100000 * (n + 1) + 1, 0);
+	}
+	CHECK(passed == 4, "%u connections of one port", passed);
+}
+
+/* maxFlows counts proven flows only; at the limit neither an opener passes nor a proof, until one ends. */
+static void proven_flows_are_limited(void)
+{
+	struct conversation c[4], d[2], more;
+
+	t.config->listener[0].max_flows = 4;
+	for (uint32_t i = 0; i < 200; i++) {
+		more = client(1000 + i);
+		CHECK(segment(&more, CLIENT, TCP_SYN, 0, 0, 0) == PS_TRANSMIT, "forged openers use up nothing");
+	}
+	for (uint32_t i = 0; i < 2; i++) {
+		d[i] = client_in(9, 50 + i);
+		LEADS(d[i], CLIENT, TCP_SYN, 0, 0, 0, SYN);
+		LEADS(d[i], BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
+	}
+	for (uint32_t i = 0; i < 4; i++)
+		c[i] = established(9, i);
+	CHECK(segment(&d[0], CLIENT, TCP_ACK, 1, 1, 0) == PS_DROP && t.counters[PS_C_DROP_LIMIT_FLOWS] == 1, "a proof");
+	CHECK(entry_of(&d[0])->state == PS_FLOW_SYN_ACK, "state %u", entry_of(&d[0])->state);
+	more = client_in(9, 60);
+	CHECK(segment(&more, CLIENT, TCP_SYN, 0, 0, 0) == PS_DROP && t.counters[PS_C_DROP_LIMIT_FLOWS] == 2,
+	      "an opener");
+	for (uint32_t i = 0; i < 4; i++)
+		LEADS(c[i], CLIENT, TCP_ACK, 1, 1, 10, ESTABLISHED);
+	LEADS(c[0], CLIENT, TCP_RST, 11, 0, 0, CLOSED);
+	LEADS(d[0], CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
+	CHECK(segment(&c[0], CLIENT, TCP_SYN, 100000, 0, 0) == PS_DROP, "a port that is used again");
+	CHECK(proven(0) == 4, "%d proven", proven(0));
+}
+
+/* maxFlowsPerClient: of one listener and one client, others are not concerned; no count is left when flows end. */
+static void the_proven_flows_of_a_client_are_limited(void)
+{
+	struct conversation c[3], more;
+
+	for (uint32_t i = 0; i < 4; i++)
+		t.config->listener[i].max_flows_per_client = 3;
+	for (uint32_t i = 0; i < 3; i++)
+		c[i] = established(9, i);
+	more = client_in(9, 3);
+	CHECK(segment(&more, CLIENT, TCP_SYN, 0, 0, 0) == PS_DROP && t.counters[PS_C_DROP_LIMIT_CLIENT] == 1,
+	      "a fourth");
+	more = asks(9, 4); /* another listener */
+	exchange(&more, PS_FLOW_ANSWERED);
+	assure(&more);
+	for (uint32_t i = 0; i < 3; i++)
+		established(9, 256 + i); /* another client */
+	CHECK(ps_client_flows(t.arena, c[0].forward.source, 0) == 3, "a client's flows");
+	end_orderly(&c[0], CLIENT);
+	more = client_in(9, 3);
+	LEADS(more, CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	LEADS(more, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
+	c[0] = client_in(9, 5);
+	LEADS(c[0], CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	LEADS(c[0], BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
+	LEADS(c[0], CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
+	CHECK(segment(&more, CLIENT, TCP_ACK, 1, 1, 0) == PS_DROP && t.counters[PS_C_DROP_LIMIT_CLIENT] == 2,
+	      "a proof");
+	/* An early reset of its own does not make a flow one that nobody counts. */
+	LEADS(c[1], CLIENT, TCP_ACK, 1, 1, 100, ESTABLISHED);
+	LEADS(c[1], CLIENT, TCP_RST, 1, 0, 0, CLOSED);
+	LEADS(c[1], BACKEND, TCP_ACK, 1, 101, 0, ESTABLISHED);
+	CHECK(ps_client_flows(t.arena, c[0].forward.source, 0) == 3, "a client's flows");
+	t.handler.now += 80000;
+	for (uint32_t b = 0; b < 256; b++)
+		ps_shard_sweep(t.arena, ps_shard_at(t.arena, b), t.config->timeout, t.handler.now);
+	for (uint32_t i = 0; i < 4; i++)
+		CHECK(!t.arena->listener[i].live && !proven(i), "listener %u counts", i);
+	CHECK(!ps_client_flows(t.arena, c[0].forward.source, 0), "the client counts");
+}
+
+/* ---- backends that get no new flows ----------------------------------------------------------------------------- */
+
+/* The last of the three backends of a listener is down from now on. */
+static void third_backend_down(uint32_t flags)
+{
+	struct ps_listener *l = &t.config->listener[0];
+
+	l->backends = 2;
+	l->down = 1;
+	l->flags = flags;
+	for (uint32_t i = 0; i < 7; i++)
+		t.config->lookup[i] = (uint16_t)(i % 2);
+	t.handler.now += 5;
+	ps_configure(&t.handler, t.config);
+	t.handler.now += 5;
+}
+
+static bool at_third(const struct conversation *c) { return !memcmp(c->sent.destination, t.backend[0][2], 16); }
+
+/* A client that asks again for a connection gets another backend if its own gets no new flows any more. */
+static void a_syn_again_leaves_a_backend_that_does_not_serve(void)
+{
+	struct conversation c[40];
+	uint32_t moved = 0;
+
+	for (uint32_t i = 0; i < 40; i++) {
+		c[i] = client(i);
+		LEADS(c[i], CLIENT, TCP_SYN, 0, 0, 0, SYN);
+		if (i >= 20) { /* one that has ended */
+			LEADS(c[i], BACKEND, TCP_RST | TCP_ACK, 0, 1, 0, CLOSED);
+		}
+	}
+	third_backend_down(0);
+	for (uint32_t i = 0; i < 40; i++) {
+		struct build was = c[i].sent;
+		bool leaves = at_third(&c[i]);
+
+		moved += leaves;
+		LEADS(c[i], CLIENT, TCP_SYN, i < 20 ? 0 : 90000, 0, 0, SYN);
+		CHECK(!at_third(&c[i]), "it stays with a backend that does not serve");
+		CHECK(leaves || !memcmp(&was, &c[i].sent, sizeof(was)), "it left one that does");
+	}
+	CHECK(moved > 5, "%u moved", moved);
+	/* One that is answered has left no backend. */
+	CHECK(t.arena->backend[2].live == 0, "%d", t.arena->backend[2].live);
+}
+
+/* RESET_BACKEND_DOWN: the next packet of the client is answered by a reset, and the flow is over. */
+static void flows_of_a_backend_that_is_down_are_reset(void)
+{
+	struct conversation c[40];
+	uint32_t reset = 0;
+
+	for (uint32_t i = 0; i < 40; i++) {
+		uint32_t bucket = client(i).stamp.bucket;
+
+		c[i] = established(bucket, i);
+	}
+	third_backend_down(PS_LISTENER_RESET_BACKEND_DOWN);
+	for (uint32_t i = 0; i < 40; i++) {
+		bool down = at_third(&c[i]);
+
+		if (i == 20)
+			t.config->listener[0].flags = 0; /* without the flag they stay */
+		CHECK(segment(&c[i], CLIENT, TCP_ACK, 1, 1, 10) == PS_TRANSMIT, "neither answered nor sent on");
+		if (!down || i >= 20) {
+			CHECK(entry_of(&c[i])->state == PS_FLOW_ESTABLISHED, "state %u", entry_of(&c[i])->state);
+			continue;
+		}
+		reset++;
+		CHECK(!entry_of(&c[i]), "the flow is still there");
+		CHECK(!memcmp(frame + 26, t.vip[0] + 12, 4) && !memcmp(frame + 30, c[i].forward.source + 12, 4) &&
+			      frame[47] == TCP_RST && !l4_check(frame + 14, frame + 34, 20, 6),
+		      "no reset to the client");
+		CHECK(frame[41] == (uint8_t)(first[BACKEND] + 1), "its number is not what the client acknowledged");
+		CHECK(segment(&c[i], CLIENT, TCP_ACK, 11, 1, 10) == PS_DROP, "it goes on without a flow");
+	}
+	CHECK(reset > 2 && t.counters[PS_C_RESETS_SENT] == reset, "%u reset", reset);
+	CHECK(t.counters[PS_C_FLOWS_ENDED] == reset, "%lu ended", t.counters[PS_C_FLOWS_ENDED]);
+}
+
+/* REFUSE: a SYN that finds no backend is answered by a reset; without it, it is dropped. */
+static void a_listener_without_backends_refuses_or_drops(void)
+{
+	struct conversation c = client(1);
+
+	t.config->listener[0].backends = 0;
+	CHECK(segment(&c, CLIENT, TCP_SYN, 0, 0, 0) == PS_DROP && t.counters[PS_C_DROP_NO_BACKEND] == 1, "dropped");
+	t.config->listener[0].flags = PS_LISTENER_REFUSE;
+	CHECK(segment(&c, CLIENT, TCP_SYN, 0, 0, 0) == PS_TRANSMIT && t.counters[PS_C_DROP_NO_BACKEND] == 1, "refused");
+	CHECK(frame[47] == (TCP_RST | TCP_ACK) && frame[45] == (uint8_t)(first[CLIENT] + 1), "flags %x", frame[47]);
+	CHECK(!entry_of(&c), "a flow");
 }
 
 /* Openers that are never answered take no entry and no port from a flow that lives. */
@@ -994,6 +1390,18 @@ int main(int argc, char **argv)
 		a_second_syn_may_be_answered_or_the_first,
 		fast_open_data_belongs_to_the_connection,
 		udp_is_assured_by_exchanges_over_some_time,
+		a_flood_of_one_listener_leaves_the_half_open_flows_of_others,
+		a_flood_behind_many_older_flows_of_another_listener_takes_hardly_any,
+		a_listener_cannot_take_the_part_of_another,
+		what_is_kept_for_others_is_kept_when_a_handshake_ends_too,
+		a_full_shard_evicts_in_order,
+		an_opener_takes_the_port_of_an_ended_or_half_open_flow,
+		openers_beyond_the_rate_are_dropped,
+		proven_flows_are_limited,
+		the_proven_flows_of_a_client_are_limited,
+		a_syn_again_leaves_a_backend_that_does_not_serve,
+		flows_of_a_backend_that_is_down_are_reset,
+		a_listener_without_backends_refuses_or_drops,
 	};
 	static const uint32_t firsts[][2] = { { 1000, 500000 },
 					      { 0xfffffff0, 0xffffff00 },

@@ -50,25 +50,24 @@ static int find(const struct reference *r, const struct ps_entry *f)
 	return -1;
 }
 
-/* The flow that is longest on a list, of one class if that is not -1. */
-static int oldest(const struct reference *r, uint32_t list, int class)
+/* The flow that is longest on a list. */
+static int oldest(const struct reference *r, uint32_t list)
 {
 	int best = -1;
 
 	for (int i = 0; i < MOST; i++) {
 		uint8_t state = r->flow[i].state;
 
-		if (state && ps_list_of(state) == list && (class < 0 || r->flow[i].listener % 64 == class) &&
-		    (best < 0 || r->listed[i] < r->listed[best]))
+		if (state && ps_list_of(state) == list && (best < 0 || r->listed[i] < r->listed[best]))
 			best = i;
 	}
 	return best;
 }
 
-/* The half-open flow that goes first: the oldest of the class with most. */
-static int half_open_victim(const struct reference *r)
+/* The half-open flow that goes first: the oldest of the class with most. Those before it go to the end of the list. */
+static int half_open_victim(struct reference *r)
 {
-	int count[64] = { 0 }, most = 0;
+	int count[64] = { 0 }, most = 0, at;
 
 	for (int i = 0; i < MOST; i++)
 		if (r->flow[i].state && ps_state_half_open(r->flow[i].state))
@@ -76,7 +75,11 @@ static int half_open_victim(const struct reference *r)
 	for (int c = 1; c < 64; c++)
 		if (count[c] > count[most])
 			most = c;
-	return oldest(r, PS_LIST_HALF_OPEN, most);
+	if (!count[most])
+		return -1;
+	while ((at = oldest(r, PS_LIST_HALF_OPEN)) >= 0 && r->flow[at].listener % 64 != most)
+		r->listed[at] = ++r->order;
+	return at;
 }
 
 static struct ps_entry *look(const struct ps_arena *a, struct ps_shard *s, const struct ps_entry *f)
@@ -207,12 +210,12 @@ static uint32_t history(uint64_t seed, uint32_t steps)
 				n--;
 			}
 			if (n == (int)entries) {
-				int goes = oldest(&r, PS_LIST_CLOSED, -1);
+				int goes = oldest(&r, PS_LIST_CLOSED);
 
 				if (goes < 0)
 					goes = half_open_victim(&r);
 				if (goes < 0)
-					goes = oldest(&r, PS_LIST_TIME_WAIT, -1);
+					goes = oldest(&r, PS_LIST_TIME_WAIT);
 				if (goes >= 0) {
 					r.flow[goes].state = 0;
 					expected++;

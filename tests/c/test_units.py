@@ -7,10 +7,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
-INCLUDES = [f"-I{ROOT / name}" for name in ("include", "engine/datapath", "tests/c")]
+INCLUDES = [f"-I{ROOT / name}" for name in ("include", "engine/datapath", "agent/native", "tests/c")]
 
 
-@pytest.mark.parametrize("name", ["shard", "nat", "crash"])
+@pytest.mark.parametrize("name", ["shard", "nat", "crash", "files"])
 @pytest.mark.parametrize("sanitizers", ["", "address,undefined"], ids=["optimised", "sanitized"])
 def test_random_histories_agree_with_the_reference(name: str, sanitizers: str, tmp_path: Path) -> None:
     program = tmp_path / name
