@@ -273,15 +273,16 @@ static inline bool ps_backend_down(const struct ps_config *c, const struct ps_en
  */
 enum ps_leaving { PS_STAYS = 0, PS_LEAVES, PS_IS_RESET };
 
-static inline enum ps_leaving ps_flow_leaves(const struct ps_handler *h, const struct ps_entry *f,
-					     const struct ps_key *k)
+static inline enum ps_leaving ps_flow_leaves(const struct ps_handler *h, const struct ps_entry *f)
 {
+	const struct ps_listener_state *state = ps_listener_of(h->arena, f);
+	bool udp = f->flags & PS_FLOW_UDP;
 	const struct ps_listener *l;
 
 	if ((int32_t)(f->last_seen - h->since) > 0)
 		return PS_STAYS;
-	l = ps_listener_find(h->config, k->destination, k->dport, k->udp ? 17 : 6);
-	if (k->udp)
+	l = ps_listener_find(h->config, state->address, state->port, udp ? 17 : 6);
+	if (udp)
 		return l && l->backends && !ps_backend_serves(h->config, f, l) ? PS_LEAVES : PS_STAYS;
 	if (l && l->flags & PS_LISTENER_RESET_BACKEND_DOWN && ps_backend_down(h->config, f, l))
 		return PS_IS_RESET;
@@ -631,11 +632,12 @@ static inline uint8_t ps_turn_away(struct ps_handler *h, uint8_t *frame, const s
 static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t length, const struct ps_stamp *stamp)
 {
 	struct ps_shard *s = ps_shard_at(h->arena, stamp->bucket);
-	bool reply = stamp->flags & PS_STAMP_REPLY, opener, fresh = false;
+	bool reply = stamp->flags & PS_STAMP_REPLY, opener, fresh = false, leaves;
 	struct ps_entry *f;
 	struct ps_packet p = { 0 };
 	struct ps_key k;
-	uint32_t touched;
+	uint32_t touched, seen;
+	uint8_t state;
 
 	if (ps_parse(frame, frame + length, &p) == PS_PKT_MALFORMED)
 		return ps_refuse(h, PS_C_DROP_MALFORMED);
@@ -683,7 +685,7 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	opener = p.kind == PS_PKT_FLOW && !reply &&
 		 (k.udp || (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN);
 	if (f && !reply) {
-		enum ps_leaving leaving = ps_flow_leaves(h, f, &k);
+		enum ps_leaving leaving = ps_flow_leaves(h, f);
 		bool again = opener && !k.udp && (ps_state_ended(f->state) || f->state == PS_FLOW_SYN);
 		const struct ps_listener *l = again ? ps_listener_find(h->config, k.destination, k.dport, 6) : NULL;
 
@@ -721,6 +723,10 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 					    refused == PS_C_DROP_NO_BACKEND && l->flags & PS_LISTENER_REFUSE, refused);
 		fresh = true;
 	}
+	/* What its backend still sends must not hide that a flow is to leave it: see ps_flow_leaves. */
+	leaves = reply && ps_flow_leaves(h, f) != PS_STAYS;
+	seen = f->last_seen;
+	state = f->state;
 	if (k.udp) {
 		ps_track_udp(h, s, f, reply);
 	} else if (fresh) {
@@ -732,6 +738,8 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	} else if (p.kind == PS_PKT_FLOW && !ps_track_tcp(h, s, f, frame, &p, reply)) {
 		return PS_DROP;
 	}
+	if (leaves && f->state == state)
+		f->last_seen = seen;
 	return ps_rewrite(h, f, frame, &p, reply);
 }
 
