@@ -275,15 +275,16 @@ static inline bool ps_backend_down(const struct ps_config *c, const struct ps_en
  */
 enum ps_leaving { PS_STAYS = 0, PS_LEAVES, PS_IS_RESET };
 
-static inline enum ps_leaving ps_flow_leaves(const struct ps_handler *h, const struct ps_entry *f,
-					     const struct ps_key *k)
+static inline enum ps_leaving ps_flow_leaves(const struct ps_handler *h, const struct ps_entry *f)
 {
+	const struct ps_listener_state *state = ps_listener_of(h->arena, f);
+	bool udp = f->flags & PS_FLOW_UDP;
 	const struct ps_listener *l;
 
 	if ((int32_t)(f->last_seen - h->since) > 0)
 		return PS_STAYS;
-	l = ps_listener_find(h->config, k->destination, k->dport, k->udp ? 17 : 6);
-	if (k->udp)
+	l = ps_listener_find(h->config, state->address, state->port, udp ? 17 : 6);
+	if (udp)
 		return l && l->backends && !ps_backend_serves(h->config, f, l) ? PS_LEAVES : PS_STAYS;
 	if (l && l->flags & PS_LISTENER_RESET_BACKEND_DOWN && ps_backend_down(h->config, f, l))
 		return PS_IS_RESET;
@@ -746,7 +747,7 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		 (k.udp || (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN);
 	fresh = opener && !f;
 	if (f && !reply) {
-		enum ps_leaving leaving = ps_flow_leaves(h, f, &k);
+		enum ps_leaving leaving = ps_flow_leaves(h, f);
 		bool again = opener && !k.udp && (ps_state_ended(f->state) || f->state == PS_FLOW_SYN);
 
 		if (leaving || (again && !ps_backend_serves(h->config, f,
@@ -766,10 +767,18 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 			return verdict;
 	} else if (!f) {
 		return ps_turn_away(h, frame, &p, h->config->unknown_flow_reset && !reply, PS_C_DROP_NO_FLOW);
-	} else if (k.udp) {
-		ps_track_udp(h, s, f, reply);
-	} else if (p.kind == PS_PKT_FLOW && !ps_track_tcp(h, s, f, frame, &p, reply)) {
-		return PS_DROP;
+	} else {
+		/* What its backend still sends must not hide that a flow is to leave it: see ps_flow_leaves. */
+		bool leaves = reply && ps_flow_leaves(h, f) != PS_STAYS;
+		uint32_t seen = f->last_seen;
+		uint8_t state = f->state;
+
+		if (k.udp)
+			ps_track_udp(h, s, f, reply);
+		else if (p.kind == PS_PKT_FLOW && !ps_track_tcp(h, s, f, frame, &p, reply))
+			return PS_DROP;
+		if (leaves && f->state == state)
+			f->last_seen = seen;
 	}
 	return ps_rewrite(h, f, frame, &p, reply);
 }

@@ -339,6 +339,10 @@ static inline uint8_t ps_track_opening(struct ps_entry *f, const struct ps_segme
 		}
 		return f->state;
 	}
+	if (kind == TCP_SYN && f->acked[PS_BACKEND] - (g->seq + 1) <= PS_FAST_OPEN) {
+		*moved = true; /* again: the answer has not come yet */
+		return f->state;
+	}
 	if (kind != TCP_ACK || g->ack - f->acked[PS_CLIENT] - 1 >= f->end[PS_BACKEND] - f->acked[PS_CLIENT] ||
 	    ps_seq(g->seq, f->acked[PS_BACKEND] - 1) < 0 ||
 	    ps_seq(g->seq, f->acked[PS_BACKEND] + ps_window(f, PS_BACKEND) + 1) > 0 || !ps_segment_intact(frame, p))

@@ -281,7 +281,10 @@ static inline void ps_shard_expect(struct ps_shard *s, uint32_t tick)
 		s->next_expiry = tick;
 }
 
-/* The flag is set after the counters and cleared before them: a rebuild counts whoever has none. */
+/*
+ * The flag is set after the counters and cleared before them: a rebuild counts whoever has none. A death in between
+ * leaves a counter of the arena one too high, never too low. So it is with the counts of proven flows.
+ */
 static inline void ps_count_add(struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
 {
 	if (f->flags & PS_FLOW_COUNTED)

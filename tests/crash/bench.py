@@ -99,6 +99,8 @@ class Packet:
     payload: bytes
     flags: int = ACK
     ttl: int = 64
+    sequence: int = 0
+    acknowledged: int = 0
 
     def frame(self, to: bytes) -> bytes:
         """With Ethernet header and checksums."""
@@ -109,7 +111,8 @@ class Packet:
             at = 6
         else:
             length = 20 + len(self.payload)
-            head = struct.pack("!HHIIBBHHH", self.source[1], self.destination[1], 7, 9, 0x50, self.flags, 4096, 0, 0)
+            ports, numbers = (self.source[1], self.destination[1]), (self.sequence, self.acknowledged)
+            head = struct.pack("!HHIIBBHHH", *ports, *numbers, 0x50, self.flags, 65535, 0, 0)
             at = 16
         check = checksum(pseudo + struct.pack("!HH", self.protocol, length) + head + self.payload)
         head = head[:at] + struct.pack("!H", check) + head[at + 2 :]
@@ -152,6 +155,8 @@ class Flow:
     sent: list[int] = field(default_factory=lambda: [0, 0])
     """Packets sent: to the backend, to the client."""
     seen: list[int] = field(default_factory=lambda: [0, 0])
+    numbers: list[int] = field(default_factory=lambda: [0xFFFFFF00, 0xFFFFFF80])
+    """TCP: of the next byte to the backend, to the client. They wrap around soon."""
 
 
 class Keeper:
@@ -216,8 +221,8 @@ class Keeper:
         self.stack.direct()
         config = self.stack.config
         self.stack._write(config.buffer[1], 1)
-        for state in ("SYN", "SYN_ACK", "CLOSING", "CLOSED", "UNANSWERED", "ASSURED", "ESTABLISHED"):
-            config.buffer[1].timeout[constant(f"PS_FLOW_{state}")] = IDLE_TENTHS
+        for state in range(constant("PS_FLOW_SYN"), constant("PS_FLOW_STATES")):
+            config.buffer[1].timeout[state] = IDLE_TENTHS
         config.generation = 1
         blueprint = engines.Blueprint(
             "crash", SLOT, "", QUEUES, CORES, "Shared", CPUS, 0, f"{self.lab.prefix}-engine", OWNER,
@@ -439,12 +444,14 @@ class Keeper:
         """(where it is sent, frame) of the flow's next packet in one direction."""
         content = payload(flow.number, flow.sent[reply], reply)
         flow.sent[reply] += 1
+        numbers = flow.numbers[reply], flow.numbers[not reply] if flags & ACK else 0
+        flow.numbers[reply] = (numbers[0] + len(content) + bool(flags & (SYN | FIN))) % (1 << 32)
         if reply:
             assert flow.snat
-            packet = Packet(flow.protocol, (BACKEND, BACKEND_PORT), flow.snat, content, flags)
+            packet = Packet(flow.protocol, (BACKEND, BACKEND_PORT), flow.snat, content, flags, 64, *numbers)
             return "server", packet.frame(self.macs["server"])
         port = UDP_PORT if flow.protocol == UDP else TCP_PORT
-        packet = Packet(flow.protocol, (CLIENT, flow.port), (VIP, port), content, flags)
+        packet = Packet(flow.protocol, (CLIENT, flow.port), (VIP, port), content, flags, 64, *numbers)
         return "client", packet.frame(self.macs["client"])
 
     def burst(self) -> list[tuple[str, bytes]]:
@@ -625,6 +632,18 @@ class Keeper:
         call(lib().ps_queues_census, self.engine.view, self.engine.fds, out)
         return out.missing, out.twice, out.bad
 
+    def counted(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+        """(flows that live, by backend and by listener, and those that are proven, as counted), (as they are)."""
+        arena, room = self.stack.arena, ffi.new("struct ps_flow[]", 64)
+        flags = [
+            room[i].flags for b in range(BUCKETS) for i in range(lib().ps_arena_flows(arena, b, room, len(room)))
+        ]  # fmt: skip
+        proven, live = sum(bool(f & constant("PS_FLOW_PROVEN")) for f in flags), self.stack.live()
+        listeners = [arena.listener[i] for i in range(constant("PS_MAX_NUMBERS"))]
+        backends = sum(arena.backend[i].live for i in range(arena.backends))
+        counted = backends, sum(entry.live for entry in listeners), sum(entry.proven for entry in listeners)
+        return counted, (live, live, proven)
+
     def at_rest(self, limit_seconds: float = 5, counters: bool = True) -> None:
         """Frames, shards and backends' counters of flows, when nothing moves."""
         deadline = time.monotonic() + limit_seconds
@@ -636,8 +655,8 @@ class Keeper:
             error = ffi.new("struct ps_error *")
             while True:
                 wrong = [b for b in range(BUCKETS) if lib().ps_arena_check(self.stack.arena, b, error)]
-                live = sum(self.stack.arena.backend[i].live for i in range(self.stack.arena.backends))
-                if not wrong and (not counters or live == self.stack.live()):
+                counted, expected = self.counted()
+                if not wrong and (not counters or counted == expected):
                     return
                 if time.monotonic() > deadline:
                     break
@@ -645,7 +664,7 @@ class Keeper:
         if wrong:
             self.fault("shard", f"{len(wrong)} shards: {ffi.string(error.text).decode()}")
         else:
-            self.fault("backend counter", f"{live} instead of {self.stack.live()}")
+            self.fault("counters", f"{counted} instead of {expected}")
 
 
 @contextlib.contextmanager

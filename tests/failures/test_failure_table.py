@@ -42,16 +42,20 @@ def metric(client: Client, name: str, label: str) -> Counter[str]:
 # ---- garbage, floods ----------------------------------------------------------------------------------------------
 
 
+def checksum(data: bytes) -> bytes:
+    """Of an even number of bytes."""
+    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total = (total & 0xFFFF) + (total >> 16)
+    return struct.pack("!H", ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF)
+
+
 def packet(source: str, destination: str, protocol: int, payload: bytes) -> bytes:
     """Without a checksum of its payload: only what is of interest is right."""
     a, b = ip_address(source).packed, ip_address(destination).packed
     if len(a) == 16:
         return b"\x86\xdd" + struct.pack("!IHBB", 6 << 28, len(payload), protocol, 64) + a + b + payload
     header = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0) + a + b
-    total = sum(struct.unpack("!10H", header))
-    total = (total & 0xFFFF) + (total >> 16)
-    total = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
-    return b"\x08\x00" + header[:10] + struct.pack("!H", total) + header[12:] + payload
+    return b"\x08\x00" + header[:10] + checksum(header) + header[12:] + payload
 
 
 def sources(family: int, rng: random.Random) -> str:
@@ -76,7 +80,9 @@ SNATS = {4: "198.51.100.1", 6: "2001:db8:2::1"}
 
 
 def openers(family: int, rng: random.Random) -> bytes:
-    return packet(sources(family, rng), VIPS[family], 6, opener(80, rng))
+    source, segment = sources(family, rng), opener(80, rng)
+    pseudo = ip_address(source).packed + ip_address(VIPS[family]).packed + struct.pack("!HH", 6, len(segment))
+    return packet(source, VIPS[family], 6, segment[:16] + checksum(pseudo + segment) + segment[18:])
 
 
 def datagrams(family: int, rng: random.Random) -> bytes:
