@@ -34,6 +34,7 @@ uint64_t engine_counter(const struct engine *e, uint32_t counter);
 void engine_keep(struct engine *e);
 void engine_restore(struct engine *e);
 void engine_flood(struct engine *e, uint32_t bucket, uint16_t vip_port, uint8_t protocol, uint32_t openers);
+void engine_crowd(struct engine *e, uint32_t bucket, uint16_t vip_port, uint32_t clients);
 
 /* VIP 192.0.2.10: TCP and UDP 80, TCP 81; SNAT 192.0.2.64 and .65; backends 10.2.0.0 to .2, port 8080. 256 buckets. */
 struct engine *engine_new(uint32_t entries, uint32_t index_slots)
@@ -192,23 +193,68 @@ void engine_restore(struct engine *e)
 	e->handled = e->kept_handled;
 }
 
+/* A segment without payload, of this bucket. -> its verdict; `frame` is what was sent on. */
+static int send_segment(struct engine *e, uint8_t *frame, const struct build *b, uint32_t bucket, uint32_t sequence,
+			uint32_t acknowledged)
+{
+	bool reply = b->dport != htons(80) && b->dport != htons(81);
+	uint32_t l3, length = build_frame(frame, b, &l3), numbers[2] = { htonl(sequence), htonl(acknowledged) };
+	struct ps_stamp stamp = stamp_of_flow(&e->stack, b->source, b->sport, b->destination, b->dport, b->protocol);
+
+	if (b->protocol == 6) {
+		memcpy(frame + l3 + 24, numbers, 8);
+		put16(frame + l3 + 34, 65535);
+		l4_checksum(frame + l3, frame + l3 + 20, length - l3 - 20, 6);
+	}
+	stamp.bucket = (uint16_t)bucket;
+	if (reply) {
+		stamp.flags = PS_STAMP_REPLY;
+		stamp.hash = 0;
+	}
+	e->handled++;
+	return PS_VERDICT(ps_handle(&e->stack.handler, frame, length, &stamp));
+}
+
+static struct build opener(const struct engine *e, uint32_t network, uint32_t i, uint16_t vip_port, uint8_t protocol)
+{
+	struct build b = { .dport = htons(vip_port), .protocol = protocol, .tcp_flags = TCP_SYN, .ttl = 64 };
+
+	mapped(b.source, network + i);
+	memcpy(b.destination, e->stack.vip[0], 16);
+	b.sport = htons((uint16_t)(1024 + i));
+	return b;
+}
+
 /* Openers from as many sources that nobody has, all of one bucket. */
 void engine_flood(struct engine *e, uint32_t bucket, uint16_t vip_port, uint8_t protocol, uint32_t openers)
 {
-	struct build b = { .dport = htons(vip_port), .protocol = protocol, .tcp_flags = TCP_SYN, .ttl = 64 };
 	uint8_t frame[PS_FRAME_BYTES];
 
-	memcpy(b.destination, e->stack.vip[0], 16);
 	for (uint32_t i = 0; i < openers; i++) {
-		struct ps_stamp stamp;
-		uint32_t l3, length;
+		struct build b = opener(e, 0xc6120000, i, vip_port, protocol);
 
-		mapped(b.source, 0xc6120000 + i);
-		b.sport = htons((uint16_t)(1024 + i));
-		length = build_frame(frame, &b, &l3);
-		stamp = stamp_of_flow(&e->stack, b.source, b.sport, b.destination, b.dport, protocol);
-		stamp.bucket = (uint16_t)bucket;
-		ps_handle(&e->stack.handler, frame, length, &stamp);
-		e->handled++;
+		send_segment(e, frame, &b, bucket, random_below(~0u), 0);
+	}
+}
+
+/* As many other clients, each of which opens a connection that both ends hold. */
+void engine_crowd(struct engine *e, uint32_t bucket, uint16_t vip_port, uint32_t clients)
+{
+	uint8_t frame[PS_FRAME_BYTES];
+
+	for (uint32_t i = 0; i < clients; i++) {
+		struct build b = opener(e, 0xc6130000, i, vip_port, 6), reply;
+		uint32_t ours = random_below(~0u), theirs = random_below(~0u);
+
+		if (send_segment(e, frame, &b, bucket, ours, 0) != PS_TRANSMIT)
+			continue;
+		reply = (struct build){ .protocol = 6, .tcp_flags = TCP_SYN | TCP_ACK, .ttl = 64 };
+		mapped(reply.source, (uint32_t)frame[30] << 24 | frame[31] << 16 | frame[32] << 8 | frame[33]);
+		mapped(reply.destination, (uint32_t)frame[26] << 24 | frame[27] << 16 | frame[28] << 8 | frame[29]);
+		memcpy(&reply.sport, frame + 36, 2);
+		memcpy(&reply.dport, frame + 34, 2);
+		send_segment(e, frame, &reply, bucket, theirs, ours + 1);
+		b.tcp_flags = TCP_ACK;
+		send_segment(e, frame, &b, bucket, ours + 1, theirs + 1);
 	}
 }
