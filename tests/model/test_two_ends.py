@@ -1,0 +1,261 @@
+"""Whatever somebody sends who does not see a connection, the flow's fate is what its two ends decide.
+
+Hypothesis drives two real ends, the network between them, time, and the stranger; `World` says what must hold. A longer
+search: `pytest tests/model --hypothesis-profile long`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import HealthCheck, assume, note, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from .endpoint import ACK, FIN, MAY_SEND, NUMBERS, RST, SYN, TIME_WAIT_SECONDS, Endpoint, Flag, Segment, State
+from .engine import BACKEND_PORT, BACKENDS, SNATS, VIP
+from .world import World
+
+FLAGS = [RST, RST | ACK, FIN, FIN | ACK, SYN, SYN | ACK, ACK, SYN | FIN, SYN | RST, FIN | RST, Flag(0), Flag(31)]
+NUMBERS_DRAWN = st.integers(0, NUMBERS - 1)
+NEAR = st.one_of(
+    st.sampled_from([0, 1, -1, 2, 1000, -1000, 65534, 65535, 65536, -65535, -65536, 1 << 30, -(1 << 30), 1 << 31]),
+    st.integers(-70000, 140000),
+)
+"""Distances from a number that an end uses."""
+DATA = st.integers(1, 3000)
+
+
+class TwoEnds(RuleBasedStateMachine):
+    """One client and its backends. `stranger` alone does not see what they say."""
+
+    @initialize(
+        client=st.one_of(st.sampled_from([0, NUMBERS - 1, NUMBERS - 1000, (1 << 31) - 1]), NUMBERS_DRAWN),
+        backend=st.one_of(st.sampled_from([0, NUMBERS - 1, NUMBERS - 1000, (1 << 31) - 1]), NUMBERS_DRAWN),
+        capacity=st.sampled_from([1500, 65535, 1 << 20]),
+        scale=st.sampled_from([None, 0, 7, 14]),
+        opened=st.booleans(),
+    )
+    def begin(self, client: int, backend: int, capacity: int, scale: int | None, opened: bool) -> None:
+        if scale != 7:
+            capacity = min(capacity, 65535)
+        self.world = World(client, backend, capacity, scale)
+        if opened:
+            self.world.open()
+
+    def end(self, side: bool) -> Endpoint | None:
+        return self.world.client if side else self.world.peer
+
+    # ---- the two ends ----------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.world.client.state is State.CLOSED)
+    @rule()
+    def connect(self) -> None:
+        if self.world.client.why:
+            self.world.reconnect()
+        else:
+            self.world.client.connect()
+        self.world.collect()
+
+    @rule(side=st.booleans(), size=DATA)
+    def send(self, side: bool, size: int) -> None:
+        end = self.end(side)
+        if end and end.state in MAY_SEND and not end.closing:
+            end.send(bytes(size))
+            self.world.collect()
+
+    @rule(side=st.booleans())
+    def close(self, side: bool) -> None:
+        end = self.end(side)
+        if end and end.state in MAY_SEND and not end.closing:
+            end.close()
+            self.world.collect()
+
+    @rule(side=st.booleans())
+    def abort(self, side: bool) -> None:
+        end = self.end(side)
+        if end and end.state not in (State.CLOSED, State.LISTEN):
+            end.abort()
+            self.world.collect()
+
+    @rule(side=st.booleans(), what=st.sampled_from(["pause", "resume", "keep_alive"]))
+    def other(self, side: bool, what: str) -> None:
+        end = self.end(side)
+        if end and end.state is not State.CLOSED:
+            getattr(end, what)()
+            self.world.collect()
+
+    # ---- the network -----------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.world.sent)
+    @rule(data=st.data(), copy=st.booleans())
+    def through(self, data: Any, copy: bool) -> None:
+        packet = self._draw(data, self.world.sent, copy)
+        note(f"through the engine: {packet.segment}")
+        self.world.through(packet)
+
+    @precondition(lambda self: self.world.passed)
+    @rule(data=st.data(), copy=st.booleans())
+    def arrive(self, data: Any, copy: bool) -> None:
+        packet = self._draw(data, self.world.passed, copy)
+        note(f"arrives: {packet.segment}")
+        self.world.arrive(packet)
+
+    @precondition(lambda self: self.world.sent or self.world.passed)
+    @rule(data=st.data())
+    def lose(self, data: Any) -> None:
+        packet = self._draw(data, self.world.sent or self.world.passed, False)
+        note(f"lost: {packet.segment}")
+
+    @staticmethod
+    def _draw(data: Any, queue: list[Any], copy: bool) -> Any:
+        at = data.draw(st.integers(0, len(queue) - 1))
+        return queue[at] if copy else queue.pop(at)
+
+    @rule()
+    def settle(self) -> None:
+        self.world.settle()
+
+    @rule(seconds=st.sampled_from([0.1, 1, 1, 5, 12, 31, 61, 121, 300, 900]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.time_passes(seconds)
+
+    # ---- the stranger ----------------------------------------------------------------------------------
+
+    @rule(
+        to_backend=st.booleans(),
+        flags=st.sampled_from(FLAGS),
+        sequence=st.one_of(NUMBERS_DRAWN, st.tuples(NEAR)),
+        acknowledgement=st.one_of(NUMBERS_DRAWN, st.tuples(NEAR)),
+        size=st.sampled_from([0, 0, 1, 1000]),
+        window=st.sampled_from([0, 1, 100, 65535]),
+        right=st.sampled_from([True, True, True, False]),
+        arrives=st.booleans(),
+    )
+    def inject(
+        self,
+        to_backend: bool,
+        flags: Flag,
+        sequence: int | tuple[int],
+        acknowledgement: int | tuple[int],
+        size: int,
+        window: int,
+        right: bool,
+        arrives: bool,
+    ) -> None:
+        """To one end, as if from the other. A tuple is a distance from what the end would believe."""
+        world, receiver = self.world, self.end(not to_backend)
+        expected, next_ = (receiver.expected, receiver.next) if receiver else (0, 0)
+        segment = Segment(
+            (sequence if isinstance(sequence, int) else expected + sequence[0]) % NUMBERS,
+            (acknowledgement if isinstance(acknowledgement, int) else next_ + acknowledgement[0]) % NUMBERS,
+            flags,
+            window,
+            bytes(size),
+        )
+        if right and receiver:
+            assume(self.is_a_guess(receiver, self.end(to_backend), segment))
+        note(f"{segment}, checksum {'right' if right else 'wrong'}")
+        if to_backend:
+            world.inject_to_backend(segment, right)
+        elif world.flow:
+            world.inject_to_client(segment, right)
+        else:
+            world.inject((BACKENDS[0], BACKEND_PORT), (SNATS[0], 1024 + world.bucket), segment, right)
+        if arrives and world.passed and world.passed[-1].sender is None:
+            world.arrive(world.passed.pop())
+
+    def is_a_guess(self, receiver: Endpoint, sender: Endpoint | None, segment: Segment) -> bool:
+        """False for what only luck hits: numbers that its receiver believes, or that the ends use themselves.
+
+        A connection that such a segment ends is ended by chance one in 2**32 / window of them; no middle can know
+        better than the end.
+        """
+        if receiver.state in (State.CLOSED, State.LISTEN):
+            return not segment.flags & RST or segment.sequence != receiver.expected
+        exact = {receiver.expected, *receiver.numbers_sent}
+        if sender:
+            exact |= {sender.next, sender.una, sender.number}
+        if segment.flags & RST and segment.sequence in exact:
+            return False
+        if receiver.state in (State.SYN_SENT, State.SYN_RECEIVED) and segment.acknowledgement == receiver.next:
+            return False
+        return not receiver.would_change(segment)
+
+    @rule(
+        stranger=st.integers(0, 2),
+        flags=st.sampled_from([SYN, SYN, ACK, ACK, RST, FIN | ACK, SYN | ACK]),
+        sequence=st.sampled_from([0, 1, 2, 1000]),
+        acknowledgement=st.one_of(NUMBERS_DRAWN, st.tuples(NEAR)),
+        right=st.booleans(),
+        arrives=st.booleans(),
+    )
+    def open_alone(
+        self,
+        stranger: int,
+        flags: Flag,
+        sequence: int,
+        acknowledgement: int | tuple[int],
+        right: bool,
+        arrives: bool,
+    ) -> None:
+        """A connection from an address that the stranger does not have: it never sees the answer."""
+        world, place = self.world, self.world.strangers[stranger]
+        flow = world.engine.flow(place)
+        end = world.backends[flow.backend].ends.get(flow.snat) if flow else None
+        number = acknowledgement if isinstance(acknowledgement, int) else (end.next if end else 0) + acknowledgement[0]
+        segment = Segment(sequence, number % NUMBERS, flags, 1000)
+        if right and end:
+            assume(segment.acknowledgement != end.next)
+        world.inject(place, VIP, segment, right)
+        if arrives and world.passed and world.passed[-1].sender is None:
+            world.arrive(world.passed.pop())
+
+    @precondition(lambda self: self.world.ends())
+    @rule()
+    def flood(self) -> None:
+        """What `check` tries after each step, for good. Only when there is a flow that it must not take."""
+        self.world.engine.flood(self.world.bucket)
+
+    # ---- and in the end ----------------------------------------------------------------------------------
+
+    @rule(who=st.sampled_from(["client", "backend", "both", "client aborts", "backend aborts"]))
+    def finish(self, who: str) -> None:
+        """The programs end it, and from here on nothing is lost."""
+        world, peer = self.world, self.world.peer
+        held = world.ends() is not None and not world.expired
+        for name, end in (("client", world.client), ("backend", peer)):
+            if end is None or end.state in (State.CLOSED, State.LISTEN):
+                continue
+            end.resume()
+            world.collect()
+            if who == f"{name} aborts":
+                end.abort()
+            elif who in (name, "both") and end.state in MAY_SEND and not end.closing:
+                end.close()
+            world.collect()
+        world.finish()
+        for end in (world.client, world.peer):
+            if end and end.state in MAY_SEND and not end.closing:
+                end.close()
+        world.finish()
+        if held and not world.expired:
+            assert peer
+            for end in (world.client, peer):
+                assert end.state in (State.CLOSED, State.TIME_WAIT), f"{end.state} for ever"
+        world.time_passes(TIME_WAIT_SECONDS + 1)
+        world.finish()
+
+    @invariant()
+    def holds(self) -> None:
+        self.world.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.finish("both")
+
+
+TestTwoEnds = TwoEnds.TestCase
+TestTwoEnds.settings = settings(
+    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+)
