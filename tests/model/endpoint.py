@@ -62,6 +62,10 @@ class Segment:
     payload: bytes = b""
     scale: int | None = None
 
+    def __repr__(self) -> str:
+        names = "|".join(f.name or "" for f in Flag if self.flags & f) or "nothing"
+        return f"<{names} {self.sequence}+{len(self.payload)} ack {self.acknowledgement} window {self.window}>"
+
     @property
     def length(self) -> int:
         """Sequence numbers that it takes: SEG.LEN of RFC 9293, 3.3.1."""
@@ -78,7 +82,7 @@ def behind(a: int, b: int) -> int:
     return (a - b + NUMBERS // 2) % NUMBERS - NUMBERS // 2
 
 
-@dataclass
+@dataclass(eq=False)
 class Endpoint:
     """One end. Give it segments with `receive`, take what it sends from `outbox`.
 
