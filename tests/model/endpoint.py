@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from enum import Enum, IntFlag
 
 NUMBERS = 1 << 32
+MOST_CHALLENGES = 10
+"""Challenges until time passes: two ends that do not know each other's numbers must fall silent (RFC 5961, 7)."""
 TIME_WAIT_SECONDS = 60
 """Twice the maximum segment lifetime as Linux has it; RFC 9293, 3.4.2 says 240."""
 
@@ -125,6 +127,7 @@ class Endpoint:
     numbers_sent: set[int] = field(default_factory=set)
     """Every number that it ever acknowledged."""
     waited: float = 0
+    challenges: int = 0
 
     def __post_init__(self) -> None:
         self.una = self.next = self.number
@@ -181,6 +184,7 @@ class Endpoint:
         With a closed window one byte beyond it is tried (3.8.6.1).
         """
         self.waited += seconds
+        self.challenges = 0
         if self.state is State.TIME_WAIT:
             if self.waited >= TIME_WAIT_SECONDS:
                 self._end("closed")
@@ -255,12 +259,14 @@ class Endpoint:
                 # A SYN that is sent again asks for its answer; what is answered else is an acknowledgement.
                 if self.state is State.SYN_RECEIVED and segment.flags & SYN and segment.sequence == self.peer_number:
                     self._send_syn()
-                else:
+                elif segment.payload:
                     self._acknowledge()
+                else:
+                    self._challenge()
             return
         if segment.flags & RST:  # RFC 5961, 3.2
             if segment.sequence != self.expected:
-                self._acknowledge()
+                self._challenge()
             else:
                 self._end("reset")
             return
@@ -268,7 +274,7 @@ class Endpoint:
             if self.state is State.SYN_RECEIVED and self.passive:
                 self._end("listening again")
             else:
-                self._acknowledge()
+                self._challenge()
             return
         if segment.flags & ACK and self._take_acknowledgement(segment):
             self._take_text(segment)
@@ -293,7 +299,7 @@ class Endpoint:
             self.state = State.ESTABLISHED
             self._take_window(segment)
         if not possible or ahead < -self.most_window:  # RFC 5961, 5.2
-            self._acknowledge()
+            self._challenge()
             return False
         if ahead > 0:
             self.una = segment.acknowledgement
@@ -381,8 +387,13 @@ class Endpoint:
         )
 
     def _acknowledge(self) -> None:
-        """Also the challenge of RFC 5961."""
         self._emit(Segment(self.next, self.expected, ACK, self._window_field()))
+
+    def _challenge(self) -> None:
+        """An acknowledgement in answer to what was not believed."""
+        self.challenges += 1
+        if self.challenges <= MOST_CHALLENGES:
+            self._acknowledge()
 
     def _transmit(self, probe: bool = False) -> None:
         if self.state not in SYNCHRONIZED or self._fin_sent():

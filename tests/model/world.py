@@ -173,11 +173,12 @@ class World:
         segment, sender = packet.segment, packet.sender
         assert sender is not None
         other = self.peer if sender is self.client else self.client
-        seen = self.seen.setdefault(id(sender), Seen(segment.end))
         if segment.flags & RST:
-            theirs = self.seen.get(id(other))
-            seen.reset |= segment.sequence in (seen.end, theirs.acknowledged if theirs else None)
+            ours, theirs = self.seen.get(id(sender)), self.seen.get(id(other))
+            if ours:
+                ours.reset |= segment.sequence in (ours.end, theirs.acknowledged if theirs else None)
             return
+        seen = self.seen.setdefault(id(sender), Seen(segment.end))
         if behind(segment.end, seen.end) > 0:
             seen.end = segment.end
         seen.fin |= bool(segment.flags & FIN)
