@@ -4,7 +4,7 @@
  * It does the director's part as well: the stamp. Of the layout it knows what engine_new and engine_flows say; all else
  * goes through ps_handle, ps_shard_sweep and ps_shard_check.
  */
-#include "frames.h"
+#include "segments.h"
 
 /* Flows, in terms of packets; host order */
 struct engine_flow {
@@ -110,8 +110,8 @@ void engine_advance(struct engine *e, uint32_t ticks)
 
 	t->handler.now += ticks;
 	for (uint32_t b = 0; b < t->arena->buckets; b++)
-		t->counters[PS_C_FLOWS_ENDED] += ps_shard_sweep(t->arena, ps_shard_at(t->arena, b), t->config->timeout,
-								t->handler.now);
+		t->counters[PS_C_FLOWS_ENDED] +=
+			ps_shard_sweep(t->arena, ps_shard_at(t->arena, b), t->config->timeout, t->handler.now);
 }
 
 uint32_t engine_flows(const struct engine *e, struct engine_flow *out, uint32_t most)
@@ -193,19 +193,14 @@ void engine_restore(struct engine *e)
 	e->handled = e->kept_handled;
 }
 
-/* A segment without payload, of this bucket. -> its verdict; `frame` is what was sent on. */
-static int send_segment(struct engine *e, uint8_t *frame, const struct build *b, uint32_t bucket, uint32_t sequence,
-			uint32_t acknowledged)
+/* A packet without payload, of this bucket. -> its verdict; `frame` is what was sent on. */
+static int send_packet(struct engine *e, uint8_t *frame, const struct build *b, uint32_t bucket, bool reply,
+		       uint32_t sequence, uint32_t acknowledged)
 {
-	bool reply = b->dport != htons(80) && b->dport != htons(81);
-	uint32_t l3, length = build_frame(frame, b, &l3), numbers[2] = { htonl(sequence), htonl(acknowledged) };
+	uint32_t l3, length = b->protocol == 6 ? build_segment(frame, b, sequence, acknowledged, 0)
+					       : build_frame(frame, b, &l3);
 	struct ps_stamp stamp = stamp_of_flow(&e->stack, b->source, b->sport, b->destination, b->dport, b->protocol);
 
-	if (b->protocol == 6) {
-		memcpy(frame + l3 + 24, numbers, 8);
-		put16(frame + l3 + 34, 65535);
-		l4_checksum(frame + l3, frame + l3 + 20, length - l3 - 20, 6);
-	}
 	stamp.bucket = (uint16_t)bucket;
 	if (reply) {
 		stamp.flags = PS_STAMP_REPLY;
@@ -233,7 +228,7 @@ void engine_flood(struct engine *e, uint32_t bucket, uint16_t vip_port, uint8_t 
 	for (uint32_t i = 0; i < openers; i++) {
 		struct build b = opener(e, 0xc6120000, i, vip_port, protocol);
 
-		send_segment(e, frame, &b, bucket, random_below(~0u), 0);
+		send_packet(e, frame, &b, bucket, false, random_below(~0u), 0);
 	}
 }
 
@@ -246,15 +241,12 @@ void engine_crowd(struct engine *e, uint32_t bucket, uint16_t vip_port, uint32_t
 		struct build b = opener(e, 0xc6130000, i, vip_port, 6), reply;
 		uint32_t ours = random_below(~0u), theirs = random_below(~0u);
 
-		if (send_segment(e, frame, &b, bucket, ours, 0) != PS_TRANSMIT)
+		if (send_packet(e, frame, &b, bucket, false, ours, 0) != PS_TRANSMIT)
 			continue;
-		reply = (struct build){ .protocol = 6, .tcp_flags = TCP_SYN | TCP_ACK, .ttl = 64 };
-		mapped(reply.source, (uint32_t)frame[30] << 24 | frame[31] << 16 | frame[32] << 8 | frame[33]);
-		mapped(reply.destination, (uint32_t)frame[26] << 24 | frame[27] << 16 | frame[28] << 8 | frame[29]);
-		memcpy(&reply.sport, frame + 36, 2);
-		memcpy(&reply.dport, frame + 34, 2);
-		send_segment(e, frame, &reply, bucket, theirs, ours + 1);
+		reply = reply_to(frame);
+		reply.tcp_flags = TCP_SYN | TCP_ACK;
+		send_packet(e, frame, &reply, bucket, true, theirs, ours + 1);
 		b.tcp_flags = TCP_ACK;
-		send_segment(e, frame, &b, bucket, ours + 1, theirs + 1);
+		send_packet(e, frame, &b, bucket, false, ours + 1, theirs + 1);
 	}
 }
