@@ -146,13 +146,15 @@ class Endpoint:
 
     def send(self, data: bytes) -> None:
         """SEND (RFC 9293, 3.10.2): queued, and sent as far as the window lets it."""
-        assert self.state in MAY_SEND and not self.closing
+        assert self.state in MAY_SEND
+        assert not self.closing
         self.stream += data
         self._transmit()
 
     def close(self) -> None:
         """CLOSE (RFC 9293, 3.10.4): a FIN behind what is queued; it goes on receiving."""
-        assert self.state in MAY_SEND and not self.closing
+        assert self.state in MAY_SEND
+        assert not self.closing
         self.closing = True
         self._transmit()
 

@@ -6,16 +6,27 @@ search: `pytest tests/model --hypothesis-profile long`.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
-from hypothesis import HealthCheck, assume, note, settings
+import pytest
+from hypothesis import HealthCheck, Phase, assume, note, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
+from . import world
 from .endpoint import ACK, FIN, MAY_SEND, NUMBERS, RST, SYN, TIME_WAIT_SECONDS, Endpoint, Flag, Segment, State
-from .engine import BACKEND_PORT, BACKENDS, SNATS, VIP
+from .engine import BACKEND_PORT, BACKENDS, SNATS, VIP, Engine, Flow, Place, parse
 from .world import World
 
+LONG = settings.default is settings.get_profile("long")
 FLAGS = [RST, RST | ACK, FIN, FIN | ACK, SYN, SYN | ACK, ACK, SYN | FIN, SYN | RST, FIN | RST, Flag(0), Flag(31)]
 NUMBERS_DRAWN = st.integers(0, NUMBERS - 1)
 NEAR = st.one_of(
@@ -261,5 +272,41 @@ class TwoEnds(RuleBasedStateMachine):
 
 TestTwoEnds = TwoEnds.TestCase
 TestTwoEnds.settings = settings(
-    deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
+    deadline=None,
+    # A failure is found in seconds, and made short in minutes: that is left to the longer search.
+    phases=settings.default.phases if LONG else [Phase.explicit, Phase.reuse, Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
+
+
+class Credulous(Engine):
+    """An engine that believes any segment with these flags, whatever its numbers and its checksum."""
+
+    flags = RST
+    believed: ClassVar[dict[str, str]] = {"RST": "CLOSED", "FIN": "CLOSING", "ACK": "ESTABLISHED"}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._deceived: set[Place] = set()
+
+    def handle(self, frame: bytes) -> bytes | None:
+        passed = super().handle(frame)
+        source, destination, segment, _ = parse(frame)
+        if segment.flags & (self.flags | SYN) == self.flags:
+            self._deceived |= {f.client for f in self.flows() if source == f.client or destination == f.snat}
+        return passed
+
+    def flows(self) -> list[Flow]:
+        state = self.believed[str(self.flags.name)]
+        return [replace(f, state=state) if f.client in self._deceived else f for f in super().flows()]
+
+
+@pytest.mark.parametrize("flags", [RST, FIN, ACK], ids=lambda flags: flags.name)
+def test_an_engine_that_believes_whatever_comes_is_found_out(flags: Flag, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Credulous, "flags", flags)
+    monkeypatch.setattr(world, "Engine", Credulous)
+    only_find = settings(
+        TestTwoEnds.settings, phases=[Phase.generate], max_examples=200, database=None, report_multiple_bugs=False
+    )
+    with pytest.raises(AssertionError):
+        run_state_machine_as_test(TwoEnds, settings=only_find)

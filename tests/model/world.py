@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from itertools import count
 
-from .endpoint import ACK, ENDED, FIN, NUMBERS, RST, SYN, SYNCHRONIZED, Endpoint, Segment, State, behind
+from .endpoint import ACK, ENDED, FIN, NUMBERS, RST, SYNCHRONIZED, Endpoint, Segment, State, behind
 from .engine import BACKEND_PORT, BACKENDS, VIP, Engine, Flow, Place, build, parse
 
 CLIENT = IPv4Address("198.51.100.7")
@@ -79,7 +79,7 @@ class World:
         return next(p for p in range(1024, 65536) if self.engine.bucket((address, p)) == self.bucket)
 
     def _new_client(self) -> Endpoint:
-        self.seen: dict[int, Seen] = {}
+        self.seen: dict[Endpoint, Seen] = {}
         self.last_genuine = self.now
         self.expired = False
         self.ever_synchronized = getattr(self, "ever_synchronized", False)
@@ -174,11 +174,11 @@ class World:
         assert sender is not None
         other = self.peer if sender is self.client else self.client
         if segment.flags & RST:
-            ours, theirs = self.seen.get(id(sender)), self.seen.get(id(other))
+            ours, theirs = self.seen.get(sender), self.seen.get(other) if other else None
             if ours:
                 ours.reset |= segment.sequence in (ours.end, theirs.acknowledged if theirs else None)
             return
-        seen = self.seen.setdefault(id(sender), Seen(segment.end))
+        seen = self.seen.setdefault(sender, Seen(segment.end))
         if behind(segment.end, seen.end) > 0:
             seen.end = segment.end
         seen.fin |= bool(segment.flags & FIN)
@@ -265,7 +265,8 @@ class World:
         """Only a client that has proved the backend's number has an established flow."""
         for flow in self.engine.flows():
             if flow.state == "ESTABLISHED":
-                assert flow.client == self.place and self.ever_synchronized, f"established by nobody: {flow}"
+                assert flow.client == self.place, f"established by nobody: {flow}"
+                assert self.ever_synchronized, f"established before the client has proved anything: {flow}"
 
     def engine_knows_the_end(self) -> bool:
         """The FINs of both ends, or a reset that was exact, have come by at the engine."""
@@ -312,6 +313,3 @@ class World:
             if all(e.state in ENDED for e in ends):
                 break
             self.time_passes(1)
-
-
-__all__ = ["RST", "SYN", "Packet", "World"]
