@@ -61,6 +61,12 @@ def flow_states() -> dict[int, str]:
 Place = tuple[IPv4Address, int]
 """Address and port."""
 
+
+@cache
+def _place(address: int, port: int) -> Place:
+    return IPv4Address(address), port
+
+
 VIP: Place = IPv4Address("192.0.2.10"), 80
 OTHER_PORT = 81
 SNATS = IPv4Address("192.0.2.64"), IPv4Address("192.0.2.65")
@@ -108,10 +114,10 @@ class Engine:
         return [
             Flow(
                 flow_states()[f.state],
-                (IPv4Address(f.client), f.client_port),
-                (IPv4Address(f.vip), f.vip_port),
-                (IPv4Address(f.snat), f.snat_port),
-                (IPv4Address(f.backend), f.backend_port),
+                _place(f.client, f.client_port),
+                _place(f.vip, f.vip_port),
+                _place(f.snat, f.snat_port),
+                _place(f.backend, f.backend_port),
                 f.bucket,
                 f.idle / TICKS,
             )
@@ -134,7 +140,7 @@ class Engine:
     def timeout(self, state: str) -> float:
         """Idle limit of a state in seconds."""
         number = next(n for n, name in flow_states().items() if name == state)
-        return self._lib.engine_timeout(self._engine, number) / TICKS
+        return float(self._lib.engine_timeout(self._engine, number) / TICKS)
 
     def flood(self, bucket: int, times: int = 3) -> None:
         """Openers for every listener from sources that nobody has, several times what a bucket holds."""
@@ -172,7 +178,9 @@ class Engine:
 
 
 def _sum(data: bytes) -> int:
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data[: len(data) & ~1])) + (data[-1] << 8 if len(data) & 1 else 0)
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data[: len(data) & ~1])) + (
+        data[-1] << 8 if len(data) & 1 else 0
+    )
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return total

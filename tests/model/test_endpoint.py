@@ -5,8 +5,8 @@ import pytest
 from .endpoint import ACK, FIN, NUMBERS, RST, SYN, Endpoint, Segment, State
 
 
-def pair(client: int = 1000, backend: int = 9000, **options: int) -> tuple[Endpoint, Endpoint]:
-    a, b = Endpoint(client, **options), Endpoint(backend)
+def pair(client: int = 1000, backend: int = 9000) -> tuple[Endpoint, Endpoint]:
+    a, b = Endpoint(client), Endpoint(backend)
     b.listen()
     a.connect()
     return a, b
@@ -24,8 +24,8 @@ def settle(a: Endpoint, b: Endpoint) -> None:
     pytest.fail("the two never fall silent")
 
 
-def established(client: int = 1000, backend: int = 9000, **options: int) -> tuple[Endpoint, Endpoint]:
-    a, b = pair(client, backend, **options)
+def established(client: int = 1000, backend: int = 9000) -> tuple[Endpoint, Endpoint]:
+    a, b = pair(client, backend)
     settle(a, b)
     assert (a.state, b.state) == (State.ESTABLISHED, State.ESTABLISHED)
     return a, b

@@ -26,7 +26,8 @@ from .endpoint import ACK, FIN, MAY_SEND, NUMBERS, RST, SYN, TIME_WAIT_SECONDS, 
 from .engine import BACKEND_PORT, BACKENDS, SNATS, VIP, Engine, Flow, Place, parse
 from .world import World
 
-LONG = settings.default is settings.get_profile("long")
+PROFILE = settings.default or settings()
+LONG = PROFILE.max_examples > 100
 FLAGS = [RST, RST | ACK, FIN, FIN | ACK, SYN, SYN | ACK, ACK, SYN | FIN, SYN | RST, FIN | RST, Flag(0), Flag(31)]
 NUMBERS_DRAWN = st.integers(0, NUMBERS - 1)
 NEAR = st.one_of(
@@ -35,6 +36,17 @@ NEAR = st.one_of(
 )
 """Distances from a number that an end uses."""
 DATA = st.integers(1, 3000)
+RARELY = st.sampled_from([False, False, False, True])
+OFTEN = st.sampled_from([True, True, True, False])
+Guess = tuple[Flag, int | tuple[int], int | tuple[int], int, int]
+"""Flags, sequence number, acknowledgement, bytes, window. A number in a tuple is a distance from what the end expects."""
+MADE_UP = st.tuples(
+    st.sampled_from(FLAGS),
+    st.one_of(NUMBERS_DRAWN, st.tuples(NEAR)),
+    st.one_of(NUMBERS_DRAWN, st.tuples(NEAR)),
+    st.sampled_from([0, 0, 1, 1000]),
+    st.sampled_from([0, 1, 100, 65535]),
+)
 
 
 class TwoEnds(RuleBasedStateMachine):
@@ -45,16 +57,21 @@ class TwoEnds(RuleBasedStateMachine):
         backend=st.one_of(st.sampled_from([0, NUMBERS - 1, NUMBERS - 1000, (1 << 31) - 1]), NUMBERS_DRAWN),
         capacity=st.sampled_from([1500, 65535, 1 << 20]),
         scale=st.sampled_from([None, 0, 7, 14]),
-        opened=st.booleans(),
+        hops=st.one_of(st.none(), st.integers(0, 6)),
     )
-    def begin(self, client: int, backend: int, capacity: int, scale: int | None, opened: bool) -> None:
+    def begin(self, client: int, backend: int, capacity: int, scale: int | None, hops: int | None) -> None:
+        """With a connection that both ends hold, or so many steps into its handshake."""
         if scale in (None, 0):
             capacity = min(capacity, 65535)
         elif scale == 14:
             capacity = 1 << 20
         self.world = World(client, backend, capacity, scale)
-        if opened:
+        if hops is None:
             self.world.open()
+        elif hops:
+            self.connect()
+            for _ in range(hops - 1):
+                self.hop()
 
     def end(self, side: bool) -> Endpoint | None:
         return self.world.client if side else self.world.peer
@@ -70,6 +87,7 @@ class TwoEnds(RuleBasedStateMachine):
             self.world.client.connect()
         self.world.collect()
 
+    @precondition(lambda self: self.world.ends())
     @rule(side=st.booleans(), size=DATA)
     def send(self, side: bool, size: int) -> None:
         end = self.end(side)
@@ -77,6 +95,7 @@ class TwoEnds(RuleBasedStateMachine):
             end.send(bytes(size))
             self.world.collect()
 
+    @precondition(lambda self: self.world.ends())
     @rule(side=st.booleans())
     def close(self, side: bool) -> None:
         end = self.end(side)
@@ -84,13 +103,15 @@ class TwoEnds(RuleBasedStateMachine):
             end.close()
             self.world.collect()
 
-    @rule(side=st.booleans())
-    def abort(self, side: bool) -> None:
+    @precondition(lambda self: self.world.client.state is not State.CLOSED or self.world.peer)
+    @rule(side=st.booleans(), really=RARELY)
+    def abort(self, side: bool, really: bool) -> None:
         end = self.end(side)
-        if end and end.state not in (State.CLOSED, State.LISTEN):
+        if really and end and end.state not in (State.CLOSED, State.LISTEN):
             end.abort()
             self.world.collect()
 
+    @precondition(lambda self: self.world.ends())
     @rule(side=st.booleans(), what=st.sampled_from(["pause", "resume", "keep_alive"]))
     def other(self, side: bool, what: str) -> None:
         end = self.end(side)
@@ -125,39 +146,39 @@ class TwoEnds(RuleBasedStateMachine):
         at = data.draw(st.integers(0, len(queue) - 1))
         return queue[at] if copy else queue.pop(at)
 
+    @precondition(lambda self: self.world.sent or self.world.passed)
     @rule()
-    def settle(self) -> None:
-        self.world.settle()
+    def hop(self) -> None:
+        """Nothing special: the oldest packet is where it is next."""
+        if self.world.passed:
+            self.world.arrive(self.world.passed.pop(0))
+        else:
+            self.world.through(self.world.sent.pop(0))
 
-    @rule(seconds=st.sampled_from([0.1, 1, 1, 5, 12, 31, 61, 121, 300, 900]))
+    @precondition(lambda self: self.world.sent or self.world.passed)
+    @rule(really=RARELY)
+    def settle(self, really: bool) -> None:
+        if really:
+            self.world.settle()
+
+    @rule(seconds=st.sampled_from([0.1, 1, 1, 1, 1, 5, 5, 12, 31, 61, 121, 300, 900]))
     def time_passes(self, seconds: float) -> None:
         self.world.time_passes(seconds)
 
     # ---- the stranger ----------------------------------------------------------------------------------
 
-    @rule(
-        to_backend=st.booleans(),
-        flags=st.sampled_from(FLAGS),
-        sequence=st.one_of(NUMBERS_DRAWN, st.tuples(NEAR)),
-        acknowledgement=st.one_of(NUMBERS_DRAWN, st.tuples(NEAR)),
-        size=st.sampled_from([0, 0, 1, 1000]),
-        window=st.sampled_from([0, 1, 100, 65535]),
-        right=st.sampled_from([True, True, True, False]),
-        arrives=st.booleans(),
-    )
-    def inject(
-        self,
-        to_backend: bool,
-        flags: Flag,
-        sequence: int | tuple[int],
-        acknowledgement: int | tuple[int],
-        size: int,
-        window: int,
-        right: bool,
-        arrives: bool,
-    ) -> None:
-        """To one end, as if from the other. A tuple is a distance from what the end would believe."""
+    @rule(segment=MADE_UP, right=OFTEN, arrives=st.booleans())
+    def inject_to_backend(self, segment: Guess, right: bool, arrives: bool) -> None:
+        self.inject(True, segment, right, arrives)
+
+    @rule(segment=MADE_UP, right=OFTEN, arrives=st.booleans())
+    def inject_to_client(self, segment: Guess, right: bool, arrives: bool) -> None:
+        self.inject(False, segment, right, arrives)
+
+    def inject(self, to_backend: bool, guess: Guess, right: bool, arrives: bool) -> None:
+        """To one end, as if from the other."""
         world, receiver = self.world, self.end(not to_backend)
+        flags, sequence, acknowledgement, size, window = guess
         expected, next_ = (receiver.expected, receiver.next) if receiver else (0, 0)
         segment = Segment(
             (sequence if isinstance(sequence, int) else expected + sequence[0]) % NUMBERS,
@@ -234,9 +255,14 @@ class TwoEnds(RuleBasedStateMachine):
 
     # ---- and in the end ----------------------------------------------------------------------------------
 
-    @rule(who=st.sampled_from(["client", "backend", "both", "client aborts", "backend aborts"]))
-    def finish(self, who: str) -> None:
+    @precondition(lambda self: self.world.client.state is not State.CLOSED)
+    @rule(who=st.sampled_from(["client", "backend", "both", "client aborts", "backend aborts"]), really=RARELY)
+    def finish(self, who: str, really: bool) -> None:
         """The programs end it, and from here on nothing is lost."""
+        if really:
+            self.finish_now(who)
+
+    def finish_now(self, who: str) -> None:
         world, peer = self.world, self.world.peer
         held = world.ends() is not None and not world.expired
         for name, end in (("client", world.client), ("backend", peer)):
@@ -267,14 +293,14 @@ class TwoEnds(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
-            self.finish("both")
+            self.finish_now("both")
 
 
 TestTwoEnds = TwoEnds.TestCase
 TestTwoEnds.settings = settings(
     deadline=None,
     # A failure is found in seconds, and made short in minutes: that is left to the longer search.
-    phases=settings.default.phases if LONG else [Phase.explicit, Phase.reuse, Phase.generate],
+    phases=PROFILE.phases if LONG else [Phase.explicit, Phase.reuse, Phase.generate],
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
 )
 

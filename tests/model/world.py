@@ -231,7 +231,7 @@ class World:
         peer = self.peer
         limit = "ESTABLISHED" if self._open() else "CLOSING" if self.ends() else "SYN"
         if self.now + seconds - self.last_genuine >= self.engine.timeout(limit) - 1:
-            self.expired = self.client.state is not State.SYN_SENT
+            self.expired |= self.client.state in SYNCHRONIZED
         self.now += seconds
         self.engine.advance(seconds)
         for end in {id(e): e for b in self.backends.values() for e in b.ends.values()}.values():
