@@ -357,3 +357,73 @@ def test_a_made_up_syn_after_the_close_establishes_nothing(idle: World) -> None:
         assert idle.flow
         assert idle.flow.state != "ESTABLISHED"
     idle.check()
+
+
+# ---- what is late ----------------------------------------------------------------------------------------------
+
+
+def test_late_copies_of_a_handshake_leave_the_connection_established(world: World) -> None:
+    world.client.connect()
+    world.collect()
+    copies = []
+    while world.sent:
+        copies.append(world.sent[0])
+        world.through(world.sent.pop(0))
+        world.arrive(world.passed.pop(0))
+    assert len(copies) == 3
+    world.client.send(b"question")
+    world.settle()
+    for order in (copies, copies[::-1], [copies[0], copies[1]], [copies[1], copies[2]]):
+        for packet in order:
+            world.through(packet)
+            world.check()
+    still_held(world)
+
+
+def test_another_connection_opens_and_closes_though_both_ends_forgot_the_one_before_unseen(idle: World) -> None:
+    assert idle.peer
+    idle.client.abort()
+    idle.peer.abort()
+    idle.collect()
+    idle.sent.clear()  # both resets are lost
+    assert idle.flow
+    assert idle.flow.state == "ESTABLISHED"
+    idle.reconnect()
+    opens(idle)
+    idle.client.close()
+    idle.settle()
+    assert idle.peer
+    idle.peer.close()
+    ended(idle)
+
+
+def test_a_reset_of_an_old_connection_between_the_segments_of_a_new_handshake_does_not_stop_it(idle: World) -> None:
+    assert idle.peer
+    idle.client.abort()
+    idle.collect()
+    reset = idle.sent[-1]
+    idle.settle()
+    idle.reconnect()
+    idle.collect()
+    while idle.sent or idle.passed:
+        idle.through(reset)
+        idle.passed.remove(next(p for p in idle.passed if p.segment == reset.segment))
+        if idle.passed:
+            idle.arrive(idle.passed.pop(0))
+        else:
+            idle.through(idle.sent.pop(0))
+    opens(idle)
+
+
+def test_another_connection_opens_though_its_client_still_holds_nothing_and_the_backend_the_one_before(
+    idle: World,
+) -> None:
+    old = idle.peer
+    assert old
+    idle.client.abort()
+    idle.collect()
+    idle.sent.clear()  # the reset is lost: the backend still holds the connection
+    idle.reconnect()
+    opens(idle)
+    assert old.state is State.CLOSED
+    assert idle.peer is not old
