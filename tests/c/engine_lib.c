@@ -49,7 +49,10 @@ struct engine *engine_new(uint32_t entries, uint32_t index_slots)
 	memmove(&c->listener[3], &c->listener[2], sizeof(c->listener[0]) * (c->listeners - 2));
 	c->listener[2] = c->listener[0];
 	c->listener[2].port = htons(81);
+	c->listener[2].number = 8;
+	listener_is(e->stack.arena, 8, c->listener[2].address, c->listener[2].port, 6);
 	c->listeners++;
+	ps_configure(&e->stack.handler, c);
 	e->kept_arena = malloc(e->stack.arena->bytes);
 	CHECK(e->kept_arena, "out of memory");
 	return e;
@@ -109,6 +112,7 @@ void engine_advance(struct engine *e, uint32_t ticks)
 	struct stack *t = &e->stack;
 
 	t->handler.now += ticks;
+	t->handler.now_ns += ticks * (1000000000ull / PS_TICKS_PER_SECOND);
 	for (uint32_t b = 0; b < t->arena->buckets; b++)
 		t->counters[PS_C_FLOWS_ENDED] +=
 			ps_shard_sweep(t->arena, ps_shard_at(t->arena, b), t->config->timeout, t->handler.now);
@@ -119,25 +123,27 @@ uint32_t engine_flows(const struct engine *e, struct engine_flow *out, uint32_t 
 	const struct ps_arena *a = e->stack.arena;
 	uint32_t n = 0;
 
-	for (uint32_t b = 0; b < a->buckets; b++) {
-		struct ps_shard *s = ps_shard_at(a, b);
+	for (uint32_t bucket = 0; bucket < a->buckets; bucket++) {
+		struct ps_shard *s = ps_shard_at(a, bucket);
 
 		for (uint32_t i = 0; s->live && i < a->entries && n < most; i++) {
-			const struct ps_flow *f = &ps_shard_flows(a, s)[i];
+			const struct ps_entry *f = &ps_shard_flows(a, s)[i];
+			const struct ps_listener_state *l = ps_listener_of(a, f);
+			const struct ps_backend *b = ps_backend_of(a, f);
 
 			if (f->state == PS_FLOW_FREE)
 				continue;
 			out[n++] = (struct engine_flow){ .state = f->state,
 							 .udp = !!(f->flags & PS_FLOW_UDP),
 							 .client = host_order(f->client),
-							 .vip = host_order(ps_address(a, f->vip)),
+							 .vip = host_order(l->address),
 							 .snat = host_order(ps_address(a, f->snat)),
-							 .backend = host_order(f->backend),
+							 .backend = host_order(b->address),
 							 .client_port = ntohs(f->client_port),
-							 .vip_port = ntohs(f->vip_port),
+							 .vip_port = ntohs(l->port),
 							 .snat_port = ntohs(f->snat_port),
-							 .backend_port = ntohs(f->backend_port),
-							 .bucket = b,
+							 .backend_port = ntohs(b->port),
+							 .bucket = bucket,
 							 .idle = e->stack.handler.now - f->last_seen };
 		}
 	}

@@ -74,7 +74,7 @@ static bool handle(uint8_t *frame, uint32_t length, const struct build *b, bool 
 	return verdict == PS_TRANSMIT;
 }
 
-static struct ps_flow *flow_of(const struct connection *c)
+static struct ps_entry *flow_of(const struct connection *c)
 {
 	struct ps_shard *s = ps_shard_at(t.arena, BUCKET);
 	const struct build *b = &c->out[CLIENT];
@@ -113,7 +113,7 @@ static bool say(struct connection *c, int from, uint8_t flags, uint32_t sequence
 
 static void syn(struct connection *c, uint32_t number)
 {
-	struct ps_flow *f = flow_of(c);
+	struct ps_entry *f = flow_of(c);
 
 	/* Ends that hold a connection do not ask for another. */
 	if (c->held || c->asks == ASKED)
@@ -304,7 +304,7 @@ static void check(void)
 		established += ps_shard_flows(t.arena, s)[i].state == PS_FLOW_ESTABLISHED;
 	for (uint32_t i = 0; i < CONNECTIONS; i++) {
 		struct connection *c = &all[i];
-		struct ps_flow *f = flow_of(c);
+		struct ps_entry *f = flow_of(c);
 
 		if (t.handler.now - c->seen >= t.config->timeout[PS_FLOW_ESTABLISHED])
 			c->held = false;
