@@ -351,6 +351,20 @@ static inline void ps_track_udp(struct ps_handler *h, struct ps_shard *s, struct
 	}
 }
 
+/*
+ * A segment that is not of this connection, as far as is known. If both ends send such, they have another one, whose SYN
+ * was not believed because they ended this one unseen: it must not idle out while they talk.
+ */
+static inline void ps_astray(const struct ps_handler *h, struct ps_entry *f, bool reply)
+{
+	if (!reply) {
+		f->flags |= PS_FLOW_ASTRAY;
+	} else if (f->flags & PS_FLOW_ASTRAY) {
+		f->flags &= (uint16_t)~PS_FLOW_ASTRAY;
+		ps_seen(h, f);
+	}
+}
+
 /* -> false when the segment is dropped, its reason counted */
 static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, const uint8_t *frame,
 				const struct ps_packet *p, bool reply)
@@ -382,9 +396,11 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 	if (__builtin_expect(state == PS_FLOW_ESTABLISHED && !(g.flags & (TCP_SYN | TCP_FIN | TCP_RST)) &&
 				     !(f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND)),
 			     1)) {
-		if (ps_in_window(f, &g, side)) {
+		if (__builtin_expect(ps_in_window(f, &g, side), 1)) {
 			ps_track_move(f, &g, side);
 			ps_seen(h, f);
+		} else {
+			ps_astray(h, f, reply);
 		}
 		return true;
 	}
@@ -394,6 +410,8 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 		ps_seen(h, f);
 	else if (g.flags & (TCP_SYN | TCP_FIN | TCP_RST) || f->state == PS_FLOW_SYN_ACK)
 		h->counters[PS_C_UNPROVEN]++;
+	if (!moved && state == PS_FLOW_ESTABLISHED)
+		ps_astray(h, f, reply);
 	if (state == PS_FLOW_TIME_WAIT && f->state != state) {
 		struct ps_options o = ps_segment_options(frame, p);
 

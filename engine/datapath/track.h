@@ -214,7 +214,7 @@ static inline uint8_t ps_track_control(struct ps_entry *f, const struct ps_segme
 				       const struct ps_packet *p, bool *moved)
 {
 	uint16_t fin = side == PS_CLIENT ? PS_FLOW_FIN_CLIENT : PS_FLOW_FIN_BACKEND;
-	bool by_it = !(f->flags & PS_FLOW_RESET_BACKEND) == (side == PS_CLIENT);
+	bool by_it = !(f->flags & PS_FLOW_RESET_BACKEND) == (side == PS_CLIENT), more;
 	uint8_t state = f->state;
 
 	*moved = false;
@@ -235,20 +235,17 @@ static inline uint8_t ps_track_control(struct ps_entry *f, const struct ps_segme
 	if (g->flags & TCP_SYN || !ps_in_window(f, g, side))
 		return state;
 	*moved = true;
-	if (f->flags & PS_FLOW_RESET && ps_segment_intact(frame, p)) {
-		bool more = ps_seq(g->ack, f->acked[side]) > 0;
-
-		/*
-		 * Somebody goes on after a reset. Its sender: then it was none of its. Its receiver, with the
-		 * acknowledgement of a byte behind it: then it has not taken it. Else it may just not have had
-		 * it when it sent this, and the flow is kept until one of them says more.
-		 */
-		if (by_it || (f->flags & PS_FLOW_RESET_EARLY && more)) {
-			f->flags &= (uint16_t) ~(PS_FLOW_RESET | PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY);
-			state = PS_FLOW_ESTABLISHED;
-		} else {
-			state = PS_FLOW_CLOSING;
-		}
+	/*
+	 * Somebody goes on after a reset: there is a byte, or the acknowledgement of one, that was not there before it.
+	 * Its sender: then it was none of its. Its receiver, with more on the way: then it has not taken it. Else it may
+	 * just not have had it when it sent this.
+	 */
+	more = ps_seq(g->ack, f->acked[side]) > 0;
+	if (f->flags & PS_FLOW_RESET &&
+	    (by_it ? more || ps_seq(g->next, f->end[side]) > 0 : more && f->flags & PS_FLOW_RESET_EARLY) &&
+	    ps_segment_intact(frame, p)) {
+		f->flags &= (uint16_t) ~(PS_FLOW_RESET | PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY);
+		state = PS_FLOW_ESTABLISHED;
 	}
 	if (g->flags & TCP_FIN && ps_seq(g->next, f->end[side]) >= 0 && ps_segment_intact(frame, p)) {
 		bool exact = (ps_seq(g->seq, f->end[side]) <= 0 && ps_seq(g->next, f->end[side]) > 0) ||

@@ -425,6 +425,7 @@ enum ps_flow_flags {
 	PS_FLOW_RESET_BACKEND = 512, /* the backend's, else the client's */
 	PS_FLOW_RESET_EARLY = 1024,  /* its number was the last acknowledged one, with more on the way */
 	PS_FLOW_STAMPED = 8192, /* TIME_WAIT: window[] holds the last timestamp that the backend has of the client */
+	PS_FLOW_ASTRAY = 16384, /* TCP: the client has sent a segment out of the window; the backend not since */
 	PS_FLOW_PROVEN = 4096,	/* in `proven` of its listener */
 	PS_FLOW_UNSENT = 2048,	/* changed since it was last sent to a replica; not used yet */
 };

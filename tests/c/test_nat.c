@@ -631,7 +631,7 @@ static void who_goes_on_after_an_early_reset_has_not_taken_it(void)
 		LEADS(c, !side, TCP_ACK, 1, 501, 0, ESTABLISHED); /* it has all, so it took no reset before that */
 		LEADS(d, side, TCP_ACK, 1, 1, 500, ESTABLISHED);
 		LEADS(d, side, TCP_RST, 1, 0, 0, CLOSED);
-		LEADS(d, !side, TCP_ACK, 1, 1, 100, CLOSING); /* may have been under way */
+		LEADS(d, !side, TCP_ACK, 1, 1, 100, CLOSED); /* may have been under way */
 		LEADS(d, side, TCP_ACK, 501, 101, 10, ESTABLISHED);
 		CHECK(proven(0) == 2 * (side + 1), "%d proven", proven(0));
 	}
@@ -644,7 +644,7 @@ static void what_was_under_way_when_a_reset_came_revives_nothing(void)
 	struct conversation c = established(9, 1);
 
 	LEADS(c, CLIENT, TCP_RST, 1, 0, 0, CLOSED);
-	LEADS(c, BACKEND, TCP_ACK, 1, 1, 100, CLOSING);
+	LEADS(c, BACKEND, TCP_ACK, 1, 1, 100, CLOSED);
 	LEADS(c, CLIENT, TCP_RST, 1, 0, 0, CLOSED);
 	CHECK(!proven(0), "%d proven", proven(0));
 }

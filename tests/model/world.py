@@ -269,9 +269,12 @@ class World:
                 assert self.ever_synchronized, f"established before the client has proved anything: {flow}"
 
     def engine_knows_the_end(self) -> bool:
-        """The FINs of both ends, or a reset that was exact, have come by at the engine."""
+        """The FINs of both ends and what acknowledges them, or a reset that was exact, have come by at the engine."""
         seen = list(self.seen.values())
-        return any(s.reset for s in seen) or (len(seen) == 2 and all(s.fin for s in seen))
+        return any(s.reset for s in seen) or (
+            len(seen) == 2
+            and all(s.fin and s.end == other.acknowledged for s, other in zip(seen, reversed(seen), strict=True))
+        )
 
     def check(self) -> None:
         """The flow's fate is what the two ends decide."""
@@ -288,13 +291,13 @@ class World:
                 assert flow.state == "ESTABLISHED", f"both ends hold the connection: {flow}"
                 left = self.engine.timeout("ESTABLISHED") - idle - 1
             else:
-                assert flow.state != "CLOSED", f"one side may still send: {flow}"
+                assert flow.state not in ("CLOSED", "TIME_WAIT"), f"one side may still send: {flow}"
                 left = self.engine.timeout("CLOSING") - idle - 1
             assert self.engine.survives_seconds(flow, max(left, 0)), f"it would not be kept for {left:.0f} s: {flow}"
             assert self.engine.survives_flood(flow), f"a flood would take it: {flow}"
         if self.client.state in ENDED and (peer is None or peer.state in ENDED) and self.engine_knows_the_end():
             # A stranger may have asked for another one since, with the same addresses.
-            assert not flow or flow.state in ("CLOSED", "SYN", "SYN_ACK"), f"both ends have ended: {flow}"
+            assert not flow or flow.state in ("CLOSED", "TIME_WAIT", "SYN", "SYN_ACK"), f"both ends have ended: {flow}"
             assert not flow or not self.engine.survives_seconds(flow, LONG_ENOUGH_SECONDS), f"held for nobody: {flow}"
 
     def open(self) -> None:
