@@ -269,9 +269,15 @@ class World:
                 assert self.ever_synchronized, f"established before the client has proved anything: {flow}"
 
     def engine_knows_the_end(self) -> bool:
-        """The FINs of both ends, or a reset that was exact, have come by at the engine."""
+        """Both FINs and what acknowledges them, or a reset that was exact, have come by at the engine."""
         seen = list(self.seen.values())
-        return any(s.reset for s in seen) or (len(seen) == 2 and all(s.fin for s in seen))
+        return any(s.reset for s in seen) or (
+            len(seen) == 2
+            and all(
+                one.fin and other.acknowledged is not None and behind(other.acknowledged, one.end) >= 0
+                for one, other in (seen, seen[::-1])
+            )
+        )
 
     def check(self) -> None:
         """The flow's fate is what the two ends decide."""
