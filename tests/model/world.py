@@ -312,10 +312,12 @@ class World:
 
     def finish(self) -> None:
         """Nothing is lost any more: whatever the two ends have decided comes about, and the flow's fate with it."""
-        for _ in range(40):
+        for _ in range(300):
             self.settle()
             self.check()
             ends = [e for e in (self.client, self.peer) if e]
             if all(e.state in ENDED for e in ends):
-                break
+                return
             self.time_passes(1)
+            if not self.sent:  # nobody has anything more to say
+                return
