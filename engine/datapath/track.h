@@ -141,41 +141,33 @@ static inline void ps_track_open(struct ps_entry *f, const struct ps_segment *g,
 {
 	f->end[PS_CLIENT] = f->end[PS_BACKEND] = g->seq + 1;
 	f->acked[PS_CLIENT] = f->acked[PS_BACKEND] = 0;
-	f->window[PS_CLIENT] = g->window;
-	f->window[PS_BACKEND] = 0;
+	f->window[PS_CLIENT] = f->window[PS_BACKEND] = 0;
 	f->scales = (uint8_t)(PS_NO_SCALE << 4 | scale);
 	f->flags &= (uint16_t) ~(PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND | PS_FLOW_BACKEND_FIRST | PS_FLOW_RESET |
 				 PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY | PS_FLOW_STAMPED);
 }
 
-/* In SYN: does the number answer the first SYN, or the latest? Nobody off the path can know either. */
-static inline bool ps_answers_syn(const struct ps_entry *f, uint32_t number)
+/* Does the number answer this SYN, data that it may have carried included? */
+static inline bool ps_answers(uint32_t syn, uint32_t number) { return number - syn <= PS_FAST_OPEN; }
+
+/* In SYN_ACK windows are not looked at: window[] holds the number behind a SYN that has not been answered. */
+static inline uint32_t ps_other_syn(const struct ps_entry *f) { return (uint32_t)f->window[0] << 16 | f->window[1]; }
+
+static inline void ps_other_syn_set(struct ps_entry *f, uint32_t number)
 {
-	return number - f->end[PS_CLIENT] <= PS_FAST_OPEN || number - f->end[PS_BACKEND] <= PS_FAST_OPEN;
+	f->window[0] = (uint16_t)(number >> 16);
+	f->window[1] = (uint16_t)number;
 }
 
-/* Windows of SYNs are not scaled; from here on they are kept as later segments say them. */
-static inline uint16_t ps_scaled_down(uint16_t window, uint8_t scale)
+/* The backend's SYN answers a SYN, and not the one at `other`. */
+static inline void ps_track_answer(struct ps_entry *f, const struct ps_segment *g, uint32_t other, uint8_t client_scale,
+				   uint8_t backend_scale)
 {
-	return (uint16_t)((window + (1u << scale) - 1) >> scale);
-}
-
-/* SYN: the backend's SYN with the right acknowledgement. */
-static inline void ps_track_answer(struct ps_entry *f, const struct ps_segment *g, uint8_t scale)
-{
-	uint8_t client = f->scales & 15;
-
-	if (f->state == PS_FLOW_SYN && g->ack - f->end[PS_CLIENT] > PS_FAST_OPEN)
-		client = PS_MAX_SCALE; /* it answers a later SYN, whose options nobody has kept */
-	f->scales = (uint8_t)(scale << 4 | client);
+	f->scales = (uint8_t)(backend_scale << 4 | client_scale);
 	f->end[PS_CLIENT] = f->acked[PS_BACKEND] = g->ack;
 	f->end[PS_BACKEND] = g->next;
 	f->acked[PS_CLIENT] = g->seq; /* not acknowledged yet: what an acknowledgement must be beyond */
-	f->window[PS_BACKEND] = g->window;
-	if (f->state == PS_FLOW_SYN && ps_scale(f, PS_CLIENT))
-		f->window[PS_CLIENT] = ps_scaled_down(f->window[PS_CLIENT], ps_scale(f, PS_CLIENT));
-	if (ps_scale(f, PS_BACKEND))
-		f->window[PS_BACKEND] = ps_scaled_down(g->window, ps_scale(f, PS_BACKEND));
+	ps_other_syn_set(f, other);
 }
 
 /* What a segment in the window shows of its sender. A byte behind a FIN shows that it was none. */
@@ -292,24 +284,25 @@ static inline uint8_t ps_track_opening(struct ps_entry *f, const struct ps_segme
 
 	*moved = false;
 	if (f->state == PS_FLOW_SYN) {
+		bool first = ps_answers(f->end[PS_CLIENT], g->ack);
+
+		/*
+		 * No reset ends this: who sent the SYN that it refuses is not known, and the other may be answered yet.
+		 * The flow gives way to others as it is.
+		 */
 		if (side == PS_CLIENT) {
-			if (kind == TCP_SYN && ps_segment_intact(frame, p)) {
-				*moved = true;
+			*moved = kind == TCP_SYN && ps_segment_intact(frame, p);
+			if (*moved)
 				f->end[PS_BACKEND] = g->seq + 1; /* the latest; the first is kept as well */
-			} else if (kind & TCP_RST && ps_answers_syn(f, g->seq) && ps_segment_intact(frame, p)) {
-				*moved = true;
-				return PS_FLOW_CLOSED;
-			}
 			return f->state;
 		}
-		if (!(kind & TCP_ACK) || !ps_answers_syn(f, g->ack) || !ps_segment_intact(frame, p))
+		*moved = kind & TCP_ACK && (first || ps_answers(f->end[PS_BACKEND], g->ack)) &&
+			 ps_segment_intact(frame, p);
+		if (!*moved || kind != (TCP_SYN | TCP_ACK))
 			return f->state;
-		*moved = true;
-		if (kind & TCP_RST)
-			return PS_FLOW_CLOSED;
-		if (!(kind & TCP_SYN))
-			return f->state;
-		ps_track_answer(f, g, ps_segment_options(frame, p).scale);
+		/* It may answer a later SYN, whose options nobody has kept. */
+		ps_track_answer(f, g, f->end[first ? PS_BACKEND : PS_CLIENT], first ? f->scales & 15 : PS_MAX_SCALE,
+				ps_segment_options(frame, p).scale);
 		return PS_FLOW_SYN_ACK;
 	}
 	/* SYN_ACK */
@@ -318,32 +311,44 @@ static inline uint8_t ps_track_opening(struct ps_entry *f, const struct ps_segme
 		     g->seq != (side == PS_CLIENT ? f->acked[PS_BACKEND] : f->acked[PS_CLIENT] + 1)) ||
 		    !ps_segment_intact(frame, p))
 			return f->state;
-		*moved = true;
-		return PS_FLOW_CLOSED;
+		*moved = true; /* the other SYN may be answered yet */
+		f->end[PS_CLIENT] = f->acked[PS_BACKEND];
+		f->end[PS_BACKEND] = ps_other_syn(f);
+		return PS_FLOW_SYN;
 	}
 	if (side == PS_BACKEND) {
 		if (kind == (TCP_SYN | TCP_ACK)) {
-			if (g->ack == f->acked[PS_BACKEND] && ps_segment_intact(frame, p)) {
-				*moved = true;
-				if (g->seq != f->acked[PS_CLIENT])
-					ps_track_answer(f, g, ps_segment_options(frame, p).scale);
-			}
+			bool same = g->ack == f->acked[PS_BACKEND];
+
+			if ((!same && !ps_answers(ps_other_syn(f), g->ack)) || !ps_segment_intact(frame, p))
+				return f->state;
+			*moved = true;
+			if (!same || g->seq != f->acked[PS_CLIENT])
+				ps_track_answer(f, g, same ? ps_other_syn(f) : f->acked[PS_BACKEND],
+						same ? f->scales & 15 : PS_MAX_SCALE,
+						ps_segment_options(frame, p).scale);
 		} else if (kind == TCP_ACK && ps_seq(g->next, f->end[PS_BACKEND]) > 0 &&
-			   ps_seq(g->next, f->acked[PS_CLIENT] + ps_window(f, PS_CLIENT) + 1) <= 0 &&
+			   ps_seq(g->next, f->acked[PS_CLIENT] + (65535u << ps_scale(f, PS_CLIENT)) + 1) <= 0 &&
 			   ps_seq(g->ack, f->acked[PS_BACKEND]) >= 0 && ps_seq(g->ack, f->end[PS_CLIENT]) <= 0) {
 			*moved = true; /* it need not wait for the client's acknowledgement (RFC 7413) */
 			f->end[PS_BACKEND] = g->next;
 		}
 		return f->state;
 	}
-	if (kind == TCP_SYN && f->acked[PS_BACKEND] - (g->seq + 1) <= PS_FAST_OPEN) {
-		*moved = true; /* again: the answer has not come yet */
+	if (kind == TCP_SYN) {
+		*moved = ps_segment_intact(frame, p);
+		/* Again, while the answer is under way; or another one. */
+		if (*moved && !ps_answers(g->seq + 1, f->acked[PS_BACKEND]))
+			ps_other_syn_set(f, g->seq + 1);
 		return f->state;
 	}
 	if (kind != TCP_ACK || g->ack - f->acked[PS_CLIENT] - 1 >= f->end[PS_BACKEND] - f->acked[PS_CLIENT] ||
 	    ps_seq(g->seq, f->acked[PS_BACKEND] - 1) < 0 ||
-	    ps_seq(g->seq, f->acked[PS_BACKEND] + ps_window(f, PS_BACKEND) + 1) > 0 || !ps_segment_intact(frame, p))
+	    ps_seq(g->seq, f->acked[PS_BACKEND] + (65535u << ps_scale(f, PS_BACKEND)) + 1) > 0 ||
+	    !ps_segment_intact(frame, p))
 		return f->state;
+	f->window[PS_CLIENT] = g->window;
+	f->window[PS_BACKEND] = (uint16_t)(65535u >> ps_scale(f, PS_BACKEND)); /* that of a SYN, not scaled, at most */
 	*moved = true;
 	return PS_FLOW_ESTABLISHED;
 }

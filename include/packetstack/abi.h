@@ -446,9 +446,10 @@ struct ps_entry {
 	uint16_t prev, next; /* list links: index + 1, 0 = end */
 	uint8_t client[16];
 	/* By ps_side. TCP: */
-	uint32_t end[2];    /* number behind the last byte it sent. In SYN: behind the first SYN, behind the latest */
-	uint32_t acked[2];  /* highest number it has acknowledged. In SYN_ACK, of the client: the backend's first */
-	uint16_t window[2]; /* largest window it has offered, unscaled. UDP: exchanges; - */
+	uint32_t end[2];   /* number behind the last byte it sent. In SYN: behind the first SYN, behind the latest */
+	uint32_t acked[2]; /* highest number it has acknowledged. In SYN_ACK, of the client: the backend's first */
+	uint16_t window
+		[2]; /* largest window it has offered, unscaled. In SYN_ACK, TIME_WAIT and for UDP: see track.h, nat.h */
 	uint16_t client_port, snat_port;
 	uint16_t snat;	   /* index into the arena's addresses; never reused */
 	uint16_t backend;  /* index into the arena's backends */

@@ -234,6 +234,19 @@ def test_nothing_made_up_disturbs_a_handshake(
     opens(world)
 
 
+@pytest.mark.parametrize("when", ["asked", "answered"])
+def test_a_made_up_syn_does_not_open_the_way_for_a_made_up_answer(world: World, when: str) -> None:
+    if when == "asked":
+        world.client.connect()
+        world.collect()
+        world.through(world.sent.pop())
+    else:
+        half_open(world)
+    world.inject_to_backend(Segment(MADE_UP, 0, SYN, 100))
+    world.inject_to_client(Segment(MADE_UP, 0x12345678, SYN | ACK, 100))
+    opens(world)
+
+
 def test_a_connection_opens_though_somebody_sent_a_syn_with_its_addresses_before(world: World) -> None:
     world.inject_to_backend(Segment(MADE_UP, 0, SYN, 100))
     world.client.connect()
