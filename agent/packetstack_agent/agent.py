@@ -546,6 +546,8 @@ class Agent:
         while True:
             managed.changed.clear()
             try:
+                if managed.stack.due <= time.monotonic():  # a backend that starts slowly gets more
+                    await self._reconfigure(managed)
                 await self._step(managed)
             except AgentError as e:
                 self.event(managed.stack.name, "Failed", str(e), "Warning")
