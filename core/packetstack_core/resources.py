@@ -512,16 +512,20 @@ class HealthCheck(Model):
 
 
 class Limits(Model):
-    """How much one listener may have. What is absent is not limited, beside the fair shares that all listeners get."""
+    """How much one listener may have. What is absent is not limited, beside the fair shares that all listeners get.
+
+    Flows count once they are proven: TCP whose client has completed the handshake, UDP with questions and answers over
+    some time. So forged sources use up nobody's allowance.
+    """
 
     max_flows: Annotated[int, Whole(1, MAX_BUCKETS * MAX_FLOWS_PER_BUCKET, "a number of flows")] | None = None
-    """Flows that have not ended, over all engines of the node. Beyond it openers are dropped as `limit_flows`."""
+    """Proven flows, over all engines of the node. Beyond it openers are dropped as `limit_flows`."""
     new_flows_per_second: Annotated[int, Whole(1, 10_000_000, "a number of flows")] | None = None
     """Openers a second, over all engines; as many may come at once. Others are dropped as `limit_rate`."""
     max_flows_per_client: Annotated[int, Whole(1, MAX_BUCKETS * MAX_FLOWS_PER_BUCKET, "a number of flows")] | None = (
         None
     )
-    """Proven flows of one client address. Packets of a flow beyond it are dropped as `limit_client`."""
+    """Proven flows of one client address. Beyond it openers are dropped as `limit_client`."""
 
 
 class Listener(Model):
@@ -543,8 +547,8 @@ class Listener(Model):
     """`ClientIP`: all flows of a client address to one backend."""
     health_check: HealthCheck = HealthCheck()
     on_backend_down: Literal["Keep", "Reset"] = "Keep"
-    """Live flows of a backend that fails its health check. `Keep`: their packets go on to it. `Reset`: with the client's
-    next packet TCP is reset, and UDP gets another backend."""
+    """Live TCP flows of a backend that fails its health check. `Keep`: their packets go on to it. `Reset`: the client's
+    next packet is answered by a reset. UDP flows go to another backend either way."""
     on_no_backend: Literal["Drop", "Reset"] = "Drop"
     """A SYN that finds no backend: `Drop`, or `Reset` so that the client learns of it at once."""
     slow_start_seconds: Annotated[int, Whole(0, 3600, "a number of seconds")] = 0

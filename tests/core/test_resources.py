@@ -243,7 +243,6 @@ WRONG = [
     ("spec.listeners.0.limits", {"maxFlows": 0}, "limits.maxFlows: 0 is not a number of flows; use 1 to 491520000"),
     ("spec.listeners.0.limits", {"newFlowsPerSecond": 0}, "0 is not a number of flows; use 1 to 10000000"),
     ("spec.listeners.0.limits", {"maxFlowPerClient": 1}, "is an unknown field; did you mean maxFlowsPerClient?"),
-    ("spec.listeners.0.limits", None, "spec.listeners[0].limits: null is empty; use a mapping"),
     ("spec.listeners.0.onBackendDown", "Drop", '"Drop" is not allowed here; use "Keep" or "Reset"'),
     ("spec.listeners.0.onNoBackend", "Keep", '"Keep" is not allowed here; use "Drop" or "Reset"'),
     ("spec.listeners.0.slowStartSeconds", 3601, "3601 is not a number of seconds; use 0 to 3600"),
