@@ -547,6 +547,8 @@ class Agent:
             managed.changed.clear()
             try:
                 await self._step(managed)
+                if managed.stack.due <= time.monotonic():  # a backend that starts slowly gets more
+                    await self._reconfigure(managed)
             except AgentError as e:
                 self.event(managed.stack.name, "Failed", str(e), "Warning")
             except Exception as e:  # a bug: the next round may do better, the other stacks go on

@@ -26,7 +26,8 @@ def snapshot(managed: Managed, with_buckets: bool = False) -> Snapshot:
 def _counters(engine: Engine, flows: int) -> EngineCounters:
     b = engine.blueprint
     counters = engine.counters()
-    dropped = sum(n for counter, n in counters.items() if counter.startswith("drop_"))
+    # What a listener's own limits refuse is no lack of engines.
+    dropped = sum(n for c, n in counters.items() if c.startswith("drop_") and not c.startswith("drop_limit_"))
     cores = [engine.core(c) for c in range(b.cores)]
     queues = [engine.queue(q) for q in range(b.queues)]
     return EngineCounters(

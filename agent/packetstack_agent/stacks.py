@@ -21,7 +21,7 @@ from packetstack_agent import processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, wire
-from packetstack_core import hashing, maglev
+from packetstack_core import hashing, maglev, slow_start
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
 from packetstack_core.planning import NOBODY, Move, Owner
@@ -38,15 +38,18 @@ Listening = tuple[Address, int, str]
 
 BALANCING = {"Maglev": "PS_MAGLEV", "RoundRobin": "PS_ROUND_ROBIN", "LeastFlows": "PS_LEAST_FLOWS"}
 
-# Seconds by ps_flow_state; the idle limits of established TCP and assured UDP are the resource's.
 TIMEOUTS = {
-    "PS_FLOW_SYN": 60,
-    "PS_FLOW_SYN_ACK": 60,
-    "PS_FLOW_CLOSING": 240,
-    "PS_FLOW_CLOSED": 240,
-    "PS_FLOW_TIME_WAIT": 60,
-    "PS_FLOW_UNANSWERED": 120,
+    "PS_FLOW_SYN": "tcp_opening_timeout_seconds",
+    "PS_FLOW_SYN_ACK": "tcp_opening_timeout_seconds",
+    "PS_FLOW_ESTABLISHED": "tcp_idle_timeout_seconds",
+    "PS_FLOW_CLOSING": "tcp_half_close_timeout_seconds",
+    "PS_FLOW_CLOSED": "tcp_closed_timeout_seconds",
+    "PS_FLOW_TIME_WAIT": "tcp_time_wait_timeout_seconds",
+    "PS_FLOW_UNANSWERED": "udp_unanswered_timeout_seconds",
+    "PS_FLOW_ANSWERED": "udp_idle_timeout_seconds",
+    "PS_FLOW_ASSURED": "udp_idle_timeout_seconds",
 }
+"""Field of spec.flowTable by state of a flow."""
 
 
 @dataclass
@@ -71,6 +74,12 @@ class Stack:
         self.directory = directory
         self.director = director
         self.healthy: Mapping[Place, bool] = {}
+        self._since: dict[Listening, dict[Place, float]] = {}
+        """Since when each usable backend of a listener is that, as of the last configuration."""
+        self._written = 0.0
+        """When that was."""
+        self.due = math.inf
+        """When the weights that it has are no longer right, because backends start slowly."""
         self._listeners: set[Listening] = set()
         self._snat: set[Address] = set()
         self._offset = index * constant("PS_MAX_BUCKETS")
@@ -129,7 +138,7 @@ class Stack:
     async def configure(self, engines: Sequence[Engine]) -> int:
         """Write the resource and the backends' health as a new configuration; returns its generation.
 
-        Waits until every running core has left the buffer that is written to.
+        Waits until every running core has left the buffer that is written to, and so has taken the one before.
         """
         generation = int(self.config.generation)
         deadline = time.monotonic() + 2
@@ -144,12 +153,15 @@ class Stack:
                     f"stack {self.name}: an engine does not take the configuration; see packetstack describe"
                 )
             await asyncio.sleep(0.002)
-        self._write(self.config.buffer[(generation + 1) & 1], generation + 1)
+        if generation:
+            # What only older configurations name may be given to others from now on.
+            lib().ps_arena_used(self.arena, ffi.addressof(self.config.buffer[generation & 1]))
+        self._write(self.config.buffer[(generation + 1) & 1], generation + 1, time.monotonic())
         self.config.generation = generation + 1
         wake(engines)
         return generation + 1
 
-    def _write(self, c: Any, generation: int) -> None:
+    def _write(self, c: Any, generation: int, now: float) -> None:
         spec = self.resource.spec
         c.generation = generation
         c.key0, c.key1 = self.key
@@ -157,18 +169,14 @@ class Stack:
         c.unknown_flow_reset = spec.unknown_flow == "Reset"
         c.mtu = 1500
         ticks = constant("PS_TICKS_PER_SECOND")
-        idle = {
-            "PS_FLOW_ESTABLISHED": spec.flow_table.tcp_idle_timeout_seconds,
-            "PS_FLOW_ANSWERED": spec.flow_table.udp_idle_timeout_seconds,
-            "PS_FLOW_ASSURED": spec.flow_table.udp_idle_timeout_seconds,
-        }
-        for state, seconds in (TIMEOUTS | idle).items():
-            c.timeout[constant(state)] = seconds * ticks
+        for state, name in TIMEOUTS.items():
+            c.timeout[constant(state)] = getattr(spec.flow_table, name) * ticks
         for i, address in enumerate(self.resource.snat_addresses()):
             c.snat[i].id = self._address(address)
             c.snat[i].family = address.version
             ffi.memmove(c.snat[i].address, packed(address), 16)
         c.snats = len(self.resource.snat_addresses())
+        self._note_usable(now)
         backends = lookup = 0
         # The engine searches by bytes: address, port, protocol.
         order = sorted(
@@ -177,23 +185,27 @@ class Stack:
         )
         for i, listener in enumerate(order):
             entry = c.listener[i]
-            usable = self.usable(listener)
+            usable, parts = self.usable(listener), self.parts(listener)
+            down = self._down(listener)
             ffi.memmove(entry.address, packed(listener.address), 16)
             entry.port = wire(listener.port)
             entry.protocol = PROTOCOLS[listener.protocol]
             entry.balancing = constant(BALANCING[listener.balancing])
-            entry.flags = constant("PS_LISTENER_CLIENT_IP") if listener.session_affinity == "ClientIP" else 0
+            entry.flags = _flags(listener)
             entry.number = self._number(listener)
-            entry.down = 0
-            entry.first_backend, entry.backends = backends, len(usable)
-            for (address, port), weight in usable:
+            entry.max_flows = listener.limits.max_flows or 0
+            entry.new_flows_per_second = listener.limits.new_flows_per_second or 0
+            entry.max_flows_per_client = listener.limits.max_flows_per_client or 0
+            entry.first_backend, entry.backends, entry.down = backends, len(usable), len(down)
+            shares = [(place, weight * part) for (place, weight), part in zip(usable, parts, strict=True)]
+            for (address, port), weight in (*shares, *down):
                 backend = c.backend[backends]
                 ffi.memmove(backend.address, packed(address), 16)
                 backend.port = wire(port)
                 backend.id = self._backend(address, port)
                 backend.weight = weight
                 backends += 1
-            entries = choices(usable, listener.balancing if listener.session_affinity == "None" else "Maglev")
+            entries = choices(usable, _balancing(listener), parts)
             if lookup + len(entries) > constant("PS_MAX_LOOKUP"):
                 raise AgentError(f"stack {self.name}: too many backends and listeners for the lookup tables; use fewer")
             entry.lookup, entry.lookup_size = lookup, len(entries)
@@ -201,19 +213,49 @@ class Stack:
             lookup += len(entries)
         c.listeners, c.backends = len(order), backends
 
+    def _note_usable(self, now: float) -> None:
+        """Which backends start slowly, and until when the shares hold that they have now."""
+        known: dict[Listening, dict[Place, float]] = {}
+        self.due = math.inf
+        for listener in self.resource.spec.listeners:
+            key, seconds = _listening(listener), listener.slow_start_seconds
+            known[key] = slow_start.since(self._since.get(key), (place for place, _ in self.usable(listener)), now)
+            self.due = min(self.due, slow_start.next_step(known[key], seconds, now))
+        self._since, self._written = known, now
+
+    def parts(self, listener: Listener) -> list[int]:
+        """What each usable backend has of its share, by the largest of the numbers, as of the last configuration."""
+        usable = [place for place, _ in self.usable(listener)]
+        known = self._since.get(_listening(listener), {})
+        return slow_start.parts(usable, known, listener.slow_start_seconds, self._written)
+
+    def rising(self) -> dict[Place, float]:
+        """What the backends that start slowly have of their shares, below 1. Of several listeners the least."""
+        found: dict[Place, float] = {}
+        for listener in self.resource.spec.listeners:
+            parts = self.parts(listener)
+            for (place, _), part in zip(self.usable(listener), parts, strict=True):
+                if part < max(parts):
+                    found[place] = min(found.get(place, 1.0), part / max(parts))
+        return found
+
     def usable(self, listener: Listener) -> list[tuple[Place, int]]:
         """Backends that may get new flows, with their weights."""
         found = [((e.address, e.port), e.weight) for e in listener.backends.endpoints or () if e.weight > 0]
         return [(place, weight) for place, weight in found if self.healthy.get(place, True)]
 
+    def _down(self, listener: Listener) -> list[tuple[Place, int]]:
+        """Backends that have failed their health check, with their weights."""
+        found = [((e.address, e.port), e.weight) for e in listener.backends.endpoints or ()]
+        return [(place, weight) for place, weight in found if not self.healthy.get(place, True)]
+
     def choice(self, listener: Listener, flow_hash: int, client: Address) -> Place | None:
         """The backend that a new flow is dealt. None without any, and where turns or live flows decide."""
         usable = self.usable(listener)
-        affinity = listener.session_affinity == "ClientIP"
-        if not usable or not (affinity or listener.balancing == "Maglev"):
+        if not usable or _balancing(listener) != "Maglev":
             return None
-        table = choices(usable, "Maglev")
-        if affinity:
+        table = choices(usable, "Maglev", self.parts(listener))
+        if listener.session_affinity == "ClientIP":
             entry = hashing.choice_by_client(*self.key, client, len(table))
         else:
             entry = hashing.choice(flow_hash, len(table))
@@ -400,9 +442,36 @@ def _secret(path: Path) -> tuple[int, int]:
     return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:16], "little")
 
 
-def choices(usable: Sequence[tuple[Place, int]], balancing: str) -> list[int]:
-    """The lookup table of a listener: Maglev's, or for RoundRobin the order of turns. Empty without backends."""
-    return list(_choices(tuple((f"{place[0]}|{place[1]}", weight) for place, weight in usable), balancing))
+def _listening(listener: Listener) -> Listening:
+    return listener.address, listener.port, listener.protocol
+
+
+def _balancing(listener: Listener) -> str:
+    return listener.balancing if listener.session_affinity == "None" else "Maglev"
+
+
+def _flags(listener: Listener) -> int:
+    chosen = {
+        "PS_LISTENER_CLIENT_IP": listener.session_affinity == "ClientIP",
+        "PS_LISTENER_REFUSE": listener.on_no_backend == "Reset",
+        "PS_LISTENER_RESET_BACKEND_DOWN": listener.on_backend_down == "Reset",
+    }
+    return sum(constant(name) for name, given in chosen.items() if given)
+
+
+def choices(usable: Sequence[tuple[Place, int]], balancing: str, parts: Sequence[int]) -> list[int]:
+    """The lookup table of a listener: Maglev's, or for RoundRobin the order of turns. Empty without backends.
+
+    `parts`: what each backend has of its share, by the largest of them.
+    """
+    named = [(f"{place[0]}|{place[1]}", weight) for place, weight in usable]
+    if len(set(parts)) < 2:
+        return list(_choices(tuple(named), balancing))
+    if balancing == "RoundRobin":
+        return list(_choices(tuple((n, w * part) for (n, w), part in zip(named, parts, strict=True)), balancing))
+    most = max(parts)
+    steady = tuple((n, w if part == most else 0) for (n, w), part in zip(named, parts, strict=True))
+    return maglev.rising(_choices(tuple(named), balancing), _choices(steady, balancing), parts)
 
 
 @lru_cache(maxsize=1024)

@@ -104,6 +104,7 @@ class Status:
         weights = {
             (e.address, e.port): e.weight for li in stack.resource.spec.listeners for e in li.backends.endpoints or ()
         }
+        rising = stack.rising()
         shown = []
         for i in range(stack.arena.backends):
             entry = stack.arena.backend[i]
@@ -114,6 +115,7 @@ class Status:
                         "address": str(place[0]),
                         "port": place[1],
                         "weight": weights.get(place),
+                        "share": round(rising.get(place, 1.0), 3),
                         "healthy": healthy.get(place, True),
                         "flows": max(0, int(entry.live)),
                         "flowsTotal": int(entry.created),

@@ -170,6 +170,7 @@ def up(
 ) -> None:
     """Make the stacks of FILES run; start the agent if there is none. Repeating it changes nothing."""
     wanted = _load_all(files)
+    _advise(wanted)
     started = client.begin(metrics_listen)
     names = []
     try:
@@ -197,6 +198,13 @@ def _load_all(files: Iterable[str]) -> list[PacketStack]:
             if first != file:
                 raise CliError(f"{file}: stack {stack.name} is in {first} too; use a name once")
     return [stack for _, stack in found.values()]
+
+
+def _advise(stacks: Iterable[PacketStack]) -> None:
+    """What is allowed and will most likely be regretted, to the person and not into a pipe."""
+    for stack in stacks:
+        for line in stack.advice():
+            click.echo(f"stack {stack.name}: note: {line}", err=True)
 
 
 def _load(file: str) -> list[PacketStack]:
@@ -494,6 +502,7 @@ def check(client: Client | ClusterClient, files: tuple[str, ...]) -> None:
     """Read FILES as `up` would, and change nothing. For a cluster its API server reads them too."""
     stacks = _load_all(files)
     client.check(stacks)
+    _advise(stacks)
     for stack in stacks:
         click.echo(yaml.safe_dump(stack.document(), sort_keys=False).rstrip())
 

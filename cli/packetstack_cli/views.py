@@ -175,6 +175,8 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
     table = _table("BACKEND", "WEIGHT", "HEALTHY", "FLOWS", "TOTAL")
     for b in status["backends"]:
         weight = "removed" if b["weight"] is None else str(b["weight"])
+        if b.get("share", 1) < 1:
+            weight += f" ({b['share']:.0%} by now)"
         table.add_row(
             f"{b['address']} port {b['port']}",
             weight,

@@ -4,6 +4,7 @@ After Eisenbud et al., "Maglev: A Fast and Reliable Software Network Load Balanc
 weights as turns that a backend may take or miss.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
 
@@ -67,3 +68,23 @@ def table(backends: Sequence[tuple[str, int]], size: int) -> list[int]:
             filled += 1
             if filled == size:
                 return entries
+
+
+def rising(whole: Sequence[int], steady: Sequence[int], parts: Sequence[int]) -> list[int]:
+    """The table while some backends rise to their share: `parts[i]` of the largest of `parts` is what i has of its own.
+
+    `whole`: the table of all backends, `steady`: that without those which rise, by the same indexes and of the same size.
+    A backend that rises has its part of the entries that it will have, the others are as in `steady`. So a step of it
+    moves only the entries that it gets, and both tables can be kept.
+    """
+    most = max(parts, default=1)
+    share = Counter(whole)
+    left = {i: -(-share[i] * part // most) for i, part in enumerate(parts) if part < most}
+    entries = list(whole)
+    for entry, i in enumerate(whole):
+        if i in left:
+            if left[i]:
+                left[i] -= 1
+            else:
+                entries[entry] = steady[entry]
+    return entries

@@ -291,6 +291,7 @@ IntOrPercent = Annotated[
 Labels = dict[str, str]
 Count = Annotated[int, Whole(0, MAX_REPLICAS, "a number of engines")]
 Seconds = Annotated[int, Whole(1, 604_800, "a number of seconds")]
+ShortSeconds = Annotated[int, Whole(1, 3600, "a number of seconds")]
 Opaque = Annotated[
     dict[str, Any],
     BeforeValidator(_read_json),
@@ -510,6 +511,23 @@ class HealthCheck(Model):
     """Failures in a row after which it is not."""
 
 
+class Limits(Model):
+    """How much one listener may have. What is absent is not limited, beside the fair shares that all listeners get.
+
+    Flows count once they are proven: TCP whose client has completed the handshake, UDP with questions and answers over
+    some time. So forged sources use up nobody's allowance.
+    """
+
+    max_flows: Annotated[int, Whole(1, MAX_BUCKETS * MAX_FLOWS_PER_BUCKET, "a number of flows")] | None = None
+    """Proven flows, over all engines of the node. Beyond it openers are dropped as `limit_flows`."""
+    new_flows_per_second: Annotated[int, Whole(1, 10_000_000, "a number of flows")] | None = None
+    """Openers a second, over all engines; as many may come at once. Others are dropped as `limit_rate`."""
+    max_flows_per_client: Annotated[int, Whole(1, MAX_BUCKETS * MAX_FLOWS_PER_BUCKET, "a number of flows")] | None = (
+        None
+    )
+    """Proven flows of one client address. Beyond it openers are dropped as `limit_client`."""
+
+
 class Listener(Model):
     """A virtual address, protocol and port, and its backends."""
 
@@ -528,6 +546,15 @@ class Listener(Model):
     session_affinity: Literal["None", "ClientIP"] = "None"
     """`ClientIP`: all flows of a client address to one backend."""
     health_check: HealthCheck = HealthCheck()
+    on_backend_down: Literal["Keep", "Reset"] = "Keep"
+    """Live TCP flows of a backend that fails its health check. `Keep`: their packets go on to it. `Reset`: the client's
+    next packet is answered by a reset. UDP flows go to another backend either way."""
+    on_no_backend: Literal["Drop", "Reset"] = "Drop"
+    """A SYN that finds no backend: `Drop`, or `Reset` so that the client learns of it at once."""
+    slow_start_seconds: Annotated[int, Whole(0, 3600, "a number of seconds")] = 0
+    """Time in which the weight of a backend that was added, or is healthy again, rises from a small part to all of it.
+    0: at once."""
+    limits: Limits = Limits()
 
     @model_validator(mode="before")
     @classmethod
@@ -558,9 +585,21 @@ class FlowTable(Model):
     max_flows: Annotated[int, Whole(1, MAX_BUCKETS * MAX_FLOWS_PER_BUCKET, "a number of flows")] = 1_000_000
     """What memory is set aside for."""
     tcp_idle_timeout_seconds: Seconds = 7440
-    """An established connection without packets ends."""
+    """An established connection without packets ends. RFC 5382 wants 7440 at least."""
+    tcp_opening_timeout_seconds: ShortSeconds = 60
+    """The same before its handshake is complete."""
+    tcp_half_close_timeout_seconds: Seconds = 240
+    """The same when one side has said that it is at its end. RFC 5382 wants 240 at least."""
+    tcp_closed_timeout_seconds: ShortSeconds = 240
+    """What is remembered of a connection that both sides have ended, or a reset has. Its place and port are given away
+    sooner when they are needed."""
+    tcp_time_wait_timeout_seconds: ShortSeconds = 60
+    """How long backends keep TIME_WAIT: the port of a connection that the backend ended first is not given to another
+    client before."""
     udp_idle_timeout_seconds: Seconds = 180
-    """The same for UDP that was answered."""
+    """UDP that was answered ends without packets. RFC 4787 wants 120 at least."""
+    udp_unanswered_timeout_seconds: ShortSeconds = 120
+    """The same for UDP that was not. It ends sooner when its place or port is needed."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -955,6 +994,14 @@ class Spec(Model):
 
 # ---- the resource --------------------------------------------------------------------------------------------
 
+_LEAST_TIMEOUTS = (
+    ("tcp_idle_timeout_seconds", 7440, "RFC 5382 (REQ-5)", "connections end that are only silent"),
+    ("tcp_half_close_timeout_seconds", 240, "RFC 5382 (REQ-5)", "answers may be cut off after the client's FIN"),
+    ("udp_idle_timeout_seconds", 120, "RFC 4787 (REQ-5)", "flows end that are only silent"),
+    ("udp_unanswered_timeout_seconds", 120, "RFC 4787 (REQ-5)", "late answers are dropped"),
+)
+"""Field of spec.flowTable, seconds that it should have, who says so, and what less of it means for traffic."""
+
 # Written by the API server; read back in by `kubectl get -o yaml | packetstack up -`.
 _SERVER_FIELDS = (
     "uid", "resourceVersion", "generation", "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds",
@@ -1001,6 +1048,15 @@ class PacketStack(Model):
     def virtual_addresses(self) -> tuple[Address, ...]:
         """The listeners' addresses, each once, in the order written."""
         return tuple(dict.fromkeys(listener.address for listener in self.spec.listeners))
+
+    def advice(self) -> list[str]:
+        """What is allowed and will most likely be regretted: one line each, `path: value; what it means`."""
+        table = self.spec.flow_table
+        return [
+            f"spec.flowTable.{to_camel(name)}: {getattr(table, name)} is below the {least} of {rfc}; {means}"
+            for name, least, rfc, means in _LEAST_TIMEOUTS
+            if getattr(table, name) < least
+        ]
 
     def prefixes(self) -> tuple[Network, ...]:
         """What has to be routed to the stack: its virtual addresses and its SNAT prefixes."""

@@ -255,6 +255,16 @@ def test_check_reads_a_file_and_changes_nothing(lab: Lab) -> None:
     assert lab.packetstack("get").count("web") == 1
 
 
+def test_check_tells_of_timers_below_what_rfcs_want_and_leaves_its_output_to_be_read(lab: Lab, tmp_path: Path) -> None:
+    stack = yaml.safe_load((ROOT / "examples/web.yaml").read_text())
+    stack["spec"]["flowTable"] = {"udpIdleTimeoutSeconds": 30}
+    (tmp_path / "web.yaml").write_text(yaml.safe_dump(stack))
+    done = lab.run("node", *lab.command("check", str(tmp_path / "web.yaml")))
+    assert yaml.safe_load(done.stdout)["spec"]["flowTable"]["udpIdleTimeoutSeconds"] == 30
+    said = "stack web: note: spec.flowTable.udpIdleTimeoutSeconds: 30 is below the 120 of RFC 4787 (REQ-5); "
+    assert done.stderr == f"{said}flows end that are only silent\n"
+
+
 def test_preflight_finds_a_host_that_forwards_fit_and_one_that_does_not_unfit(lab: Lab) -> None:
     assert "net.ipv4.ip_forward=1" in lab.packetstack("preflight")
     line = [sys.executable, "-m", "packetstack_cli.main", "preflight"]

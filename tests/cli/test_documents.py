@@ -125,3 +125,10 @@ def test_the_load_of_the_page_is_simulated_as_it_says(tmp_path: Path) -> None:
     said = bash(command.removeprefix("$ "), tmp_path)
     assert re.search(r"^ *60 +[2-5] .*NewFlowsPerSecond", said, re.MULTILINE), said
     assert (tmp_path / "load.png").stat().st_size > 1000
+
+
+def test_the_listener_with_limits_is_one_that_is_taken() -> None:
+    [text] = blocks("docs/operate.md", "slowStartSeconds")
+    web = yaml.safe_load((ROOT / "examples/web.yaml").read_text())
+    web["spec"] |= yaml.safe_load(text)
+    assert resources.parse(web).spec.listeners[0].limits.max_flows_per_client

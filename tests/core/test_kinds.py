@@ -68,6 +68,22 @@ def test_a_flow_table_is_read_and_names_what_an_agent_carries_out() -> None:
     assert stack.spec.listeners == read.spec.listeners
 
 
+def test_limits_choices_and_timers_of_a_stack_reach_the_agent_by_its_flow_table() -> None:
+    listener = {
+        **table()["spec"]["listeners"][0],
+        "limits": {"maxFlows": 7, "newFlowsPerSecond": 3, "maxFlowsPerClient": 2},
+        "onBackendDown": "Reset",
+        "onNoBackend": "Reset",
+        "slowStartSeconds": 20,
+    }
+    timers = {"tcpOpeningTimeoutSeconds": 9, "tcpTimeWaitTimeoutSeconds": 120}
+    given = kinds.read(kinds.FlowTable, table(listeners=[listener], flowTable=timers))
+    # As the operator writes it, and the agent reads it.
+    stack = kinds.read(kinds.FlowTable, given.document()).stack()
+    assert stack.spec.listeners[0].document().items() >= {k: listener[k] for k in list(listener)[-4:]}.items()
+    assert stack.spec.flow_table.document().items() >= timers.items()
+
+
 def test_the_answer_of_the_tables_node_is_found() -> None:
     nodes = [{"node": "n0"}, {"node": "n1", "observedGeneration": 3}]
     read = kinds.read(kinds.FlowTable, {**table(), "status": {"nodes": nodes}})

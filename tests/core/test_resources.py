@@ -56,6 +56,10 @@ spec:
     backends: {service: {name: web, port: 8443}}
     balancing: LeastFlows
     sessionAffinity: ClientIP
+    onBackendDown: Reset
+    onNoBackend: Reset
+    slowStartSeconds: 30
+    limits: {maxFlows: 50000, newFlowsPerSecond: 2000, maxFlowsPerClient: 100}
   - name: dns
     address: 2001:db8::10
     protocol: UDP
@@ -64,7 +68,16 @@ spec:
     balancing: RoundRobin
   snat: {addresses: [192.0.2.64/28, "2001:db8::40/124", 198.51.100.7]}
   unknownFlow: Reset
-  flowTable: {buckets: 8192, maxFlows: 2000000, tcpIdleTimeoutSeconds: 600, udpIdleTimeoutSeconds: 60}
+  flowTable:
+    buckets: 8192
+    maxFlows: 2000000
+    tcpIdleTimeoutSeconds: 600
+    tcpOpeningTimeoutSeconds: 30
+    tcpHalfCloseTimeoutSeconds: 60
+    tcpClosedTimeoutSeconds: 10
+    tcpTimeWaitTimeoutSeconds: 120
+    udpIdleTimeoutSeconds: 60
+    udpUnansweredTimeoutSeconds: 30
   handover: {strategy: Mirror, deadlineSeconds: 60, onDeadline: Reset}
   rebalance: {mode: Advice}
   updateStrategy: {type: RollingUpdate, maxSurge: 25%, maxUnavailable: 0}
@@ -133,6 +146,21 @@ def test_everything_that_is_documented_is_accepted():
     assert stack.spec.listeners[1].health_check.type == "None", "UDP is not probed by TCP unless asked for"
     assert len(stack.snat_addresses()) == 33
     assert stack.spec.autoscaling.metrics[2].external.target.value == "30"
+    assert stack.spec.listeners[0].limits.max_flows_per_client == 100
+    assert stack.spec.listeners[1].limits.max_flows is None, "what is not said is not limited"
+
+
+def test_timers_are_those_of_the_rfcs_and_shorter_ones_are_told_of():
+    (stack,) = load(MINIMAL)
+    table = stack.spec.flow_table
+    assert table.tcp_idle_timeout_seconds >= 2 * 3600 + 4 * 60, "RFC 5382, REQ-5"
+    assert table.tcp_half_close_timeout_seconds >= 240, "RFC 5382, REQ-5"
+    assert table.tcp_closed_timeout_seconds >= 240, "RFC 7857, section 2"
+    assert table.tcp_time_wait_timeout_seconds >= 60, "net/ipv4/tcp.c: TCP_TIMEWAIT_LEN"
+    assert min(table.udp_idle_timeout_seconds, table.udp_unanswered_timeout_seconds) >= 120, "RFC 4787, REQ-5"
+    assert stack.advice() == []
+    (short,) = parse(changed("spec.flowTable.udpIdleTimeoutSeconds", 30)).advice()
+    assert short.startswith("spec.flowTable.udpIdleTimeoutSeconds: 30 is below the 120 of RFC 4787")
 
 
 @pytest.mark.parametrize("text", [MINIMAL, FULL])
@@ -211,6 +239,13 @@ WRONG = [
     ("spec.flowTable.buckets", 16384, "spec.flowTable.buckets: 16384 is not a number of buckets"),
     ("spec.flowTable", {"buckets": 256, "maxFlows": 2**25}, "33554432 does not fit 256 buckets; use at most"),
     ("spec.flowTable.tcpIdleTimeoutSeconds", 0, "0 is not a number of seconds; use 1 to 604800"),
+    ("spec.flowTable.tcpTimeWaitTimeoutSeconds", 3601, "3601 is not a number of seconds; use 1 to 3600"),
+    ("spec.listeners.0.limits", {"maxFlows": 0}, "limits.maxFlows: 0 is not a number of flows; use 1 to 491520000"),
+    ("spec.listeners.0.limits", {"newFlowsPerSecond": 0}, "0 is not a number of flows; use 1 to 10000000"),
+    ("spec.listeners.0.limits", {"maxFlowPerClient": 1}, "is an unknown field; did you mean maxFlowsPerClient?"),
+    ("spec.listeners.0.onBackendDown", "Drop", '"Drop" is not allowed here; use "Keep" or "Reset"'),
+    ("spec.listeners.0.onNoBackend", "Keep", '"Keep" is not allowed here; use "Drop" or "Reset"'),
+    ("spec.listeners.0.slowStartSeconds", 3601, "3601 is not a number of seconds; use 0 to 3600"),
     ("spec.engine.cores", 33, "spec.engine.cores: 33 is not a number of cores; use 1 to 32"),
     ("spec.engine", {"cores": 32}, "has 32 cores x 4 queuesPerCore = 128 queues; use at most 64"),
     ("spec.engine.memory", "5Xi", 'spec.engine.memory: "5Xi" is not a quantity; use a number with a unit'),
