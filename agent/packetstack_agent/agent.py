@@ -127,11 +127,11 @@ class Agent:
             try:
                 self.stacks[name] = await asyncio.to_thread(self._read, name)
             except ResourceError as e:
-                self._leave_unread(name, e.problems[0])
-            except AgentError as e:
+                self._leave_unread(name, _unreadable(e.problems[0]))
+            except AgentError as e:  # about one of its files
                 self._leave_unread(name, str(e))
             except (LookupError, TypeError, ValueError, AttributeError, OSError) as e:
-                self._leave_unread(name, f"{type(e).__name__}: {e}")
+                self._leave_unread(name, _unreadable(f"{type(e).__name__}: {e}"))
         for slot, known in list(record.engines.items()):
             if isinstance(known, dict) and known.get("stack") in self.stacks:
                 await self._regain(self.stacks[known["stack"]], int(slot), known)
@@ -172,8 +172,7 @@ class Agent:
 
     def _leave_unread(self, name: str, why: str) -> None:
         self.unread[name] = why
-        message = f"its entry in state.json: {why}; it is left alone, its engines serve"
-        self.event(name, "RecordUnreadable", message, "Warning")
+        self.event(name, "RecordUnreadable", f"{why}; it is left alone, its engines serve", "Warning")
 
     async def _regain(self, managed: Managed, slot: int, known: dict[str, Any]) -> None:
         stack = managed.stack
@@ -248,9 +247,7 @@ class Agent:
 
     def _check_read(self, name: str) -> None:
         if name in self.unread:
-            raise AgentError(
-                f"stack {name}: its entry in state.json cannot be read ({self.unread[name]}); start the agent that wrote it"
-            )
+            raise AgentError(f"stack {name}: is left alone, its engines serve: {self.unread[name]}")
 
     # ---- applying --------------------------------------------------------------------------------------------
 
@@ -391,6 +388,8 @@ class Agent:
             try:
                 await self._become(managed, resource)
             except BaseException:
+        # An agent may have been killed while it made a stack of this name, or ended one.
+        await asyncio.to_thread(shutil.rmtree, self.run.stack(name), ignore_errors=True)
                 await self._become(managed, old)
                 raise
         managed.settled = False
@@ -1228,3 +1227,7 @@ def hung(engine: Engine, now: float) -> int | None:
         ):
             return c
     return None
+def _unreadable(why: str) -> str:
+    return f"its entry in state.json cannot be read ({why}); start the agent that wrote it"
+
+

@@ -25,12 +25,13 @@ from packetstack_core import hashing, maglev
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
 from packetstack_core.planning import NOBODY, Move, Owner
-from packetstack_core.resources import Address, Listener, PacketStack
+from packetstack_core.resources import Address, Listener, Network, PacketStack, counted
 
 BATCH = 512
 """Buckets of one fence: what arrives for them meanwhile must fit into a quarter of a park ring."""
 FENCE_LIMIT_MS = 500
 
+SECRET_BYTES = 16
 Place = tuple[Address, int]
 """Address and port of a backend."""
 Listening = tuple[Address, int, str]
@@ -75,7 +76,6 @@ class Stack:
         self._snat: set[Address] = set()
         self._offset = index * constant("PS_MAX_BUCKETS")
         directory.mkdir(parents=True, exist_ok=True)
-        self.key = _secret(directory / "secret")
         self.arena_path, self.config_path = directory / "arena", directory / "config"
         table = resource.spec.flow_table
         if self.arena_path.exists():
@@ -87,6 +87,7 @@ class Stack:
         else:
             self.config = call(lib().ps_config_create, text(self.config_path))
         self._words = lib().ps_director_words(director)
+        self.key = _secret(directory / "secret", self.live())
         self._egress = lib().ps_director_egress(director)
 
     @property
@@ -391,13 +392,35 @@ def wake(engines: Iterable[Engine]) -> None:
                     os.eventfd_write(engine.fds.events[c], 1)
 
 
-def _secret(path: Path) -> tuple[int, int]:
-    """The stack's hash key, made once: losing it would move every flow."""
-    if not path.exists():
-        path.touch(0o600)
-        path.write_bytes(secrets.token_bytes(16))
-    data = path.read_bytes()
-    return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:16], "little")
+def _secret(path: Path, flows: int) -> tuple[int, int]:
+    """The stack's hash key, made once: another one would move every flow, so with `flows` it is not made anew."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        data = b""
+    if len(data) != SECRET_BYTES:
+        if flows:
+            raise AgentError(
+                f"{path}: has {len(data)} bytes instead of {SECRET_BYTES}, and {counted(flows, 'live flow')} of the stack "
+                "cannot be found with another secret; put the file back, or end the stack with packetstack down"
+            )
+        data = secrets.token_bytes(SECRET_BYTES)
+        _write_whole(path, data)
+    return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:], "little")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """The file has this content or is as it was, whatever happens meanwhile. For root alone to read."""
+    fresh = path.with_suffix(".new")
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as e:
+        fresh.unlink(missing_ok=True)
+        raise AgentError(f"{path}: cannot be written: {e.strerror}") from None
 
 
 def choices(usable: Sequence[tuple[Place, int]], balancing: str) -> list[int]:
