@@ -93,6 +93,8 @@ void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live);
 
 /* ---- queues.c: an engine's rings, made by the agent in the engine's network namespace --------------- */
 
+/* Live flows by SNAT address, an index into the arena's addresses, into an array of PS_MAX_ADDRESSES. */
+int ps_arena_snat_flows(struct ps_arena *a, uint32_t *flows, struct ps_error *e);
 struct ps_queue_options {
 	uint32_t slot, queues, cores;
 	uint32_t rx_slots, tx_slots; /* per queue, powers of two */

@@ -23,7 +23,7 @@ from packetstack_agent import engines, loading, namespaces, networks, processes
 from packetstack_agent.balancing import Balancers
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
-from packetstack_agent.natives import call, constant, ffi, lib, text
+from packetstack_agent.natives import call, constant, ffi, lib, packed, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
 from packetstack_agent.scaling import Autoscalers
@@ -295,6 +295,7 @@ class Agent:
                     raise AgentError(
                         f"stack {name}: AddressConflict: {address} belongs to stack {owners[address]}; use another address"
                     )
+        self._check_leaving(wanted, owners)
         for name, resource in wanted.items():
             self._check_read(name)
             old = self.stacks.get(name)
@@ -302,6 +303,21 @@ class Agent:
                 resources.check_change(old.stack.resource, resource)
             networks.check_forwarding(a.version for a in resource.virtual_addresses())
             networks.check_not_local(resource.prefixes())
+
+    def _check_leaving(self, wanted: dict[str, PacketStack], owners: dict[Any, str]) -> None:
+        """No stack may take a SNAT address that flows of another one still have, or make one its virtual address."""
+        for name, managed in self.stacks.items():
+            stack, own = managed.stack, wanted.get(name, managed.stack.resource)
+            left = {*stack.resource.snat_addresses(), *stack.leaving} - set(own.snat_addresses())
+            claimed = {a for a in left if a in owners}
+            if not claimed:
+                continue
+            flows = stack.snat_flows()
+            for address in sorted((a for a in claimed if flows.get(a)), key=packed):
+                raise AgentError(
+                    f"stack {owners[address]}: AddressConflict: {address} was a SNAT address of stack {name}, where "
+                    f"{counted(flows[address], 'live flow')} still has it; use another address, or wait until they end"
+                )
 
     async def set_uplinks(self, wanted: Sequence[str]) -> None:
         """Run the director on exactly these, interfaces or networks. One that cannot be only costs speed: it is told."""
@@ -363,6 +379,8 @@ class Agent:
             used.add(self.run.record.indexes[other])
         index = min(i for i in range(constant("PS_MAX_STACKS")) if i not in used)
         self.run.record.indexes[name] = index
+        # An agent may have been killed while it made a stack of this name, or ended one.
+        await asyncio.to_thread(shutil.rmtree, self.run.stack(name), ignore_errors=True)
         stack = await asyncio.to_thread(Stack, name, resource, index, self.run.stack(name), self.director)
         managed = Managed(stack, table=table)
         self.stacks[name] = managed
@@ -388,17 +406,20 @@ class Agent:
             try:
                 await self._become(managed, resource)
             except BaseException:
-        # An agent may have been killed while it made a stack of this name, or ended one.
-        await asyncio.to_thread(shutil.rmtree, self.run.stack(name), ignore_errors=True)
                 await self._become(managed, old)
                 raise
         managed.settled = False
         managed.changed.set()
         self.event(managed.stack.name, "Changed", "the resource was changed")
+        notes = []
         if gone:
             names = ", ".join(f"{protocol} {address} port {port}" for address, port, protocol in sorted(gone, key=str))
-            return f"flows of the removed listener {names} end"
-        return ""
+            notes.append(f"flows of the removed listener {names} end")
+        if used := {a: n for a, n in managed.stack.leaving.items() if n}:
+            shown = ", ".join(f"{a} ({counted(used[a], 'live flow')})" for a in sorted(used, key=packed))
+            notes.append(f"SNAT address {shown} takes no new flows, and leaves when those end")
+            self.event(managed.stack.name, "AddressLeaving", notes[-1])
+        return "; ".join(notes)
 
     async def _become(self, managed: Managed, resource: PacketStack) -> None:
         old, managed.stack.resource = managed.stack.resource, resource
@@ -411,7 +432,22 @@ class Agent:
         ):  # fmt: skip
             await managed.stack.configure(list(managed.engines.values()))
             managed.stack.direct()
+            await to_the_end(managed.stack.count_leaving)
             await self._routes()
+
+    async def _let_go(self) -> None:
+        """SNAT addresses that have left a resource, and that no flow has any more, are nobody's from now on."""
+        for name, managed in list(self.stacks.items()):
+            if not managed.stack.leaving or managed.busy.locked():
+                continue
+            async with managed.busy:
+                if self.stacks.get(name) is not managed:
+                    continue
+                gone = await to_the_end(managed.stack.release, list(managed.engines.values()))
+                if gone:
+                    self.event(
+                        name, "AddressReleased", f"SNAT address {', '.join(map(str, gone))}: no flow has it any more"
+                    )
 
     async def _routes(self) -> None:
         async with self._node:
@@ -419,13 +455,9 @@ class Agent:
 
     def _route(self) -> list[Network]:
         """Routes, and answers to ARP and neighbour discovery, for exactly the addresses of the stacks. Blocks."""
-        prefixes = {p for m in self.stacks.values() for p in m.stack.resource.prefixes()}
+        prefixes = {p for m in self.stacks.values() for p in m.stack.prefixes()}
         added = networks.ensure_routes(prefixes, keep=bool(self.unread))
-        addresses = {
-            a
-            for m in self.stacks.values()
-            for a in (*m.stack.resource.virtual_addresses(), *m.stack.resource.snat_addresses())
-        }
+        addresses = {a for m in self.stacks.values() for a in m.stack.addresses()}
         record = self.run.record
         wanted = networks.on_link(addresses) if addresses else {}
         for device, found in wanted.items():
@@ -938,6 +970,7 @@ class Agent:
                     except OSError:
                         break
                 try:
+                    await self._let_go()
                     async with self._node:
                         attached = await asyncio.to_thread(self._attach)
                         added = await asyncio.to_thread(self._route)
@@ -1201,6 +1234,10 @@ async def to_the_end(work: Callable[..., T], *arguments: Any) -> T:
         raise
 
 
+def _unreadable(why: str) -> str:
+    return f"its entry in state.json cannot be read ({why}); start the agent that wrote it"
+
+
 def _is_ready(engine: Engine) -> bool:
     return engine.ready
 
@@ -1227,7 +1264,3 @@ def hung(engine: Engine, now: float) -> int | None:
         ):
             return c
     return None
-def _unreadable(why: str) -> str:
-    return f"its entry in state.json cannot be read ({why}); start the agent that wrote it"
-
-

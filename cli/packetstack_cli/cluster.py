@@ -451,7 +451,7 @@ def merged(status: Json, live: Json) -> Json:
     moves = sorted([*status["rebalance"]["lastMoves"], *live["rebalance"]["lastMoves"]], key=lambda m: float(m["time"]))
     rebalance = {**status["rebalance"], "queuesMoved": live["rebalance"]["queuesMoved"], "lastMoves": moves}
     known = {k: live[k] for k in ("flows", "drops", "backends", "handover")}
-    return {"engines": engines, "rebalance": rebalance, **known}
+    return {"engines": engines, "rebalance": rebalance, "leaving": live.get("leaving", []), **known}
 
 
 def _event(event: Json, stack: str, pod: str) -> Json:
