@@ -436,14 +436,14 @@ class Agent:
             await self._routes()
 
     async def _let_go(self) -> None:
-        """SNAT addresses that have left a resource, and that no flow has any more, are nobody's from now on."""
+        """What only older configurations name, and no flow any more, is nobody's from now on."""
         for name, managed in list(self.stacks.items()):
-            if not managed.stack.leaving or managed.busy.locked():
+            if not managed.stack.unsettled or managed.busy.locked():
                 continue
             async with managed.busy:
                 if self.stacks.get(name) is not managed:
                     continue
-                gone = await to_the_end(managed.stack.release, list(managed.engines.values()))
+                gone = await to_the_end(managed.stack.settle, list(managed.engines.values()))
                 if gone:
                     self.event(
                         name, "AddressReleased", f"SNAT address {', '.join(map(str, gone))}: no flow has it any more"

@@ -171,16 +171,22 @@ class Stack:
             flows = self.snat_flows()
             self.leaving = {a: flows.get(a, 0) for a in self.leaving}
 
-    def release(self, engines: Sequence[Engine]) -> list[Address]:
-        """Withdraw SNAT addresses that nothing keeps any more, and return them. Blocks.
+    @property
+    def unsettled(self) -> bool:
+        """Whether `settle` has something to look for."""
+        return bool(self.leaving) or self._settled != self.config.generation
 
-        Nothing is let go before every core uses the present configuration: by the one before, new flows get them.
+    def settle(self, engines: Sequence[Engine]) -> list[Address]:
+        """When every core uses the present configuration, let go of what only those before named. Blocks.
+
+        Returns the SNAT addresses that were withdrawn. By an older configuration new flows still get them.
         """
         generation = int(self.config.generation)
         if self._settled != generation:
             if not all(e.ready and _uses(e, generation) for e in engines):
                 return []
             self._settled = generation
+            lib().ps_arena_used(self.arena, ffi.addressof(self.config.buffer[generation & 1]))
         self.count_leaving()
         gone = sorted((a for a, n in self.leaving.items() if not n), key=packed)
         self._withdraw((), gone)
