@@ -75,8 +75,12 @@ EVENTS = 1000
 class Agent:
     """All verbs run on the event loop; what blocks runs in worker threads."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, foreign: str = "") -> None:
         self.run = run
+        self.foreign = foreign
+        """Why the agent stands by: another build made what is there. It serves on, and nothing of it is touched."""
+        self.begin_anew: Callable[[], None] = lambda: None
+        """End, and begin again without it."""
         self.stacks: dict[str, Managed] = {}
         self.unread: dict[str, str] = {}
         """Stacks of the record that cannot be read, and why. Their engines serve; nothing of them is touched."""
@@ -103,6 +107,9 @@ class Agent:
 
     async def start(self) -> None:
         """Load the programs, make the routed pair, go on with what an earlier agent left. AgentError if that cannot be."""
+        if self.foreign:
+            self.event("-", "LayoutMismatch", f"{self.foreign}; this agent stands by", "Warning")
+            return
         record, here = self.run.record, namespaces.own_inode()
         if record.documents and record.network != here:
             raise AgentError(
@@ -241,6 +248,8 @@ class Agent:
         try:
             return self.stacks[name]
         except KeyError:
+            if self.foreign:
+                raise AgentError(self.foreign) from None
             self._check_read(name)
             known = ", ".join(sorted(self.stacks)) or "none"
             raise AgentError(f"stack {name}: not found; stacks of this agent: {known}") from None
