@@ -76,6 +76,39 @@ static int reuse_devices(struct bpf_map *map, const char *path)
 	return result;
 }
 
+int ps_pins_check(const char *objects, const char *file, const char *prefix, struct ps_error *e)
+{
+	LIBBPF_OPTS(bpf_obj_get_opts, reading, .file_flags = BPF_F_RDONLY);
+	struct bpf_object *o;
+	struct bpf_map *map;
+	char path[600];
+	int result = 0;
+
+	libbpf_set_print(remember);
+	snprintf(path, sizeof(path), "%s/%s", objects, file);
+	o = bpf_object__open_file(path, NULL);
+	if (!o)
+		return ps_fail(e, "%s: cannot open: %s", path, strerror(errno));
+	bpf_object__for_each_map(map, o)
+	{
+		struct bpf_map_info info = { 0 };
+		uint32_t size = sizeof(info);
+		int fd;
+
+		snprintf(path, sizeof(path), "%s%s", prefix, bpf_map__name(map));
+		if (result || bpf_map__is_internal(map) || (fd = bpf_obj_get_opts(path, &reading)) < 0)
+			continue;
+		if (bpf_obj_get_info_by_fd(fd, &info, &size))
+			result = ps_fail(e, "%s: cannot be read: %s", path, strerror(errno));
+		else if (info.type != bpf_map__type(map) || info.key_size != bpf_map__key_size(map) ||
+			 info.value_size != bpf_map__value_size(map) || info.max_entries != bpf_map__max_entries(map))
+			result = ps_fail(e, "%s: is a map of another build", path);
+		close(fd);
+	}
+	bpf_object__close(o);
+	return result;
+}
+
 /* Maps of the object that are pinned as `prefix`NAME are used again; others are pinned there. */
 static struct bpf_object *load(const char *objects, const char *file, const char *prefix, struct ps_error *e)
 {

@@ -22,6 +22,11 @@ struct ps_director;
 
 /* Loads the programs in `objects` (director.bpf.o, host.bpf.o), or takes over what is pinned below `pins`. */
 struct ps_director *ps_director_open(const char *objects, const char *pins, struct ps_error *e);
+/*
+ * May this build take over the maps of `file` that are pinned as `prefix`NAME? Opens them to read, changes nothing.
+ * -> 0, also when none is pinned
+ */
+int ps_pins_check(const char *objects, const char *file, const char *prefix, struct ps_error *e);
 void ps_director_close(struct ps_director *d); /* forgets; everything stays attached */
 
 /* role of a device the director runs on */
@@ -90,6 +95,11 @@ int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int
 uint64_t ps_arena_live(struct ps_arena *a); /* flows in all shards that have not ended */
 /* Owner of each shard, and how many of its flows have not ended, into arrays with a place for each bucket. */
 void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live);
+
+/* ---- addresses.c ------------------------------------------------------------------------------------- */
+
+/* Live flows by SNAT address, an index into the arena's addresses, into an array of PS_MAX_ADDRESSES. */
+int ps_arena_snat_flows(struct ps_arena *a, uint32_t *flows, struct ps_error *e);
 
 /* ---- queues.c: an engine's rings, made by the agent in the engine's network namespace --------------- */
 

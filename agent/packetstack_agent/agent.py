@@ -23,7 +23,7 @@ from packetstack_agent import engines, loading, namespaces, networks, processes
 from packetstack_agent.balancing import Balancers
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
-from packetstack_agent.natives import call, constant, ffi, lib, text
+from packetstack_agent.natives import call, constant, ffi, lib, packed, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
 from packetstack_agent.scaling import Autoscalers
@@ -75,8 +75,12 @@ EVENTS = 1000
 class Agent:
     """All verbs run on the event loop; what blocks runs in worker threads."""
 
-    def __init__(self, run: RunDirectory) -> None:
+    def __init__(self, run: RunDirectory, foreign: str = "") -> None:
         self.run = run
+        self.foreign = foreign
+        """Why the agent stands by: another build made what is there. It serves on, and nothing of it is touched."""
+        self.begin_anew: Callable[[], None] = lambda: None
+        """End, and begin again without it."""
         self.stacks: dict[str, Managed] = {}
         self.unread: dict[str, str] = {}
         """Stacks of the record that cannot be read, and why. Their engines serve; nothing of them is touched."""
@@ -103,6 +107,9 @@ class Agent:
 
     async def start(self) -> None:
         """Load the programs, make the routed pair, go on with what an earlier agent left. AgentError if that cannot be."""
+        if self.foreign:
+            self.event("-", "LayoutMismatch", f"{self.foreign}; this agent stands by", "Warning")
+            return
         record, here = self.run.record, namespaces.own_inode()
         if record.documents and record.network != here:
             raise AgentError(
@@ -127,11 +134,11 @@ class Agent:
             try:
                 self.stacks[name] = await asyncio.to_thread(self._read, name)
             except ResourceError as e:
-                self._leave_unread(name, e.problems[0])
-            except AgentError as e:
+                self._leave_unread(name, _unreadable(e.problems[0]))
+            except AgentError as e:  # about one of its files
                 self._leave_unread(name, str(e))
             except (LookupError, TypeError, ValueError, AttributeError, OSError) as e:
-                self._leave_unread(name, f"{type(e).__name__}: {e}")
+                self._leave_unread(name, _unreadable(f"{type(e).__name__}: {e}"))
         for slot, known in list(record.engines.items()):
             if isinstance(known, dict) and known.get("stack") in self.stacks:
                 await self._regain(self.stacks[known["stack"]], int(slot), known)
@@ -172,8 +179,7 @@ class Agent:
 
     def _leave_unread(self, name: str, why: str) -> None:
         self.unread[name] = why
-        message = f"its entry in state.json: {why}; it is left alone, its engines serve"
-        self.event(name, "RecordUnreadable", message, "Warning")
+        self.event(name, "RecordUnreadable", f"{why}; it is left alone, its engines serve", "Warning")
 
     async def _regain(self, managed: Managed, slot: int, known: dict[str, Any]) -> None:
         stack = managed.stack
@@ -242,15 +248,15 @@ class Agent:
         try:
             return self.stacks[name]
         except KeyError:
+            if self.foreign:
+                raise AgentError(self.foreign) from None
             self._check_read(name)
             known = ", ".join(sorted(self.stacks)) or "none"
             raise AgentError(f"stack {name}: not found; stacks of this agent: {known}") from None
 
     def _check_read(self, name: str) -> None:
         if name in self.unread:
-            raise AgentError(
-                f"stack {name}: its entry in state.json cannot be read ({self.unread[name]}); start the agent that wrote it"
-            )
+            raise AgentError(f"stack {name}: is left alone, its engines serve: {self.unread[name]}")
 
     # ---- applying --------------------------------------------------------------------------------------------
 
@@ -298,6 +304,7 @@ class Agent:
                     raise AgentError(
                         f"stack {name}: AddressConflict: {address} belongs to stack {owners[address]}; use another address"
                     )
+        self._check_leaving(wanted, owners)
         for name, resource in wanted.items():
             self._check_read(name)
             old = self.stacks.get(name)
@@ -305,6 +312,21 @@ class Agent:
                 resources.check_change(old.stack.resource, resource)
             networks.check_forwarding(a.version for a in resource.virtual_addresses())
             networks.check_not_local(resource.prefixes())
+
+    def _check_leaving(self, wanted: dict[str, PacketStack], owners: dict[Any, str]) -> None:
+        """No stack may take a SNAT address that flows of another one still have, or make one its virtual address."""
+        for name, managed in self.stacks.items():
+            stack, own = managed.stack, wanted.get(name, managed.stack.resource)
+            left = {*stack.resource.snat_addresses(), *stack.leaving} - set(own.snat_addresses())
+            claimed = {a for a in left if a in owners}
+            if not claimed:
+                continue
+            flows = stack.snat_flows()
+            for address in sorted((a for a in claimed if flows.get(a)), key=packed):
+                raise AgentError(
+                    f"stack {owners[address]}: AddressConflict: {address} was a SNAT address of stack {name}, where "
+                    f"{counted(flows[address], 'live flow')} still has it; use another address, or wait until they end"
+                )
 
     async def set_uplinks(self, wanted: Sequence[str]) -> None:
         """Run the director on exactly these, interfaces or networks. One that cannot be only costs speed: it is told."""
@@ -366,6 +388,8 @@ class Agent:
             used.add(self.run.record.indexes[other])
         index = min(i for i in range(constant("PS_MAX_STACKS")) if i not in used)
         self.run.record.indexes[name] = index
+        # An agent may have been killed while it made a stack of this name, or ended one.
+        await asyncio.to_thread(shutil.rmtree, self.run.stack(name), ignore_errors=True)
         stack = await asyncio.to_thread(Stack, name, resource, index, self.run.stack(name), self.director)
         managed = Managed(stack, table=table)
         self.stacks[name] = managed
@@ -396,10 +420,15 @@ class Agent:
         managed.settled = False
         managed.changed.set()
         self.event(managed.stack.name, "Changed", "the resource was changed")
+        notes = []
         if gone:
             names = ", ".join(f"{protocol} {address} port {port}" for address, port, protocol in sorted(gone, key=str))
-            return f"flows of the removed listener {names} end"
-        return ""
+            notes.append(f"flows of the removed listener {names} end")
+        if used := {a: n for a, n in managed.stack.leaving.items() if n}:
+            shown = ", ".join(f"{a} ({counted(used[a], 'live flow')})" for a in sorted(used, key=packed))
+            notes.append(f"SNAT address {shown} takes no new flows, and leaves when those end")
+            self.event(managed.stack.name, "AddressLeaving", notes[-1])
+        return "; ".join(notes)
 
     async def _become(self, managed: Managed, resource: PacketStack) -> None:
         old, managed.stack.resource = managed.stack.resource, resource
@@ -412,7 +441,22 @@ class Agent:
         ):  # fmt: skip
             await managed.stack.configure(list(managed.engines.values()))
             managed.stack.direct()
+            await to_the_end(managed.stack.count_leaving)
             await self._routes()
+
+    async def _let_go(self) -> None:
+        """What only older configurations name, and no flow any more, is nobody's from now on."""
+        for name, managed in list(self.stacks.items()):
+            if not managed.stack.unsettled or managed.busy.locked():
+                continue
+            async with managed.busy:
+                if self.stacks.get(name) is not managed:
+                    continue
+                gone = await to_the_end(managed.stack.settle, list(managed.engines.values()))
+                if gone:
+                    self.event(
+                        name, "AddressReleased", f"SNAT address {', '.join(map(str, gone))}: no flow has it any more"
+                    )
 
     async def _routes(self) -> None:
         async with self._node:
@@ -420,13 +464,9 @@ class Agent:
 
     def _route(self) -> list[Network]:
         """Routes, and answers to ARP and neighbour discovery, for exactly the addresses of the stacks. Blocks."""
-        prefixes = {p for m in self.stacks.values() for p in m.stack.resource.prefixes()}
+        prefixes = {p for m in self.stacks.values() for p in m.stack.prefixes()}
         added = networks.ensure_routes(prefixes, keep=bool(self.unread))
-        addresses = {
-            a
-            for m in self.stacks.values()
-            for a in (*m.stack.resource.virtual_addresses(), *m.stack.resource.snat_addresses())
-        }
+        addresses = {a for m in self.stacks.values() for a in m.stack.addresses()}
         record = self.run.record
         wanted = networks.on_link(addresses) if addresses else {}
         for device, found in wanted.items():
@@ -941,6 +981,7 @@ class Agent:
                     except OSError:
                         break
                 try:
+                    await self._let_go()
                     async with self._node:
                         attached = await asyncio.to_thread(self._attach)
                         added = await asyncio.to_thread(self._route)
@@ -1202,6 +1243,10 @@ async def to_the_end(work: Callable[..., T], *arguments: Any) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([task])
         raise
+
+
+def _unreadable(why: str) -> str:
+    return f"its entry in state.json cannot be read ({why}); start the agent that wrote it"
 
 
 def _is_ready(engine: Engine) -> bool:

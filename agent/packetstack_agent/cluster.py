@@ -51,8 +51,14 @@ class Follower:
         """Stack -> table and generation, as the server has them now."""
         self._refused: dict[str, str] = {}
         """Stack -> why its table cannot be followed."""
+        self._listed = False
+        """The server has told of all tables once."""
         self._sent: dict[str, tuple[dict[str, Any], float]] = {}
         """Stack -> the last report that the server took, and when."""
+        self._former: dict[str, dict[str, Any]] = {}
+        """Stack -> what this node has reported of it before; true while the agent stands by."""
+        self._unwanted_since: float | None = None
+        """Since when no table asks for an engine that another build has made."""
         self._orphans: dict[str, asyncio.TimerHandle] = {}
         self._dirty: set[str] = set()
         self._changed = asyncio.Event()
@@ -114,6 +120,7 @@ class Follower:
             self._see(item)
         for name in {*self._wanted, *self._agent.run.record.tables} - there:
             self._gone(name)
+        self._listed = True
         return str(listing["metadata"]["resourceVersion"])
 
     async def _stream(self, api: client.CustomObjectsApi, seen: str) -> str:
@@ -144,6 +151,9 @@ class Follower:
             return
         if timer := self._orphans.pop(name, None):
             timer.cancel()
+        if self._agent.foreign:
+            nodes = (item.get("status") or {}).get("nodes") or ()
+            self._former.setdefault(name, next((n for n in nodes if n.get("node") == self._node), {}))
         self._wanted[name] = (table, generation)
         self._touch(name)
 
@@ -152,6 +162,8 @@ class Follower:
         had = self._wanted.pop(name, None)
         self._sent.pop(name, None)
         self._refused.pop(name, None)
+        if name in self._former:  # generations of another table begin anew
+            self._former[name] = self._former[name] | {"observedGeneration": 0, "settled": False}
         managed = self._agent.stacks.get(name)
         if managed is None or name in self._orphans:
             return
@@ -195,6 +207,8 @@ class Follower:
                 # A stack that could not be followed, or that somebody took away: what was in the way may be gone.
                 looked = time.monotonic()
                 self._dirty.update(self._wanted)
+            if self._agent.foreign:
+                self._end_what_nobody_wants()
             names, self._dirty = self._dirty, set()
             for name in sorted(names):
                 try:
@@ -205,6 +219,18 @@ class Follower:
                     self._later(name, 1.0)
                 except Exception as e:  # a bug in one stack is not the others'
                     self._agent.event(name, "InternalError", f"{type(e).__name__}: {e}", "Warning")
+
+    def _end_what_nobody_wants(self) -> None:
+        """Another build's engines are in the way only as long as a table wants one of their stacks."""
+        tables = (self._wanted[n][0] for n in self._agent.run.record.tables if n in self._wanted)
+        if not self._listed or any(t.spec.engines for t in tables):
+            self._unwanted_since = None
+            return
+        now = time.monotonic()
+        if self._unwanted_since is None:
+            self._unwanted_since = now
+        elif now - self._unwanted_since > ORPHAN_SECONDS:  # as for any table that is lost
+            self._agent.begin_anew()
 
     async def _act_on(self, name: str) -> None:
         wanted = self._wanted.get(name)
@@ -217,6 +243,15 @@ class Follower:
                         await self._agent.delete(name)
             return
         table, generation = wanted
+        if self._agent.foreign:
+            stack = f"{table.metadata.name} --end-flows -n {table.metadata.namespace}"
+            self._refuse(
+                name,
+                f"{self._agent.foreign}: of all stacks of node {self._node}, by: kubectl packetstack upgrade {stack}; "
+                "until then nothing follows an engine that dies",
+            )
+            await self._report(name, table)
+            return
         managed = self._agent.stacks.get(name)
         if managed is None or managed.table != table or managed.generation != generation:
             try:
@@ -255,6 +290,9 @@ class Follower:
         if managed is None:
             seen = self._wanted[name][1] if name in self._wanted else 0
             report = {"node": self._node, "observedGeneration": seen, "message": message}
+            if self._agent.foreign:  # its engines are as they were, and this table is not carried out
+                former = {"observedGeneration": 0} | self._former.get(name, {})
+                report = former | {"node": self._node, "message": message, "agentVersion": version("packetstack")}
             return kinds.NodeReport.model_validate(report).model_dump(mode="json", by_alias=True)
         return report_of(managed, self._node, message or managed.problem).model_dump(mode="json", by_alias=True)
 

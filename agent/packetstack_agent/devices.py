@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from packetstack_agent.errors import AgentError
+
 _SIOCETHTOOL = 0x8946
 # From <linux/ethtool.h>.
 _GSTRINGS = 0x1B
@@ -84,3 +86,22 @@ def set_sysctl(name: str, value: str) -> None:
     """Set a sysctl when it differs."""
     if sysctl(name) not in (None, value):
         Path("/proc/sys", name).write_text(value)
+
+
+def check_preemption(path: Path = Path("/sys/kernel/realtime")) -> None:
+    """AgentError on a PREEMPT_RT kernel: there a fence's marker may overtake packets that it must come behind.
+
+    A fence counts on this: once a thread runs on a CPU, no director is in the middle of a packet there.
+    """
+    if _is_realtime(path):
+        raise AgentError(
+            f"{path}: is 1, so packets are handled in threads that can be interrupted (PREEMPT_RT); handovers would mix "
+            "up their order. Use a kernel without PREEMPT_RT"
+        )
+
+
+def _is_realtime(path: Path) -> bool:
+    try:
+        return path.read_text().strip() == "1"
+    except OSError:
+        return False

@@ -229,6 +229,7 @@ def _make(engine: Engine, path: Path) -> None:
         # The engine's program before anything is directed to it: until then frames vanish silently.
         queues = call(lib().ps_engine_attach, engine.director, namespace, text(b.device), text(engine.link))
         call(lib().ps_host_attach, engine.director, link.ifindex)
+        _forget_fences(engine)
         options = ffi.new(
             "struct ps_queue_options *",
             {
@@ -259,6 +260,13 @@ def _make(engine: Engine, path: Path) -> None:
     if not b.pod:
         engine.init = spawn(b)
     complete(engine)
+
+
+def _forget_fences(engine: Engine) -> None:
+    """What its egress path has answered begins with nothing: slots come round, and each arena counts its own fences."""
+    most = constant("PS_MAX_CPUS")
+    seen = lib().ps_director_egress(engine.director) + engine.slot * most
+    ffi.memmove(seen, bytes(8 * most), 8 * most)
 
 
 def _rings(b: Blueprint, fds: Any) -> list[int]:

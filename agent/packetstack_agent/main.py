@@ -14,7 +14,7 @@ from typing import Any
 
 from aiohttp import web
 
-from packetstack_agent import loading
+from packetstack_agent import devices, layouts, loading
 from packetstack_agent.agent import Agent
 from packetstack_agent.errors import AgentError
 from packetstack_agent.metrics import render
@@ -43,6 +43,12 @@ def main() -> None:
         "--bpf-dir", type=Path, help="directory of a BPF file system for programs and maps; default: one of its own"
     )
     parser.add_argument("--clean", action="store_true", help="remove what a dead agent left, and exit")
+    parser.add_argument(
+        "--check", action="store_true", help="say whether this build can take over what runs, change nothing, and exit"
+    )
+    parser.add_argument(
+        "--end-flows", action="store_true", help="end what another build has made with another memory layout, and go on"
+    )
     arguments = parser.parse_args()
     try:
         run = RunDirectory(arguments.run_dir, arguments.bpf_dir)
@@ -50,14 +56,24 @@ def main() -> None:
             raise AgentError("packetstack-agent: needs root: it loads BPF programs and makes network namespaces")
         if len(os.fsencode(run.path)) > LONGEST_PATH:
             raise AgentError(f"--run-dir {run.path}: is too long for sockets in it; use at most {LONGEST_PATH} bytes")
+        if arguments.check:
+            devices.check_preemption()
+            _meet(run, end_flows=False, stand_by=False)
+            return
         alone = _alone(run)
         if arguments.clean:
             for line in clean(run):
                 print(f"removed {line}")
             return
+        devices.check_preemption()
+        foreign = _meet(run, arguments.end_flows, arguments.node is not None)
         alone.write_text(str(os.getpid()))
         run.record.metrics_listen = arguments.metrics_listen or run.record.metrics_listen
-        asyncio.run(_serve(run, arguments.node, arguments.uplink))
+        if asyncio.run(_serve(run, arguments.node, arguments.uplink, foreign)):
+            # The same process again, since its container ends with it.
+            os.execv(
+                sys.executable, [sys.executable, "-P", "-m", "packetstack_agent.main", *sys.argv[1:], "--end-flows"]
+            )
     except (AgentError, NotBuilt) as e:
         sys.exit(str(e))
     except OSError as e:
@@ -78,10 +94,31 @@ def _alone(run: RunDirectory) -> Path:
     return path
 
 
-async def _serve(run: RunDirectory, node: str | None, uplinks: list[str]) -> None:
+def _meet(run: RunDirectory, end_flows: bool, stand_by: bool) -> str:
+    """See whether another build has made what is there. Why the agent has to stand by, empty if it need not.
+
+    LayoutMismatch if it may neither stand by nor end flows.
+    """
+    try:
+        layouts.check(run)
+    except layouts.LayoutMismatch as e:
+        if stand_by and not end_flows and run.record.documents:
+            return str(e)
+        if not (stand_by or end_flows):
+            raise layouts.LayoutMismatch(f"{e}, by: packetstack upgrade --agent --end-flows") from None
+        ended = layouts.end(run)
+        print(
+            f"{e}: ended; all flows of {', '.join(ended)}" if ended else f"{e}: removed; there was no stack", flush=True
+        )
+    return ""
+
+
+async def _serve(run: RunDirectory, node: str | None, uplinks: list[str], foreign: str) -> bool:
+    """Until it is told to end; whether it shall begin again and end the flows of another build."""
     first = not run.record.documents
-    agent = Agent(run)
+    agent = Agent(run, foreign)
     server = Server(agent)
+    agent.begin_anew = server.begin_anew
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
         # Whatever ends the agent, it does not end the stacks: `packetstack down` does.
@@ -102,13 +139,15 @@ async def _serve(run: RunDirectory, node: str | None, uplinks: list[str]) -> Non
     if http is not None:
         await http.cleanup()
     await (agent.leave() if server.leaving else agent.stop())
+    return server.anew
 
 
 async def _follow(agent: Agent, node: str, uplinks: list[str]) -> Any:
     # Heavy, and of no use without a cluster.
     from packetstack_agent.cluster import Follower
 
-    await agent.set_uplinks(uplinks)
+    if not agent.foreign:
+        await agent.set_uplinks(uplinks)
     follower = Follower(agent, node)
     follower.start()
     return follower
@@ -116,7 +155,7 @@ async def _follow(agent: Agent, node: str, uplinks: list[str]) -> Any:
 
 async def _metrics(agent: Agent, listen: str, well: Callable[[], bool]) -> web.AppRunner:
     async def answer(_: web.Request) -> web.Response:
-        return web.Response(text=render(agent), content_type="text/plain")
+        return web.Response(text="" if agent.foreign else render(agent), content_type="text/plain")
 
     async def healthy(_: web.Request) -> web.Response:
         return web.Response(text="ok\n") if well() else web.Response(text="it follows no table\n", status=503)

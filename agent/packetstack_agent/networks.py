@@ -282,11 +282,12 @@ def ensure_routes(prefixes: Iterable[Network], keep: bool = False) -> list[Netwo
             for route in ip.get_routes(family=family, oif=index):
                 if route.get("RTA_DST") and route["proto"] == ROUTE_PROTOCOL:
                     have.add(ip_network(f"{route.get('RTA_DST')}/{min(route['dst_len'], full)}"))
-        for prefix in () if keep else have - wanted:
-            ip.route("del", dst=str(prefix), oif=index, proto=ROUTE_PROTOCOL, family=_family(prefix.version))
+        # New ones first: an address that only changes its prefix is never without a route.
         added = sorted(wanted - have, key=str)
         for prefix in added:
             ip.route("replace", dst=str(prefix), oif=index, proto=ROUTE_PROTOCOL, family=_family(prefix.version))
+        for prefix in () if keep else have - wanted:
+            ip.route("del", dst=str(prefix), oif=index, proto=ROUTE_PROTOCOL, family=_family(prefix.version))
         return added
 
 

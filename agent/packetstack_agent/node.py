@@ -152,6 +152,21 @@ def _read(path: Path) -> Record:
 
 def clean(run: RunDirectory) -> list[str]:
     """Remove everything that the record names, whoever is dead or alive; returns what was removed. May be repeated."""
+    removed = detach(run)
+    if run.path.is_dir():
+        for name in ("state.json", "state.new", "agent.sock", "agent.pid"):
+            (run.path / name).unlink(missing_ok=True)
+        clear_engines(run)
+        for name in ("stacks", "bpf"):
+            shutil.rmtree(run.path / name, ignore_errors=True)
+        with suppress(OSError):
+            run.path.rmdir()
+    run.record = Record()
+    return removed
+
+
+def detach(run: RunDirectory) -> list[str]:
+    """Take everything that the record names out of the kernel; files stay. Returns what was removed. May be repeated."""
     removed: list[str] = []
     record = run.record
     for pid in processes.naming(run.path / "engines"):
@@ -184,19 +199,10 @@ def clean(run: RunDirectory) -> list[str]:
         else:
             run.pins.rmdir()
         removed.append("programs and maps")
-    if run.path.is_dir():
-        for name in ("state.json", "state.new", "agent.sock", "agent.pid"):
-            (run.path / name).unlink(missing_ok=True)
-        _clear_engines(run)
-        for name in ("stacks", "bpf"):
-            shutil.rmtree(run.path / name, ignore_errors=True)
-        with suppress(OSError):
-            run.path.rmdir()
-    run.record = Record()
     return removed
 
 
-def _clear_engines(run: RunDirectory) -> None:
+def clear_engines(run: RunDirectory) -> None:
     """Engines' files. The directory of a pod stays while the pod does: it is mounted there, for the next agent."""
     pods = dict(run.record.leaving)
     for engine in run.record.engines.values():

@@ -23,11 +23,18 @@ class Server:
         self.stopped = asyncio.Event()
         self.leaving = False
         """The agent ends without removing anything."""
+        self.anew = False
+        """After its end it begins again, and ends the flows of another build."""
 
     def leave(self) -> None:
         """End, and let the stacks go on."""
         self.leaving = True
         self.stopped.set()
+
+    def begin_anew(self) -> None:
+        """End, and begin again without what another build has made."""
+        self.anew = True
+        self.leave()
 
     async def listen(self) -> asyncio.Server:
         """Open the socket, for root and the agent's own user alone."""
@@ -67,6 +74,8 @@ class Server:
 
     async def _call(self, verb: str, r: dict[str, Any]) -> Any:
         agent = self.agent
+        if agent.foreign and verb not in ("get", "events", "leave", "end_flows"):
+            raise AgentError(agent.foreign)
         match verb:
             case "apply":
                 async with agent.applying:
@@ -102,6 +111,11 @@ class Server:
                 async with agent.applying:
                     self.leave()
                 return None
+            case "end_flows":
+                if not agent.foreign:
+                    return None
+                agent.begin_anew()
+                return sorted(agent.run.record.documents)
             case "upgrade":
                 return await agent.upgrade(r["name"], r["slot"])
             case _:

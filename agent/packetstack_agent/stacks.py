@@ -14,22 +14,24 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from packetstack_agent import processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
-from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, wire
+from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
 from packetstack_core import hashing, maglev, slow_start
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
 from packetstack_core.planning import NOBODY, Move, Owner
-from packetstack_core.resources import Address, Listener, PacketStack
+from packetstack_core.resources import Address, Listener, Network, PacketStack, counted
 
 BATCH = 512
 """Buckets of one fence: what arrives for them meanwhile must fit into a quarter of a park ring."""
 FENCE_LIMIT_MS = 500
+SECRET_BYTES = 16
 
 Place = tuple[Address, int]
 """Address and port of a backend."""
@@ -80,21 +82,28 @@ class Stack:
         """When that was."""
         self.due = math.inf
         """When the weights that it has are no longer right, because backends start slowly."""
+        self.leaving: dict[Address, int] = {}
+        """SNAT addresses that are not the resource's any more, and how many live flows had each at the last look."""
+        self._settled = 0
+        """Generation of the configuration that every core has been seen to use."""
         self._listeners: set[Listening] = set()
         self._snat: set[Address] = set()
         self._offset = index * constant("PS_MAX_BUCKETS")
         directory.mkdir(parents=True, exist_ok=True)
-        self.key = _secret(directory / "secret")
         self.arena_path, self.config_path = directory / "arena", directory / "config"
         table = resource.spec.flow_table
         if self.arena_path.exists():
             self.arena = call(lib().ps_arena_open, text(self.arena_path), 0)
         else:
             self.arena = call(lib().ps_arena_create, text(self.arena_path), table.buckets, table.max_flows)
+        self.key = _secret(directory / "secret", self.live())
         if self.config_path.exists():
             self.config = call(lib().ps_config_open, text(self.config_path), 0)
         else:
             self.config = call(lib().ps_config_create, text(self.config_path))
+        flows = self.snat_flows()
+        self._begin_to_leave({*flows, *self._configured_snat()})
+        self.leaving = {a: flows.get(a, 0) for a in self.leaving}
         self._words = lib().ps_director_words(director)
         self._egress = lib().ps_director_egress(director)
 
@@ -106,7 +115,7 @@ class Stack:
     # ---- director and configuration ---------------------------------------------------------------------------
 
     def direct(self) -> None:
-        """Make the director's listeners and SNAT addresses those of the resource."""
+        """Make the director's listeners and SNAT addresses those of the resource; addresses that leave stay for now."""
         target = ffi.new(
             "struct ps_target *",
             {
@@ -118,7 +127,8 @@ class Stack:
             },
         )
         listeners = self.resource.listening()
-        snat = set(self.resource.snat_addresses())
+        self._begin_to_leave(self._snat)
+        snat = {*self.resource.snat_addresses(), *self.leaving}
         for address in snat - self._snat:
             call(lib().ps_director_snat, self.director, packed(address), target)
         for place in listeners - self._listeners:
@@ -135,6 +145,65 @@ class Stack:
         for address in snat:
             call(lib().ps_director_snat, self.director, packed(address), ffi.NULL)
 
+    def addresses(self) -> set[Address]:
+        """All that packets must reach the stack by: the resource's, and SNAT addresses that leave."""
+        return {*self.resource.virtual_addresses(), *self.resource.snat_addresses(), *self.leaving}
+
+    def prefixes(self) -> set[Network]:
+        """What to route here: the resource's prefixes, and SNAT addresses that leave and lie in none of them."""
+        own = set(self.resource.prefixes())
+        return own | {ip_network(a) for a in self.leaving if not any(a in prefix for prefix in own)}
+
+    def _begin_to_leave(self, had: Iterable[Address]) -> None:
+        wanted = set(self.resource.snat_addresses())
+        kept = {a: n for a, n in self.leaving.items() if a not in wanted}
+        self.leaving = dict.fromkeys(set(had) - wanted, 0) | kept
+
+    def _configured_snat(self) -> list[Address]:
+        """SNAT addresses of the configuration that cores use: new flows may get them."""
+        now = self.config.buffer[self.config.generation & 1]
+        return [unpacked(bytes(ffi.buffer(now.snat[i].address))) for i in range(now.snats)]
+
+    def snat_flows(self) -> dict[Address, int]:
+        """Live flows by SNAT address. Reads all flows: some 50 ms for a million. Blocks."""
+        out = ffi.new("uint32_t[]", constant("PS_MAX_ADDRESSES"))
+        call(lib().ps_arena_snat_flows, self.arena, out)
+        return {
+            unpacked(bytes(ffi.buffer(self.arena.address[i].bytes))): int(out[i])
+            for i in range(self.arena.addresses)
+            if out[i]
+        }
+
+    def count_leaving(self) -> None:
+        """Look how many flows have the SNAT addresses that leave. Blocks."""
+        if self.leaving:
+            flows = self.snat_flows()
+            self.leaving = {a: flows.get(a, 0) for a in self.leaving}
+
+    @property
+    def unsettled(self) -> bool:
+        """Whether `settle` has something to look for."""
+        return bool(self.leaving) or self._settled != self.config.generation
+
+    def settle(self, engines: Sequence[Engine]) -> list[Address]:
+        """When every core uses the present configuration, let go of what only those before named. Blocks.
+
+        Returns the SNAT addresses that were withdrawn. By an older configuration new flows still get them.
+        """
+        generation = int(self.config.generation)
+        if self._settled != generation:
+            if not all(e.ready and _uses(e, generation) for e in engines):
+                return []
+            self._settled = generation
+            lib().ps_arena_used(self.arena, ffi.addressof(self.config.buffer[generation & 1]))
+        self.count_leaving()
+        gone = sorted((a for a, n in self.leaving.items() if not n), key=packed)
+        self._withdraw((), gone)
+        self._snat -= set(gone)
+        for address in gone:
+            del self.leaving[address]
+        return gone
+
     async def configure(self, engines: Sequence[Engine]) -> int:
         """Write the resource and the backends' health as a new configuration; returns its generation.
 
@@ -142,11 +211,7 @@ class Stack:
         """
         generation = int(self.config.generation)
         deadline = time.monotonic() + 2
-        while any(
-            e.ready and e.core(c).thread and e.core(c).config_seen < generation
-            for e in engines
-            for c in range(e.blueprint.cores)
-        ):
+        while any(e.ready and not _uses(e, generation) for e in engines):
             wake(engines)
             if time.monotonic() > deadline:
                 raise AgentError(
@@ -423,6 +488,12 @@ class Managed:
     """Of the table."""
 
 
+def _uses(engine: Engine, generation: int) -> bool:
+    """Whether all running cores of the engine have taken this configuration."""
+    cores = [engine.core(c) for c in range(engine.blueprint.cores)]
+    return all(not core.thread or core.config_seen >= generation for core in cores)
+
+
 def wake(engines: Iterable[Engine]) -> None:
     """Cores that sleep look at their shared memory."""
 
@@ -433,13 +504,35 @@ def wake(engines: Iterable[Engine]) -> None:
                     os.eventfd_write(engine.fds.events[c], 1)
 
 
-def _secret(path: Path) -> tuple[int, int]:
-    """The stack's hash key, made once: losing it would move every flow."""
-    if not path.exists():
-        path.touch(0o600)
-        path.write_bytes(secrets.token_bytes(16))
-    data = path.read_bytes()
-    return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:16], "little")
+def _secret(path: Path, flows: int) -> tuple[int, int]:
+    """The stack's hash key, made once: another one would move every flow, so with `flows` it is not made anew."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        data = b""
+    if len(data) != SECRET_BYTES:
+        if flows:
+            raise AgentError(
+                f"{path}: has {len(data)} bytes instead of {SECRET_BYTES}, and {counted(flows, 'live flow')} of the stack "
+                "cannot be found with another secret; put the file back, or end the stack with packetstack down"
+            )
+        data = secrets.token_bytes(SECRET_BYTES)
+        _write_whole(path, data)
+    return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:], "little")
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    """The file has this content or is as it was, whatever happens meanwhile. For root alone to read."""
+    fresh = path.with_suffix(".new")
+    try:
+        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(path)
+    except OSError as e:
+        fresh.unlink(missing_ok=True)
+        raise AgentError(f"{path}: cannot be written: {e.strerror}") from None
 
 
 def _listening(listener: Listener) -> Listening:

@@ -52,6 +52,9 @@ class Status:
             "flowTableGeneration": stack.epochs(),
             "configurationGeneration": int(stack.config.generation),
             "flows": stack.live(),
+            "leaving": [
+                {"address": str(a), "flows": n} for a, n in sorted(stack.leaving.items(), key=lambda x: packed(x[0]))
+            ],
             "ready": ready,
             "conditions": conditions(managed, ready, len(active)),
             "engines": shown,

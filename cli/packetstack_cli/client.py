@@ -20,6 +20,8 @@ DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
 ANSWER_SECONDS = 60
 START_SECONDS = 20
 STOP_SECONDS = 60
+END_FLOWS = "packetstack upgrade --agent --end-flows"
+"""What an agent says when this, and nothing else, lets it go on."""
 
 
 class CliError(Exception):
@@ -155,10 +157,10 @@ class Client:
             return False
         return True
 
-    def start_agent(self, metrics_listen: str | None) -> bool:
+    def start_agent(self, metrics_listen: str | None, end_flows: bool = False) -> bool:
         """Start an agent in the background and wait until it answers; CliError with its last line if it does not.
 
-        Returns False if somebody else has started one at the same time: then it is theirs.
+        `end_flows`: of stacks that another build has made with another memory layout. Returns False if somebody else has started one at the same time: then it is theirs.
         """
         if os.geteuid() != 0:
             raise CliError("packetstack up: needs root: it loads BPF programs and makes network namespaces")
@@ -166,6 +168,8 @@ class Client:
         command = [*agent_command(), "--run-dir", str(self.run_directory)]
         if metrics_listen:
             command += ["--metrics-listen", metrics_listen]
+        if end_flows:
+            command += ["--end-flows"]
         try:
             self.run_directory.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as output:
@@ -184,12 +188,52 @@ class Client:
             time.sleep(0.05)
         return agent.poll() is None
 
-    def restart_agent(self) -> None:
-        """Let the agent end and another one take over; one that is dead is just followed."""
+    def restart_agent(self, end_flows: bool = False) -> bool:
+        """Let the agent end and another one take over; one that is dead is just followed.
+
+        CliError, and nothing is stopped, when this build cannot take over what runs; not with `end_flows`. Returns
+        whether the agent stood by, as one of a cluster does: then it makes the stacks as their tables say.
+        """
         if not (self.run_directory / "state.json").exists():
             raise NoAgent(f"{self.run_directory}: there is no agent to follow; start one with: packetstack up FILE")
+        if not end_flows:
+            self.check_build()
+        elif self._begun_anew():
+            return True
+        elif not (problem := self._agent_says("--check")[1]):
+            raise CliError("nothing here was made by another build, so no flow has to end: packetstack upgrade --agent")
+        elif END_FLOWS not in problem:  # something else is in the way
+            raise CliError(problem)
         self._wait_until_gone("leave")
-        self.start_agent(None)
+        self.start_agent(None, end_flows)
+        return False
+
+    def check_build(self) -> None:
+        """CliError when what runs has another memory layout than the build that is installed now."""
+        if problem := self._agent_says("--check")[1]:
+            raise CliError(problem)
+
+    def end_flows(self, name: str) -> dict[str, Any]:
+        """For clusters: see `restart_agent`."""
+        raise CliError(f"--end-flows {name}: is for all stacks of this host; use {END_FLOWS}")
+
+    def _begun_anew(self) -> bool:
+        """Let an agent that stands by end another build's flows, and wait until it has; False if none stands by."""
+        deadline = time.monotonic() + START_SECONDS
+        told = False
+        while True:
+            try:
+                if self.call("end_flows") is None:
+                    return told
+                told = True
+            except NoAgent:
+                if not told:
+                    return False
+            except CliError:  # a build that knows no such verb
+                return False
+            if time.monotonic() > deadline:
+                raise CliError(f"the agent does not come back; see {self.run_directory / 'agent.log'}")
+            time.sleep(0.05)
 
     def agent_pid(self) -> int:
         """Of the agent of this directory."""
@@ -225,16 +269,18 @@ class Client:
 
     def clean(self) -> str:
         """Remove what a dead agent left."""
-        done = subprocess.run(
-            [*agent_command(), "--run-dir", str(self.run_directory), "--clean"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise CliError((done.stderr.strip() or "cleaning failed").splitlines()[-1])
+        said, problem = self._agent_says("--clean")
+        if problem:
+            raise CliError(problem)
         self._forget()
-        return done.stdout
+        return said
+
+    def _agent_says(self, option: str) -> tuple[str, str]:
+        """What an agent prints that only does this, and why it could not, if so."""
+        command = [*agent_command(), "--run-dir", str(self.run_directory), option]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        problem = (done.stderr.strip() or f"packetstack-agent {option} failed").splitlines()[-1]
+        return done.stdout, problem if done.returncode else ""
 
     def _forget(self) -> None:
         """The log goes last; the directory too, unless something else is in it."""

@@ -236,8 +236,19 @@ class ClusterClient:
             texts += [f"{agent['spec']['nodeName']}: {line}" for line in lines] if len(pods) > 1 else lines
         return "".join(texts)
 
-    def restart_agent(self) -> None:
+    def check_build(self) -> None:
+        """An engine's build is its pod's image: agents compare it with their own."""
+
+    def end_flows(self, name: str) -> dict[str, Any]:
+        """Let the agent of the stack's node, which stands by since another build was there, end all flows and begin anew."""
+        node, _ = self._node_of(name)
+        said: Json = self._ask(node, "upgrade", "--agent", "--end-flows")
+        return {"node": node} | said
+
+    def restart_agent(self, end_flows: bool = False) -> bool:
         """Refused: it is the DaemonSet's."""
+        if end_flows:
+            raise CliError("--end-flows: name a stack instead of --agent; all stacks of its node begin anew")
         raise CliError(
             "agents: are restarted by their DaemonSet, and engines go on meanwhile; "
             f"use kubectl -n {SYSTEM_NAMESPACE} rollout restart daemonset/packetstack-agent"
@@ -451,7 +462,7 @@ def merged(status: Json, live: Json) -> Json:
     moves = sorted([*status["rebalance"]["lastMoves"], *live["rebalance"]["lastMoves"]], key=lambda m: float(m["time"]))
     rebalance = {**status["rebalance"], "queuesMoved": live["rebalance"]["queuesMoved"], "lastMoves": moves}
     known = {k: live[k] for k in ("flows", "drops", "backends", "handover")}
-    return {"engines": engines, "rebalance": rebalance, **known}
+    return {"engines": engines, "rebalance": rebalance, "leaving": live.get("leaving", []), **known}
 
 
 def _event(event: Json, stack: str, pod: str) -> Json:

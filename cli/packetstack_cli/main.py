@@ -361,21 +361,38 @@ def move(
 @main.command()
 @click.argument("engine", required=False)
 @click.option("--agent", is_flag=True, help="Restart the agent; engines go on meanwhile.")
+@click.option(
+    "--end-flows", is_flag=True,
+    help="With --agent: when another build has made the stacks with another memory layout, end all their flows and make "
+    "them anew. In a cluster with the name of a stack instead: for all stacks of its node.",
+)  # fmt: skip
 @_output
 @_with_client
-def upgrade(client: Client | ClusterClient, engine: str | None, agent: bool, output: str | None) -> None:
-    """Replace a running part by the build that is installed now: ENGINE's datapath (as in web-1), or the agent."""
+def upgrade(
+    client: Client | ClusterClient, engine: str | None, agent: bool, end_flows: bool, output: str | None
+) -> None:
+    """Replace a running part by the build that is installed now: ENGINE's datapath (as in web-1), or the agent.
+
+    A build with another memory layout is refused, and what runs goes on.
+    """
     if agent == (engine is not None):
         raise click.UsageError("use ENGINE, as `packetstack top` shows it, or --agent")
+    result: dict[str, Any]
     if agent:
-        client.restart_agent()
-        result: dict[str, Any] = {"agent": client.agent_pid()}
+        stood_by = client.restart_agent(end_flows)
+        if end_flows and not stood_by:
+            _wait_ready(client, [s["metadata"]["name"] for s in client.call("get")], 30)
+        result = {"agent": client.agent_pid()}
         text = f"agent: process {result['agent']} has taken over"
+    elif end_flows:
+        result = client.end_flows(engine or "")
+        text = f"node {result['node']}: all flows have ended; its agent makes its stacks anew"
     else:
         engines = [e | {"stack": s["metadata"]["name"]} for s in client.call("get") for e in s["status"]["engines"]]
         found = next((e for e in engines if engine in (e["name"], str(e["slot"]))), None)
         if found is None:
             raise CliError(f"engine {engine}: not found; there are {', '.join(e['name'] for e in engines) or 'none'}")
+        client.check_build()
         result = client.call("upgrade", name=found["stack"], slot=found["slot"])
         text = f"engine {found['name']}: process {result['to']} serves after a pause of {result['pauseMilliseconds']:.2f} ms"
     _show(result, output, lambda: text)

@@ -61,6 +61,11 @@ def _host(root: Path) -> Iterator[Check]:
     oldest = ".".join(map(str, OLDEST_KERNEL))
     yield check(_numbers(release) >= OLDEST_KERNEL, f"kernel {release}", f"kernel {release}", f"use {oldest} or newer")
     yield check(
+        _text(root / "sys/kernel/realtime") != "1",
+        "the kernel is not PREEMPT_RT", "the kernel is PREEMPT_RT (/sys/kernel/realtime is 1)",
+        "use one that is not: a handover counts on packets being handled without interruption on a CPU",
+    )  # fmt: skip
+    yield check(
         (root / "sys/kernel/btf/vmlinux").exists(),
         "the kernel describes its types (BTF)", "no /sys/kernel/btf/vmlinux", "use a kernel with CONFIG_DEBUG_INFO_BTF",
     )  # fmt: skip

@@ -151,6 +151,9 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
             f"({capacity['pairs']} pairs of SNAT address and backend allow {capacity['flows']:,}; maxFlows {capacity['maxFlows']:,})"
         ),
     ]
+    for left in status.get("leaving") or ():
+        flows = counted(left["flows"], "live flow")
+        parts.append(Text(f"  leaving    SNAT address {left['address']}: {flows} of before; no new one gets it"))
     rebalance = status["rebalance"]
     uneven = f", busiest core {rebalance['maxOverMean']:.2f} times the mean" if rebalance["maxOverMean"] else ""
     numbers = ((rebalance["bucketsMoved"], "buckets"), (rebalance["queuesMoved"], "queues"))

@@ -50,6 +50,9 @@ AGENT_SECONDS = 10.0
 REUSE_SECONDS = 2.0
 """After a pod with a device has gone, before one is made that may get it: a CNI plugin may still be resetting it."""
 
+LAYOUT = "LayoutMismatch: "
+"""So begins what an agent says of memory that another build has made, or of an engine of another build."""
+
 Kind = Literal["FlowTable", "Pod", "PacketEngine", "PodDisruptionBudget", "PacketStack"]
 
 
@@ -762,6 +765,10 @@ class _Deciding:
             return "NetworkAttachmentDefinitionNotFound", f"pod {name}: {message}"
         return "PodNotStarted", f"pod {name}: {message}"
 
+    def _said_of(self, entry: TableEngine) -> str:
+        report = self.reported.get(entry.id)
+        return report.message if report is not None and not report.ready else ""
+
     def _degraded(self, staying: Sequence[TableEngine]) -> tuple[bool, str, str]:
         if self.report is not None and self.report.message:
             match = re.match(r"([A-Z][A-Za-z]+): (.+)", self.report.message)
@@ -778,6 +785,13 @@ class _Deciding:
             self._wake(at)
         if self.doubles:
             return True, "DuplicateMAC", self._double(min(self.doubles))
+        if foreign := [e for e in staying if self._said_of(e).startswith(LAYOUT)]:
+            names = ", ".join(e.name for e in foreign[:5])
+            said = self._said_of(foreign[0]).removeprefix(LAYOUT)
+            return True, LAYOUT.rstrip(": "), (
+                f"{names}: {said}; the pod's image is of another build than the node's agent: let spec.engine.image be the "
+                "agent's, or upgrade the agents"
+            )  # fmt: skip
         lame = [e for e in staying if e.state == "Active" and not self._ready(e)]
         if lame:
             said = next((r.message for e in lame if (r := self.reported.get(e.id)) and r.message), "")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -382,3 +383,22 @@ def test_hostile_requests_do_not_hurt_the_agent(node: Node, talks: list[Talk]) -
     assert not [e for e in node.client.call("events") if e["reason"] == "InternalError"]
     with pytest.raises(CliError, match="stack nosuch: not found; stacks of this agent: web"):
         node.client.call("get", name="nosuch")
+
+
+def test_an_engine_in_a_slot_of_before_has_answered_no_fence(node: Node) -> None:
+    """Its slot's last engine may have been of a stack that had seen more fences."""
+    slot, most = json.loads((node.lab.run_directory / "state.json").read_text())["last_slot"] % 1023 + 1, 256
+    pin = node.lab.run_directory / "bpf/egress"
+
+    def bpftool(verb: str, *words: str) -> str:
+        key = map(str, (slot * most).to_bytes(4, "little"))
+        line = ["bpftool", "map", verb, "pinned", str(pin), "key", *key, *words]
+        return subprocess.run(line, check=True, capture_output=True, text=True).stdout
+
+    bpftool("update", "value", *map(str, (1 << 48).to_bytes(8, "little")))
+    assert json.loads(bpftool("lookup"))["value"] == 1 << 48
+    node.lab.packetstack("scale", "web", "--replicas", "3")
+    assert max(e["slot"] for e in node.status()["engines"]) == slot
+    assert json.loads(bpftool("lookup"))["value"] < 1 << 48
+    node.lab.packetstack("scale", "web", "--replicas", "2")
+    assert node.who() == set(BACKENDS)

@@ -32,6 +32,8 @@ class PlayedAgent:
         self.stacks: dict[str, Any] = {}
         self.run = SimpleNamespace(record=SimpleNamespace(tables={}))
         self.applying = asyncio.Lock()
+        self.foreign = ""
+        self.begun_anew = 0
         self.events: list[tuple[str, str]] = []
         self.told: list[tuple[str, int]] = []
         """Stack and generation, each time that it is asked to follow a table."""
@@ -45,6 +47,9 @@ class PlayedAgent:
 
     def reasons(self) -> list[str]:
         return [reason for _, reason in self.events]
+
+    def begin_anew(self) -> None:
+        self.begun_anew += 1
 
     async def follow(self, name: str, table: FlowTable, generation: int) -> None:
         self.told.append((name, generation))
@@ -343,3 +348,49 @@ async def test_a_table_that_went_while_there_was_no_agent_is_missed_by_the_next_
     async with following(place.node, agent):
         await until(lambda: agent.deleted == [place.stack])
         assert agent.reasons() == ["FlowTableLost"]
+
+
+async def test_an_agent_that_stands_by_repeats_what_was_reported_and_says_how_to_go_on(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "RESYNC_SECONDS", 0.1)
+    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 1.0)
+    await place.create()
+    async with following(place.node):
+        await answered(place, 1)
+    before = await place.report()
+    agent = PlayedAgent()
+    agent.foreign = f"LayoutMismatch: stack {place.stack} has memory layout 2"
+    agent.run.record.tables[place.stack] = {}
+
+    async def told() -> bool:
+        return bool((await place.report()).get("message", "").startswith(agent.foreign))
+
+    async with following(place.node, agent):
+        await until(told)
+        await place.change(unknownFlow="Reset")
+        await until(lambda: agent.reasons().count("FlowTableRefused") == 1)
+        await asyncio.sleep(1.5)
+        after = await place.report()
+        assert f"kubectl packetstack upgrade web --end-flows -n {place.namespace}" in after["message"]
+        same = set(before) - {"message", "agentVersion"}
+        assert {k: after.get(k) for k in same} == {k: before[k] for k in same}, "the table of now is not carried out"
+        assert agent.told == []
+        assert not agent.begun_anew
+        await place.delete()
+        await until(lambda: agent.begun_anew)
+
+
+async def test_an_agent_that_stands_by_waits_for_a_table_that_is_written_anew(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster, "RESYNC_SECONDS", 0.1)
+    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 1.0)
+    agent = PlayedAgent()
+    agent.foreign = "LayoutMismatch: another build"
+    agent.run.record.tables[place.stack] = {}
+    async with following(place.node, agent):
+        await asyncio.sleep(0.5)
+        await place.create()
+        await asyncio.sleep(1.5)
+        assert not agent.begun_anew

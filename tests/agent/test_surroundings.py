@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from packetstack_agent import devices
+from packetstack_agent.errors import AgentError
+
 from .conftest import Node, ask, eventually, stack
 
 SMALL_MIB, LARGE_MIB = 6, 64
@@ -168,3 +171,13 @@ def test_an_agent_in_a_cpuset_without_all_cpus_hands_over_and_stays_on_its_cpus(
             assert ask(connection)
     assert all(c == {0} for c in cpus())
     assert (one_cpu / "cgroup.procs").read_text().split().count(pid) == 1
+
+
+def test_a_kernel_whose_packet_handlers_can_be_interrupted_is_refused(tmp_path: Path) -> None:
+    realtime = tmp_path / "realtime"
+    devices.check_preemption(realtime)  # most kernels have no such file
+    realtime.write_text("0\n")
+    devices.check_preemption(realtime)
+    realtime.write_text("1\n")
+    with pytest.raises(AgentError, match="PREEMPT_RT"):
+        devices.check_preemption(realtime)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -191,6 +192,26 @@ def test_a_record_that_is_not_understood_is_left_alone(node: Node, served: Any, 
     finally:
         record.write_text(good)
     again(node)
+
+
+def test_a_pinned_map_of_another_build_is_not_taken_over(node: Node, served: Any) -> None:
+    kill_agent(node)
+    pins = node.lab.run_directory / "bpf"
+    pin, kept = pins / "snat6", pins / "kept"
+    pin.rename(kept)
+    made = ["type", "hash", "key", "16", "value", "8", "entries", "64", "name", "snat6"]
+    subprocess.run(["bpftool", "map", "create", str(pin), *made], check=True)
+    before = sorted((p.name, p.stat().st_ino) for p in pins.iterdir())
+    try:
+        for words in (("up", str(node.lab.directory / "stack.yaml")), ("upgrade", "--agent")):
+            assert node.refused(*words).startswith(f"LayoutMismatch: {pin}: is a map of another build.")
+        assert sorted((p.name, p.stat().st_ino) for p in pins.iterdir()) == before
+        assert ask(served) in BACKENDS
+    finally:
+        pin.unlink()
+        kept.rename(pin)
+    again(node)
+    assert ask(served) in BACKENDS
 
 
 DAMAGES: dict[str, Callable[[dict[str, Any]], None]] = {

@@ -298,6 +298,7 @@ def test_down_names_the_finalizer_that_holds_a_stack(space: Space, monkeypatch: 
         (("logs", "no-1"), 'pods "no-1" not found'),
         (("move", "edge", "--buckets", "0-9", "--engine", "1"), "buckets: the operator decides who owns them"),
         (("upgrade", "--agent"), "agents: are restarted by their DaemonSet"),
+        (("upgrade", "--agent", "--end-flows"), "--end-flows: name a stack instead of --agent"),
         (("scale", "edge", "--replicas", "1000", "--timeout", "0"), "stack edge: 0 of 1000 engines are ready"),
         (("explain", "edge", "tcp", "10.0.0.1:1", "192.0.2.10:80"), "stack edge: has no engine yet"),
     ],

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from packetstack_cli import views
+from packetstack_cli import preflight, views
 from packetstack_cli.lab import NODE_UPLINK, Lab
 from packetstack_cli.traffic import Servers, Traffic
 
@@ -272,6 +272,14 @@ def test_preflight_finds_a_host_that_forwards_fit_and_one_that_does_not_unfit(la
     assert done.returncode == 1
     [missing] = [text for text in done.stdout.splitlines() if text.startswith("missing")]
     assert missing.split("  ")[-1] == "net.ipv4.ip_forward=0; sysctl -w net.ipv4.ip_forward=1"
+
+
+def test_preflight_names_a_kernel_whose_packet_handlers_can_be_interrupted(tmp_path: Path) -> None:
+    (tmp_path / "sys/kernel").mkdir(parents=True)
+    (tmp_path / "sys/kernel/realtime").write_text("1\n")
+    assert [c.result for c in preflight.host(tmp_path) if "PREEMPT_RT" in c.message] == ["missing"]
+    (tmp_path / "sys/kernel/realtime").unlink()
+    assert [c.result for c in preflight.host(tmp_path) if "PREEMPT_RT" in c.message] == ["ok"]
 
 
 def test_logs_take_an_engine_by_its_name_too(lab: Lab) -> None:

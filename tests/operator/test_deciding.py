@@ -438,6 +438,39 @@ def test_the_agents_word_becomes_a_condition():
     assert (degraded["reason"], degraded["message"]) == ("AddressConflict", "192.0.2.10 belongs to stack default/web")
 
 
+def test_while_an_agent_stands_by_the_engines_of_the_build_before_stay_and_the_condition_has_the_command():
+    model = settled(2)
+    text = (
+        "LayoutMismatch: stack shop.edge has memory layout 2; by: kubectl packetstack upgrade edge --end-flows -n shop"
+    )
+    model.change(("FlowTable", "edge"), lambda b: b["status"]["nodes"][0].update(message=text))
+    words, pods = list(model.words), [p["metadata"]["uid"] for p in model.of("Pod")]
+    model.image = "localhost/packetstack:2"
+    for _ in range(20):
+        model.operator()
+        model.kubelet()
+        model.now += 10
+    degraded = model.condition("Degraded")
+    assert (degraded["status"], degraded["reason"]) == ("True", "LayoutMismatch")
+    assert degraded["message"].endswith("kubectl packetstack upgrade edge --end-flows -n shop")
+    assert model.words == words
+    assert set(pods) <= {p["metadata"]["uid"] for p in model.of("Pod")}
+    assert [e.state for e in model.table().spec.engines][:2] == ["Active", "Active"]
+    assert model.condition("Available")["status"] == "True"
+    model.settle()  # it has been told to end the flows
+    model.check_goal()
+
+
+def test_an_engine_whose_image_is_of_another_build_than_the_agent_is_named():
+    model = settled(1)
+    said = {"ready": False, "message": "LayoutMismatch: datapath has layout 3, agent 2"}
+    model.change(("FlowTable", "edge"), lambda b: b["status"]["nodes"][0]["engines"][0].update(said))
+    model.operator()
+    degraded = model.condition("Degraded")
+    assert (degraded["status"], degraded["reason"]) == ("True", "LayoutMismatch")
+    assert degraded["message"].startswith("edge-1: datapath has layout 3, agent 2; the pod's image is of another build")
+
+
 def test_a_node_without_an_agent_is_named():
     model = Model(1)
     for _ in range(15):

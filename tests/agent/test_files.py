@@ -1,0 +1,61 @@
+"""Files of the agent that are damaged, or were being written when somebody ended it."""
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .conftest import BACKENDS, Node, ask, eventually, stack
+
+
+@pytest.fixture
+def left(node: Node) -> Any:
+    """The directory of a stack that an agent began to make."""
+    directory = node.lab.run_directory / "stacks/web"
+    directory.mkdir(parents=True)
+    yield directory
+    node.command("down", "--all", "--yes")
+
+
+def kill_agent(node: Node) -> None:
+    os.kill(node.client.agent_pid(), signal.SIGKILL)
+    eventually(lambda: not node.client.alive())
+
+
+@pytest.mark.parametrize("content", [b"", b"only half"])
+def test_a_secret_that_is_not_whole_is_made_anew_when_there_are_no_flows(
+    node: Node, left: Path, content: bytes
+) -> None:
+    (left / "secret").write_bytes(content)
+    node.up(stack())
+    assert len((left / "secret").read_bytes()) == 16
+    assert (left / "secret").stat().st_mode & 0o777 == 0o600
+    assert not (left / "secret.new").exists()
+    assert node.curl() in BACKENDS
+
+
+@pytest.mark.parametrize("name", ["arena", "config"])
+def test_a_file_that_was_being_made_when_the_agent_was_killed_is_made_again(node: Node, left: Path, name: str) -> None:
+    (left / name).write_bytes(bytes(1 << 20))
+    node.up(stack())
+    assert node.curl() in BACKENDS
+
+
+@pytest.mark.parametrize("content", [None, b"", b"only half"])
+def test_a_lost_secret_is_not_replaced_while_flows_live(node: Node, served: Any, content: bytes | None) -> None:
+    secret = node.lab.run_directory / "stacks/web/secret"
+    good = secret.read_bytes()
+    kill_agent(node)
+    if content is None:
+        secret.unlink()
+    else:
+        secret.write_bytes(content)
+    said = node.refused("up", str(node.lab.directory / "stack.yaml"))
+    assert f"{secret}: has {len(content or b'')} bytes instead of 16, and 1 live flow of the stack" in said
+    assert ask(served) in BACKENDS
+    kill_agent(node)
+    secret.write_bytes(good)
+    node.lab.packetstack("up", str(node.lab.directory / "stack.yaml"))
+    assert node.curl() in BACKENDS
