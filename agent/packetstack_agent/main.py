@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import fcntl
+import json
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from aiohttp import web
 from packetstack_agent import loading
 from packetstack_agent.agent import Agent
 from packetstack_agent.errors import AgentError
+from packetstack_agent.firewall import Mode, examine
 from packetstack_agent.metrics import render
 from packetstack_agent.node import DEFAULT_RUN_DIRECTORY, RunDirectory, clean
 from packetstack_agent.server import Server
@@ -42,6 +44,12 @@ def main() -> None:
     parser.add_argument(
         "--bpf-dir", type=Path, help="directory of a BPF file system for programs and maps; default: one of its own"
     )
+    parser.add_argument(
+        "--firewall", choices=list(Mode), help="who changes the node's packet filter where it stops packets of stacks"
+    )
+    parser.add_argument(
+        "--examine-firewall", action="store_true", help="say as JSON what in it would stop them, and exit"
+    )
     parser.add_argument("--clean", action="store_true", help="remove what a dead agent left, and exit")
     arguments = parser.parse_args()
     try:
@@ -50,12 +58,16 @@ def main() -> None:
             raise AgentError("packetstack-agent: needs root: it loads BPF programs and makes network namespaces")
         if len(os.fsencode(run.path)) > LONGEST_PATH:
             raise AgentError(f"--run-dir {run.path}: is too long for sockets in it; use at most {LONGEST_PATH} bytes")
+        if arguments.examine_firewall:
+            print(json.dumps(examine(Mode(arguments.firewall or run.record.firewall), run.record.uplinks)))
+            return
         alone = _alone(run)
         if arguments.clean:
             for line in clean(run):
                 print(f"removed {line}")
             return
         alone.write_text(str(os.getpid()))
+        run.record.firewall = arguments.firewall or run.record.firewall
         run.record.metrics_listen = arguments.metrics_listen or run.record.metrics_listen
         asyncio.run(_serve(run, arguments.node, arguments.uplink))
     except (AgentError, NotBuilt) as e:
