@@ -47,7 +47,7 @@ RUN /build/bin/pip wheel -q --no-deps --no-build-isolation -w /build/wheels . \
 # ---- the image ------------------------------------------------------------------------------------------
 FROM ${BASE}
 RUN apt-get update -q \
- && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends libbpf1 python3 \
+ && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends iptables libbpf1 python3 \
  && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
 COPY --from=builder /opt/packetstack /opt/packetstack
 COPY --from=builder /staging /

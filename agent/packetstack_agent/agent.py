@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from packetstack_agent import engines, loading, namespaces, networks, processes
+from packetstack_agent import engines, loading, namespaces, networks, nftables, processes
 from packetstack_agent.balancing import Balancers
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.firewall import Firewall, Mode, Obstacle
 from packetstack_agent.natives import call, constant, ffi, lib, packed, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
@@ -51,6 +52,8 @@ LOAD_SECONDS = 5.0
 """Over which load is taken when an engine has to go."""
 LOOK_SECONDS = 5.0
 """How often routes and programs are looked after when nothing tells that they changed."""
+RULES_SECONDS = 0.1
+"""From the first change of the node's packet filter until it is looked at: changes come in showers."""
 WATCH_SECONDS = 0.1
 HANG_SECONDS = 0.5
 """A core's loop turns at least every 0.1 s, also when it sleeps."""
@@ -88,11 +91,14 @@ class Agent:
         self.prober = Prober(self._health_changed)
         self.autoscalers = Autoscalers(self)
         self.balancers = Balancers(self)
+        self.firewall = Firewall()
         self.director: Any = None
         self.status: Status
         """There from `start` on."""
         self._attached: tuple[networks.Pair, dict[str, int]] | None = None
         """Pair and uplinks (name -> interface index) that the director was last put on."""
+        self._obstacles: tuple[Obstacle, ...] = ()
+        """In the node's packet filter, as last told."""
         self._watches: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
         self._ending = False
@@ -118,10 +124,18 @@ class Agent:
         record.network = here
         self.run.save(must=True)
         self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
-        self.status = Status(self.director, self.prober, self.autoscalers, self.balancers)
+        self.status = Status(self.director, self.prober, self.autoscalers, self.balancers, self.firewall)
+        self.firewall.mode = Mode(record.firewall)
         await asyncio.to_thread(self._attach)
         await self._take_over()
-        watches = (self._watch_node, self._measure_rates, self._watch_engines, self.autoscalers.run, self.balancers.run)
+        watches = (
+            self._watch_node,
+            self._watch_firewall,
+            self._measure_rates,
+            self._watch_engines,
+            self.autoscalers.run,
+            self.balancers.run,
+        )
         for work in watches:
             self._watches.append(asyncio.create_task(work()))
 
@@ -461,6 +475,7 @@ class Agent:
     async def _routes(self) -> None:
         async with self._node:
             await asyncio.to_thread(self._route)
+        self._tell_of_firewall()
 
     def _route(self) -> list[Network]:
         """Routes, and answers to ARP and neighbour discovery, for exactly the addresses of the stacks. Blocks."""
@@ -484,7 +499,35 @@ class Agent:
             if not keep:
                 del record.proxied[device]
         self.run.save()
+        self._open_firewall()
         return added
+
+    async def set_firewall(self, mode: str) -> None:
+        """Who changes the node's packet filter from now on: a `Mode`."""
+        try:
+            self.firewall.mode = Mode(mode)
+        except ValueError:
+            raise AgentError(f"--firewall {mode}: is not known; use {' or '.join(Mode)}") from None
+        if self.run.record.firewall != mode:
+            self.run.record.firewall = mode
+            self.run.save()
+            await self._routes()
+
+    def _tell_of_firewall(self) -> None:
+        """Events of what has changed since the last look at the node's packet filter."""
+        put_back, self.firewall.put_back = self.firewall.put_back, []
+        if put_back:
+            message = f"{', '.join(put_back)}: rules of ours were gone and are there again"
+            self.event("-", "FirewallRestored", message, "Warning")
+        before, self._obstacles = self._obstacles, self.firewall.obstacles
+        for found in self._obstacles:
+            message = f"{found.message}; {found.remedy}"
+            if found not in before and found.sure:
+                self.event("-", "FirewallInTheWay", message, "Warning")
+            elif found not in before:
+                self.event("-", "FirewallUnclear", message, "Warning")
+        if before and not self._obstacles:
+            self.event("-", "FirewallOpen", "the node's packet filter lets packets of stacks pass")
 
     async def follow(self, name: str, table: FlowTable, generation: int) -> None:
         """Make packets see this flow table, from now on. AgentError or ResourceError if that cannot be."""
@@ -989,12 +1032,47 @@ class Agent:
                 except Exception as e:
                     self.event("-", "RoutesFailed", str(e), "Warning")
                 else:
+                    self._tell_of_firewall()
                     if attached:
                         self.event("-", "DirectorAttached", "a link came, went or was made anew", "Warning")
                     if added:
                         self.event("-", "RoutesRestored", ", ".join(str(p) for p in added), "Warning")
         finally:
             watcher.close()
+
+    async def _watch_firewall(self) -> None:
+        """Rules are flushed and loaded anew by their owners at any time; `_watch_node` looks in between too."""
+        loop = asyncio.get_running_loop()
+        try:
+            watcher = nftables.change_socket()
+        except OSError:
+            return
+        took = 0.0
+        with watcher:
+            while True:
+                with contextlib.suppress(OSError):  # an overflow means that much has changed
+                    await loop.sock_recv(watcher, 65536)
+                await asyncio.sleep(max(RULES_SECONDS, 10 * took))  # never more than a tenth of a core
+                while True:
+                    try:
+                        watcher.recv(65536)
+                    except BlockingIOError:
+                        break
+                    except OSError:
+                        continue
+                try:
+                    async with self._node:
+                        began = time.monotonic()
+                        await asyncio.to_thread(self._open_firewall)
+                        took = time.monotonic() - began
+                except Exception as e:
+                    self.event("-", "FirewallFailed", str(e), "Warning")
+                else:
+                    self._tell_of_firewall()
+
+    def _open_firewall(self) -> None:
+        """Whatever is routed to stacks shall pass the node's packet filter. Blocks."""
+        self.firewall.ensure(networks.routed(), self.run.record.uplinks)
 
     def _forget_pods(self) -> None:
         """Remove the directories of pods that have gone. Blocks."""

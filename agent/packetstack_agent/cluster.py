@@ -19,8 +19,10 @@ from pyroute2.netlink.exceptions import NetlinkError
 from packetstack_agent.agent import Agent
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.firewall import Firewall
 from packetstack_agent.natives import constant
 from packetstack_agent.stacks import Managed
+from packetstack_agent.status import firewall_condition
 from packetstack_core import kinds
 from packetstack_core.resources import ResourceError
 
@@ -294,7 +296,9 @@ class Follower:
                 former = {"observedGeneration": 0} | self._former.get(name, {})
                 report = former | {"node": self._node, "message": message, "agentVersion": version("packetstack")}
             return kinds.NodeReport.model_validate(report).model_dump(mode="json", by_alias=True)
-        return report_of(managed, self._node, message or managed.problem).model_dump(mode="json", by_alias=True)
+        said = firewall_report(self._agent.firewall)
+        full = report_of(managed, self._node, message or managed.problem).model_copy(update={"firewall": said})
+        return full.model_dump(mode="json", by_alias=True)
 
 
 def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
@@ -332,6 +336,12 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
             }
         )
     )
+
+
+def firewall_report(firewall: Firewall) -> str:
+    """Reason and message of the condition FirewallOpen; empty when nothing is in the way."""
+    condition = firewall_condition(firewall)
+    return f"{condition['reason']}: {condition['message']}"[:1000] if condition["message"] else ""
 
 
 def trouble(engine: Engine) -> str:

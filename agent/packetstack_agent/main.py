@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import fcntl
+import json
 import math
 import os
 import signal
@@ -17,6 +18,7 @@ from aiohttp import web
 from packetstack_agent import devices, layouts, loading
 from packetstack_agent.agent import Agent
 from packetstack_agent.errors import AgentError
+from packetstack_agent.firewall import Mode, examine
 from packetstack_agent.metrics import render
 from packetstack_agent.node import DEFAULT_RUN_DIRECTORY, RunDirectory, clean
 from packetstack_agent.server import Server
@@ -42,6 +44,12 @@ def main() -> None:
     parser.add_argument(
         "--bpf-dir", type=Path, help="directory of a BPF file system for programs and maps; default: one of its own"
     )
+    parser.add_argument(
+        "--firewall", choices=list(Mode), help="who changes the node's packet filter where it stops packets of stacks"
+    )
+    parser.add_argument(
+        "--examine-firewall", action="store_true", help="say as JSON what in it would stop them, and exit"
+    )
     parser.add_argument("--clean", action="store_true", help="remove what a dead agent left, and exit")
     parser.add_argument(
         "--check", action="store_true", help="say whether this build can take over what runs, change nothing, and exit"
@@ -60,6 +68,9 @@ def main() -> None:
             devices.check_preemption()
             _meet(run, end_flows=False, stand_by=False)
             return
+        if arguments.examine_firewall:
+            print(json.dumps(examine(Mode(arguments.firewall or run.record.firewall), run.record.uplinks)))
+            return
         alone = _alone(run)
         if arguments.clean:
             for line in clean(run):
@@ -68,6 +79,7 @@ def main() -> None:
         devices.check_preemption()
         foreign = _meet(run, arguments.end_flows, arguments.node is not None)
         alone.write_text(str(os.getpid()))
+        run.record.firewall = arguments.firewall or run.record.firewall
         run.record.metrics_listen = arguments.metrics_listen or run.record.metrics_listen
         if asyncio.run(_serve(run, arguments.node, arguments.uplink, foreign)):
             # The same process again, since its container ends with it.

@@ -129,12 +129,15 @@ def ensure_pair(owner: str) -> Pair:
         return pair
 
 
-def remove_pair(owner: str) -> None:
-    """Remove ps0 and ps1, and with them our routes; leaves a pair that is not ours."""
+def remove_pair(owner: str) -> bool:
+    """Remove ps0 and ps1, and with them our routes; False for a pair that is another agent's, which stays."""
     with IPRoute() as ip:
         link = _find(ip, ROUTED)
-        if link is not None and link.get("IFLA_IFALIAS") == owner:
+        if link is not None and link.get("IFLA_IFALIAS") != owner:
+            return False
+        if link is not None:
             ip.link("del", index=link["index"])
+    return True
 
 
 # ---- engines ----------------------------------------------------------------------------------------------------
@@ -277,11 +280,7 @@ def ensure_routes(prefixes: Iterable[Network], keep: bool = False) -> list[Netwo
         if not found:
             raise AgentError(f"interface {ROUTED}: is gone")
         index = found[0]
-        have: set[Network] = set()
-        for family, full in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
-            for route in ip.get_routes(family=family, oif=index):
-                if route.get("RTA_DST") and route["proto"] == ROUTE_PROTOCOL:
-                    have.add(ip_network(f"{route.get('RTA_DST')}/{min(route['dst_len'], full)}"))
+        have = _routed(ip, index)
         # New ones first: an address that only changes its prefix is never without a route.
         added = sorted(wanted - have, key=str)
         for prefix in added:
@@ -289,6 +288,35 @@ def ensure_routes(prefixes: Iterable[Network], keep: bool = False) -> list[Netwo
         for prefix in () if keep else have - wanted:
             ip.route("del", dst=str(prefix), oif=index, proto=ROUTE_PROTOCOL, family=_family(prefix.version))
         return added
+
+
+def _routed(ip: IPRoute, index: int) -> set[Network]:
+    have: set[Network] = set()
+    for family, full in ((socket.AF_INET, 32), (socket.AF_INET6, 128)):
+        for route in ip.get_routes(family=family, oif=index):
+            if route.get("RTA_DST") and route["proto"] == ROUTE_PROTOCOL:
+                have.add(ip_network(f"{route.get('RTA_DST')}/{min(route['dst_len'], full)}"))
+    return have
+
+
+def routed() -> set[Network]:
+    """The prefixes that are routed into the pair now, also for stacks that cannot be read."""
+    with IPRoute() as ip:
+        found = ip.link_lookup(ifname=ROUTED)
+        return _routed(ip, found[0]) if found else set()
+
+
+def with_addresses() -> list[str]:
+    """Interfaces with an address that others can reach, by name; not the routed pair."""
+    with IPRoute() as ip:
+        there = {
+            message["index"]
+            for message in ip.get_addr()
+            if not (address := ip_address(message.get("IFA_ADDRESS").partition("%")[0])).is_loopback
+            and not address.is_link_local
+        }
+        names = [link.get("IFLA_IFNAME") for link in ip.get_links() if link["index"] in there]
+    return sorted(name for name in names if name not in (ROUTED, DIRECTOR))
 
 
 def _family(version: int) -> socket.AddressFamily:

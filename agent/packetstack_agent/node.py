@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent import devices, engines, namespaces, networks, processes
+from packetstack_agent import devices, engines, firewall, namespaces, networks, processes
 from packetstack_agent.errors import AgentError
 from packetstack_agent.namespaces import NAMESPACES
 from packetstack_core.kinds import pod_directory
@@ -53,6 +53,8 @@ class Record:
     network: int = 0
     """Inode of the node's network namespace."""
     metrics_listen: str = ""
+    firewall: str = "Manage"
+    """Who changes the node's packet filter: `firewall.Mode`."""
     layout: int = RECORD_LAYOUT
 
 
@@ -184,7 +186,8 @@ def detach(run: RunDirectory) -> list[str]:
     for name, value in record.sysctls.items():
         with suppress(OSError):
             devices.set_sysctl(name, value)
-    networks.remove_pair(run.owner)
+    if networks.remove_pair(run.owner):
+        firewall.clean()
     mounted = run.pins.is_mount()
     if mounted or (run.pins.is_dir() and run.pins.parent.is_mount()):
         # Links of uplinks go with their pins; the programs are detached when the last reference is gone.

@@ -79,6 +79,8 @@ class Server:
         match verb:
             case "apply":
                 async with agent.applying:
+                    if r.get("firewall") is not None:
+                        await agent.set_firewall(r["firewall"])
                     return await agent.apply(r["documents"], r.get("uplinks", []))
             case "get":
                 return agent.get(r.get("name"))

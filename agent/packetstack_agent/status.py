@@ -9,6 +9,7 @@ from packetstack_agent import devices, loading, networks
 from packetstack_agent.balancing import Balancers
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.firewall import Firewall
 from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
 from packetstack_agent.probes import Prober
 from packetstack_agent.scaling import Autoscalers
@@ -21,11 +22,14 @@ from packetstack_core.reconciling import State
 class Status:
     """What the agent shows. `director`: `struct ps_director *`."""
 
-    def __init__(self, director: Any, prober: Prober, autoscalers: Autoscalers, balancers: Balancers) -> None:
+    def __init__(
+        self, director: Any, prober: Prober, autoscalers: Autoscalers, balancers: Balancers, firewall: Firewall
+    ) -> None:
         self._director = director
         self._prober = prober
         self._autoscalers = autoscalers
         self._balancers = balancers
+        self._firewall = firewall
 
     def of(self, managed: Managed) -> dict[str, Any]:
         """The resource with its `status`."""
@@ -56,7 +60,7 @@ class Status:
                 {"address": str(a), "flows": n} for a, n in sorted(stack.leaving.items(), key=lambda x: packed(x[0]))
             ],
             "ready": ready,
-            "conditions": conditions(managed, ready, len(active)),
+            "conditions": [*conditions(managed, ready, len(active)), firewall_condition(self._firewall)],
             "engines": shown,
             "owners": {str(slot): n for slot, n in sorted(buckets.items())},
             "drops": self._drops(managed),
@@ -136,6 +140,16 @@ def conditions(managed: Managed, ready: bool, active: int) -> list[dict[str, str
         _condition("Progressing", not ready, "Settled" if ready else "EnginesStarting"),
         _condition("CapacityAvailable", not problem, reason, problem),
     ]
+
+
+def firewall_condition(firewall: Firewall) -> dict[str, str]:
+    """Whether the node's packet filter lets packets of stacks pass."""
+    said = "; ".join(o.message for o in firewall.obstacles)
+    if not said:
+        return _condition("FirewallOpen", True, "NothingInTheWay")
+    sure = any(o.sure for o in firewall.obstacles)
+    condition = _condition("FirewallOpen", False, "PacketsDropped" if sure else "MayDropPackets", said)
+    return condition if sure else condition | {"status": "Unknown"}
 
 
 def engine_status(

@@ -96,11 +96,13 @@ class Client:
         with suppress(NoAgent):
             self.stop_agent()
 
-    def apply(self, stacks: Sequence[PacketStack], uplinks: Sequence[str], force: bool) -> list[dict[str, str]]:
+    def apply(
+        self, stacks: Sequence[PacketStack], uplinks: Sequence[str], force: bool, firewall: str | None = None
+    ) -> list[dict[str, str]]:
         """Make the stacks what they say: for each its name as `stack`, the `result`, and perhaps a `note`."""
         del force  # nobody else has a say here
         result: list[dict[str, str]] = self.call(
-            "apply", documents=[s.document() for s in stacks], uplinks=list(uplinks)
+            "apply", documents=[s.document() for s in stacks], uplinks=list(uplinks), firewall=firewall
         )
         return result
 
@@ -281,6 +283,20 @@ class Client:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         problem = (done.stderr.strip() or f"packetstack-agent {option} failed").splitlines()[-1]
         return done.stdout, problem if done.returncode else ""
+
+    def examine_firewall(self) -> list[dict[str, str]]:
+        """What in this host's packet filter would stop packets of stacks: result, message, remedy of each."""
+        done = subprocess.run(
+            [*agent_command(), "--run-dir", str(self.run_directory), "--examine-firewall"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            said = (done.stderr.strip() or "no answer").splitlines()[-1]
+            return [{"result": "unknown", "message": f"the packet filter cannot be looked at: {said}", "remedy": ""}]
+        found: list[dict[str, str]] = json.loads(done.stdout)
+        return found
 
     def _forget(self) -> None:
         """The log goes last; the directory too, unless something else is in it."""

@@ -144,11 +144,17 @@ class ClusterClient:
     def abandon(self) -> None:
         """`begin` starts nothing."""
 
-    def apply(self, stacks: Sequence[PacketStack], uplinks: Sequence[str], force: bool) -> list[dict[str, str]]:
+    def apply(
+        self, stacks: Sequence[PacketStack], uplinks: Sequence[str], force: bool, firewall: str | None = None
+    ) -> list[dict[str, str]]:
         """As `Client.apply`, by server-side apply of what the user has written: defaults are not ours to own."""
         if uplinks:
             raise CliError(
                 "--uplink: is for the agent of this host; in a cluster it is the chart's value agent.uplinks"
+            )
+        if firewall:
+            raise CliError(
+                "--firewall: is for the agent of this host; in a cluster it is the chart's value agent.firewall"
             )
         # All are tried before one is written.
         self.check(stacks, force)

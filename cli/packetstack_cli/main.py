@@ -156,6 +156,11 @@ def _wait_ready(client: Client | ClusterClient, names: list[str], timeout_second
 @click.option(
     "--uplink", "uplinks", multiple=True, metavar="INTERFACE", help="Run the director on it as native XDP too."
 )
+@click.option(
+    "--firewall",
+    type=click.Choice(["Manage", "Report"]),
+    help="Let the agent open this host's packet filter for stacks (at first it does), or only say what stops them.",
+)
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait until the stacks are ready.")
 @click.option("--metrics-listen", metavar="ADDRESS:PORT", help="Serve Prometheus metrics over HTTP (first start only).")
 @click.option("--force-conflicts", "force", is_flag=True, help="In a cluster: take over fields that others have set.")
@@ -164,6 +169,7 @@ def up(
     client: Client | ClusterClient,
     files: tuple[str, ...],
     uplinks: tuple[str, ...],
+    firewall: str | None,
     timeout: float,
     metrics_listen: str | None,
     force: bool,
@@ -174,7 +180,7 @@ def up(
     started = client.begin(metrics_listen)
     names = []
     try:
-        for result in client.apply(wanted, uplinks, force):
+        for result in client.apply(wanted, uplinks, force, firewall):
             names.append(result["stack"])
             click.echo(f"stack {result['stack']}: {result['result']}")
             if result.get("note"):
@@ -502,7 +508,7 @@ def metrics(client: Client | ClusterClient) -> None:
 @_with_client
 def preflight(client: Client | ClusterClient, output: str | None) -> None:
     """What this host, or the cluster, lacks for stacks, and what to do. Exit code 1 if they cannot run."""
-    found = checks.host() if isinstance(client, Client) else client.preflight()
+    found = checks.host(client.examine_firewall()) if isinstance(client, Client) else client.preflight()
     if output:
         click.echo(views.data([c.document() for c in found], output))
     else:

@@ -46,9 +46,9 @@ class Check:
 # ---- one host ------------------------------------------------------------------------------------------------------
 
 
-def host(root: Path = Path("/")) -> list[Check]:
-    """This one. `root`: where its /proc and /sys are."""
-    return list(_host(root))
+def host(firewall: Sequence[Mapping[str, Any]] = (), root: Path = Path("/")) -> list[Check]:
+    """This one. `firewall`: what was found in its packet filter; `root`: where its /proc and /sys are."""
+    return [*_host(root), *(Check(f["result"], "host", f["message"], f["remedy"]) for f in firewall)]
 
 
 def _host(root: Path) -> Iterator[Check]:

@@ -192,6 +192,8 @@ class NodeReport(Model):
     """Version of the shared memory's layout."""
     message: str = ""
     """What stands in the way, as in "AddressConflict: 192.0.2.10 belongs to stack default/web"."""
+    firewall: str = ""
+    """What in the node's packet filter stops the stack's packets, as in "PacketsDropped: the policy of chain FORWARD"."""
 
 
 class FlowTableStatus(Model):
@@ -440,7 +442,7 @@ class PacketStackStatus(Model):
     rebalance: RebalanceStatus | None = None
     """Absent before it has moved or found something."""
     conditions: Items[Condition] = ()
-    """Available, Progressing, Degraded, CapacityAvailable; with spec.autoscaling also those of an HPA."""
+    """Available, Progressing, Degraded, CapacityAvailable, FirewallOpen; with spec.autoscaling also those of an HPA."""
 
 
 # ---- reading ---------------------------------------------------------------------------------------------------

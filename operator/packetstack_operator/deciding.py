@@ -693,14 +693,14 @@ class _Deciding:
         )
         conditions = {c.type: c for c in former.conditions}
 
-        def set_(kind: str, value: bool, reason: str, message: str = "") -> None:
+        def set_(kind: str, value: bool | None, reason: str, message: str = "") -> None:
             was = conditions.get(kind)
             _set(conditions, self.world, kind, value, reason, message, self.now)
             bad = value if kind == "Degraded" else not value
-            if kind != "Progressing" and (was is None or (was.status, was.reason) != (str(value), reason)):
+            if kind != "Progressing" and (was is None or (was.status, was.reason) != (conditions[kind].status, reason)):
                 if bad and (was is not None or kind != "Available"):
                     self._event(reason, message or f"{kind} is {value}", "Warning")
-                elif was is not None and was.status != str(value):
+                elif was is not None and was.status != conditions[kind].status:
                     self._event(reason, message or f"{kind} is {value}")
 
         available = bool(serving)
@@ -709,6 +709,8 @@ class _Deciding:
         set_("Progressing", not goal and not spec.paused, *self._progress(goal, staying, fresh, serving))
         set_("CapacityAvailable", *self._capacity())
         set_("Degraded", *self._degraded(staying))
+        if self.report is not None:
+            set_("FirewallOpen", *_firewall(self.report.firewall))
         status = PacketStackStatus.model_validate(
             {
                 "observedGeneration": observing.generation(self.world.stack),
@@ -851,20 +853,29 @@ def _engine_status(raw: Raw | None) -> PacketEngineStatus:
 
 
 def _set(
-    conditions: dict[str, Condition], world: World, kind: str, value: bool, reason: str, message: str, now: float
+    conditions: dict[str, Condition], world: World, kind: str, value: bool | None, reason: str, message: str, now: float
 ) -> None:
-    was = conditions.get(kind)
-    since = was.last_transition_time if was is not None and was.status == str(value) else observing.timestamp(now)
+    """`value`: None if it is not known."""
+    was, status = conditions.get(kind), "Unknown" if value is None else str(value)
+    since = was.last_transition_time if was is not None and was.status == status else observing.timestamp(now)
     conditions[kind] = Condition.model_validate(
         {
             "type": kind,
-            "status": str(value),
+            "status": status,
             "reason": reason,
             "message": message,
             "lastTransitionTime": since,
             "observedGeneration": observing.generation(world.stack),
         }
     )
+
+
+def _firewall(said: str) -> tuple[bool | None, str, str]:
+    """Whether the node's packet filter lets packets pass, by what its agent says."""
+    reason, _, message = said.partition(": ")
+    if not said:
+        return True, "NothingInTheWay", ""
+    return None if reason == "MayDropPackets" else False, reason, message
 
 
 def _status_write(world: World, status: PacketStackStatus) -> Write:

@@ -157,6 +157,7 @@ class Node:
             if words.startswith("-j"):
                 shown = sorted((i["ifname"], i["mtu"], i.get("xdp"), i["qdisc"]) for i in json.loads(shown))
             found[words] = shown
+        found["rules"] = self.lab.run("node", "nft", "list", "ruleset").stdout
         with inside(self.lab.namespace("node")):
             for path in sorted(Path("/proc/sys/net").glob("ipv[46]/*/[ud]*0/*")):
                 try:

@@ -19,6 +19,7 @@ from tests.operator.players import TABLES, Server
 from packetstack_agent import cluster
 from packetstack_agent.cluster import Follower
 from packetstack_agent.errors import AgentError
+from packetstack_agent.firewall import Firewall, Obstacle
 from packetstack_core import crds
 from packetstack_core.kinds import FlowTable
 
@@ -39,6 +40,7 @@ class PlayedAgent:
         """Stack and generation, each time that it is asked to follow a table."""
         self.deleted: list[str] = []
         self.refuses = ""
+        self.firewall = Firewall()
         self.followed: Callable[[Any], None] = lambda _: None
 
     def event(self, stack: str, reason: str, message: str, kind: str = "Normal") -> None:
@@ -212,6 +214,15 @@ async def test_a_report_is_written_only_when_it_says_something_new(place: Place)
         await until(settled)
         assert (await place.report())["engines"][0]["flows"] == 4096
         assert len(agent.told) == 1, "its own report came back by the watch"
+
+
+async def test_a_report_says_what_the_nodes_packet_filter_stops(place: Place) -> None:
+    agent = PlayedAgent()
+    agent.firewall.obstacles = (Obstacle("a rule in chain FORWARD drops all", "let it accept"),)
+    await place.create()
+    async with following(place.node, agent):
+        await answered(place, 1)
+        assert (await place.report())["firewall"] == "PacketsDropped: a rule in chain FORWARD drops all"
 
 
 async def test_a_table_that_the_agent_cannot_follow_is_refused_once_and_followed_when_it_can(

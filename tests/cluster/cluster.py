@@ -51,6 +51,8 @@ class Cluster:
                 address=f"10.89.{slot.number}.{10 + index}",
                 pod_network=f"10.88.{16 * slot.number + index}.0/24",
                 exclusive_cpus=exclusive_cpus,
+                # The first as on most clusters; a second one shows that the other mode does it too.
+                proxy_mode="nftables" if index else "iptables",
             )
             for index in range(nodes)
         ]

@@ -45,6 +45,7 @@ DEBIAN = {
     "ctr": "containerd",
     "runc": "runc",
     "nft": "nftables",
+    "iptables": "iptables",
     "ip": "iproute2",
     "nsenter": "util-linux",
 }

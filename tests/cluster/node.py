@@ -76,6 +76,7 @@ class Node:
 
     `namespace` is its network namespace, already there, with `CLUSTER_LINK` in it; `address` is on that link.
     `exclusive_cpus`: the static CPU manager, with one CPU that stays for all who have none of their own.
+    `proxy_mode`: kube-proxy's, "iptables" or "nftables".
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Node:
         address: str,
         pod_network: str,
         exclusive_cpus: bool = False,
+        proxy_mode: str,
     ) -> None:
         self.name = f"node{index}"
         self.index = index
@@ -97,6 +99,7 @@ class Node:
         self.address = address
         self.pod_network = pod_network
         self.exclusive_cpus = exclusive_cpus
+        self.proxy_mode = proxy_mode
         self.cgroup = f"packetstack-{namespace}"
         self._init: Daemon | None = None
         self._init_pid = 0
@@ -109,7 +112,16 @@ class Node:
 
         Raises `ClusterError` when a part of it ends or does not get ready.
         """
-        for name in ("kubelet", "kube-proxy", "containerd", "containerd-shim-runc-v2", "ctr", "runc", "nft"):
+        for name in (
+            "kubelet",
+            "kube-proxy",
+            "containerd",
+            "containerd-shim-runc-v2",
+            "ctr",
+            "runc",
+            "iptables",
+            "nft",
+        ):
             find(name)
         # After a killed run the processes are gone, and with them every mount; files and cgroups are not.
         self._remove_cgroups()
@@ -366,7 +378,7 @@ class Node:
         proxy = {
             "apiVersion": "kubeproxy.config.k8s.io/v1alpha1",
             "kind": "KubeProxyConfiguration",
-            "mode": "nftables",
+            "mode": self.proxy_mode,
             "clientConnection": {"kubeconfig": str(self.control_plane.kubeconfig_for("system:kube-proxy"))},
             "hostnameOverride": self.name,
             "clusterCIDR": POD_NETWORK,

@@ -81,7 +81,7 @@ def test_describe_shows_what_resources_and_agent_know(served: Served) -> None:
     shown = served.said("describe", "edge")
     assert "3 ready of 3 wanted" in shown
     assert "its flow table settled at generation" in shown
-    for condition in ("Available", "CapacityAvailable", "Degraded", "Progressing"):
+    for condition in ("Available", "CapacityAvailable", "Degraded", "FirewallOpen", "Progressing"):
         assert condition in shown
     status = served.data("describe", "edge")["status"]
     assert status["flows"] == 20

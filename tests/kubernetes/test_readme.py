@@ -3,13 +3,22 @@
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 
-from tests.cluster.install import ROOT
+import pytest
+from tests.cluster.install import ROOT, helm
 from tests.cluster.kubernetes_binaries import find
+
+from packetstack_cli.lab import NODE_UPLINK
 
 from .conftest import Installed, eventually
 
 LAB_OF_MAKE_CLUSTER = "pkt0"
+
+
+def opened(packetstack: Installed) -> tuple[str, str]:
+    """Of the condition FirewallOpen: status and reason."""
+    return packetstack.condition("default", "edge", "FirewallOpen")
 
 
 def commands() -> list[str]:
@@ -20,7 +29,24 @@ def commands() -> list[str]:
     return [line.removeprefix("# ") for line in block.splitlines() if not re.match(r"# (make|export) ", line)]
 
 
-def test_the_readmes_commands_lead_from_a_cluster_to_traffic(packetstack: Installed) -> None:
+def upgrade(packetstack: Installed, *values: str) -> None:
+    """With other values of the chart; returns when the agent that has them is there."""
+    chart = str(ROOT / "charts/packetstack")
+    helm(packetstack.cluster, "upgrade", "packetstack", chart, "--reuse-values", "--wait", "--timeout=3m", *values)
+
+
+@pytest.fixture(scope="module")
+def plain(packetstack: Installed) -> Iterator[Installed]:
+    """As the chart installs it: without an uplink, so that the node's rules see every packet of a client."""
+    rules = packetstack.cluster.node.run("iptables", "-S", "KUBE-FORWARD").stdout
+    assert "--ctstate INVALID" in rules, rules
+    upgrade(packetstack, "--set-json=agent.uplinks=[]")
+    yield packetstack
+    upgrade(packetstack, f"--set=agent.uplinks={{{NODE_UPLINK}}}")
+
+
+def test_the_readmes_commands_lead_from_a_cluster_to_traffic(plain: Installed) -> None:
+    packetstack = plain
     environment = os.environ | {
         "KUBECONFIG": str(packetstack.cluster.kubeconfig),
         "PATH": f"{find('kubectl').parent}:{os.environ['PATH']}",
@@ -41,5 +67,18 @@ def test_the_readmes_commands_lead_from_a_cluster_to_traffic(packetstack: Instal
             else:
                 assert works()
         packetstack.wait("default", "edge", 4)
+        assert packetstack.condition("default", "edge", "FirewallOpen") == ("True", "NothingInTheWay")
+
+        upgrade(packetstack, "--set=agent.firewall=Report")
+        eventually(lambda: opened(packetstack) == ("False", "PacketsDropped"), "FirewallOpen=False")
+        assert not packetstack.answers()
+        said = packetstack.kubectl("describe", "packetstack", "edge")
+        assert "a rule in chain KUBE-FORWARD of table ip filter" in said
+        assert "PacketsDropped" in packetstack.kubectl("get", "events", "-o", "wide")
+        found = packetstack.ask_agent("preflight")
+        assert any("KUBE-FORWARD" in c["message"] and c["result"] == "warning" for c in found), found
+        upgrade(packetstack, "--set=agent.firewall=Manage")
+        eventually(packetstack.answers, "an answer")
+        eventually(lambda: opened(packetstack)[0] == "True", "FirewallOpen=True")
     finally:
         packetstack.kubectl("delete", "-f", str(ROOT / "examples/kubernetes/cluster.yaml"), "--timeout=60s")

@@ -48,6 +48,8 @@ class Model:
         self.stuck = set()
         self.macs = {}
         """Engine -> MAC of its interface."""
+        self.firewall = ""
+        """What the agent says of its node's packet filter."""
         self.neighbours = {}
         self.proposal = None
         """Of the stack's rebalancer."""
@@ -321,6 +323,7 @@ class Model:
             "observedGeneration": self.get("FlowTable")["metadata"]["generation"],
             "settled": settled,
             "owned": BUCKETS - counts[0],
+            "firewall": self.firewall,
             "engines": [
                 {
                     "id": i,

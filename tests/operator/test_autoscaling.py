@@ -222,7 +222,7 @@ def test_an_autoscaler_that_is_taken_away_leaves_no_trace_in_the_status(scaled, 
     place.change(autoscaling=None)
     wait(lambda: "autoscaling" not in place.stack()["status"])
     types = {c["type"] for c in place.stack()["status"]["conditions"]}
-    assert types == {"Available", "CapacityAvailable", "Degraded", "Progressing"}
+    assert types == {"Available", "CapacityAvailable", "Degraded", "FirewallOpen", "Progressing"}
     stack.load(4)
     stack.stays(2)
     place.change(autoscaling=stack.autoscaling)

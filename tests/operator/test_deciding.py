@@ -175,6 +175,23 @@ def test_the_reason_of_a_refusal_is_told(reason, shown):
     assert model.condition("CapacityAvailable")["reason"] == shown
 
 
+def test_what_a_nodes_packet_filter_stops_is_told_and_forgotten_when_it_is_open():
+    model = settled(2)
+    assert model.condition("FirewallOpen")["status"] == "True"
+    what = "the policy of chain FORWARD of table ip filter drops what no rule accepts (Docker)"
+    for reason, status in (("PacketsDropped", "False"), ("MayDropPackets", "Unknown")):
+        model.firewall = f"{reason}: {what}"
+        model.settle()
+        found = model.condition("FirewallOpen")
+        assert (found["status"], found["reason"], found["message"]) == (status, reason, what)
+        assert reasons(model)[-1] == reason
+        assert model.condition("Available")["status"] == "True", "engines are as they were"
+    model.firewall = ""
+    model.settle()
+    assert model.condition("FirewallOpen")["status"] == "True"
+    model.check_goal()
+
+
 def test_without_room_a_stack_stays_at_its_size_and_says_why():
     model = settled(2)
     model.room = 2
@@ -798,7 +815,7 @@ def test_every_reason_is_explained():
         source = (root / f"operator/packetstack_operator/{module}.py").read_text()
         named |= set(re.findall(r'"([A-Z][a-z]+(?:[A-Z][A-Za-z]*)+)"', source))
     kinds = {"FlowTable", "PacketEngine", "PacketStack", "PodDisruptionBudget"}
-    conditions = {"CapacityAvailable", "PodScheduled", "InternalError"}
+    conditions = {"CapacityAvailable", "FirewallOpen", "PodScheduled", "InternalError"}
     # Told by other programs, and turned into ours.
     foreign = {"ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "TopologyAffinityError"}
     foreign |= {"UnexpectedAdmissionError", "NamespaceTerminating", "OutOf", "OutOfcpu", "OutOfhugepages"}
