@@ -207,7 +207,7 @@ class Stack:
     async def configure(self, engines: Sequence[Engine]) -> int:
         """Write the resource and the backends' health as a new configuration; returns its generation.
 
-        Waits until every running core has left the buffer that is written to, and so has taken the one before.
+        Waits until every running core has left the buffer that is written to.
         """
         generation = int(self.config.generation)
         deadline = time.monotonic() + 2
@@ -218,9 +218,6 @@ class Stack:
                     f"stack {self.name}: an engine does not take the configuration; see packetstack describe"
                 )
             await asyncio.sleep(0.002)
-        if generation:
-            # What only older configurations name may be given to others from now on.
-            lib().ps_arena_used(self.arena, ffi.addressof(self.config.buffer[generation & 1]))
         self._write(self.config.buffer[(generation + 1) & 1], generation + 1, time.monotonic())
         self.config.generation = generation + 1
         wake(engines)
