@@ -1,5 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Which SNAT addresses live flows have: one that has left the resource must stay until none names it. */
+/*
+ * Which SNAT addresses flows have, also those that have just ended (a reset may be a stranger's): one that has left the
+ * resource must stay until none names it.
+ */
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>

@@ -98,7 +98,7 @@ void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live);
 
 /* ---- addresses.c ------------------------------------------------------------------------------------- */
 
-/* Live flows by SNAT address, an index into the arena's addresses, into an array of PS_MAX_ADDRESSES. */
+/* Flows by SNAT address, those that have ended too: an index into the arena's addresses, into an array of PS_MAX_ADDRESSES. */
 int ps_arena_snat_flows(struct ps_arena *a, uint32_t *flows, struct ps_error *e);
 
 /* ---- queues.c: an engine's rings, made by the agent in the engine's network namespace --------------- */

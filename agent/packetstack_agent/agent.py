@@ -338,8 +338,8 @@ class Agent:
             flows = stack.snat_flows()
             for address in sorted((a for a in claimed if flows.get(a)), key=packed):
                 raise AgentError(
-                    f"stack {owners[address]}: AddressConflict: {address} was a SNAT address of stack {name}, where "
-                    f"{counted(flows[address], 'live flow')} still has it; use another address, or wait until they end"
+                    f"stack {owners[address]}: AddressConflict: {address} was a SNAT address of stack {name}, and is in "
+                    f"use by {counted(flows[address], 'flow')} still; use another address, or wait until they end"
                 )
 
     async def set_uplinks(self, wanted: Sequence[str]) -> None:
@@ -439,7 +439,7 @@ class Agent:
             names = ", ".join(f"{protocol} {address} port {port}" for address, port, protocol in sorted(gone, key=str))
             notes.append(f"flows of the removed listener {names} end")
         if used := {a: n for a, n in managed.stack.leaving.items() if n}:
-            shown = ", ".join(f"{a} ({counted(used[a], 'live flow')})" for a in sorted(used, key=packed))
+            shown = ", ".join(f"{a} ({counted(used[a], 'flow')})" for a in sorted(used, key=packed))
             notes.append(f"SNAT address {shown} takes no new flows, and leaves when those end")
             self.event(managed.stack.name, "AddressLeaving", notes[-1])
         return "; ".join(notes)

@@ -83,7 +83,7 @@ class Stack:
         self.due = math.inf
         """When the weights that it has are no longer right, because backends start slowly."""
         self.leaving: dict[Address, int] = {}
-        """SNAT addresses that are not the resource's any more, and how many live flows had each at the last look."""
+        """SNAT addresses that are not the resource's any more, and how many flows had each at the last look."""
         self._settled = 0
         """Generation of the configuration that every core has been seen to use."""
         self._listeners: set[Listening] = set()
@@ -165,7 +165,7 @@ class Stack:
         return [unpacked(bytes(ffi.buffer(now.snat[i].address))) for i in range(now.snats)]
 
     def snat_flows(self) -> dict[Address, int]:
-        """Live flows by SNAT address. Reads all flows: some 50 ms for a million. Blocks."""
+        """Flows by SNAT address, also those whose end is not long ago. Reads all of them. Blocks."""
         out = ffi.new("uint32_t[]", constant("PS_MAX_ADDRESSES"))
         call(lib().ps_arena_snat_flows, self.arena, out)
         return {

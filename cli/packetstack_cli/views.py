@@ -152,7 +152,7 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
         ),
     ]
     for left in status.get("leaving") or ():
-        flows = counted(left["flows"], "live flow")
+        flows = counted(left["flows"], "flow")
         parts.append(Text(f"  leaving    SNAT address {left['address']}: {flows} of before; no new one gets it"))
     rebalance = status["rebalance"]
     uneven = f", busiest core {rebalance['maxOverMean']:.2f} times the mean" if rebalance["maxOverMean"] else ""

@@ -2,10 +2,16 @@
 
 import os
 import signal
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from packetstack_agent import layouts
+from packetstack_agent.layouts import LayoutMismatch
+from packetstack_agent.natives import constant
+from packetstack_agent.node import RunDirectory
 
 from .conftest import BACKENDS, Node, ask, eventually, stack
 
@@ -59,3 +65,33 @@ def test_a_lost_secret_is_not_replaced_while_flows_live(node: Node, served: Any,
     secret.write_bytes(good)
     node.lab.packetstack("up", str(node.lab.directory / "stack.yaml"))
     assert node.curl() in BACKENDS
+
+
+ARENA, ENGINE = (constant(f"PS_{kind}_MAGIC") for kind in ("ARENA", "ENGINE"))
+
+
+@pytest.mark.parametrize(
+    ("file", "magic"),
+    [("stacks/web/arena", ARENA), ("engines/3/queues", ENGINE), ("engines/shop_web-1/queues", ENGINE)],
+    ids=["arena", "engine", "engine of a pod"],
+)
+def test_any_file_of_another_layout_is_found_and_not_changed(tmp_path: Path, file: str, magic: int) -> None:
+    run = RunDirectory(tmp_path)
+    run.record.documents = {"web": {}, "shop.web": {}}
+    run.record.engines = {"3": {"stack": "web"}, "4": {"stack": "shop.web", "pod": "web-1", "pod_uid": "0-0"}}
+    layouts.check(run)  # nothing is there
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    for content in (b"", b"short", bytes(64), struct.pack("II", magic, constant("PS_LAYOUT_VERSION"))):
+        path.write_bytes(content)
+        layouts.check(run)
+    path.write_bytes(struct.pack("II", magic, 99))
+
+    def there() -> list[tuple[Path, int, int]]:
+        return sorted((p, p.lstat().st_ino, p.lstat().st_mtime_ns) for p in tmp_path.rglob("*"))
+
+    before = there()
+    name = "shop.web" if "shop" in file else "web"
+    with pytest.raises(LayoutMismatch, match=f"^LayoutMismatch: stack {name} has memory layout 99; this build has "):
+        layouts.check(run)
+    assert there() == before
