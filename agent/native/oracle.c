@@ -41,7 +41,8 @@ uint64_t ps_size_of(const char *structure)
 		uint64_t bytes;
 	} sizes[] = {
 		SIZE(ps_stamp),		 SIZE(ps_marker),	 SIZE(ps_listener_key4), SIZE(ps_listener_key6),
-		SIZE(ps_target),	 SIZE(ps_core),		 SIZE(ps_progress),	 SIZE(ps_journal),
+		SIZE(ps_target),	 SIZE(ps_allowed4),	 SIZE(ps_allowed6),	 SIZE(ps_uplink),
+		SIZE(ps_own_filter),	 SIZE(ps_core),		 SIZE(ps_progress),	 SIZE(ps_journal),
 		SIZE(ps_ring),		 SIZE(ps_descriptor),	 SIZE(ps_queue),	 SIZE(ps_recycle),
 		SIZE(ps_engine),	 SIZE(ps_flow),		 SIZE(ps_shard),	 SIZE(ps_fence),
 		SIZE(ps_address),	 SIZE(ps_backend_count), SIZE(ps_arena),	 SIZE(ps_listener),
