@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import socket
-import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -76,16 +75,22 @@ def test_connections_live_on_until_they_end_when_their_snat_address_leaves(
     assert sum(leaving(node).values()) == len(held)
     assert f"{ROUTED} " in routes(node)
 
-    for connection in held:  # a new one from the same port takes the place of one that was reset
-        source = connection.getsockname()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        connection.close()
-        with node.connect(source=source) as fresh:
-            ask(fresh)
+
+def test_an_address_that_no_flow_has_goes_at_once_with_its_route_and_its_answers_to_arp(
+    node: Node, held: list[socket.socket]
+) -> None:
+    other = "10.71.2.101"
+    node.up(web(ROUTED, NEAR, FRESH, other))
+    eventually(lambda: f"{FRESH} " in routes(node))
+    node.up(web(ROUTED, NEAR))
     eventually(lambda: not leaving(node), 20)
     assert "AddressReleased" in [e["reason"] for e in node.client.call("events", name="web")]
-    eventually(lambda: f"{ROUTED} " not in routes(node))
-    assert NEAR not in node.lab.run("node", "ip", "neigh", "show", "proxy").stdout
+    eventually(lambda: f"{FRESH} " not in routes(node))
+    proxied = node.lab.run("node", "ip", "neigh", "show", "proxy").stdout
+    assert NEAR in proxied
+    assert other not in proxied
+    for connection in held:
+        ask(connection)
 
 
 def test_an_address_that_comes_back_serves_its_old_flows_and_new_ones(node: Node, held: list[socket.socket]) -> None:
