@@ -38,9 +38,11 @@ struct worker {
 	struct datapath *d;
 	struct ps_core *core;
 	struct ps_handler handler;
-	uint32_t index; /* core number */
-	uint32_t me;	/* generation << 8 | core + 1 */
-	uint32_t sweep; /* next shard to sweep */
+	uint32_t index;	      /* core number */
+	uint32_t me;	      /* generation << 8 | core + 1 */
+	uint32_t sweep;	      /* next shard to sweep */
+	uint32_t reckon;      /* so many of the next ones are looked at whatever they say about their next expiry */
+	uint32_t timeout[16]; /* of the configuration, ticks by ps_flow_state */
 	uint64_t swept_ns;
 	uint64_t now_ns;
 	uint64_t free_ns; /* test builds: when it is done with the packets that it had */
@@ -944,6 +946,10 @@ static void take_configuration(struct worker *w)
 	if (generation == w->core->config_seen)
 		return;
 	ps_configure(&w->handler, &file->buffer[generation & 1]);
+	/* When a shard's next flow expires was reckoned with the timers of before. */
+	if (memcmp(w->timeout, w->handler.config->timeout, sizeof(w->timeout)))
+		w->reckon = w->d->arena->buckets;
+	memcpy(w->timeout, w->handler.config->timeout, sizeof(w->timeout));
 	STORE(&w->core->config_seen, generation);
 }
 
@@ -972,6 +978,8 @@ static void sweep(struct worker *w)
 		    LOAD(&d->queue[queue].shared->cur) == w->me) {
 			if (d->trusted[w->sweep] != WHOLE)
 				look_at_shard(w, w->sweep, s, WHOLE);
+			if (w->reckon)
+				s->next_expiry = w->handler.now;
 			if (s->live) {
 				w->core->counters[PS_C_FLOWS_ENDED] +=
 					ps_shard_sweep(d->arena, s, w->handler.config->timeout, w->handler.now);
@@ -982,6 +990,8 @@ static void sweep(struct worker *w)
 		}
 		if (++w->sweep >= d->arena->buckets)
 			w->sweep = 0;
+		if (w->reckon)
+			w->reckon--;
 		if (swept && !(swept % LOOK_EACH) && clock_ns() - begun > SWEEP_NS) {
 			w->swept_ns -= due * 1000000000ull / d->arena->buckets; /* still due */
 			return;

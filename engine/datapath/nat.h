@@ -104,7 +104,8 @@ static inline uint32_t ps_backend_choose(struct ps_handler *h, const struct ps_l
 		for (uint32_t i = 0; i < l->backends; i++) {
 			uint32_t at = l->first_backend + (start + i) % l->backends;
 			int32_t live = __atomic_load_n(&h->arena->backend[c->backend[at].id].live, __ATOMIC_RELAXED);
-			uint64_t load = ((uint64_t)(live > 0 ? live : 0) << 16) / c->backend[at].weight;
+			/* With the flow that it would get: so weights count among the idle too. */
+			uint64_t load = ((uint64_t)(live > 0 ? live + 1 : 1) << 16) / c->backend[at].weight;
 
 			if (load < best_load) {
 				best_load = load;
@@ -267,6 +268,17 @@ static inline bool ps_backend_serves(const struct ps_config *c, const struct ps_
 static inline bool ps_backend_down(const struct ps_config *c, const struct ps_entry *f, const struct ps_listener *l)
 {
 	return l && ps_among(c, l->first_backend + l->backends, l->down, f);
+}
+
+/* May a new connection have the flow's backend and SNAT address? */
+static inline bool ps_place_serves(const struct ps_config *c, const struct ps_entry *f, const struct ps_listener *l)
+{
+	if (!ps_backend_serves(c, f, l))
+		return false;
+	for (uint32_t i = 0; i < c->snats; i++)
+		if (c->snat[i].id == f->snat)
+			return true;
+	return false;
 }
 
 /*
@@ -768,15 +780,15 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		enum ps_leaving leaving = ps_flow_leaves(h, f);
 		bool again = opener && !k.udp && (ps_state_ended(f->state) || f->state == PS_FLOW_SYN);
 
-		if (leaving || (again && !ps_backend_serves(h->config, f,
-							    ps_listener_find(h->config, k.destination, k.dport, 6)))) {
+		if (leaving ||
+		    (again && !ps_place_serves(h->config, f, ps_listener_find(h->config, k.destination, k.dport, 6)))) {
 			ps_flow_remove(h->arena, s, f);
 			h->counters[PS_C_FLOWS_ENDED]++;
 			f = NULL;
 			if (leaving == PS_IS_RESET && !opener)
 				return ps_turn_away(h, frame, &p, true, PS_C_DROP_NO_BACKEND);
 		}
-		/* The client's port is used again: same backend and SNAT port, if that backend still serves. */
+		/* The client's port is used again: same backend, SNAT address and port, if both still serve. */
 		fresh = opener && (!f || (again && ps_state_ended(f->state)));
 	}
 	if (fresh) {
