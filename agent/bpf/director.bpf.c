@@ -116,6 +116,8 @@ struct {
 	__type(value, struct fragment);
 } fragments SEC(".maps");
 
+#include "shedding.h"
+
 /* Stamps the frame for the bucket's owner and sends it there. */
 PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const struct ps_target *target, uint32_t bucket,
 			    uint32_t hash, uint32_t flags)
@@ -286,6 +288,8 @@ NOINLINE int slow(struct xdp_md *ctx, int uplink)
 		flags = PS_STAMP_ICMP;
 		if (target) {
 			hash = hash_of(target, p.family, p.dst, p.src, p.dport, p.sport, p.protocol);
+			if (target->flags >> PS_WATCH_SHIFT && too_many(count, target, (uint32_t)(hash >> 32), 0, 0))
+				return XDP_DROP;
 			return send_to_owner(ctx, count, target, (uint32_t)hash & target->mask, (uint32_t)(hash >> 32),
 					     flags);
 		}
@@ -331,6 +335,9 @@ NOINLINE int slow(struct xdp_md *ctx, int uplink)
 	if (target) {
 		hash = hash_of(target, p.family, p.src, p.dst, p.sport, p.dport, p.protocol);
 		bucket = (uint32_t)hash & target->mask;
+		if (target->flags >> PS_WATCH_SHIFT &&
+		    too_many(count, target, (uint32_t)(hash >> 32), p.protocol, p.tcp_flags))
+			return XDP_DROP;
 	} else {
 		target = snat_of(p.family, p.dst);
 		if (!target)
@@ -378,6 +385,9 @@ PS_INLINE int direct(struct xdp_md *ctx, int uplink)
 		target = bpf_map_lookup_elem(&listeners4, &key);
 	if (target) {
 		hash = ps_hash4(target->key0, target->key1, source, key.address, sport, key.port, key.protocol);
+		if (target->flags >> PS_WATCH_SHIFT &&
+		    too_many(count, target, (uint32_t)(hash >> 32), key.protocol, ip + 34 <= end ? ip[33] : 0))
+			return XDP_DROP;
 		return send_to_owner(ctx, count, target, (uint32_t)hash & target->mask, (uint32_t)(hash >> 32), 0);
 	}
 	target = bpf_map_lookup_elem(&snat4, &key.address);

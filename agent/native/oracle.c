@@ -47,7 +47,7 @@ uint64_t ps_size_of(const char *structure)
 		SIZE(ps_shard),	 SIZE(ps_fence),       SIZE(ps_address),	SIZE(ps_backend),
 		SIZE(ps_arena),	 SIZE(ps_listener),    SIZE(ps_config_backend), SIZE(ps_config_snat),
 		SIZE(ps_config), SIZE(ps_config_file), SIZE(ps_message),	SIZE(ps_capture),
-		SIZE(ps_census),
+		SIZE(ps_census), SIZE(ps_watch),       SIZE(ps_watched),
 	};
 
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)

@@ -47,6 +47,8 @@ SHARED = (
     "ps_message",
     "ps_capture",
     "ps_census",
+    "ps_watch",
+    "ps_watched",
 )
 """Structures that lie in shared memory, in BPF maps or on a socket."""
 
