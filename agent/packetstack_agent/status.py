@@ -12,6 +12,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
 from packetstack_agent.probes import Prober
 from packetstack_agent.scaling import Autoscalers
+from packetstack_agent.shedding import Shedders, listener_names
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_core import abi
 from packetstack_core.load import EngineLoad
@@ -21,11 +22,14 @@ from packetstack_core.reconciling import State
 class Status:
     """What the agent shows. `director`: `struct ps_director *`."""
 
-    def __init__(self, director: Any, prober: Prober, autoscalers: Autoscalers, balancers: Balancers) -> None:
+    def __init__(
+        self, director: Any, prober: Prober, autoscalers: Autoscalers, balancers: Balancers, shedders: Shedders
+    ) -> None:
         self._director = director
         self._prober = prober
         self._autoscalers = autoscalers
         self._balancers = balancers
+        self._shedders = shedders
 
     def of(self, managed: Managed) -> dict[str, Any]:
         """The resource with its `status`."""
@@ -60,6 +64,7 @@ class Status:
             "backends": self._backends(managed),
             "capacity": capacity(managed),
             "rebalance": self._balancers.of(managed).document(stack.resource.spec.rebalance.mode),
+            "shedding": self._shedders.of(managed).document(listener_names(managed)),
             "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
         }
         autoscaler = self._autoscalers.of(managed)
