@@ -181,6 +181,9 @@ static void set_up(void)
 {
 	struct ps_listener_key4 key = { .address = inet_addr("198.51.100.1"), .port = htons(80), .protocol = 17 };
 	struct ps_target target = { .key0 = 0x0123456789abcdef, .key1 = 0xfedcba9876543210, .mask = BUCKETS - 1 };
+	struct ps_uplink uplink = { .flags = PS_UPLINK_CLIENTS | PS_UPLINK_BACKENDS,
+				    .mac_high = 0x02020202, /* where the generator sends to */
+				    .mac_low = 0x0202 };
 	struct ps_direct at;
 	uint32_t place;
 
@@ -203,6 +206,9 @@ static void set_up(void)
 	place = ps_direct_slot(at.key);
 	put(director, "listeners4", &key, &target);
 	put(director, "direct4", &place, &at);
+	uplink.ifindex = (uint32_t)gen1;
+	place = uplink.ifindex & (PS_MAX_UPLINKS - 1);
+	put(director, "uplinks", &place, &uplink);
 	for (uint32_t slot = 1; slot <= 2; slot++)
 		put(director, "engines", &slot, &eng0);
 	put(tools, "out", &(uint32_t){ 0 }, &gen0);
@@ -217,7 +223,7 @@ int main(int argc, char **argv)
 		const char *name;
 		uint32_t flows;
 	} sizes[] = { { "1k", 1 << 10 }, { "1M", 1 << 20 } };
-	int empty, table, swap, routed, cpus = (int)sysconf(_SC_NPROCESSORS_ONLN), rounds, statistics;
+	int empty, table, swap, routed, uplink, cpus = (int)sysconf(_SC_NPROCESSORS_ONLN), rounds, statistics;
 	pthread_t thread;
 	uint32_t packets;
 
@@ -235,11 +241,12 @@ int main(int argc, char **argv)
 	table = program(tools, "table");
 	swap = program(tools, "swap");
 	routed = program(director, "director_routed");
+	uplink = program(director, "director_uplink");
 	for (int round = 0; round < rounds; round++) {
 		for (int i = 0; i < 2; i++) {
 			const char *size = sizes[i].name;
 			uint32_t flows = sizes[i].flows;
-			double base, steady, moving, bare, away, back;
+			double base, steady, ahead, moving, bare, away, back;
 
 			statistics = bpf_enable_stats(BPF_STATS_RUN_TIME);
 			if (statistics < 0)
@@ -247,12 +254,13 @@ int main(int argc, char **argv)
 			base = time_in(empty, flows, packets);
 			bare = time_in(table, flows, packets) - base;
 			steady = time_in(routed, flows, packets) - base;
+			ahead = time_in(uplink, flows, packets) - base;
 			atomic_store(&rewriting, true);
 			moving = time_in(routed, flows, packets) - base;
 			atomic_store(&rewriting, false);
 			close(statistics);
-			printf("empty_%s %.2f\ntable_%s %.2f\ndirector_%s %.2f\nhandover_%s %.2f\n", size, base, size,
-			       bare, size, steady, size, moving);
+			printf("empty_%s %.2f\ntable_%s %.2f\ndirector_%s %.2f\nuplink_%s %.2f\nhandover_%s %.2f\n",
+			       size, base, size, bare, size, steady, size, ahead, size, moving);
 			/* In short turns, so that what else the machine does meets both alike. */
 			for (int turn = 0; turn < TURNS; turn++) {
 				away = rate(routed, flows, packets / TURNS);

@@ -22,7 +22,12 @@ def director(program: Path, objects: tuple[Path, Path], quick: bool) -> Iterator
     # A ratio is taken inside each round: what disturbs one half of a round disturbs the other as well.
     ratios = {
         (name, size): statistics.median(map(float.__truediv__, found[f"{name}_{size}"], found[f"{peer}_{size}"]))
-        for name, peer in (("handover", "director"), ("pipeline", "swap"), ("director", "table"))
+        for name, peer in (
+            ("handover", "director"),
+            ("uplink", "director"),
+            ("pipeline", "swap"),
+            ("director", "table"),
+        )
         for size in ("1k", "1M")
     }
     figure = {name: statistics.median(values) for name, values in found.items()}
@@ -38,6 +43,18 @@ def director(program: Path, objects: tuple[Path, Path], quick: bool) -> Iterator
             round(ratios["director", size], 2),
             f"<= {limit}",
             yes(value <= limit),
+        )
+        ahead = figure[f"uplink_{size}"]
+        yield Row(
+            "T3",
+            f"the same on an uplink, {size} flows",
+            round(ahead, 1),
+            "ns/packet",
+            "routed pair",
+            round(value, 1),
+            round(ratios["uplink", size], 2),
+            f"<= {limit}",
+            yes(ahead <= limit),
         )
     flat = figure["director_1M"] / figure["director_1k"]
     yield Row("T3", "director, 1M / 1k flows", round(flat, 2), "x", goal="<= 1.8", met=yes(flat <= 1.8))

@@ -29,6 +29,7 @@ struct ps_director {
 	struct bpf_object *director, *host;
 	uint64_t *words, *egress, *known;
 	struct ps_watch *watches;
+	struct ps_own_filter *filter;
 	int cpus;
 };
 
@@ -118,6 +119,38 @@ static struct bpf_object *load(const char *objects, const char *file, const char
 	return o;
 }
 
+static int is_v4(const uint8_t *address)
+{
+	static const uint8_t mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
+
+	return !memcmp(address, mapped, 12);
+}
+
+static uint32_t own_bit(const uint8_t *address)
+{
+	uint32_t words[4];
+
+	memcpy(words, address, 16);
+	return ps_own_bit(is_v4(address) ? words[3] : ps_own_mix(words));
+}
+
+/* The filter from the map of our addresses. Bits of addresses that went stay until then: they cost a look-up. */
+static void filter_again(struct ps_director *d)
+{
+	struct ps_own_filter fresh = { 0 };
+	int fd = map_fd(d->director, "own");
+	uint8_t at[16], *from = NULL;
+
+	while (!bpf_map_get_next_key(fd, from, at)) {
+		uint32_t bit = own_bit(at);
+
+		fresh.word[bit >> 6] |= 1ull << (bit & 63);
+		from = at;
+	}
+	for (size_t i = 0; i < sizeof(fresh.word) / 8; i++)
+		__atomic_store_n(&d->filter->word[i], fresh.word[i], __ATOMIC_RELAXED);
+}
+
 struct ps_director *ps_director_open(const char *objects, const char *pins, struct ps_error *e)
 {
 	struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
@@ -162,10 +195,13 @@ struct ps_director *ps_director_open(const char *objects, const char *pins, stru
 		mmap(NULL, PS_TABLE_WORDS * 8ul, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd(d->director, "words"), 0);
 	d->egress = mmap(NULL, PS_MAX_SLOTS * PS_MAX_CPUS * 8ul, PROT_READ | PROT_WRITE, MAP_SHARED,
 			 map_fd(d->host, "egress"), 0);
-	if (d->words == MAP_FAILED || d->egress == MAP_FAILED) {
+	d->filter = mmap(NULL, sizeof(*d->filter), PROT_READ | PROT_WRITE, MAP_SHARED,
+			 map_fd(d->director, "own_filter"), 0);
+	if (d->words == MAP_FAILED || d->egress == MAP_FAILED || d->filter == MAP_FAILED) {
 		ps_fail(e, "cannot map the flow table: %s", strerror(errno));
 		goto failed;
 	}
+	filter_again(d);
 	return d;
 failed:
 	bpf_object__close(d->director);
@@ -180,6 +216,7 @@ void ps_director_close(struct ps_director *d)
 	munmap(d->watches, PS_MAX_WATCHED * sizeof(*d->watches));
 	munmap(d->words, PS_TABLE_WORDS * 8ul);
 	munmap(d->egress, PS_MAX_SLOTS * PS_MAX_CPUS * 8ul);
+	munmap(d->filter, sizeof(*d->filter));
 	bpf_object__close(d->director);
 	bpf_object__close(d->host);
 	free(d);
@@ -403,19 +440,100 @@ int ps_director_engine(struct ps_director *d, uint32_t slot, uint32_t ifindex, s
 	return 0;
 }
 
-static int is_v4(const uint8_t *address)
-{
-	static const uint8_t mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
-
-	return !memcmp(address, mapped, 12);
-}
-
 static int update(int fd, const void *key, const void *value, struct ps_error *e, const char *what)
 {
 	int result = value ? bpf_map_update_elem(fd, key, value, BPF_ANY) : bpf_map_delete_elem(fd, key);
 
 	if (result && !(!value && errno == ENOENT))
 		return ps_fail(e, "%s: cannot change the director's map: %s", what, strerror(errno));
+	return 0;
+}
+
+/* Sets or clears one ps_own_kind of an address. */
+static int own(struct ps_director *d, const uint8_t *address, uint32_t kind, int is, struct ps_error *e)
+{
+	int fd = map_fd(d->director, "own");
+	uint32_t kinds = 0, bit = own_bit(address);
+
+	bpf_map_lookup_elem(fd, address, &kinds);
+	if (is == !!(kinds & kind))
+		return 0;
+	kinds ^= kind;
+	if (is)
+		__atomic_fetch_or(&d->filter->word[bit >> 6], 1ull << (bit & 63), __ATOMIC_RELAXED);
+	return update(fd, address, kinds ? &kinds : NULL, e, "address");
+}
+
+int ps_director_node(struct ps_director *d, const uint8_t *addresses, const uint8_t *kinds, int n, struct ps_error *e)
+{
+	int fd = map_fd(d->director, "own"), more;
+	uint8_t at[16], next[16];
+
+	for (int i = 0; i < n; i++)
+		for (uint32_t kind = PS_OWN_NODE; kind <= PS_OWN_BROADCAST; kind <<= 1)
+			if (own(d, addresses + 16 * i, kind, !!(kinds[i] & kind), e))
+				return -1;
+	more = !bpf_map_get_next_key(fd, NULL, next);
+	while (more) {
+		int i = 0;
+
+		memcpy(at, next, 16);
+		more = !bpf_map_get_next_key(fd, at, next);
+		while (i < n && memcmp(addresses + 16 * i, at, 16))
+			i++;
+		if (i == n && (own(d, at, PS_OWN_NODE, 0, e) || own(d, at, PS_OWN_BROADCAST, 0, e)))
+			return -1;
+	}
+	return 0;
+}
+
+int ps_director_uplinks(struct ps_director *d, const struct ps_uplink *uplinks, int n, struct ps_error *e)
+{
+	int fd = map_fd(d->director, "uplinks");
+	struct ps_uplink at[PS_MAX_UPLINKS], fresh;
+	uint32_t place[PS_MAX_UPLINKS];
+	uint64_t used = 0;
+
+	if (n > PS_MAX_UPLINKS)
+		return ps_fail(e, "%d uplinks: use at most %d", n, PS_MAX_UPLINKS);
+	for (uint32_t i = 0; i < PS_MAX_UPLINKS; i++)
+		if (bpf_map_lookup_elem(fd, &i, &at[i]))
+			return ps_fail(e, "uplinks: cannot read the director's map: %s", strerror(errno));
+	/* Those that have a place keep it; the others take what is free near their index. */
+	for (int pass = 0; pass < 2; pass++) {
+		for (int i = 0; i < n; i++) {
+			uint32_t probe = 0, p = 0;
+
+			if (pass && place[i] < PS_MAX_UPLINKS)
+				continue;
+			for (place[i] = PS_MAX_UPLINKS; probe < PS_UPLINK_PROBES; probe++) {
+				p = (uplinks[i].ifindex + probe) & (PS_MAX_UPLINKS - 1);
+				if (!(used >> p & 1) && (pass || at[p].ifindex == uplinks[i].ifindex))
+					break;
+			}
+			if (probe < PS_UPLINK_PROBES) {
+				place[i] = p;
+				used |= 1ull << p;
+			} else if (pass) {
+				return ps_fail(e,
+					       "interface %u: no place among the uplinks; packets take the routed pair",
+					       uplinks[i].ifindex);
+			}
+		}
+	}
+	for (int i = 0; i < n; i++) {
+		uint32_t p = place[i];
+
+		fresh = uplinks[i];
+		if (at[p].ifindex == fresh.ifindex)
+			fresh.flags |= at[p].flags & PS_UPLINK_NO_METADATA;
+		if (memcmp(&fresh, &at[p], sizeof(fresh)) && update(fd, &p, &fresh, e, "uplink"))
+			return -1;
+	}
+	memset(&fresh, 0, sizeof(fresh));
+	for (uint32_t i = 0; i < PS_MAX_UPLINKS; i++)
+		if (!(used >> i & 1) && at[i].ifindex && update(fd, &i, &fresh, e, "uplink"))
+			return -1;
 	return 0;
 }
 
@@ -486,18 +604,68 @@ static int address_used(struct ps_director *d, const uint8_t *address)
 int ps_director_listener(struct ps_director *d, const uint8_t *address, uint16_t port, uint8_t protocol,
 			 const struct ps_target *target, struct ps_error *e)
 {
+	struct ps_target whole;
+
 	if (listener(d, address, port, protocol, target, e))
 		return -1;
 	/* Port 0, ICMP: the address answers echo requests while it has a listener. */
-	if (target)
-		return listener(d, address, 0, 1, target, e);
-	return address_used(d, address) ? 0 : listener(d, address, 0, 1, NULL, e);
+	if (target) {
+		whole = *target;
+		whole.flags = 0;
+		return listener(d, address, 0, 1, &whole, e) || own(d, address, PS_OWN_STACK, 1, e) ? -1 : 0;
+	}
+	if (address_used(d, address))
+		return 0;
+	return listener(d, address, 0, 1, NULL, e) || own(d, address, PS_OWN_STACK, 0, e) ? -1 : 0;
+}
+
+int ps_director_allow(struct ps_director *d, const struct ps_allowed *a, int allow, struct ps_error *e)
+{
+	struct ps_allowed4 key4 = { 64u + a->prefix, { 0, a->port, a->protocol, 0 }, 0 };
+	struct ps_allowed6 key6 = { 160u + a->prefix, { { 0 }, a->port, a->protocol, 0 }, { 0 } };
+	uint32_t value = 1;
+
+	memcpy(&key4.listener.address, a->address + 12, 4);
+	memcpy(&key4.source, a->source + 12, 4);
+	memcpy(key6.listener.address, a->address, 16);
+	memcpy(key6.source, a->source, 16);
+	return is_v4(a->address)
+		       ? update(map_fd(d->director, "allowed4"), &key4, allow ? &value : NULL, e, "allowed source")
+		       : update(map_fd(d->director, "allowed6"), &key6, allow ? &value : NULL, e, "allowed source");
+}
+
+int ps_director_allowed(struct ps_director *d, struct ps_allowed *out, int max)
+{
+	static const uint8_t mapped[12] = { 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff };
+	int fd4 = map_fd(d->director, "allowed4"), fd6 = map_fd(d->director, "allowed6"), n = 0;
+	struct ps_allowed4 at4, *from4 = NULL;
+	struct ps_allowed6 at6, *from6 = NULL;
+
+	for (; n < max && !bpf_map_get_next_key(fd4, from4, &at4); from4 = &at4, n++) {
+		out[n] = (struct ps_allowed){ .port = at4.listener.port,
+					      .protocol = at4.listener.protocol,
+					      .prefix = (uint8_t)(at4.prefix - 64) };
+		memcpy(out[n].address, mapped, 12);
+		memcpy(out[n].address + 12, &at4.listener.address, 4);
+		memcpy(out[n].source, mapped, 12);
+		memcpy(out[n].source + 12, &at4.source, 4);
+	}
+	for (; n < max && !bpf_map_get_next_key(fd6, from6, &at6); from6 = &at6, n++) {
+		out[n] = (struct ps_allowed){ .port = at6.listener.port,
+					      .protocol = at6.listener.protocol,
+					      .prefix = (uint8_t)(at6.prefix - 160) };
+		memcpy(out[n].address, at6.listener.address, 16);
+		memcpy(out[n].source, at6.source, 16);
+	}
+	return n;
 }
 
 int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct ps_target *target, struct ps_error *e)
 {
-	return is_v4(address) ? update(map_fd(d->director, "snat4"), address + 12, target, e, "SNAT address")
-			      : update(map_fd(d->director, "snat6"), address, target, e, "SNAT address");
+	int failed = is_v4(address) ? update(map_fd(d->director, "snat4"), address + 12, target, e, "SNAT address")
+				    : update(map_fd(d->director, "snat6"), address, target, e, "SNAT address");
+
+	return failed ? -1 : own(d, address, PS_OWN_STACK, target != NULL, e);
 }
 
 /* Element `at` of a per-CPU map, `n` counters, summed over CPUs. */

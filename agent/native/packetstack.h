@@ -31,6 +31,14 @@ enum ps_role { PS_ROLE_ROUTED = 0, PS_ROLE_UPLINK = 1 };
 int ps_director_attach(struct ps_director *d, uint32_t ifindex, int role, const char *name, struct ps_error *e);
 int ps_director_detach(struct ps_director *d, const char *name, struct ps_error *e);
 
+/*
+ * The uplinks: these and no others. Packets are taken on an interface only while it is one of them. A
+ * PS_UPLINK_NO_METADATA that stands in the director's map for the same interface stays.
+ */
+int ps_director_uplinks(struct ps_director *d, const struct ps_uplink *uplinks, int n, struct ps_error *e);
+/* The node's addresses, 16 bytes each, IPv4 mapped, with PS_OWN_NODE or PS_OWN_BROADCAST: these and no others. */
+int ps_director_node(struct ps_director *d, const uint8_t *addresses, const uint8_t *kinds, int n, struct ps_error *e);
+
 /* tc programs. `routed_ifindex` is ps0, the end whose ingress takes what the FIB cannot decide. */
 int ps_host_attach(struct ps_director *d, uint32_t ifindex, struct ps_error *e); /* engine's host end, ingress */
 int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8_t mac[6], struct ps_error *e);
@@ -48,6 +56,17 @@ int ps_director_engine(struct ps_director *d, uint32_t slot, uint32_t ifindex, s
 /* target NULL removes. address: 16 bytes, IPv4 mapped. port: wire order. */
 int ps_director_listener(struct ps_director *d, const uint8_t *address, uint16_t port, uint8_t protocol,
 			 const struct ps_target *target, struct ps_error *e);
+/* A source prefix that a listener with PS_TARGET_ALLOWED takes packets from. */
+struct ps_allowed {
+	uint8_t address[16]; /* the listener's, */
+	uint16_t port;	     /* wire order, */
+	uint8_t protocol;
+	uint8_t prefix; /* bits of the source, of its own family */
+	uint8_t source[16];
+};
+int ps_director_allow(struct ps_director *d, const struct ps_allowed *a, int allow, struct ps_error *e); /* 0 removes */
+/* Copies up to `max` of those there are; -> how many */
+int ps_director_allowed(struct ps_director *d, struct ps_allowed *out, int max);
 int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct ps_target *target, struct ps_error *e);
 int ps_director_counters(struct ps_director *d, uint64_t *out,
 			 struct ps_error *e); /* PS_D_COUNTERS, summed over CPUs */

@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,7 +24,7 @@ from packetstack_agent import engines, loading, namespaces, networks, processes
 from packetstack_agent.balancing import Balancers
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
-from packetstack_agent.natives import call, constant, ffi, lib, text
+from packetstack_agent.natives import call, constant, ffi, lib, packed, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
 from packetstack_agent.scaling import Autoscalers
@@ -93,6 +94,8 @@ class Agent:
         """There from `start` on."""
         self._attached: tuple[networks.Pair, dict[str, int]] | None = None
         """Pair and uplinks (name -> interface index) that the director was last put on."""
+        self._own: Any = None
+        """The node's own addresses, as the director knows them."""
         self._watches: list[asyncio.Task[None]] = []
         self._background: set[asyncio.Task[None]] = set()
         self._ending = False
@@ -261,18 +264,25 @@ class Agent:
     async def apply(self, documents: Sequence[dict[str, Any]], uplinks: Sequence[str]) -> list[dict[str, str]]:
         """Make the stacks what the documents say. Everything is checked before anything is changed."""
         wanted = [resources.parse(d) for d in documents]
+        roles = dict(networks.uplink_role(u) for u in uplinks)
         await asyncio.to_thread(self._check, {r.name: r for r in wanted})
         for resource in wanted:
             _check_local(resource)
-        fresh = [u for u in dict.fromkeys(uplinks) if u not in self.run.record.uplinks]
+        before = self._roles()
+        fresh = {name: role for name, role in roles.items() if before.get(name) != role}
         try:
             async with self._node:
-                for uplink in fresh:
-                    await asyncio.to_thread(self._attach_uplink, uplink)
+                for name, role in fresh.items():
+                    await asyncio.to_thread(self._attach_uplink, name, role)
             return await self._apply(wanted)
         except BaseException:
-            for uplink in fresh:
-                self._detach_uplink(uplink)
+            async with self._node:
+                for name in fresh:
+                    with contextlib.suppress(AgentError):
+                        if name in before:
+                            await asyncio.to_thread(self._attach_uplink, name, before[name])
+                        else:
+                            await asyncio.to_thread(self._detach_uplink, name)
             raise
 
     async def _apply(self, wanted: Sequence[PacketStack]) -> list[dict[str, str]]:
@@ -315,49 +325,87 @@ class Agent:
         names = []
         for uplink in wanted:
             try:
-                name = uplink
-                if "/" in uplink:
-                    name = await asyncio.to_thread(networks.with_address_in, ip_network(uplink, strict=False))
+                name, role = networks.uplink_role(uplink)
+                if "/" in name:
+                    name = await asyncio.to_thread(networks.with_address_in, ip_network(name, strict=False))
                 names.append(name)
-                if name not in self.run.record.uplinks:
+                if self._roles().get(name) != role:
                     async with self._node:
-                        await asyncio.to_thread(self._attach_uplink, name)
+                        await asyncio.to_thread(self._attach_uplink, name, role)
             except (AgentError, ValueError) as e:
                 self.event(
                     "-", "UplinkFailed", f"--uplink {uplink}: {e}; its packets come by the routed pair", "Warning"
                 )
-        for uplink in [u for u in self.run.record.uplinks if u not in names]:
-            self._detach_uplink(uplink)
+        for name in self._roles().keys() - set(names):
+            async with self._node:
+                await asyncio.to_thread(self._detach_uplink, name)
 
-    def _attach_uplink(self, uplink: str) -> None:
-        index = networks.index_of(uplink)
-        if uplink.startswith((networks.ROUTED, networks.DIRECTOR)):
-            raise AgentError(f"interface {uplink}: is the agent's own; name one that leads to the network")
-        call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), _pin(uplink))
-        self.run.record.uplinks.append(uplink)
+    def _roles(self) -> dict[str, str]:
+        """The uplinks and their roles."""
+        return dict(map(networks.uplink_role, self.run.record.uplinks))
+
+    def _attach_uplink(self, name: str, role: str) -> None:
+        index = networks.index_of(name)
+        if name.startswith((networks.ROUTED, networks.DIRECTOR)):
+            raise AgentError(f"interface {name}: is the agent's own; name one that leads to the network")
+        roles = self._roles()
+        self._direct_uplinks({**roles, name: role})
+        try:
+            call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), _pin(name))
+        except AgentError:
+            self._direct_uplinks(roles)
+            raise
+        self.run.record.uplinks = [networks.uplink_text(n, r) for n, r in {**roles, name: role}.items()]
         self.run.save(must=True)
         if self._attached is not None:
-            self._attached[1][uplink] = index
+            self._attached[1][name] = index
 
-    def _detach_uplink(self, uplink: str) -> None:
-        if uplink in self.run.record.uplinks:
+    def _detach_uplink(self, name: str) -> None:
+        roles = self._roles()
+        if name in roles:
             with contextlib.suppress(AgentError):
-                call(lib().ps_director_detach, self.director, _pin(uplink))
-            self.run.record.uplinks.remove(uplink)
+                call(lib().ps_director_detach, self.director, _pin(name))
+            del roles[name]
+            self.run.record.uplinks = [networks.uplink_text(n, r) for n, r in roles.items()]
             self.run.save()
             if self._attached is not None:
-                self._attached[1].pop(uplink, None)
+                self._attached[1].pop(name, None)
+            self._direct_uplinks(roles)
+
+    def _direct_uplinks(self, roles: dict[str, str]) -> dict[str, int]:
+        """Tell the director what frames are for this node, and whose, on each uplink. -> name -> index. Blocks."""
+        there = networks.uplinks(roles)
+        entries = ffi.new("struct ps_uplink[]", len(there) + 1)
+        for entry, (name, uplink) in zip(entries, there.items(), strict=False):
+            entry.ifindex, entry.flags = uplink.index, networks.ROLES[roles[name]]
+            entry.mac_high = int.from_bytes(uplink.mac[:4], sys.byteorder)
+            entry.mac_low = int.from_bytes(uplink.mac[4:], sys.byteorder)
+            for vlan in uplink.vlans:
+                entry.vlans[vlan // 64] |= 1 << vlan % 64
+        call(lib().ps_director_uplinks, self.director, entries, len(there))
+        return {name: uplink.index for name, uplink in there.items()}
+
+    def _direct_own(self) -> None:
+        """Tell the director the node's own addresses. Blocks."""
+        found = networks.own_addresses()
+        if found == self._own:
+            return
+        kinds = (constant("PS_OWN_NODE"), constant("PS_OWN_BROADCAST"))
+        listed = [(packed(a), kind) for group, kind in zip(found, kinds, strict=True) for a in group]
+        addresses, marks = b"".join(a for a, _ in listed), bytes(kind for _, kind in listed)
+        call(lib().ps_director_node, self.director, addresses, marks, len(listed))
+        self._own = found
 
     def _attach(self) -> bool:
         """Pair and director on it and on the uplinks, whatever was taken away; returns whether something was. Blocks."""
         pair = networks.ensure_pair(self.run.owner)
+        self._direct_own()
         call(lib().ps_director_attach, self.director, pair.director, constant("PS_ROLE_ROUTED"), b"routed")
         call(lib().ps_routed_attach, self.director, pair.routed, pair.routed_mac)
-        uplinks = {}
-        for uplink in list(self.run.record.uplinks):
-            with contextlib.suppress(AgentError):  # it is gone for now; packets come by the routed pair or not at all
-                uplinks[uplink] = networks.index_of(uplink)
-                call(lib().ps_director_attach, self.director, uplinks[uplink], constant("PS_ROLE_UPLINK"), _pin(uplink))
+        uplinks = self._direct_uplinks(self._roles())
+        for name, index in uplinks.items():
+            with contextlib.suppress(AgentError):  # packets come by the routed pair or not at all
+                call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), _pin(name))
         changed = self._attached not in (None, (pair, uplinks))
         self._attached = pair, uplinks
         return changed

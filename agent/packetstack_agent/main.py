@@ -36,8 +36,9 @@ def main() -> None:
     parser.add_argument("--metrics-listen", metavar="ADDRESS:PORT", help="serve Prometheus metrics over HTTP")
     parser.add_argument("--node", help="follow the FlowTables of this Kubernetes node")
     parser.add_argument(
-        "--uplink", action="append", default=[], metavar="INTERFACE|NETWORK",
-        help="with --node: run the director on it as native XDP too; a network means the interface with an address in it",
+        "--uplink", action="append", default=[], metavar="INTERFACE|NETWORK[:clients|:backends]",
+        help="with --node: run the director on it as native XDP too; a network means the interface with an address in it; "
+        "with a role, for packets of that side alone",
     )  # fmt: skip
     parser.add_argument(
         "--bpf-dir", type=Path, help="directory of a BPF file system for programs and maps; default: one of its own"

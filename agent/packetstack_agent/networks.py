@@ -27,8 +27,13 @@ ROUTED, DIRECTOR = "ps0", "ps1"
 ROUTE_PROTOCOL = 0x70
 """Marks our routes, as `proto 112` in `ip route`."""
 
+ROLES = {"": 3, "clients": 1, "backends": 2}
+"""Who may send on an uplink -> its ps_uplink_flags. None named: both."""
+
 _NTF_PROXY = 8
 _RTN_LOCAL = 2
+_RTN_BROADCAST = 3
+_ETHERTYPE_VLAN = 0x8100
 _IFF_UP = 1
 _EEXIST = 17
 
@@ -40,6 +45,15 @@ class Pair:
     routed: int
     routed_mac: bytes
     director: int
+
+
+@dataclass(frozen=True)
+class Uplink:
+    """What frames for this node look like on an interface: its index, its MAC, the VLANs in which the node is there."""
+
+    index: int
+    mac: bytes
+    vlans: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,69 @@ def index_of(name: str) -> int:
     except OSError:
         names = ", ".join(n for _, n in socket.if_nameindex() if not n.startswith(("pe", "ps")))
         raise AgentError(f"interface {name}: not found; this node has {names}") from None
+
+
+def uplink_role(uplink: str) -> tuple[str, str]:
+    """Interface or network of an `--uplink`, and its role; AgentError for a role that there is not."""
+    place, colon, role = uplink.rpartition(":")
+    if not colon or "/" in role:  # no role, but perhaps an IPv6 prefix
+        return uplink, ""
+    if not role or role not in ROLES:
+        right = " or ".join(f"{place}:{known}" for known in ROLES if known)
+        raise AgentError(f"uplink {uplink}: {role or 'nothing'} is no role; use {right}, or {place} for both")
+    return place, role
+
+
+def uplink_text(name: str, role: str) -> str:
+    """What `uplink_role` reads."""
+    return f"{name}:{role}" if role else name
+
+
+def uplinks(names: Iterable[str]) -> dict[str, Uplink]:
+    """Those of the interfaces that are there, by name; AgentError for one that has no MAC."""
+    wanted = set(names)
+    if not wanted:
+        return {}
+    with IPRoute() as ip:
+        links = ip.get_links()
+    found = {}
+    for link in links:
+        name = link.get("IFLA_IFNAME")
+        if name not in wanted:
+            continue
+        mac = bytes.fromhex((link.get("IFLA_ADDRESS") or "").replace(":", ""))
+        if len(mac) != 6:
+            raise AgentError(f"interface {name}: is no Ethernet device; leave it out of --uplink")
+        found[name] = Uplink(link["index"], mac, _vlans(links, link["index"]))
+    return found
+
+
+def _vlans(links: Iterable[Any], index: int) -> frozenset[int]:
+    """The VLANs (802.1Q) that are devices of this node, up and nobody's ports, on the interface."""
+    found = set()
+    for link in links:
+        info = link.get("IFLA_LINKINFO")
+        if info is None or info.get("IFLA_INFO_KIND") != "vlan" or link.get("IFLA_LINK") != index:
+            continue
+        if link.get("IFLA_LINK_NETNSID") is not None or link.get("IFLA_MASTER") or not link["flags"] & _IFF_UP:
+            continue
+        data = info.get("IFLA_INFO_DATA")
+        if data is not None and data.get("IFLA_VLAN_PROTOCOL", _ETHERTYPE_VLAN) == _ETHERTYPE_VLAN:
+            found.add(int(data.get("IFLA_VLAN_ID")))
+    return frozenset(found)
+
+
+def own_addresses() -> tuple[frozenset[Address], frozenset[Address]]:
+    """The node's own addresses, and the broadcast addresses of its networks."""
+    own, broadcast = set(), set()
+    with IPRoute() as ip:
+        for message in ip.get_addr():
+            text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
+            own.add(ip_address(text.partition("%")[0]))
+        for route in ip.get_routes(family=socket.AF_INET, table=255):
+            if route["type"] == _RTN_BROADCAST and route["dst_len"] == 32:
+                broadcast.add(ip_address(route.get("RTA_DST")))
+    return frozenset(own), frozenset(broadcast) - frozenset(own)
 
 
 def with_address_in(network: Network) -> str:

@@ -27,6 +27,7 @@ class Record:
     """What must be known to clean up after a dead agent. Written before the thing it names is made."""
 
     uplinks: list[str] = field(default_factory=list)
+    """`interface` or `interface:role`."""
     engines: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Slot -> `Blueprint.record`, and `state`, `init`."""
     proxied: dict[str, list[str]] = field(default_factory=dict)

@@ -14,18 +14,19 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from packetstack_agent import processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
-from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, wire
+from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
 from packetstack_core import hashing, maglev
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
 from packetstack_core.planning import NOBODY, Move, Owner
-from packetstack_core.resources import Address, Listener, PacketStack
+from packetstack_core.resources import Address, Listener, Network, PacketStack
 
 BATCH = 512
 """Buckets of one fence: what arrives for them meanwhile must fit into a quarter of a park ring."""
@@ -73,6 +74,8 @@ class Stack:
         self.healthy: Mapping[Place, bool] = {}
         self._listeners: set[Listening] = set()
         self._snat: set[Address] = set()
+        self._allowed: dict[Listening, frozenset[Network]] = {}
+        """Sources of listeners that take packets of these alone."""
         self._offset = index * constant("PS_MAX_BUCKETS")
         directory.mkdir(parents=True, exist_ok=True)
         self.key = _secret(directory / "secret")
@@ -110,19 +113,60 @@ class Stack:
         )
         listeners = self.resource.listening()
         snat = set(self.resource.snat_addresses())
+        allowed: dict[Listening, frozenset[Network]] = {
+            (li.address, li.port, li.protocol): frozenset(li.allowed_sources)
+            for li in self.resource.spec.listeners
+            if li.allowed_sources
+        }
         for address in snat - self._snat:
             call(lib().ps_director_snat, self.director, packed(address), target)
-        for place in listeners - self._listeners:
-            self._direct(*place, target)
+        left = self._sources() if allowed.keys() - self._allowed.keys() else {}  # by an earlier agent
+        for place in listeners:
+            if place not in self._listeners or self._allowed.get(place) != allowed.get(place):
+                had = self._allowed.pop(place, None) or left.get(place, frozenset())
+                self._direct(place, target, had, allowed.get(place, frozenset()))
         self._withdraw(self._listeners - listeners, self._snat - snat)
         self._listeners, self._snat = listeners, snat
 
-    def _direct(self, address: Address, port: int, protocol: str, target: Any) -> None:
+    def _direct(self, place: Listening, target: Any, had: frozenset[Network], allowed: frozenset[Network]) -> None:
+        """Who may send before and after may always: sources come before their listener asks for them, and go after."""
+        for source in allowed - had:
+            self._allow(place, source, True)
+        target.flags = constant("PS_TARGET_ALLOWED") if allowed else 0
+        self._listen(place, target)
+        for source in had - allowed:
+            self._allow(place, source, False)
+        if allowed:
+            self._allowed[place] = allowed
+
+    def _listen(self, place: Listening, target: Any) -> None:
+        address, port, protocol = place
         call(lib().ps_director_listener, self.director, packed(address), wire(port), PROTOCOLS[protocol], target)
+
+    def _allow(self, place: Listening, source: Network, allow: bool) -> None:
+        entry = ffi.new("struct ps_allowed *", {"port": wire(place[1]), "protocol": PROTOCOLS[place[2]]})
+        ffi.memmove(entry.address, packed(place[0]), 16)
+        ffi.memmove(entry.source, packed(source.network_address), 16)
+        entry.prefix = source.prefixlen
+        call(lib().ps_director_allow, self.director, entry, allow)
+
+    def _sources(self) -> dict[Listening, frozenset[Network]]:
+        """Allowed sources by listener, as the director has them: of all stacks."""
+        entries = ffi.new("struct ps_allowed[]", 1 << 16)
+        names = {number: name for name, number in PROTOCOLS.items()}
+        found: dict[Listening, set[Network]] = {}
+        for i in range(lib().ps_director_allowed(self.director, entries, len(entries))):
+            entry = entries[i]
+            place = (unpacked(bytes(entry.address)), wire(entry.port), names[entry.protocol])
+            source = ip_network(f"{unpacked(bytes(entry.source))}/{entry.prefix}")
+            found.setdefault(place, set()).add(source)
+        return {place: frozenset(sources) for place, sources in found.items()}
 
     def _withdraw(self, listeners: Iterable[Listening], snat: Iterable[Address]) -> None:
         for place in listeners:
-            self._direct(*place, ffi.NULL)
+            self._listen(place, ffi.NULL)
+            for source in self._allowed.pop(place, frozenset()):
+                self._allow(place, source, False)
         for address in snat:
             call(lib().ps_director_snat, self.director, packed(address), ffi.NULL)
 

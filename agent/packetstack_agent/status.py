@@ -304,7 +304,10 @@ def explain(
     engine = pods.get(slot) or str(slot)
     if slot in pods:
         result["owner"]["pod"] = pods[slot]
-    if not slot:
+    allowed = listener.allowed_sources
+    if allowed is not None and not any(client in network for network in allowed):
+        result["why"] = f"{client} is not in allowedSources of listener {listener.name}: dropped as not_allowed"
+    elif not slot:
         result["why"] = f"bucket {bucket} has no owner: packets are dropped as no_owner"
     elif result["flow"]:
         result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {engine}, which keeps this flow"

@@ -154,7 +154,11 @@ def _wait_ready(client: Client | ClusterClient, names: list[str], timeout_second
 @main.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, allow_dash=True))
 @click.option(
-    "--uplink", "uplinks", multiple=True, metavar="INTERFACE", help="Run the director on it as native XDP too."
+    "--uplink",
+    "uplinks",
+    multiple=True,
+    metavar="INTERFACE[:clients|:backends]",
+    help="Run the director on it as native XDP too; with a role, for packets of that side alone.",
 )
 @click.option("--timeout", default=30.0, show_default=True, help="Seconds to wait until the stacks are ready.")
 @click.option("--metrics-listen", metavar="ADDRESS:PORT", help="Serve Prometheus metrics over HTTP (first start only).")

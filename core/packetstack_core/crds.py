@@ -117,7 +117,7 @@ _IP = [
         ),
     ),
 ]
-_CIDR = [
+_PREFIX = [
     _rule(
         "isCIDR(self) || isIP(self)",
         '"%s" %s',
@@ -133,6 +133,9 @@ _CIDR = [
         "self",
         "string(cidr(self).masked())",
     ),
+]
+_CIDR = [
+    *_PREFIX,
     _rule(
         "!isCIDR(self) || cidr(self).prefixLength() >= (cidr(self).ip().family() == 4 ? 22 : 118)",
         f'"%s" has more than {MAX_SNAT_ADDRESSES} addresses; use a longer prefix',
@@ -204,6 +207,7 @@ _OVERLAPPING = (
 _HOST_BITS = "((cidr(a).ip().family() == 4 ? 32 : 128) - cidr(a).prefixLength())"
 _POWERS = [1 << bits for bits in range(MAX_SNAT_ADDRESSES.bit_length())]  # CEL cannot shift
 _TOTAL = f"self.addresses.map(a, !isCIDR(a) ? 1 : {_HOST_BITS} < {len(_POWERS)} ? {_POWERS}[{_HOST_BITS}] : 0).sum()"
+_OTHER_SOURCES = "self.allowedSources.filter(s, s.contains(':') != self.address.contains(':'))"
 _OTHER_FAMILY = "self.backends.endpoints.filter(e, e.address.contains(':') != self.address.contains(':'))"
 _METRICS = {
     kind: kind[0].lower() + kind[1:]
@@ -265,6 +269,14 @@ RULES: dict[type[BaseModel], list[Json]] = {
             '"%s" is an address of this stack, so packets would go in circles; use the backend\'s own address',
             "self.address",
             path=".backends.endpoints",
+        ),
+        _rule(
+            f"!has(self.allowedSources) || {_OTHER_SOURCES}.size() == 0",
+            '"%s" is IPv%s, the listener IPv%s; use prefixes of its family',
+            f"{_OTHER_SOURCES}[0]",
+            "self.address.contains(':') ? '4' : '6'",
+            "self.address.contains(':') ? '6' : '4'",
+            path=".allowedSources",
         ),
     ],
     resources.Snat: [
@@ -348,7 +360,16 @@ FIELDS: dict[type[BaseModel], dict[str, Json]] = {
     resources.Backends: {"endpoints": _map("address", "port", maxItems=MAX_LISTENER_ENDPOINTS)},
     resources.Endpoint: {"address": {"x-kubernetes-validations": _IP}},
     # UDP is not probed by TCP: which type of check is meant by none depends on the protocol, a default here would hide it.
-    resources.Listener: {"address": {"x-kubernetes-validations": _IP}, "healthCheck": {"default": None}},
+    resources.Listener: {
+        "address": {"x-kubernetes-validations": _IP},
+        "allowedSources": {
+            "x-kubernetes-list-type": "set",
+            "minItems": 1,
+            "maxItems": resources.MAX_ALLOWED_SOURCES,
+            "items": {"x-kubernetes-validations": _PREFIX},
+        },
+        "healthCheck": {"default": None},
+    },
     resources.HealthCheck: {"type": {"default": None}},
     resources.Snat: {
         "addresses": {

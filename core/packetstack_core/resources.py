@@ -46,6 +46,7 @@ MAX_REPLICAS = 1000
 MAX_LISTENERS = 256
 MAX_BACKENDS = 4096
 MAX_SNAT_ADDRESSES = 1024
+MAX_ALLOWED_SOURCES = 64
 MAX_FLOWS_PER_BUCKET = 60_000
 """A shard links its entries by 16-bit indexes."""
 
@@ -208,11 +209,12 @@ def _read_address(value: object) -> object:
     return address
 
 
-def _read_network(value: object) -> object:
+def _read_prefix(value: object) -> Network:
     if isinstance(value, IPv4Network | IPv6Network):
         return value
     if not isinstance(value, str):
-        return show_kind(value, 'an address or a prefix in quotes, as in "192.0.2.64/28"')
+        show_kind(value, 'an address or a prefix in quotes, as in "192.0.2.64/28"')
+    assert isinstance(value, str)
     base, slash, length = value.partition("/")
     if "%" in base:
         raise ValueError(f"{show(value)} has a zone; use the prefix without it")
@@ -227,9 +229,25 @@ def _read_network(value: object) -> object:
         ) from None
     if network.network_address != ip_address(base):
         raise ValueError(f'{show(value)} has bits set behind the prefix length; use "{network}"')
+    return network
+
+
+def _read_source(value: object) -> object:
+    network = _read_prefix(value)
+    if isinstance(network, IPv6Network) and network.network_address.ipv4_mapped is not None:
+        raise ValueError(
+            f'{show(value)} is not an address or prefix; use one as in "192.0.2.64/28" or "2001:db8::40/122"'
+        )
+    return network
+
+
+def _read_network(value: object) -> object:
+    if isinstance(value, IPv4Network | IPv6Network):
+        return value
+    network = _read_prefix(value)
     if network.num_addresses > MAX_SNAT_ADDRESSES:
         raise ValueError(f"{show(value)} has more than {MAX_SNAT_ADDRESSES} addresses; use a longer prefix")
-    _read_address(base)
+    _read_address(str(value).partition("/")[0])
     return network
 
 
@@ -277,6 +295,9 @@ Items = Annotated[tuple[T, ...], BeforeValidator(_as_tuple)]
 _AS_TEXT = PlainSerializer(str, return_type=str)
 Ip = Annotated[Address, BeforeValidator(_read_address), _AS_TEXT, WithJsonSchema({"type": "string", "maxLength": 45})]
 Cidr = Annotated[Network, BeforeValidator(_read_network), _AS_TEXT, WithJsonSchema({"type": "string", "maxLength": 49})]
+Source = Annotated[
+    Network, BeforeValidator(_read_source), _AS_TEXT, WithJsonSchema({"type": "string", "maxLength": 49})
+]
 Port = Annotated[int, Whole(1, 65535, "a port")]
 Name = Annotated[str, _DNS_LABEL]
 # The schemas of these are for Kubernetes, whose quantities are numbers or strings too.
@@ -527,6 +548,9 @@ class Listener(Model):
     flows per weight."""
     session_affinity: Literal["None", "ClientIP"] = "None"
     """`ClientIP`: all flows of a client address to one backend."""
+    allowed_sources: Items[Source] | None = None
+    """Addresses and prefixes of clients, 64 at most, of the listener's family; packets of others are dropped. Absent:
+    everybody."""
     health_check: HealthCheck = HealthCheck()
 
     @model_validator(mode="before")
@@ -537,6 +561,25 @@ class Listener(Model):
             if isinstance(check, dict) and "type" not in check:
                 return {**value, "healthCheck": {"type": "None", **check}}
         return value
+
+    @model_validator(mode="after")
+    def _sources(self) -> Self:
+        sources, version = self.allowed_sources, self.address.version
+        found: list[tuple[tuple[str | int, ...], str]] = []
+        if sources is not None and not sources:
+            found.append((("allowedSources",), "is empty; use at least one prefix, or leave it out for everybody"))
+        if sources is not None and len(sources) > MAX_ALLOWED_SOURCES:
+            text = f"has {len(sources)} prefixes; use at most {MAX_ALLOWED_SOURCES}"
+            found.append((("allowedSources",), text))
+        for i, source in enumerate(sources or ()):
+            if source.version != version:
+                text = f'"{source}" is IPv{source.version}, the listener IPv{version}; use prefixes of its family'
+                found.append((("allowedSources", i), text))
+            elif source in (sources or ())[:i]:
+                found.append((("allowedSources", i), f'"{source}" is there already; use each prefix once'))
+        if found:
+            raise Problems(found)
+        return self
 
 
 # ---- the rest of the specification ---------------------------------------------------------------------------

@@ -638,7 +638,7 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		return ps_refuse(h, PS_C_DROP_UNSUPPORTED);
 
 	s->packets++;
-	k.udp = p.protocol == 17;
+	k.udp = p.protocol == 17 || stamp->flags & PS_STAMP_UDP;
 	k.hash = stamp->hash;
 	if (p.kind == PS_PKT_ICMP_ERROR) {
 		/* Embedded is what we sent, so its destination is the peer of the flow on that side. */
@@ -658,9 +658,9 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	}
 	if (p.kind == PS_PKT_FRAGMENT || (!k.hash && !reply)) {
 		const struct ps_config *c = h->config;
-		uint64_t hash = p.family == 4
-					? ps_hash4(c->key0, c->key1, p.src[3], p.dst[3], k.sport, k.dport, p.protocol)
-					: ps_hash6(c->key0, c->key1, p.src, p.dst, k.sport, k.dport, p.protocol);
+		uint64_t hash =
+			p.family == 4 ? ps_hash4(c->key0, c->key1, p.src[3], p.dst[3], k.sport, k.dport, k.udp ? 17 : 6)
+				      : ps_hash6(c->key0, c->key1, p.src, p.dst, k.sport, k.dport, k.udp ? 17 : 6);
 		k.hash = (uint32_t)(hash >> 32);
 	}
 

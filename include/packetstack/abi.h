@@ -31,6 +31,9 @@ enum ps_limits {
 	PS_MAX_NUMBERS = 1024, /* listeners that a stack's live flows may name, those that were removed too */
 	PS_CLASSES = 64,       /* listeners are told apart in a shard by number % PS_CLASSES */
 	PS_MAX_SNAT = 1024,
+	PS_MAX_UPLINKS = 64,	 /* a power of two */
+	PS_UPLINK_PROBES = 4,	 /* places at which an uplink may be found, from its interface's index on */
+	PS_MAX_ALLOWED = 64,	 /* allowed sources of a listener */
 	PS_DIRECT_SLOTS = 1024,	 /* of the director's direct table; 2^10, see ps_direct_slot */
 	PS_MAX_LOOKUP = 1048576, /* Maglev entries of all listeners */
 	PS_MAX_FENCES = 16,	 /* open fences of a stack */
@@ -58,6 +61,7 @@ enum ps_stamp_flags {
 	PS_STAMP_FRAGMENT = 2, /* a later fragment: `hash` holds source port << 16 | destination port */
 	PS_STAMP_ICMP = 4,     /* an ICMP error: bucket and hash are those of the embedded flow */
 	PS_STAMP_MIRROR = 8,   /* a second copy went to the previous owner */
+	PS_STAMP_UDP = 16,     /* a later fragment of UDP, although its own header names an extension header */
 };
 
 /* 16 bytes of XDP metadata, directly before the Ethernet header. */
@@ -112,7 +116,11 @@ struct ps_target {
 	uint32_t offset;     /* first word of the stack's table */
 	uint32_t mask;	     /* buckets - 1 */
 	uint32_t stack;	     /* 0 .. PS_MAX_STACKS-1 */
-	uint32_t flags;
+	uint32_t flags;	     /* ps_target_flags */
+};
+
+enum ps_target_flags {
+	PS_TARGET_ALLOWED = 1, /* a listener that takes packets from its allowed sources alone */
 };
 
 /* An IPv4 listener at its place in the director's direct table, which most packets are found in at once. */
@@ -121,18 +129,68 @@ struct ps_direct {
 	struct ps_target target;
 };
 
+/* Keys of the tries of allowed sources. */
+struct ps_allowed4 {
+	uint32_t prefix; /* bits, the first 64 of them the listener's */
+	struct ps_listener_key4 listener;
+	uint32_t source;
+};
+
+struct ps_allowed6 {
+	uint32_t prefix; /* bits, the first 160 of them the listener's */
+	struct ps_listener_key6 listener;
+	uint32_t source[4];
+};
+
+enum ps_uplink_flags {
+	PS_UPLINK_CLIENTS = 1,	   /* packets to listeners are taken */
+	PS_UPLINK_BACKENDS = 2,	   /* packets to SNAT addresses are taken */
+	PS_UPLINK_NO_METADATA = 4, /* nothing is stamped here, as if the driver left no room; for tests */
+};
+
+/* A device the director runs on ahead of the kernel. */
+struct ps_uplink {
+	uint32_t ifindex;  /* 0 = free */
+	uint32_t flags;	   /* ps_uplink_flags */
+	uint32_t mac_high; /* the device's own address as on the wire: four bytes, */
+	uint16_t mac_low;  /* and two */
+	uint16_t spare;
+	uint64_t vlans[64]; /* a bit for each VLAN in which the node is on this device */
+};
+
+/* Addresses that are no client's and no backend's. */
+enum ps_own_kind {
+	PS_OWN_STACK = 1,     /* a virtual or SNAT address of a stack of this node */
+	PS_OWN_NODE = 2,      /* the node's: nobody else's on an uplink */
+	PS_OWN_BROADCAST = 4, /* of a network of the node */
+};
+
+/* A bit for each of them, and for others by chance. */
+struct ps_own_filter {
+	uint64_t word[512];
+};
+
 enum ps_director_counter {
-	PS_D_RECEIVED,	    /* every frame the director saw */
-	PS_D_FORWARDED,	    /* stamped and sent to an engine */
-	PS_D_PASSED,	    /* not ours, left to the kernel (uplink) */
-	PS_D_ECHO_REPLIED,  /* ICMP echo to a VIP, answered */
-	PS_D_DROP_NOT_OURS, /* not a listener's or SNAT address's traffic, on the routed pair */
+	PS_D_RECEIVED,		 /* every frame the director saw */
+	PS_D_FORWARDED,		 /* stamped and sent to an engine */
+	PS_D_PASSED,		 /* not ours, left to the kernel (uplink) */
+	PS_D_PASSED_METADATA,	 /* ours, but no room for the stamp: takes the routed pair (uplink) */
+	PS_D_ECHO_REPLIED,	 /* ICMP echo to a VIP, answered */
+	PS_D_TIME_EXCEEDED_SENT, /* no hops left: ICMP time exceeded sent back */
+	PS_D_UNREACHABLE_SENT,	 /* UDP to a VIP's port without listener: ICMP port unreachable sent back */
+	PS_D_RESET_SENT,	 /* the same of TCP, answered by a reset */
+	PS_D_DROP_NOT_OURS,	 /* not a listener's or SNAT address's traffic, on the routed pair */
 	PS_D_DROP_MALFORMED,
-	PS_D_DROP_NO_OWNER,	  /* the bucket's word names no engine */
-	PS_D_DROP_NO_ENGINE,	  /* the engine's device is gone */
-	PS_D_DROP_FRAGMENT_EARLY, /* a fragment before its first */
-	PS_D_DROP_METADATA,	  /* no room for the stamp */
-	PS_D_DROP_TTL,
+	PS_D_DROP_MARTIAN,	     /* a source that nobody can have */
+	PS_D_DROP_OWN_SOURCE,	     /* a source that is one of our addresses, or on an uplink one of the node's */
+	PS_D_DROP_WRONG_UPLINK,	     /* to a listener on an uplink for backends, or a reply on one for clients */
+	PS_D_DROP_NOT_ALLOWED,	     /* not among the listener's allowed sources */
+	PS_D_DROP_NO_OWNER,	     /* the bucket's word names no engine */
+	PS_D_DROP_NO_ENGINE,	     /* the engine's device is gone */
+	PS_D_DROP_FRAGMENT_EARLY,    /* a fragment before its first */
+	PS_D_DROP_FRAGMENT_CONFLICT, /* a first fragment with other ports than one under way with its id */
+	PS_D_DROP_METADATA,	     /* no room for the stamp, on the routed pair */
+	PS_D_DROP_TTL,		     /* no hops left, and not answered */
 	PS_D_DROP_SHED, /* of a flow that is not known, to a listener that gets more of them than its share */
 	PS_D_COUNTERS
 };
@@ -707,6 +765,15 @@ static inline uint32_t ps_direct_slot(uint64_t key) { return (uint32_t)(key * 0x
 
 /* Where the bit of a known flow is, in either half: this word, at hash & 63. hash: upper half of the flow's */
 static inline uint32_t ps_known_word(uint32_t hash) { return hash >> 6 & (PS_KNOWN_WORDS - 1); }
+
+/* One word of an IPv6 address, for ps_own_bit; an IPv4 address is one. */
+static inline uint32_t ps_own_mix(const uint32_t address[4])
+{
+	return address[0] ^ address[1] * 3 ^ address[2] * 5 ^ address[3] * 7;
+}
+
+/* The bit of an address in ps_own_filter. */
+static inline uint32_t ps_own_bit(uint32_t mixed) { return mixed * 0x9e3779b1u >> 17; }
 
 /* The owner in a shard header that belongs to a flow-table word: its upper 48 bits. */
 static inline uint64_t ps_owner(uint64_t word) { return word & ~(uint64_t)0xffff; }

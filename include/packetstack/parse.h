@@ -37,7 +37,7 @@ enum ps_packet_kind {
 	PS_PKT_FLOW,	  /* TCP or UDP with ports; may be a first fragment */
 	PS_PKT_FRAGMENT,  /* a later fragment: no ports */
 	PS_PKT_ICMP_ERROR, /* about a TCP or UDP packet, whose tuple the fields hold */
-	PS_PKT_ECHO,	   /* ICMP or ICMPv6 echo request */
+	PS_PKT_ECHO,	   /* ICMP or ICMPv6 echo request; may be a first fragment */
 	PS_PKT_MALFORMED,  /* truncated, or lengths that contradict each other */
 };
 
@@ -49,6 +49,8 @@ enum ps_parse_limits {
 	PS_EXTENSIONS = 6,
 #endif
 };
+
+enum ps_tcp_flag { PS_TCP_FIN = 1, PS_TCP_SYN = 2, PS_TCP_RST = 4, PS_TCP_ACK = 16 };
 
 enum ps_protocol {
 	PS_ICMP = 1,
@@ -241,7 +243,7 @@ PS_INLINE int ps_parse_payload(const uint8_t *data, const uint8_t *at, const uin
 			return PS_PKT_MALFORMED;
 		return kind;
 	}
-	if (type == (p->family == 4 ? 8 : 128) && !p->first_fragment)
+	if (type == (p->family == 4 ? 8 : 128))
 		return PS_PKT_ECHO;
 	return PS_PKT_OTHER;
 }

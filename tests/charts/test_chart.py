@@ -72,6 +72,8 @@ def test_the_schema_describes_each_value_and_only_those() -> None:
         "monitoring.alert.enabled=true",
         "monitoring.scrape=Pod",
         "agent.metricsPort=0",
+        "agent.uplinks={eth1:client}",
+        "agent.uplinks={eth1:}",
         "monitoring.alerts.disabled={NoSuchAlert}",
         "image.digest=sha256:1",
     ],

@@ -75,7 +75,7 @@ def test_every_command_of_a_task_does_what_it_should(operated: Lab, task: str) -
     try:
         for line in tasks()[task]:
             assert line.startswith("packetstack "), line
-            command = enter + line.replace("eth1", NODE_UPLINK)
+            command = enter + line.replace("eth1", NODE_UPLINK).replace("eth2", "dn0")
             if line == "packetstack explain web":  # an autoscaler has something to explain once it has decided
                 command = f"for i in {{1..60}}; do {command} && exit; sleep 0.5; done; exit 1"
             bash(command, ROOT, **environment)

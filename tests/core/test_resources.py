@@ -196,6 +196,14 @@ WRONG = [
     ("spec.listeners", {}, "spec.listeners: {} is a mapping; use a list"),
     ("spec.listeners", ..., "spec.listeners: is missing; use at least one listener"),
     ("spec.snat", ..., "spec.snat: is missing; use addresses, as in {addresses: [192.0.2.64/28]}"),
+    ("spec.listeners.0.allowedSources", [], "allowedSources: is empty; use at least one prefix, or leave it out"),
+    ("spec.listeners.0.allowedSources", ["everybody"], '[0]: "everybody" is not an address or prefix; use one as in'),
+    ("spec.listeners.0.allowedSources", ["10.0.0.1/8"], 'has bits set behind the prefix length; use "10.0.0.0/8"'),
+    ("spec.listeners.0.allowedSources", ["fe80::%eth0/64"], "has a zone; use the prefix without it"),
+    ("spec.listeners.0.allowedSources", ["::ffff:10.0.0.0/120"], "is not an address or prefix; use one as in"),
+    ("spec.listeners.0.allowedSources", ["10.0.0.0/8", "2001:db8::/32"], '[1]: "2001:db8::/32" is IPv6, the listener IPv4'),
+    ("spec.listeners.0.allowedSources", ["10.0.0.0/8"] * 2, '[1]: "10.0.0.0/8" is there already; use each prefix once'),
+    ("spec.listeners.0.allowedSources", [f"10.0.{i}.0/24" for i in range(65)], "has 65 prefixes; use at most 64"),
     ("spec.snat.addresses", [], "spec.snat.addresses: is empty; use at least one address or prefix"),
     ("spec.snat.addresses.0", "192.0.2.65/28", 'has bits set behind the prefix length; use "192.0.2.64/28"'),
     ("spec.snat.addresses.0", "192.0.2.64/33", "is not an address or prefix; use one as in"),
@@ -439,3 +447,15 @@ def test_a_damaged_file_is_read_or_refused(at, inserted):
         load(FULL[:at] + inserted + FULL[at:])
     except ResourceError as e:
         check_lines(e)
+
+
+def test_a_listener_names_the_sources_that_it_takes_packets_from() -> None:
+    sources = ["0.0.0.0/0", "10.0.0.0/8", "192.0.2.7"]
+    stack = resources.parse(changed("spec.listeners.0.allowedSources", sources))
+    assert [str(s) for s in stack.spec.listeners[0].allowed_sources or ()] == [
+        "0.0.0.0/0",
+        "10.0.0.0/8",
+        "192.0.2.7/32",
+    ]
+    assert resources.parse(stack.document()) == stack
+    assert "allowedSources" not in resources.parse(document()).document()["spec"]["listeners"][0]

@@ -1,6 +1,6 @@
 """Packets through the director's program, one by one (BPF_PROG_TEST_RUN): what it does with each, and what it stamps.
 
-Frames are made here from scratch. The stamp is held against packetstack_core.hashing, the other implementation.
+The stamp is held against packetstack_core.hashing, the other implementation.
 """
 
 import os
@@ -8,255 +8,41 @@ import random
 import socket
 import struct
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
 
-import cffi
 import pytest
+from tests.director.frames import (
+    BACKEND,
+    CLIENT,
+    DROP,
+    FAMILIES,
+    FRAGMENT,
+    ICMP_FLAG,
+    ICMPV6,
+    ONE,
+    OUR_MAC,
+    PASS,
+    PROTOCOLS,
+    REDIRECT,
+    REPLY,
+    TCP,
+    TWO,
+    TX,
+    UDP,
+    Director,
+    Result,
+    Stack,
+    ethernet,
+    icmp,
+    ip,
+    options_header,
+    transport,
+)
 
 from packetstack_core import abi
-from packetstack_core.hashing import flow_hash
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loading BPF programs needs root")
-
-LIBBPF = """
-struct bpf_object; struct bpf_program; struct bpf_map;
-struct bpf_map *bpf_object__next_map(const struct bpf_object *o, const struct bpf_map *m);
-const char *bpf_map__name(const struct bpf_map *m);
-int bpf_map__reuse_fd(struct bpf_map *m, int fd);
-int bpf_obj_get(const char *path);
-struct bpf_object *bpf_object__open_file(const char *path, const void *opts);
-int bpf_object__load(struct bpf_object *o);
-void bpf_object__close(struct bpf_object *o);
-int bpf_object__find_map_fd_by_name(const struct bpf_object *o, const char *name);
-struct bpf_program *bpf_object__find_program_by_name(const struct bpf_object *o, const char *name);
-int bpf_program__fd(const struct bpf_program *p);
-int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
-int bpf_map_lookup_elem(int fd, const void *key, void *value);
-int libbpf_num_possible_cpus(void);
-struct bpf_test_run_opts {
-    size_t sz; const void *data_in; void *data_out; uint32_t data_size_in, data_size_out; const void *ctx_in;
-    void *ctx_out; uint32_t ctx_size_in, ctx_size_out, retval; int repeat; uint32_t duration, flags, cpu, batch_size;
-};
-int bpf_prog_test_run_opts(int fd, struct bpf_test_run_opts *o);
-"""
-ABORTED, DROP, PASS, TX, REDIRECT = range(5)
-TCP, UDP, ICMP, ICMPV6 = 6, 17, 1, 58
-REPLY, FRAGMENT, ICMP_FLAG = 1, 2, 4
-MAGIC = 0x50C5
-LOOPBACK = 1
-
-
-@dataclass(frozen=True)
-class Stack:
-    """What the director knows of a stack."""
-
-    number: int
-    key0: int
-    key1: int
-    offset: int
-    buckets: int
-    vip: dict[int, str]
-    snat: dict[int, str]
-
-    def word(self, bucket: int) -> int:
-        """Each bucket has its own owner, so that a wrong bucket shows."""
-        return (1000 + bucket) << 32 | (1 + bucket % 3) << 22 | (bucket * 7 % 64) << 16 | (bucket % 64)
-
-    def stamp(self, bucket: int, flags: int, hash32: int) -> tuple[int, ...]:
-        word = self.word(bucket)
-        return MAGIC, flags, word >> 32, bucket, word >> 16 & 63, word & 63, hash32
-
-    def forward(self, family: int, source: str, sport: int, dport: int, protocol: int) -> tuple[int, int]:
-        """-> bucket, upper half of the hash"""
-        h = flow_hash(self.key0, self.key1, source, self.vip[family], sport, dport, protocol)
-        return h & (self.buckets - 1), h >> 32
-
-
-ONE = Stack(
-    0, 0x1122334455667788, 0x99AABBCCDDEEFF01, 0, 4096,
-    {4: "198.51.100.1", 6: "2001:db8:1::1"}, {4: "203.0.113.1", 6: "2001:db8:5::1"},
-)  # fmt: skip
-TWO = Stack(
-    1, 0xFEDCBA9876543210, 0x0F1E2D3C4B5A6978, 8192, 256,
-    {4: "198.51.100.2", 6: "2001:db8:1::2"}, {4: "203.0.113.2", 6: "2001:db8:5::2"},
-)  # fmt: skip
-CLIENT = {4: "192.0.2.77", 6: "2001:db8:9::77"}
-BACKEND = {4: "10.1.2.3", 6: "2001:db8:a::3"}
-
-
-@dataclass(frozen=True)
-class Result:
-    action: int
-    frame: bytes
-    stamp: tuple[int, ...] | None
-    counted: dict[str, int]
-
-
-class Director:
-    """The program, loaded for this test alone and attached to nothing, with maps of its own or those below `pins`."""
-
-    def __init__(self, pins: Path | None = None) -> None:
-        self.ffi = cffi.FFI()
-        self.ffi.cdef(LIBBPF)
-        self.bpf: Any = self.ffi.dlopen("libbpf.so.1")
-        self.object = self.bpf.bpf_object__open_file(str(abi.native("director.bpf.o")).encode(), self.ffi.NULL)
-        assert self.object != self.ffi.NULL
-        at = self.bpf.bpf_object__next_map(self.object, self.ffi.NULL)
-        while pins and at != self.ffi.NULL:
-            name = self.ffi.string(self.bpf.bpf_map__name(at)).decode()
-            if "." not in name:  # not the compiler's own
-                assert self.bpf.bpf_map__reuse_fd(at, self.bpf.bpf_obj_get(str(pins / name).encode())) == 0
-            at = self.bpf.bpf_object__next_map(self.object, at)
-        assert self.bpf.bpf_object__load(self.object) == 0
-        self.names = [n.removeprefix("PS_D_").lower() for n in abi.enum_names("ps_director_counter").values()][:-1]
-        for slot in (1, 2, 3):
-            self.put("engines", struct.pack("<I", slot), struct.pack("<I", LOOPBACK))
-        for stack in () if pins else (ONE, TWO):
-            target = struct.pack("<QQIIII", stack.key0, stack.key1, stack.offset, stack.buckets - 1, stack.number, 0)
-            for family, vip in stack.vip.items():
-                for port, protocol in ((80, TCP), (53, UDP), (0, ICMP)):
-                    key = ip_address(vip).packed + struct.pack(">HBB", port, protocol, 0)
-                    self.put(f"listeners{family}", key, target)
-                    # Stack one is found at once, stack two only behind a place that another listener took.
-                    if family == 4 and port:
-                        wide = int.from_bytes(key, "little")
-                        place = (wide * 0x9E3779B97F4A7C15 & (1 << 64) - 1) >> 54
-                        taken = struct.pack("<Q", wide if stack is ONE else wide ^ 1 << 63)
-                        self.put("direct4", struct.pack("<I", place), taken + target)
-                self.put(f"snat{family}", ip_address(stack.snat[family]).packed, target)
-            for bucket in range(stack.buckets):
-                self.own(stack, bucket, stack.word(bucket))
-
-    def close(self) -> None:
-        self.bpf.bpf_object__close(self.object)
-
-    def _map(self, name: str) -> int:
-        fd = int(self.bpf.bpf_object__find_map_fd_by_name(self.object, name.encode()))
-        assert fd >= 0, name
-        return fd
-
-    def put(self, name: str, key: bytes, value: bytes) -> None:
-        assert self.bpf.bpf_map_update_elem(self._map(name), key, value, 0) == 0, name
-
-    def own(self, stack: Stack, bucket: int, word: int) -> None:
-        self.put("words", struct.pack("<I", stack.offset + bucket), struct.pack("<Q", word))
-
-    def per_cpu(self, name: str, index: int, words: int) -> list[int]:
-        cpus = self.bpf.libbpf_num_possible_cpus()
-        out = self.ffi.new("char[]", cpus * words * 8)
-        assert self.bpf.bpf_map_lookup_elem(self._map(name), struct.pack("<I", index), out) == 0
-        values = struct.unpack(f"<{cpus * words}Q", bytes(self.ffi.buffer(out)))
-        return [sum(values[i::words]) for i in range(words)]
-
-    def counters(self) -> dict[str, int]:
-        return dict(zip(self.names, self.per_cpu("counters", 0, len(self.names)), strict=True))
-
-    def run(self, frame: bytes, *, uplink: bool = False, metadata: bytes = b"") -> Result:
-        program = self.bpf.bpf_object__find_program_by_name(
-            self.object, b"director_uplink" if uplink else b"director_routed"
-        )
-        given = self.ffi.from_buffer(metadata + frame)
-        out = self.ffi.new("char[]", 4096)
-        context_in = self.ffi.new("uint32_t[6]", [len(metadata), len(metadata) + len(frame), 0, 0, 0, 0])
-        context = self.ffi.new("uint32_t[6]")
-        options = self.ffi.new("struct bpf_test_run_opts *")
-        options.sz = self.ffi.sizeof("struct bpf_test_run_opts")
-        options.data_in, options.data_size_in = given, len(metadata) + len(frame)
-        options.data_out, options.data_size_out = out, 4096
-        options.ctx_in, options.ctx_size_in = context_in, 24
-        options.ctx_out, options.ctx_size_out = context, 24
-        before = self.counters()
-        assert self.bpf.bpf_prog_test_run_opts(self.bpf.bpf_program__fd(program), options) == 0
-        after = self.counters()
-        counted = {name: after[name] - before[name] for name in self.names if after[name] != before[name]}
-        data = bytes(self.ffi.buffer(out, options.data_size_out))
-        size = context[0]
-        stamp = struct.unpack("<HHIHBBI", data[size - 16 : size]) if size == 16 else None
-        return Result(int(options.retval), data[size:], stamp, counted)
-
-
-@pytest.fixture(scope="module")
-def director() -> Iterator[Director]:
-    d = Director()
-    yield d
-    d.close()
-
-
-# ---- frames ------------------------------------------------------------------------------------------------
-
-
-def checksum(data: bytes) -> int:
-    data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f">{len(data) // 2}H", data))
-    while total >> 16:
-        total = (total & 0xFFFF) + (total >> 16)
-    return ~total & 0xFFFF
-
-
-def transport(protocol: int, sport: int, dport: int, payload: bytes = b"payload!") -> bytes:
-    if protocol == TCP:
-        return struct.pack(">HHIIBBHHH", sport, dport, 1, 2, 5 << 4, 2, 1000, 0, 0) + payload
-    return struct.pack(">HHHH", sport, dport, 8 + len(payload), 0) + payload
-
-
-def ip(
-    source: str,
-    destination: str,
-    protocol: int,
-    body: bytes,
-    *,
-    options: bytes = b"",
-    extensions: tuple[tuple[int, bytes], ...] = (),
-    ident: int = 0,
-    fragment: int | None = None,
-    ttl: int = 64,
-) -> bytes:
-    """`fragment`: the offset field as on the wire (IPv4: flags and offset; IPv6: offset << 3 | more)."""
-    src, dst = ip_address(source), ip_address(destination)
-    if src.version == 4:
-        head = struct.pack(
-            ">BBHHHBBH4s4s", 0x40 | (20 + len(options)) // 4, 0, 20 + len(options) + len(body), ident, fragment or 0, ttl,
-            protocol, 0, src.packed, dst.packed,
-        ) + options  # fmt: skip
-        head = head[:10] + struct.pack(">H", checksum(head)) + head[12:]
-        return head + body
-    chain = list(extensions)
-    if fragment is not None:
-        chain.append((44, struct.pack(">xxHI", fragment, ident)))
-    following = [kind for kind, _ in chain[1:]] + [protocol]
-    packed = b"".join(bytes([after]) + text[1:] for after, (_, text) in zip(following, chain, strict=False))
-    first = chain[0][0] if chain else protocol
-    return struct.pack(">IHBB16s16s", 6 << 28, len(packed + body), first, ttl, src.packed, dst.packed) + packed + body
-
-
-def options_header(length: int = 8) -> bytes:
-    """A hop-by-hop or destination options header full of padding."""
-    return bytes([0, length // 8 - 1]) + bytes(length - 2)
-
-
-def ethernet(packet: bytes, tags: tuple[int, ...] = ()) -> bytes:
-    kind = 0x0800 if packet[:1] and packet[0] >> 4 == 4 else 0x86DD
-    tagged = b"".join(struct.pack(">HH", tag, 100 + i) for i, tag in enumerate(tags))
-    return bytes.fromhex("020000000001020000000002") + tagged + struct.pack(">H", kind) + packet
-
-
-def icmp(family: int, kind: int, body: bytes, source: str, destination: str, code: int = 0) -> bytes:
-    message = struct.pack(">BBHI", kind, code, 0, 0) + body
-    pseudo = b""
-    if family == 6:
-        pseudo = (
-            ip_address(source).packed + ip_address(destination).packed + struct.pack(">IxxxB", len(message), ICMPV6)
-        )
-    message = message[:2] + struct.pack(">H", checksum(pseudo + message)) + message[4:]
-    return ip(source, destination, ICMP if family == 4 else ICMPV6, message)
-
-
-FAMILIES = pytest.mark.parametrize("family", [4, 6])
-PROTOCOLS = pytest.mark.parametrize(("protocol", "port"), [(TCP, 80), (UDP, 53)])
 
 
 # ---- forward and back --------------------------------------------------------------------------------------
@@ -265,7 +51,7 @@ PROTOCOLS = pytest.mark.parametrize(("protocol", "port"), [(TCP, 80), (UDP, 53)]
 @FAMILIES
 @PROTOCOLS
 @pytest.mark.parametrize("stack", [ONE, TWO], ids=["one", "two"])
-@pytest.mark.parametrize("tags", [(), (0x8100,), (0x88A8, 0x8100)], ids=["untagged", "vlan", "qinq"])
+@pytest.mark.parametrize("tags", [(), (0x8100,)], ids=["untagged", "vlan"])
 @pytest.mark.parametrize("uplink", [False, True], ids=["routed", "uplink"])
 def test_a_clients_packet_is_stamped_for_its_owner_and_left_as_it_is(
     director: Director, family: int, protocol: int, port: int, stack: Stack, tags: tuple[int, ...], uplink: bool
@@ -445,8 +231,8 @@ def test_an_echo_request_behind_very_long_options_is_answered_right_or_not_at_al
 
 OTHERS = {
     "another address": ip(CLIENT[4], "192.0.2.200", TCP, transport(TCP, 1, 80)),
-    "another port": ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 1, 81)),
-    "another protocol on the port": ip(CLIENT[4], ONE.vip[4], UDP, transport(UDP, 1, 80)),
+    "a reset to another port": ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 1, 81)[:13] + b"\4" + bytes(6)),
+    "a fragment to another port": ip(CLIENT[4], ONE.vip[4], UDP, transport(UDP, 1, 80), fragment=0x2000),
     "another address, v6": ip(CLIENT[6], "2001:db8:1::3", TCP, transport(TCP, 1, 80)),
     "GRE": ip(CLIENT[4], ONE.vip[4], 47, bytes(20)),
     "echo reply": icmp(4, 0, b"abc", CLIENT[4], ONE.vip[4]),
@@ -467,7 +253,7 @@ def test_what_is_not_ours_is_passed_on_untouched_or_dropped_on_the_pair(director
 
 def test_other_ethertypes_are_passed_on(director: Director) -> None:
     for kind in (0x0806, 0x88B5, 0x8847, 0x0005):
-        frame = bytes(12) + struct.pack(">H", kind) + bytes(46)
+        frame = OUR_MAC + bytes(6) + struct.pack(">H", kind) + bytes(46)
         assert director.run(frame, uplink=True).counted == {"received": 1, "passed": 1}
 
 
@@ -475,12 +261,12 @@ def test_packets_of_a_bucket_without_owner_or_engine_are_dropped_by_name(directo
     frame = ethernet(ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 777, 80)))
     bucket, _ = ONE.forward(4, CLIENT[4], 777, 80, TCP)
     try:
-        director.own(ONE, bucket, 5 << 32)
+        director.give(ONE, bucket, 5 << 32)
         assert director.run(frame).counted == {"received": 1, "drop_no_owner": 1}
-        director.own(ONE, bucket, 5 << 32 | 9 << 22)
+        director.give(ONE, bucket, 5 << 32 | 9 << 22)
         assert director.run(frame).counted == {"received": 1, "drop_no_engine": 1}
     finally:
-        director.own(ONE, bucket, ONE.word(bucket))
+        director.give(ONE, bucket, ONE.word(bucket))
     assert director.run(frame).action == REDIRECT
 
 
@@ -554,7 +340,7 @@ def test_listeners_are_found_until_they_are_removed_whatever_takes_their_place(t
         ports = chooser.sample(range(1, 65536), 2000)
         here = Director(pins)
         for bucket in range(256):
-            here.own(ONE, bucket, 1 << 22)
+            here.give(ONE, bucket, 1 << 22)
 
         def found(port: int) -> bool:
             frame = ethernet(ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 1, port)))

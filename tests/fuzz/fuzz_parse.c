@@ -55,7 +55,7 @@ static void check(const struct ps_packet *p, size_t size)
 		CHECK(p->protocol == PS_TCP || p->protocol == PS_UDP);
 		CHECK(p->inner_l3 == p->l4 + 8 && p->inner_l4 >= p->inner_l3 + header && p->inner_l4 + 8 <= p->end);
 		break;
-	case PS_PKT_ECHO: CHECK(p->l4 + 8 <= p->end && !p->first_fragment); break;
+	case PS_PKT_ECHO: CHECK(p->l4 + 8 <= p->end); break;
 	}
 	if (p->family == 4)
 		CHECK(!p->src[0] && !p->src[1] && p->src[2] == 0xffff0000 && !p->dst[0] && p->dst[2] == 0xffff0000);
