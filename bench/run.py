@@ -18,6 +18,7 @@ from pathlib import Path
 
 import day
 import director
+import floods
 import handovers
 import rebalancing
 import reconciling
@@ -148,6 +149,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "joining": handovers.joining,
     "steps": rebalancing.steps,
     "skew": rebalancing.latencies,
+    "floods": floods.floods,
     "reconciling": reconciling.reconciling,
     "day": day.day,
 }

@@ -309,6 +309,8 @@ PS_INLINE int in_vlan(const struct ps_uplink *here, const uint8_t *data, const u
 	return !id || here->vlans[id >> 6] >> (id & 63) & 1;
 }
 
+#include "shedding.h"
+
 /* ---- what is done ------------------------------------------------------------------------------------------- */
 
 /* Stamps the frame for the bucket's owner and sends it there. */
@@ -741,6 +743,9 @@ NOINLINE int slow(struct xdp_md *ctx, const struct ps_uplink *here)
 			return refuse(count, why);
 		if (here && !(here->flags & side))
 			return refuse(count, PS_D_DROP_WRONG_UPLINK);
+		if (side == PS_UPLINK_CLIENTS && target->flags >> PS_WATCH_SHIFT &&
+		    too_many(count, target, (uint32_t)(hash >> 32), 0, 0))
+			return XDP_DROP;
 		return send_to_owner(ctx, count, here, target, bucket, (uint32_t)(hash >> 32), flags);
 	}
 
@@ -815,6 +820,9 @@ NOINLINE int slow(struct xdp_md *ctx, const struct ps_uplink *here)
 		count->value[PS_D_TIME_EXCEEDED_SENT]++;
 		return XDP_TX;
 	}
+	if (side == PS_UPLINK_CLIENTS && target->flags >> PS_WATCH_SHIFT &&
+	    too_many(count, target, (uint32_t)(hash >> 32), p.protocol, p.tcp_flags))
+		return XDP_DROP;
 	stamped = (uint32_t)(hash >> 32);
 	if (flags & PS_STAMP_FRAGMENT) {
 		stamped = (uint32_t)PS_SWAP16(p.sport) << 16 | PS_SWAP16(p.dport);
@@ -889,6 +897,9 @@ PS_INLINE int direct(struct xdp_md *ctx, int uplink)
 			return refuse(count, PS_D_DROP_NOT_ALLOWED);
 	}
 	hash = ps_hash4(target->key0, target->key1, source, key.address, sport, key.port, key.protocol);
+	if (target->flags >> PS_WATCH_SHIFT &&
+	    too_many(count, target, (uint32_t)(hash >> 32), key.protocol, ip + 34 <= end ? ip[33] : 0))
+		return XDP_DROP;
 	return send_to_owner(ctx, count, here, target, (uint32_t)hash & target->mask, (uint32_t)(hash >> 32), 0);
 }
 

@@ -22,11 +22,13 @@
 #include <unistd.h>
 
 #include "native.h"
+#include "packetstack/shard.h"
 
 struct ps_director {
 	char objects[256], pins[256];
 	struct bpf_object *director, *host;
-	uint64_t *words, *egress;
+	uint64_t *words, *egress, *known;
+	struct ps_watch *watches;
 	struct ps_own_filter *filter;
 	int cpus;
 };
@@ -214,6 +216,14 @@ struct ps_director *ps_director_open(const char *objects, const char *pins, stru
 	d->host = d->director ? load(objects, "host.bpf.o", prefix, e) : NULL;
 	if (!d->host)
 		goto failed;
+	d->known =
+		mmap(NULL, PS_KNOWN_WORDS * 16ul, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd(d->director, "known"), 0);
+	d->watches = mmap(NULL, PS_MAX_WATCHED * sizeof(*d->watches), PROT_READ | PROT_WRITE, MAP_SHARED,
+			  map_fd(d->director, "watches"), 0);
+	if (d->known == MAP_FAILED || d->watches == MAP_FAILED) {
+		ps_fail(e, "cannot map the watched listeners: %s", strerror(errno));
+		goto failed;
+	}
 	d->words =
 		mmap(NULL, PS_TABLE_WORDS * 8ul, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd(d->director, "words"), 0);
 	d->egress = mmap(NULL, PS_MAX_SLOTS * PS_MAX_CPUS * 8ul, PROT_READ | PROT_WRITE, MAP_SHARED,
@@ -235,6 +245,8 @@ failed:
 
 void ps_director_close(struct ps_director *d)
 {
+	munmap(d->known, PS_KNOWN_WORDS * 16ul);
+	munmap(d->watches, PS_MAX_WATCHED * sizeof(*d->watches));
 	munmap(d->words, PS_TABLE_WORDS * 8ul);
 	munmap(d->egress, PS_MAX_SLOTS * PS_MAX_CPUS * 8ul);
 	munmap(d->filter, sizeof(*d->filter));
@@ -689,13 +701,12 @@ int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct
 	return failed ? -1 : own(d, address, PS_OWN_STACK, target != NULL, e);
 }
 
-/* The one per-CPU element of `map`, `n` counters, summed over CPUs. */
-static int read_counters(struct ps_director *d, int map, int n, uint64_t *out, struct ps_error *e)
+/* Element `at` of a per-CPU map, `n` counters, summed over CPUs. */
+static int read_counters(struct ps_director *d, int map, uint32_t at, int n, uint64_t *out, struct ps_error *e)
 {
 	uint64_t *values = calloc((size_t)d->cpus, (size_t)n * 8);
-	uint32_t zero = 0;
 
-	if (!values || bpf_map_lookup_elem(map, &zero, values)) {
+	if (!values || bpf_map_lookup_elem(map, &at, values)) {
 		free(values);
 		return ps_fail(e, "cannot read the director's counters: %s", strerror(errno));
 	}
@@ -707,12 +718,12 @@ static int read_counters(struct ps_director *d, int map, int n, uint64_t *out, s
 
 int ps_director_counters(struct ps_director *d, uint64_t *out, struct ps_error *e)
 {
-	return read_counters(d, map_fd(d->director, "counters"), PS_D_COUNTERS, out, e);
+	return read_counters(d, map_fd(d->director, "counters"), 0, PS_D_COUNTERS, out, e);
 }
 
 int ps_host_counters(struct ps_director *d, uint64_t *out, struct ps_error *e)
 {
-	return read_counters(d, map_fd(d->host, "host_counters"), PS_H_COUNTERS, out, e);
+	return read_counters(d, map_fd(d->host, "host_counters"), 0, PS_H_COUNTERS, out, e);
 }
 
 int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t buckets, uint64_t *out,
@@ -732,4 +743,63 @@ int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t 
 	free(values);
 	free(keys);
 	return 0;
+}
+
+/* ---- shedding ------------------------------------------------------------------------------------------ */
+
+int ps_director_watch(struct ps_director *d, const uint8_t *address, uint16_t port, uint8_t protocol, uint32_t number,
+		      struct ps_error *e)
+{
+	struct ps_listener_key4 key4 = { 0, port, protocol, 0 };
+	struct ps_listener_key6 key6 = { { 0 }, port, protocol, 0 };
+	int v4 = is_v4(address), fd = map_fd(d->director, v4 ? "listeners4" : "listeners6");
+	const void *key = v4 ? (const void *)&key4 : &key6;
+	struct ps_target target;
+	uint32_t flags;
+
+	memcpy(&key4.address, address + 12, 4);
+	memcpy(key6.address, address, 16);
+	if (number >= PS_MAX_WATCHED || bpf_map_lookup_elem(fd, key, &target))
+		return 0;
+	flags = (target.flags & ((1u << PS_WATCH_SHIFT) - 1)) | number << PS_WATCH_SHIFT;
+	if (flags == target.flags)
+		return 0;
+	target.flags = flags;
+	if (update(fd, key, &target, e, "listener"))
+		return -1;
+	if (v4)
+		direct(d, &key4, &target);
+	return 0;
+}
+
+struct ps_watch *ps_director_watches(struct ps_director *d) { return d->watches; }
+
+int ps_director_watched(struct ps_director *d, uint32_t number, struct ps_watched *out, struct ps_error *e)
+{
+	return read_counters(d, map_fd(d->director, "watched"), number, sizeof(*out) / 8, (uint64_t *)out, e);
+}
+
+void ps_director_forget(struct ps_director *d, uint32_t half)
+{
+	memset(d->known + (half & 1) * PS_KNOWN_WORDS, 0, PS_KNOWN_WORDS * 8ul);
+}
+
+/* Beside the writers of the shards: an entry that is read half written gives one bit too many or too few. */
+void ps_director_know(struct ps_director *d, uint32_t half, struct ps_arena *a)
+{
+	uint64_t *bits = d->known + (half & 1) * PS_KNOWN_WORDS;
+
+	for (uint32_t b = 0; b < a->buckets; b++) {
+		struct ps_shard *s = ps_shard_at(a, b);
+		const struct ps_entry *flows = ps_shard_flows(a, s);
+		uint32_t high = s->high;
+
+		for (uint32_t i = 0; i < high && i < a->entries; i++) {
+			uint32_t hash = flows[i].hash;
+			uint8_t state = flows[i].state;
+
+			if (state == PS_FLOW_ESTABLISHED || state == PS_FLOW_CLOSING || state == PS_FLOW_ASSURED)
+				bits[ps_known_word(hash)] |= 1ull << (hash & 63);
+		}
+	}
 }

@@ -80,6 +80,19 @@ int ps_host_counters(struct ps_director *d, uint64_t *out, struct ps_error *e);
 int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t buckets, uint64_t *out,
 			       struct ps_error *e);
 
+/*
+ * Watched listeners. number: place among PS_MAX_WATCHED, 0 = watch it no more. A listener that is written anew
+ * (ps_director_listener) is not watched until this is called again; one that is not there is none. Idempotent.
+ */
+int ps_director_watch(struct ps_director *d, const uint8_t *address, uint16_t port, uint8_t protocol, uint32_t number,
+		      struct ps_error *e);
+struct ps_watch *ps_director_watches(struct ps_director *d); /* PS_MAX_WATCHED, mmap of the map */
+int ps_director_watched(struct ps_director *d, uint32_t number, struct ps_watched *out,
+			struct ps_error *e); /* summed over CPUs, since the map was made */
+/* Half 0 or 1 of the known flows' bits is emptied; flows of an arena whose packets are let through are added. */
+void ps_director_forget(struct ps_director *d, uint32_t half);
+void ps_director_know(struct ps_director *d, uint32_t half, struct ps_arena *a);
+
 /* A flow with all that names it, as others than its owner read it. Addresses 16 bytes, ports in wire order. */
 struct ps_flow {
 	uint8_t client[16], vip[16], snat[16], backend[16];

@@ -29,6 +29,7 @@ from packetstack_agent.natives import call, constant, ffi, lib, packed, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Place, Prober
 from packetstack_agent.scaling import Autoscalers
+from packetstack_agent.shedding import Shedders
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_agent.status import Status, add_drops, captures, census, explain
 from packetstack_core import abi, following, kinds, reconciling, resources
@@ -56,6 +57,8 @@ LOOK_SECONDS = 5.0
 RULES_SECONDS = 0.1
 """From the first change of the node's packet filter until it is looked at: changes come in showers."""
 WATCH_SECONDS = 0.1
+URGENT_SECONDS = 0.03
+"""The same while engines lose packets and it is being found out whose."""
 HANG_SECONDS = 0.5
 """A core's loop turns at least every 0.1 s, also when it sleeps."""
 STARVED_SECONDS = 5.0
@@ -93,6 +96,7 @@ class Agent:
         self.autoscalers = Autoscalers(self)
         self.balancers = Balancers(self)
         self.firewall = Firewall()
+        self.shedders = Shedders(self)
         self.director: Any = None
         self.status: Status
         """There from `start` on."""
@@ -127,7 +131,7 @@ class Agent:
         record.network = here
         self.run.save(must=True)
         self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
-        self.status = Status(self.director, self.prober, self.autoscalers, self.balancers, self.firewall)
+        self.status = Status(self.director, self.prober, self.autoscalers, self.balancers, self.shedders, self.firewall)
         self.firewall.mode = Mode(record.firewall)
         await asyncio.to_thread(self._attach)
         await self._take_over()
@@ -626,6 +630,7 @@ class Agent:
             part.pop(name, None)
         self.autoscalers.forget(name)
         self.balancers.forget(name)
+        self.shedders.forget(name)
         try:
             await self._routes()
         except Exception as e:  # the stack is gone all the same
@@ -1133,11 +1138,17 @@ class Agent:
         self.run.save()
 
     async def _watch_engines(self) -> None:
-        """Engines that hang, or whose init or interface is gone."""
+        """Engines that hang, have too much to do, or whose init or interface is gone."""
+        urgent = False
         while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            now = time.monotonic()
+            await asyncio.sleep(URGENT_SECONDS if urgent else WATCH_SECONDS)
+            now, urgent = time.monotonic(), False
             for managed in list(self.stacks.values()):
+                try:
+                    urgent |= self.shedders.look(managed)
+                except Exception as e:
+                    message = f"shedding: {type(e).__name__}: {e}"
+                    self.event(managed.stack.name, "InternalError", message, "Warning")
                 for engine in list(managed.engines.values()):
                     if engine.removing or engine.view is None or (engine.making and not engine.making.done()):
                         continue

@@ -41,6 +41,11 @@ class AgentCollector(Collector):
             "packetstack_engine_packets", "Engine counters: frames, bytes, flows", labels=["stack", "engine", "event"]
         )
         drops = CounterMetricFamily("packetstack_drops", "Frames dropped", labels=["stack", "stage", "reason"])
+        shed = CounterMetricFamily(
+            "packetstack_shed_packets",
+            "Packets of strangers dropped before the engines",
+            labels=["stack", "listener", "kind"],
+        )
         busy = CounterMetricFamily(
             "packetstack_core_busy_cycles", "TSC cycles spent on packets", labels=["stack", "engine", "core"]
         )
@@ -85,6 +90,8 @@ class AgentCollector(Collector):
                 if stage not in ("director", "host"):
                     for reason, count in reasons.items():
                         drops.add_metric([name, stage, reason], count)
+            for s in status["status"]["shedding"]:
+                shed.add_metric([name, s["listener"], s["kind"]], s["dropped"])
             for e in status["status"]["engines"]:
                 engine = managed.engines[e["slot"]]
                 slot = str(engine.blueprint.id or e["slot"])  # in a cluster by the operator's number, as its pod
@@ -109,7 +116,7 @@ class AgentCollector(Collector):
                         steps.add_metric([name, step], decided["record"][step])
                 limits.add_metric([name, "min"], decided["minReplicas"])
                 limits.add_metric([name, "max"], decided["maxReplicas"])
-        yield from (engines, replicas, flows, buckets, moved, packets, drops, busy, cycles)
+        yield from (engines, replicas, flows, buckets, moved, packets, drops, shed, busy, cycles)
         yield from (queue, queue_busy, depth, steps, limits, rebalanced, uneven, elephants, hold, backend)
 
 

@@ -13,6 +13,7 @@ from packetstack_agent.firewall import Firewall
 from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
 from packetstack_agent.probes import Prober
 from packetstack_agent.scaling import Autoscalers
+from packetstack_agent.shedding import Shedders, listener_names
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_core import abi
 from packetstack_core.load import EngineLoad
@@ -23,12 +24,19 @@ class Status:
     """What the agent shows. `director`: `struct ps_director *`."""
 
     def __init__(
-        self, director: Any, prober: Prober, autoscalers: Autoscalers, balancers: Balancers, firewall: Firewall
+        self,
+        director: Any,
+        prober: Prober,
+        autoscalers: Autoscalers,
+        balancers: Balancers,
+        shedders: Shedders,
+        firewall: Firewall,
     ) -> None:
         self._director = director
         self._prober = prober
         self._autoscalers = autoscalers
         self._balancers = balancers
+        self._shedders = shedders
         self._firewall = firewall
 
     def of(self, managed: Managed) -> dict[str, Any]:
@@ -67,6 +75,7 @@ class Status:
             "backends": self._backends(managed),
             "capacity": capacity(managed),
             "rebalance": self._balancers.of(managed).document(stack.resource.spec.rebalance.mode),
+            "shedding": self._shedders.of(managed).document(listener_names(managed)),
             "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
         }
         autoscaler = self._autoscalers.of(managed)

@@ -187,7 +187,7 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
             _number(b["flows"]),
             _number(b["flowsTotal"]),
         )
-    parts += [table, Text(), *_rebalance(rebalance, 10)]
+    parts += [table, Text(), *_shedding(status.get("shedding") or ()), *_rebalance(rebalance, 10)]
     parts += [_conditions(status["conditions"]), Text()]
     table = _table("DROPPED BY", "REASON", "DROPS")
     for stage, reasons in (status["drops"] or {}).items():
@@ -200,6 +200,16 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
     parts.append(table if table.row_count else Text(nothing))
     parts += [Text(), events(happened[-10:])]
     return Group(*parts)
+
+
+def _shedding(sheds: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+    """Listeners that got more packets of strangers than there was time for."""
+    table = _table("SHED LISTENER", "KIND", "COME/S", "LET THROUGH/S", "DROPPED")
+    for s in sheds:
+        come = f"{s['offeredPerSecond']:,}" if s["active"] else "-"
+        let = _number(s["allowedPerSecond"]) if s["active"] else "all"
+        table.add_row(s["listener"], s["kind"], come, let, f"{s['dropped']:,}")
+    return [table, Text()] if table.row_count else []
 
 
 def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:

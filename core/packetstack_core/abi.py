@@ -51,6 +51,8 @@ SHARED = (
     "ps_message",
     "ps_capture",
     "ps_census",
+    "ps_watch",
+    "ps_watched",
 )
 """Structures that lie in shared memory, in BPF maps or on a socket."""
 

@@ -191,6 +191,7 @@ enum ps_director_counter {
 	PS_D_DROP_FRAGMENT_CONFLICT, /* a first fragment with other ports than one under way with its id */
 	PS_D_DROP_METADATA,	     /* no room for the stamp, on the routed pair */
 	PS_D_DROP_TTL,		     /* no hops left, and not answered */
+	PS_D_DROP_SHED, /* of a flow that is not known, to a listener that gets more of them than its share */
 	PS_D_COUNTERS
 };
 
@@ -203,6 +204,36 @@ enum ps_host_counter {
 	PS_H_TO_KERNEL, /* left to the kernel: local processes, smaller MTU, no route */
 	PS_H_DROP_NOT_IP,
 	PS_H_COUNTERS
+};
+
+/* ---- watched listeners: those of stacks whose engines have more to do than they can ------------------ */
+
+enum ps_watching {
+	PS_MAX_WATCHED = 1024, /* places of a node, 0 is none */
+	PS_WATCH_SHIFT = 16,   /* ps_target.flags >> this: the place of a listener that is watched */
+	PS_WATCH_BURST_NS = 50000000,
+	PS_KNOWN_WORDS = 262144, /* of 64 bits, twice: the one half is used while the other is written */
+};
+
+/* Packets to a listener of flows that are not known, by what they may be */
+enum ps_stranger {
+	PS_OPENERS, /* TCP SYN, UDP */
+	PS_STRAYS,  /* others */
+	PS_STRANGERS
+};
+
+/* Written by the agent, but for next_ns. One cache line. */
+struct ps_watch {
+	uint64_t next_ns[2]; /* by ps_stranger: when an even stream would bring its next packet */
+	uint64_t step_ns[2]; /* between two packets of the stream that is let through; 0 = all are */
+	uint32_t half;	     /* of the known flows' bits, that is valid */
+	uint32_t spare0;
+	uint64_t spare[3];
+};
+
+/* Per CPU; by ps_stranger */
+struct ps_watched {
+	uint64_t offered[2], shed[2];
 };
 
 /* ---- engine file: one per engine, rings and queue objects -------------------------------------- */
@@ -735,6 +766,9 @@ static inline uint64_t ps_direct_key(uint32_t address, uint16_t port, uint8_t pr
 
 /* Its place among the PS_DIRECT_SLOTS: the upper bits of a product (Knuth's multiplicative hashing). */
 static inline uint32_t ps_direct_slot(uint64_t key) { return (uint32_t)(key * 0x9e3779b97f4a7c15ull >> 54); }
+
+/* Where the bit of a known flow is, in either half: this word, at hash & 63. hash: upper half of the flow's */
+static inline uint32_t ps_known_word(uint32_t hash) { return hash >> 6 & (PS_KNOWN_WORDS - 1); }
 
 /* One word of an IPv6 address, for ps_own_bit; an IPv4 address is one. */
 static inline uint32_t ps_own_mix(const uint32_t address[4])

@@ -1,0 +1,257 @@
+"""Sheds the packets of strangers ahead of the engines' rings, while engines have more to do than they can.
+
+What is let through is decided in packetstack_core.shedding, and kept by the director. At rest a look reads how full the
+rings are and how busy the cores, and listeners are not watched.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from packetstack_agent.engines import Engine
+from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, wire
+from packetstack_agent.stacks import Listening, Managed
+from packetstack_core import shedding
+from packetstack_core.shedding import AT_REST, Sample, State
+
+if TYPE_CHECKING:
+    from packetstack_agent.agent import Agent
+
+KNOWN_SECONDS = 1.0
+"""Between two looks at which flows are known, while listeners are watched."""
+QUIET_SECONDS = 3.0
+"""Without a drop, and it is told that a flood is over."""
+KINDS = ("openers", "strays")
+"""By ps_stranger."""
+
+Kind = tuple[Listening, str]
+
+
+@dataclass
+class Shed:
+    """Of one listener and kind."""
+
+    offered: float = 0.0
+    """Packets of strangers a second, at the last look."""
+    dropped: int = 0
+    """Since the agent began."""
+    before: int = 0
+    """The same when this time began."""
+    since: float = 0.0
+    """When that was; 0 = nothing is dropped."""
+    last: float = 0.0
+    """When something was dropped last."""
+
+
+@dataclass
+class Shedder:
+    """Of one stack."""
+
+    state: State = AT_REST
+    turned: tuple[float, dict[tuple[int, int], tuple[int, int]], int] | None = None
+    """At the look before: when, busy and all cycles by slot and core, packets that were handled."""
+    numbers: dict[Listening, int] = field(default_factory=dict)
+    """Places of the listeners that are watched."""
+    counted: dict[Listening, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
+    """When and what was read of them last."""
+    known: float = 0.0
+    """When known flows were looked for last."""
+    sheds: dict[Kind, Shed] = field(default_factory=dict)
+
+    def document(self, names: dict[Listening, str]) -> list[dict[str, Any]]:
+        """Its part of the stack's status: each listener and kind of which anything was ever dropped."""
+        return [
+            {
+                "listener": names[place],
+                "kind": kind,
+                "active": shed.since > 0,
+                "offeredPerSecond": round(shed.offered) if shed.since else 0,
+                "allowedPerSecond": round(self.state.level) if shed.since and self.state.level is not None else None,
+                "dropped": shed.dropped,
+            }
+            for (place, kind), shed in self.sheds.items()
+            if shed.dropped and place in names
+        ]
+
+
+class Shedders:
+    """One for each stack."""
+
+    def __init__(self, agent: "Agent", clock: Callable[[], float] = time.monotonic) -> None:
+        self._agent = agent
+        self._clock = clock
+        self._known: dict[str, Shedder] = {}
+        self._half = 0
+        """Of the bits of known flows, that is valid."""
+
+    def of(self, managed: Managed) -> Shedder:
+        """A stack's."""
+        return self._known.setdefault(managed.stack.name, Shedder())
+
+    def forget(self, name: str) -> None:
+        """The stack is gone, and its listeners with it."""
+        self._known.pop(name, None)
+
+    def look(self, managed: Managed) -> bool:
+        """At one stack; the director does from here on what was decided. Returns whether the next look should come soon."""
+        one, now = self.of(managed), self._clock()
+        sample = _engines(managed, one, now)
+        if not one.state.watched and (sample is None or sample.depth < shedding.FULL):
+            return False
+        if one.state.watched:
+            self._watch(managed, one)
+            if now - one.known >= KNOWN_SECONDS:
+                self._know(one, now)
+            offered = self._offered(one, now)
+            sample = replace(sample or Sample(0.0, 0.0), offered=offered)
+        assert sample is not None
+        was, one.state = one.state, shedding.step(one.state, sample)
+        if one.state.watched and not was.watched:
+            self._know(one, now)  # before a packet is asked for
+            self._watch(managed, one)
+            self._offered(one, now)
+        if one.state.level != was.level:
+            self._allow(one)
+        self._tell(managed, one, now)
+        if not one.state.watched:
+            self._release(one)
+        return one.state.urgent
+
+    # ---- the director ----------------------------------------------------------------------------------------
+
+    def _watch(self, managed: Managed, one: Shedder) -> None:
+        """All listeners there are; idempotent."""
+        listening = managed.stack.resource.listening()
+        for place in one.numbers.keys() - listening:  # the director knows them no more
+            del one.numbers[place]
+            one.counted.pop(place, None)
+        taken = {n for other in self._known.values() for n in other.numbers.values()}
+        free = (n for n in range(1, constant("PS_MAX_WATCHED")) if n not in taken)
+        for place in listening:
+            number = one.numbers.get(place) or next(free, 0)
+            if not number:
+                continue
+            if place not in one.numbers:
+                one.numbers[place] = number
+                watch = self._watches[number]
+                watch.next_ns, watch.step_ns, watch.half = [0, 0], _step(one), self._half
+            self._direct(place, number)
+
+    def _direct(self, place: Listening, number: int) -> None:
+        address, port, protocol = place
+        call(lib().ps_director_watch, self._agent.director, packed(address), wire(port), PROTOCOLS[protocol], number)
+
+    @property
+    def _watches(self) -> Any:
+        return lib().ps_director_watches(self._agent.director)
+
+    def _allow(self, one: Shedder) -> None:
+        for number in one.numbers.values():
+            self._watches[number].step_ns = _step(one)
+
+    def _know(self, one: Shedder, now: float) -> None:
+        """Write the known flows of all stacks that are watched into the half that is not in use, and use it."""
+        half, director = self._half ^ 1, self._agent.director
+        lib().ps_director_forget(director, half)
+        for name, other in self._known.items():
+            if (other is one or other.numbers) and name in self._agent.stacks:
+                lib().ps_director_know(director, half, self._agent.stacks[name].stack.arena)
+                other.known = now
+        self._half = half
+        for other in self._known.values():
+            for number in other.numbers.values():
+                self._watches[number].half = half
+
+    def _offered(self, one: Shedder, now: float) -> dict[object, float] | None:
+        """Strangers a second since the look before, by listener and kind; None if any is not known yet."""
+        offered: dict[object, float] | None = {}
+        out = ffi.new("struct ps_watched *")
+        for place, number in one.numbers.items():
+            call(lib().ps_director_watched, self._agent.director, number, out)
+            values = tuple(int(n) for n in (*out.offered, *out.shed))
+            when, before = one.counted.get(place, (now, values))
+            one.counted[place] = (now, values)
+            if now <= when:
+                offered = None
+                continue
+            for i, kind in enumerate(KINDS):
+                shed = one.sheds.setdefault((place, kind), Shed())
+                shed.offered = (values[i] - before[i]) / (now - when)
+                dropped = values[i + len(KINDS)] - before[i + len(KINDS)]
+                if dropped and not shed.since:
+                    shed.since, shed.before = now, shed.dropped
+                if dropped:
+                    shed.last = now
+                shed.dropped += dropped
+                if offered is not None:
+                    offered[place, kind] = shed.offered
+        return offered
+
+    def _release(self, one: Shedder) -> None:
+        """Nothing of it is watched any more."""
+        for place in one.numbers:
+            self._direct(place, 0)
+        one.numbers, one.counted = {}, {}
+
+    # ---- telling ---------------------------------------------------------------------------------------------
+
+    def _tell(self, managed: Managed, one: Shedder, now: float) -> None:
+        names = listener_names(managed)
+        for (place, kind), shed in one.sheds.items():
+            if not shed.since or place not in names:
+                continue
+            what = f"listener {names[place]} ({place[2]} {place[0]} port {place[1]})"
+            if shed.since == now:
+                self._agent.event(
+                    managed.stack.name, "FloodShed",
+                    f"{what}: {shed.offered:,.0f} {kind} a second come, more than its share; about {one.state.level or 0:,.0f} "
+                    "are let through, so that known flows and other listeners are served. If these are users, add engines",
+                    "Warning",
+                )  # fmt: skip
+            elif not one.state.watched or now - shed.last > QUIET_SECONDS:
+                lost, seconds = shed.dropped - shed.before, shed.last - shed.since
+                shed.since = 0.0
+                message = f"{what}: all {kind} are let through again; {lost:,} packets were dropped in {seconds:.0f} s"
+                self._agent.event(managed.stack.name, "FloodEnded", message)
+
+
+def _step(one: Shedder) -> list[int]:
+    """Nanoseconds between two strangers of a kind, 0 for any."""
+    return [max(1, round(1e9 / one.state.level)) if one.state.level else 0] * len(KINDS)
+
+
+def listener_names(managed: Managed) -> dict[Listening, str]:
+    """By address, port and protocol."""
+    return {(li.address, li.port, li.protocol): li.name for li in managed.stack.resource.spec.listeners}
+
+
+def _engines(managed: Managed, one: Shedder, now: float) -> Sample | None:
+    """What the engines did since the look before. None without any that did anything."""
+    cycles: dict[tuple[int, int], tuple[int, int]] = {}
+    depth = handled = 0
+    slots = 1
+    for engine in managed.engines.values():
+        if not _readable(engine):
+            continue
+        slots = int(engine.view.rx_slots)
+        for c in range(engine.blueprint.cores):
+            core = engine.core(c)
+            cycles[engine.slot, c] = (int(core.busy_cycles), int(core.total_cycles))
+        for q in range(engine.blueprint.queues):
+            queue = engine.queue(q)
+            depth = max(depth, int(queue.depth))
+            handled += int(queue.received)
+    before, one.turned = one.turned, (now, cycles, handled)
+    if before is None or now <= before[0] or handled < before[2]:
+        return None
+    busy = 0.0
+    for at, (spent, turned) in cycles.items():
+        old_spent, old_turned = before[1].get(at, (spent, turned))
+        if turned > old_turned:
+            busy = max(busy, (spent - old_spent) / (turned - old_turned))
+    return Sample(busy, min(1.0, depth / slots), (handled - before[2]) / (now - before[0]))
+
+
+def _readable(engine: Engine) -> bool:
+    return engine.view is not None and engine.ready and not engine.removing
