@@ -277,9 +277,9 @@ def test_preflight_finds_a_host_that_forwards_fit_and_one_that_does_not_unfit(la
 def test_preflight_names_a_kernel_whose_packet_handlers_can_be_interrupted(tmp_path: Path) -> None:
     (tmp_path / "sys/kernel").mkdir(parents=True)
     (tmp_path / "sys/kernel/realtime").write_text("1\n")
-    assert [c.result for c in preflight.host(tmp_path) if "PREEMPT_RT" in c.message] == ["missing"]
+    assert [c.result for c in preflight.host(root=tmp_path) if "PREEMPT_RT" in c.message] == ["missing"]
     (tmp_path / "sys/kernel/realtime").unlink()
-    assert [c.result for c in preflight.host(tmp_path) if "PREEMPT_RT" in c.message] == ["ok"]
+    assert [c.result for c in preflight.host(root=tmp_path) if "PREEMPT_RT" in c.message] == ["ok"]
 
 
 def test_logs_take_an_engine_by_its_name_too(lab: Lab) -> None:
