@@ -973,6 +973,7 @@ static void sweep(struct worker *w)
 		struct ps_shard *s = ps_shard_at(d->arena, w->sweep);
 		uint64_t owner = LOAD(&s->owner);
 		uint32_t queue = ps_word_queue(owner);
+		bool look = false;
 
 		if (ps_word_slot(owner) == d->engine->slot && !(owner & 0xffff) && queue < d->queues &&
 		    LOAD(&d->queue[queue].shared->cur) == w->me) {
@@ -985,14 +986,14 @@ static void sweep(struct worker *w)
 					ps_shard_sweep(d->arena, s, w->handler.config->timeout, w->handler.now);
 				w->core->counters[PS_C_SWEPT_SHARDS]++;
 				PS_POINT(SWEPT);
-				swept++;
+				look = !(++swept % LOOK_EACH);
 			}
 		}
 		if (++w->sweep >= d->arena->buckets)
 			w->sweep = 0;
 		if (w->reckon)
 			w->reckon--;
-		if (swept && !(swept % LOOK_EACH) && clock_ns() - begun > SWEEP_NS) {
+		if (look && clock_ns() - begun > SWEEP_NS) {
 			w->swept_ns -= due * 1000000000ull / d->arena->buckets; /* still due */
 			return;
 		}

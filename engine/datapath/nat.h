@@ -365,16 +365,19 @@ static inline void ps_track_udp(struct ps_handler *h, struct ps_shard *s, struct
 
 /*
  * A segment that is not of this connection, as far as is known. If both ends send such, they have another one, whose SYN
- * was not believed because they ended this one unseen: it must not idle out while they talk.
+ * was not believed because they ended this one unseen: it must not idle out while they talk. -> do they?
  */
-static inline void ps_astray(const struct ps_handler *h, struct ps_entry *f, bool reply)
+static inline bool ps_astray(const struct ps_handler *h, struct ps_entry *f, bool reply)
 {
+	bool both = reply && f->flags & PS_FLOW_ASTRAY;
+
 	if (!reply) {
 		f->flags |= PS_FLOW_ASTRAY;
-	} else if (f->flags & PS_FLOW_ASTRAY) {
+	} else if (both) {
 		f->flags &= (uint16_t)~PS_FLOW_ASTRAY;
 		ps_seen(h, f);
 	}
+	return both;
 }
 
 /* -> false when the segment is dropped, its reason counted */
@@ -402,13 +405,14 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 				h->counters[refused]++;
 				return false;
 			}
+			ps_track_confirm(f, &g);
 			ps_flow_set_state(h->arena, s, f, state, h->config->timeout, h->now);
 		}
 	}
 	if (__builtin_expect(state == PS_FLOW_ESTABLISHED && !(g.flags & (TCP_SYN | TCP_FIN | TCP_RST)) &&
 				     !(f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND)),
 			     1)) {
-		if (__builtin_expect(ps_in_window(f, &g, side), 1)) {
+		if (__builtin_expect(ps_believed(f, &g, side), 1)) {
 			ps_track_move(f, &g, side);
 			ps_seen(h, f);
 		} else {
@@ -422,15 +426,21 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 		ps_seen(h, f);
 	else if (g.flags & (TCP_SYN | TCP_FIN | TCP_RST) || f->state == PS_FLOW_SYN_ACK)
 		h->counters[PS_C_UNPROVEN]++;
-	if (!moved && state == PS_FLOW_ESTABLISHED)
-		ps_astray(h, f, reply);
+	if (!moved && (state == PS_FLOW_ESTABLISHED || (state == PS_FLOW_CLOSING && f->flags & PS_FLOW_FORGOTTEN)) &&
+	    ps_astray(h, f, reply))
+		state = PS_FLOW_ESTABLISHED;
 	if (state == PS_FLOW_TIME_WAIT && f->state != state) {
 		struct ps_options o = ps_segment_options(frame, p);
 
 		ps_track_wait(f, side, &o);
 	}
-	if (ps_state_ended(f->state) && !ps_state_ended(state))
+	if (ps_state_ended(f->state) && state == PS_FLOW_SYN_ACK) {
+		ps_created_add(h->arena, f);
+		h->counters[PS_C_FLOWS_ENDED]++;
+		h->counters[PS_C_FLOWS_CREATED]++;
+	} else if (ps_state_ended(f->state) && !ps_state_ended(state)) {
 		ps_prove(h, s, f, true);
+	}
 	ps_flow_set_state(h->arena, s, f, state, h->config->timeout, h->now);
 	return true;
 }
@@ -805,7 +815,9 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 
 		if (k.udp)
 			ps_track_udp(h, s, f, reply);
-		else if (p.kind == PS_PKT_FLOW && !ps_track_tcp(h, s, f, frame, &p, reply))
+		else if (p.kind == PS_PKT_FRAGMENT)
+			f->flags |= PS_FLOW_FRAGMENTED;
+		else if (!ps_track_tcp(h, s, f, frame, &p, reply))
 			return PS_DROP;
 		if (leaves && f->state == state)
 			f->last_seen = seen;

@@ -29,7 +29,8 @@ enum {
 	PS_NO_SCALE = 15,
 	PS_MAX_SCALE = 14,	   /* RFC 7323, 2.3 */
 	PS_LATE_ACK = 66000,	   /* an acknowledgement may be that old, whatever the window */
-	PS_FAST_OPEN = 1460,	   /* data of a SYN that its acknowledgement may cover (RFC 7413) */
+	PS_FAST_OPEN = 2048,	   /* data of a SYN that its acknowledgement may cover (RFC 7413): at most a frame's */
+	PS_FRAGMENTS = 65535,	   /* and what may be in fragments behind the first one */
 	PS_UDP_EXCHANGES = 3,	   /* questions after an answer until UDP may be assured, */
 	PS_UDP_ASSURED_TICKS = 20, /* and the time since its first answer */
 };
@@ -39,7 +40,7 @@ static inline int32_t ps_seq(uint32_t a, uint32_t b) { return (int32_t)(a - b); 
 
 struct ps_segment {
 	uint32_t seq, ack;
-	uint32_t next;	 /* number behind it: seq + payload + SYN + FIN */
+	uint32_t next;	 /* number behind it: seq + payload + SYN + FIN. Of a first fragment: behind what it holds */
 	uint16_t window; /* as it stands there */
 	uint8_t flags;
 };
@@ -105,6 +106,7 @@ static inline struct ps_options ps_segment_options(const uint8_t *frame, const s
 	return o;
 }
 
+/* Windows are scaled only when both sides said how (RFC 7323, 2.2). ps_track_confirm makes `scales` say so itself. */
 static inline uint8_t ps_scale(const struct ps_entry *f, int side)
 {
 	uint8_t client = f->scales & 15, backend = f->scales >> 4;
@@ -114,15 +116,15 @@ static inline uint8_t ps_scale(const struct ps_entry *f, int side)
 	return side == PS_CLIENT ? client : backend;
 }
 
-/* Largest window that this side has offered, in bytes. */
+/* Largest window that this side has offered, in bytes. Of a connection whose handshake is over. */
 static inline uint32_t ps_window(const struct ps_entry *f, int side)
 {
-	return (uint32_t)f->window[side] << ps_scale(f, side);
+	return (uint32_t)f->window[side] << (side == PS_CLIENT ? f->scales & 15 : f->scales >> 4);
 }
 
 /*
- * Could the segment be one of this side's? Its end is not older than a window of the other side, it begins within
- * what the other side has offered, and it acknowledges what the other side has sent.
+ * Could the segment be one of this side's? Its end is not older by a window, nor its beginning ahead by more, than what
+ * the other side has acknowledged, and it acknowledges what the other side has sent.
  */
 static inline bool ps_in_window(const struct ps_entry *f, const struct ps_segment *g, int side)
 {
@@ -132,8 +134,30 @@ static inline bool ps_in_window(const struct ps_entry *f, const struct ps_segmen
 	if (late < PS_LATE_ACK)
 		late = PS_LATE_ACK;
 	return g->flags & TCP_ACK && ps_seq(g->seq, f->acked[other] + window + 1) <= 0 &&
-	       ps_seq(g->next, f->end[side] - window - 1) >= 0 && ps_seq(g->ack, f->end[other]) <= 0 &&
+	       ps_seq(g->next, f->acked[other] - window - 1) >= 0 && ps_seq(g->ack, f->end[other]) <= 0 &&
 	       ps_seq(g->ack, f->end[other] - late) >= 0;
+}
+
+/*
+ * Where a segment ends whose first fragment alone shows numbers is learned from what acknowledges it.
+ * -> is it in the window?
+ */
+static inline bool ps_acknowledges_fragments(struct ps_entry *f, const struct ps_segment *g, int side)
+{
+	uint32_t known = f->end[!side];
+
+	if (!(f->flags & PS_FLOW_FRAGMENTED) || g->ack - known > PS_FRAGMENTS)
+		return false;
+	f->end[!side] = g->ack;
+	if (ps_in_window(f, g, side))
+		return true;
+	f->end[!side] = known;
+	return false;
+}
+
+static inline bool ps_believed(struct ps_entry *f, const struct ps_segment *g, int side)
+{
+	return __builtin_expect(ps_in_window(f, g, side), 1) || ps_acknowledges_fragments(f, g, side);
 }
 
 /* A SYN begins a connection, or a new one with the addresses of one that has ended. */
@@ -144,13 +168,22 @@ static inline void ps_track_open(struct ps_entry *f, const struct ps_segment *g,
 	f->window[PS_CLIENT] = f->window[PS_BACKEND] = 0;
 	f->scales = (uint8_t)(PS_NO_SCALE << 4 | scale);
 	f->flags &= (uint16_t) ~(PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND | PS_FLOW_BACKEND_FIRST | PS_FLOW_RESET |
-				 PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY | PS_FLOW_STAMPED);
+				 PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY | PS_FLOW_STAMPED | PS_FLOW_FRAGMENTED);
 }
+
+/*
+ * ---- opening -----------------------------------------------------------------------------------------------
+ *
+ * Anybody may send SYNs with the client's addresses, and the client itself several, of which the backend answers one.
+ * Two are kept: in SYN the first and the latest, behind which end[] points; in SYN_ACK the one that was answered, by
+ * what its answer acknowledges, in end[CLIENT], and the latest other one, in window[] (windows are not looked at before
+ * the handshake is over). If there were more (PS_FLOW_FORGOTTEN), an answer may be to one of those: the latest such is
+ * kept beside the first answer, by the number behind it in acked[BACKEND]. Whichever the client acknowledges was the one.
+ */
 
 /* Does the number answer this SYN, data that it may have carried included? */
 static inline bool ps_answers(uint32_t syn, uint32_t number) { return number - syn <= PS_FAST_OPEN; }
 
-/* In SYN_ACK windows are not looked at: window[] holds the number behind a SYN that has not been answered. */
 static inline uint32_t ps_other_syn(const struct ps_entry *f) { return (uint32_t)f->window[0] << 16 | f->window[1]; }
 
 static inline void ps_other_syn_set(struct ps_entry *f, uint32_t number)
@@ -159,14 +192,22 @@ static inline void ps_other_syn_set(struct ps_entry *f, uint32_t number)
 	f->window[1] = (uint16_t)number;
 }
 
+/* In SYN_ACK: is there another answer? If not, acked[BACKEND] is the number behind the first one. */
+static inline bool ps_other_answer(const struct ps_entry *f) { return f->acked[PS_BACKEND] != f->acked[PS_CLIENT] + 1; }
+
 /* The backend's SYN answers a SYN, and not the one at `other`. */
 static inline void ps_track_answer(struct ps_entry *f, const struct ps_segment *g, uint32_t other, uint8_t client_scale,
 				   uint8_t backend_scale)
 {
+	bool alone = f->state == PS_FLOW_SYN || !ps_other_answer(f);
+
 	f->scales = (uint8_t)(backend_scale << 4 | client_scale);
-	f->end[PS_CLIENT] = f->acked[PS_BACKEND] = g->ack;
+	f->end[PS_CLIENT] = g->ack;
 	f->end[PS_BACKEND] = g->next;
 	f->acked[PS_CLIENT] = g->seq; /* not acknowledged yet: what an acknowledgement must be beyond */
+	if (alone)
+		f->acked[PS_BACKEND] = g->seq + 1;
+	f->flags &= (uint16_t) ~(PS_FLOW_FIN_BACKEND | PS_FLOW_BACKEND_FIRST);
 	ps_other_syn_set(f, other);
 }
 
@@ -206,7 +247,8 @@ static inline uint8_t ps_track_control(struct ps_entry *f, const struct ps_segme
 				       const struct ps_packet *p, bool *moved)
 {
 	uint16_t fin = side == PS_CLIENT ? PS_FLOW_FIN_CLIENT : PS_FLOW_FIN_BACKEND;
-	bool by_it = !(f->flags & PS_FLOW_RESET_BACKEND) == (side == PS_CLIENT), more;
+	uint16_t other_fin = side == PS_CLIENT ? PS_FLOW_FIN_BACKEND : PS_FLOW_FIN_CLIENT;
+	bool by_it = !(f->flags & PS_FLOW_RESET_BACKEND) == (side == PS_CLIENT), more, telling;
 	uint8_t state = f->state;
 
 	*moved = false;
@@ -224,7 +266,30 @@ static inline uint8_t ps_track_control(struct ps_entry *f, const struct ps_segme
 			f->flags |= PS_FLOW_RESET_EARLY;
 		return PS_FLOW_CLOSED;
 	}
-	if (g->flags & TCP_SYN || !ps_in_window(f, g, side))
+	if (g->flags & TCP_SYN) {
+		uint8_t kind = g->flags & (TCP_SYN | TCP_ACK);
+		bool asks = side == PS_CLIENT && kind == TCP_SYN && !ps_state_ended(state);
+		bool answers = side == PS_BACKEND && kind == (TCP_SYN | TCP_ACK) && state == PS_FLOW_CLOSED &&
+			       f->flags & PS_FLOW_FORGOTTEN;
+
+		/* A SYN does nothing to a connection that lives. It may be answered when that has ended. */
+		if ((!asks && !answers) || !ps_segment_intact(frame, p))
+			return state;
+		f->flags |= PS_FLOW_FORGOTTEN;
+		if (!answers)
+			return state;
+		*moved = true;
+		ps_track_open(f, &(struct ps_segment){ .seq = g->ack - 1 }, PS_MAX_SCALE);
+		f->flags |= PS_FLOW_FORGOTTEN;
+		ps_track_answer(f, g, g->ack, PS_MAX_SCALE, ps_segment_options(frame, p).scale);
+		f->acked[PS_BACKEND] = g->seq + 1;
+		return PS_FLOW_SYN_ACK;
+	}
+	/* It may change the state: a FIN, a byte behind one, the acknowledgement of one, or anything after the end. */
+	telling = g->flags & TCP_FIN || state == PS_FLOW_CLOSED || state == PS_FLOW_TIME_WAIT ||
+		  (f->flags & fin && ps_seq(g->next, f->end[side]) > 0) ||
+		  (f->flags & other_fin && f->acked[side] != f->end[!side] && g->ack == f->end[!side]);
+	if (!ps_believed(f, g, side) || (telling && !ps_segment_intact(frame, p)))
 		return state;
 	*moved = true;
 	/*
@@ -234,15 +299,16 @@ static inline uint8_t ps_track_control(struct ps_entry *f, const struct ps_segme
 	 */
 	more = ps_seq(g->ack, f->acked[side]) > 0;
 	if (f->flags & PS_FLOW_RESET &&
-	    (by_it ? more || ps_seq(g->next, f->end[side]) > 0 : more && f->flags & PS_FLOW_RESET_EARLY) &&
-	    ps_segment_intact(frame, p)) {
+	    (by_it ? more || ps_seq(g->next, f->end[side]) > 0 : more && f->flags & PS_FLOW_RESET_EARLY)) {
 		f->flags &= (uint16_t) ~(PS_FLOW_RESET | PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY);
 		state = PS_FLOW_ESTABLISHED;
 	}
-	if (g->flags & TCP_FIN && ps_seq(g->next, f->end[side]) >= 0 && ps_segment_intact(frame, p)) {
-		bool exact = (ps_seq(g->seq, f->end[side]) <= 0 && ps_seq(g->next, f->end[side]) > 0) ||
-			     (f->flags & fin && g->next == f->end[side]);
+	if (g->flags & TCP_FIN && (ps_seq(g->next, f->end[side]) >= 0 || ps_seq(g->next, f->acked[!side]) > 0)) {
+		bool exact = ps_seq(g->seq, f->end[side]) <= 0;
 
+		/* Nothing is behind a FIN: what seemed to be was not its. Only now a checksum has been looked at. */
+		if (ps_seq(g->next, f->end[side]) < 0)
+			f->end[side] = g->next;
 		ps_track_move(f, g, side); /* forgets a FIN of it that was none */
 		if (side == PS_BACKEND && !(f->flags & PS_FLOW_FIN_BACKEND) &&
 		    !(f->flags & PS_FLOW_FIN_CLIENT && g->ack == f->end[PS_CLIENT]))
@@ -267,6 +333,7 @@ static inline void ps_track_wait(struct ps_entry *f, int side, const struct ps_o
 {
 	uint32_t stamp = side == PS_CLIENT ? o->stamp : o->echo;
 
+	f->flags &= (uint16_t)~PS_FLOW_FORGOTTEN; /* the same bit */
 	if (!o->stamped)
 		return;
 	f->flags |= PS_FLOW_STAMPED;
@@ -274,83 +341,124 @@ static inline void ps_track_wait(struct ps_entry *f, int side, const struct ps_o
 	f->window[1] = (uint16_t)stamp;
 }
 
+/* In SYN_ACK: does the client acknowledge the first answer, or data behind it? */
+static inline bool ps_confirms(const struct ps_entry *f, const struct ps_segment *g)
+{
+	return g->ack - f->acked[PS_CLIENT] - 1 < f->end[PS_BACKEND] - f->acked[PS_CLIENT] &&
+	       ps_seq(g->seq, f->end[PS_CLIENT] - 1) >= 0 &&
+	       ps_seq(g->seq, f->end[PS_CLIENT] + (65535u << ps_scale(f, PS_BACKEND)) + 1) <= 0;
+}
+
+/* The handshake is proven by this segment of the client. Who dies in the middle of this leaves it as provable as before. */
+static inline void ps_track_confirm(struct ps_entry *f, const struct ps_segment *g)
+{
+	uint32_t unit;
+
+	if (!ps_answers(ps_other_syn(f), f->end[PS_CLIENT]))
+		f->flags |= PS_FLOW_FORGOTTEN;
+	if (!ps_confirms(f, g)) { /* the other answer; nobody has kept the options of these two SYNs */
+		f->scales = (uint8_t)(PS_MAX_SCALE << 4 | PS_MAX_SCALE);
+		f->flags &= (uint16_t) ~(PS_FLOW_FIN_BACKEND | PS_FLOW_BACKEND_FIRST);
+		f->end[PS_CLIENT] = g->seq;
+		PS_BARRIER();
+		f->end[PS_BACKEND] = g->ack;
+		PS_BARRIER();
+	}
+	f->acked[PS_CLIENT] = g->ack - 1; /* the rest is like that of any segment in the window */
+	PS_BARRIER();
+	f->acked[PS_BACKEND] = f->end[PS_CLIENT];
+	f->scales = (uint8_t)(ps_scale(f, PS_BACKEND) << 4 | ps_scale(f, PS_CLIENT));
+	unit = 1u << ps_scale(f, PS_BACKEND); /* the window of a SYN is not scaled */
+	f->window[PS_BACKEND] = (uint16_t)((65535u + unit - 1) / unit);
+	f->window[PS_CLIENT] = g->window;
+}
+
+/* A SYN of the client, or of somebody with its addresses: kept beside the first, or the one that was answered. */
+static inline void ps_track_again(struct ps_entry *f, uint32_t number)
+{
+	bool answered = f->state == PS_FLOW_SYN_ACK;
+	uint32_t other = answered ? ps_other_syn(f) : f->end[PS_BACKEND];
+
+	if (number == other || (answered ? ps_answers(number, f->end[PS_CLIENT]) : number == f->end[PS_CLIENT]))
+		return;
+	if (answered ? !ps_answers(other, f->end[PS_CLIENT]) : other != f->end[PS_CLIENT])
+		f->flags |= PS_FLOW_FORGOTTEN;
+	if (answered)
+		ps_other_syn_set(f, number);
+	else
+		f->end[PS_BACKEND] = number;
+}
+
 /*
- * A segment of `side` while the connection opens. -> the state that it leads to. *moved: it was one of the two ends'.
+ * A segment of `side` while the connection opens. -> the state that it leads to; ESTABLISHED: see ps_track_confirm.
+ * *moved: it was one of the two ends'.
  */
 static inline uint8_t ps_track_opening(struct ps_entry *f, const struct ps_segment *g, int side, const uint8_t *frame,
 				       const struct ps_packet *p, bool *moved)
 {
 	uint8_t kind = g->flags & (TCP_SYN | TCP_RST | TCP_ACK);
+	bool answered = f->state == PS_FLOW_SYN_ACK;
 
 	*moved = false;
-	if (f->state == PS_FLOW_SYN) {
-		bool first = ps_answers(f->end[PS_CLIENT], g->ack);
-
+	if (kind & TCP_RST) {
 		/*
 		 * No reset ends this: who sent the SYN that it refuses is not known, and the other may be answered yet.
 		 * The flow gives way to others as it is.
 		 */
-		if (side == PS_CLIENT) {
-			*moved = kind == TCP_SYN && ps_segment_intact(frame, p);
-			if (*moved)
-				f->end[PS_BACKEND] = g->seq + 1; /* the latest; the first is kept as well */
-			return f->state;
-		}
-		*moved = kind & TCP_ACK && (first || ps_answers(f->end[PS_BACKEND], g->ack)) &&
-			 ps_segment_intact(frame, p);
-		if (!*moved || kind != (TCP_SYN | TCP_ACK))
-			return f->state;
-		/* It may answer a later SYN, whose options nobody has kept. */
-		ps_track_answer(f, g, f->end[first ? PS_BACKEND : PS_CLIENT], first ? f->scales & 15 : PS_MAX_SCALE,
-				ps_segment_options(frame, p).scale);
-		return PS_FLOW_SYN_ACK;
-	}
-	/* SYN_ACK */
-	if (kind & TCP_RST) {
-		if ((g->seq != f->end[side] &&
-		     g->seq != (side == PS_CLIENT ? f->acked[PS_BACKEND] : f->acked[PS_CLIENT] + 1)) ||
+		if (!answered ||
+		    (g->seq != f->end[side] &&
+		     g->seq != (side == PS_CLIENT ? f->end[PS_CLIENT] : f->acked[PS_CLIENT] + 1)) ||
 		    !ps_segment_intact(frame, p))
 			return f->state;
-		*moved = true; /* the other SYN may be answered yet */
-		f->end[PS_CLIENT] = f->acked[PS_BACKEND];
+		*moved = true;
+		if (ps_other_answer(f))
+			return f->state;
 		f->end[PS_BACKEND] = ps_other_syn(f);
 		return PS_FLOW_SYN;
 	}
-	if (side == PS_BACKEND) {
-		if (kind == (TCP_SYN | TCP_ACK)) {
-			bool same = g->ack == f->acked[PS_BACKEND];
+	if (side == PS_CLIENT) {
+		bool proven = answered && kind == TCP_ACK &&
+			      (ps_confirms(f, g) || (ps_other_answer(f) && g->ack == f->acked[PS_BACKEND]));
 
-			if ((!same && !ps_answers(ps_other_syn(f), g->ack)) || !ps_segment_intact(frame, p))
-				return f->state;
-			*moved = true;
-			if (!same || g->seq != f->acked[PS_CLIENT])
-				ps_track_answer(f, g, same ? ps_other_syn(f) : f->acked[PS_BACKEND],
-						same ? f->scales & 15 : PS_MAX_SCALE,
-						ps_segment_options(frame, p).scale);
-		} else if (kind == TCP_ACK && ps_seq(g->next, f->end[PS_BACKEND]) > 0 &&
-			   ps_seq(g->next, f->acked[PS_CLIENT] + (65535u << ps_scale(f, PS_CLIENT)) + 1) <= 0 &&
-			   ps_seq(g->ack, f->acked[PS_BACKEND]) >= 0 && ps_seq(g->ack, f->end[PS_CLIENT]) <= 0) {
-			*moved = true; /* it need not wait for the client's acknowledgement (RFC 7413) */
-			f->end[PS_BACKEND] = g->next;
-		}
-		return f->state;
+		*moved = (proven || kind == TCP_SYN) && ps_segment_intact(frame, p);
+		if (*moved && !proven)
+			ps_track_again(f, g->seq + 1);
+		return *moved && proven ? PS_FLOW_ESTABLISHED : f->state;
 	}
-	if (kind == TCP_SYN) {
-		*moved = ps_segment_intact(frame, p);
-		/* Again, while the answer is under way; or another one. */
-		if (*moved && !ps_answers(g->seq + 1, f->acked[PS_BACKEND]))
-			ps_other_syn_set(f, g->seq + 1);
-		return f->state;
+	if (kind == (TCP_SYN | TCP_ACK)) {
+		uint32_t other = answered ? ps_other_syn(f) : f->end[PS_BACKEND];
+		bool first = answered ? g->ack == f->end[PS_CLIENT] : ps_answers(f->end[PS_CLIENT], g->ack);
+		bool exact = g->ack == f->end[PS_CLIENT] || g->ack == other;
+
+		*moved = (exact || first || ps_answers(other, g->ack) || f->flags & PS_FLOW_FORGOTTEN) &&
+			 ps_segment_intact(frame, p);
+		if (!*moved)
+			return f->state;
+		if (!exact)
+			f->flags |= PS_FLOW_FORGOTTEN;
+		if (answered && !exact)
+			f->acked[PS_BACKEND] = g->next;
+		else if (!answered || !first || g->seq != f->acked[PS_CLIENT])
+			/* It may answer a later SYN, whose options nobody has kept. */
+			ps_track_answer(f, g, first || !exact ? other : f->end[PS_CLIENT],
+					first ? f->scales & 15 : PS_MAX_SCALE, ps_segment_options(frame, p).scale);
+		return PS_FLOW_SYN_ACK;
 	}
-	if (kind != TCP_ACK || g->ack - f->acked[PS_CLIENT] - 1 >= f->end[PS_BACKEND] - f->acked[PS_CLIENT] ||
-	    ps_seq(g->seq, f->acked[PS_BACKEND] - 1) < 0 ||
-	    ps_seq(g->seq, f->acked[PS_BACKEND] + (65535u << ps_scale(f, PS_BACKEND)) + 1) > 0 ||
-	    !ps_segment_intact(frame, p))
+	if (kind != TCP_ACK)
 		return f->state;
-	f->window[PS_CLIENT] = g->window;
-	f->window[PS_BACKEND] = (uint16_t)(65535u >> ps_scale(f, PS_BACKEND)); /* that of a SYN, not scaled, at most */
-	*moved = true;
-	return PS_FLOW_ESTABLISHED;
+	if (!answered) {
+		*moved = (ps_answers(f->end[PS_CLIENT], g->ack) || ps_answers(f->end[PS_BACKEND], g->ack)) &&
+			 ps_segment_intact(frame, p);
+	} else if (ps_seq(g->next, f->end[PS_BACKEND]) >= 0 && g->next - f->acked[PS_CLIENT] - 1 <= 65535 &&
+		   g->ack == f->end[PS_CLIENT] && ps_segment_intact(frame, p)) {
+		*moved = true; /* it need not wait for the client's acknowledgement (RFC 7413) */
+		if (g->next != f->end[PS_BACKEND])
+			f->flags &= (uint16_t) ~(PS_FLOW_FIN_BACKEND | PS_FLOW_BACKEND_FIRST);
+		f->end[PS_BACKEND] = g->next;
+		if (g->flags & TCP_FIN)
+			f->flags |= PS_FLOW_FIN_BACKEND | PS_FLOW_BACKEND_FIRST;
+	}
+	return f->state;
 }
 
 #endif

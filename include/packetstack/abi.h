@@ -513,10 +513,12 @@ enum ps_flow_flags {
 	PS_FLOW_RESET = 256,	     /* TCP: a reset ended it, so it seemed */
 	PS_FLOW_RESET_BACKEND = 512, /* the backend's, else the client's */
 	PS_FLOW_RESET_EARLY = 1024,  /* its number was the last acknowledged one, with more on the way */
-	PS_FLOW_STAMPED = 8192, /* TIME_WAIT: window[] holds the last timestamp that the backend has of the client */
-	PS_FLOW_ASTRAY = 16384, /* TCP: the client has sent a segment out of the window; the backend not since */
-	PS_FLOW_PROVEN = 4096,	/* in `proven` of its listener */
-	PS_FLOW_UNSENT = 2048,	/* changed since it was last sent to a replica; not used yet */
+	PS_FLOW_UNSENT = 2048,	     /* changed since it was last sent to a replica; not used yet */
+	PS_FLOW_PROVEN = 4096,	     /* in `proven` of its listener */
+	PS_FLOW_STAMPED = 8192,	   /* TIME_WAIT: window[] holds the last timestamp that the backend has of the client */
+	PS_FLOW_FORGOTTEN = 8192,  /* else: the client has sent SYNs that are not kept */
+	PS_FLOW_ASTRAY = 16384,	   /* TCP: the client has sent a segment out of the window; the backend not since */
+	PS_FLOW_FRAGMENTED = 32768 /* TCP: fragments have come by, of which only the first shows numbers */
 };
 
 /* Sides of a flow, index of the arrays below. */
@@ -534,11 +536,10 @@ struct ps_entry {
 	uint32_t hash;	     /* upper half of the forward hash */
 	uint16_t prev, next; /* list links: index + 1, 0 = end */
 	uint8_t client[16];
-	/* By ps_side. TCP: */
-	uint32_t end[2];   /* number behind the last byte it sent. In SYN: behind the first SYN, behind the latest */
-	uint32_t acked[2]; /* highest number it has acknowledged. In SYN_ACK, of the client: the backend's first */
-	uint16_t window
-		[2]; /* largest window it has offered, unscaled. In SYN_ACK, TIME_WAIT and for UDP: see track.h, nat.h */
+	/* By ps_side. TCP, once it is established; what is in them before, and for UDP, say track.h and nat.h: */
+	uint32_t end[2];    /* number behind the last byte it sent */
+	uint32_t acked[2];  /* highest number it has acknowledged */
+	uint16_t window[2]; /* largest window it has offered, unscaled. In TIME_WAIT a timestamp */
 	uint16_t client_port, snat_port;
 	uint16_t snat;	   /* index into the arena's addresses; never reused */
 	uint16_t backend;  /* index into the arena's backends */

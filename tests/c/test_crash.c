@@ -12,14 +12,15 @@
 
 enum {
 	FRAMES = 64,
-	PACKETS = 14,
+	PACKETS = 15,
 	BUCKETS = 16,
 	ENTRIES = 16,
 	INDEX = 32,
 	SLOTS = 64,
 	HEAD = 256,
 	FIRST = 0xfffffff8,
-	ANSWER = 8
+	ANSWER = 6, /* of the backend to client 1, and to client 3 */
+	OTHER_ANSWER = 8
 };
 
 struct ring_memory {
@@ -193,7 +194,7 @@ static void prepare(struct world *m)
 }
 
 /*
- * UDP clients 0, 2 and 4 ask; the connection of client 1 is reset while it opens, that of client 3 gets established.
+ * UDP clients 0, 2 and 4 ask; the connections of clients 1 and 3 get established, that of client 1 is reset.
  * Numbers begin at 0. The first port of a bucket with 16 of them is 1024 + bucket.
  */
 static void fill_receive_ring(struct world *m)
@@ -202,7 +203,7 @@ static void fill_receive_ring(struct world *m)
 		uint32_t client = n % 5, bucket = client;
 		struct build b = packet(client, client & 1 ? 6 : 17, TCP_SYN, 80);
 
-		if (n == 6) {
+		if (n == 10) {
 			arrive(m, n, bucket, 5, packet(client, 17, 0, 99)); /* no such listener */
 			continue;
 		}
@@ -210,19 +211,20 @@ static void fill_receive_ring(struct world *m)
 			arrive(m, n, 9, 6, packet(9, 17, 0, 80)); /* not ours yet */
 			continue;
 		}
-		if (n == ANSWER) {
+		if (n == ANSWER || n == OTHER_ANSWER) {
 			mapped(b.source, 0x0a010001);
 			mapped(b.destination, 0xc6336401);
 			b.sport = htons(8080);
 			b.dport = htons((uint16_t)(1024 + bucket));
 			b.tcp_flags = TCP_SYN | TCP_ACK;
 			b.ack = 1;
-		} else if (n == 11) {
-			b.tcp_flags = TCP_RST;
-			b.seq = 1;
-		} else if (n == 13) {
+		} else if (n == 11 || n == 13) {
 			b.tcp_flags = TCP_ACK;
 			b.seq = b.ack = 1;
+		} else if (n == 14) {
+			bucket = 1;
+			b = packet(1, 6, TCP_RST, 80);
+			b.seq = 1;
 		}
 		arrive(m, n, bucket, 5, b);
 	}
@@ -255,7 +257,7 @@ static void check(struct world *m, uint32_t step)
 		CHECK(ps_fold(ps_sum(ip, 20, 0)) == 0xffff, "step %u: packet %u: IP checksum", step, number);
 		CHECK(!l4_check(ip, ip + 20, length - 20, ip[9]), "step %u: packet %u: checksum", step, number);
 		CHECK(ip[8] == 63, "step %u: packet %u: TTL %u", step, number, ip[8]);
-		if (number == ANSWER)
+		if (number == ANSWER || number == OTHER_ANSWER)
 			CHECK(!memcmp(ip + 12, "\xc0\x00\x02\x01\x0a\x00\x00\x01\x00\x50", 10), "step %u: answer",
 			      step);
 		else
@@ -330,9 +332,12 @@ static void every_instruction(void)
 			break;
 		steps++;
 		memcpy(copy, m, sizeof(*m));
-		if (!ps_shard_at(&copy->arena, 3)
-			     ->live) /* it may have died with a port chosen; the answer comes to the first */
-			ps_shard_at(&copy->arena, 3)->port_cursor = 0;
+		for (uint32_t b = 1; b < 4; b += 2) {
+			struct ps_shard *s = ps_shard_at(&copy->arena, b);
+
+			if (!s->live) /* it may have died with a port chosen; the answer comes to the first */
+				s->port_cursor = 0;
+		}
 		attach(&successor, &follower, copy, 8);
 		for (int turn = 0; turn < 2; turn++)
 			work(&follower, true);

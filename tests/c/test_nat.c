@@ -516,6 +516,8 @@ static void end_orderly(struct conversation *c, int who)
 /* Is the flow's idle time counted from now on? */
 static bool refreshed(const struct conversation *c) { return entry_of(c)->last_seen == t.handler.now; }
 
+static bool entry_established(const struct conversation *c) { return entry_of(c)->state == PS_FLOW_ESTABLISHED; }
+
 static int32_t proven(uint32_t listener) { return t.arena->listener[listener].proven; }
 
 /* A handshake is proven by the right acknowledgement and a right checksum, and by nothing else. */
@@ -542,7 +544,7 @@ static void a_handshake_needs_the_right_acknowledgements(void)
 	CHECK(t.counters[PS_C_UNPROVEN] == unproven, "what is sent again is of one who knows the numbers");
 	LEADS(c, CLIENT, TCP_ACK, 1, 0, 0, SYN_ACK);
 	LEADS(c, CLIENT, TCP_ACK, 1, 2, 0, SYN_ACK);
-	LEADS(c, CLIENT, TCP_ACK, 1 + 20000, 1, 0, SYN_ACK);
+	LEADS(c, CLIENT, TCP_ACK, 1 + 70000, 1, 0, SYN_ACK);
 	LEADS(c, CLIENT, TCP_RST, 5000, 0, 0, SYN_ACK);
 	shape.bad_checksum = true;
 	LEADS(c, CLIENT, TCP_ACK, 1, 1, 0, SYN_ACK);
@@ -563,19 +565,27 @@ static void an_opener_needs_a_right_checksum(void)
 	CHECK(t.counters[PS_C_DROP_BAD_CHECKSUM] == 1, "%lu", t.counters[PS_C_DROP_BAD_CHECKSUM]);
 }
 
-/* A reset of either side while the connection opens ends it when it has the right number. */
-static void a_reset_ends_an_opening_connection(void)
+/* A reset does not end a handshake: it may refuse a SYN of somebody else. The flow stays half open, and gives way. */
+static void a_reset_leaves_an_opening_connection_half_open(void)
 {
-	struct conversation c = client(1), d = client(2), e = client(3);
+	struct conversation c = client(1), d = client(2);
 
 	LEADS(c, CLIENT, TCP_SYN, 0, 0, 0, SYN);
-	LEADS(c, BACKEND, TCP_RST | TCP_ACK, 0, 1, 0, CLOSED); /* refused */
+	LEADS(c, BACKEND, TCP_RST | TCP_ACK, 0, 1, 0, SYN); /* refused */
+	LEADS(c, CLIENT, TCP_RST, 1, 0, 0, SYN);
+	LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
 	LEADS(d, CLIENT, TCP_SYN, 0, 0, 0, SYN);
-	LEADS(d, CLIENT, TCP_RST, 1, 0, 0, CLOSED);
-	LEADS(e, CLIENT, TCP_SYN, 0, 0, 0, SYN);
-	LEADS(e, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
-	LEADS(e, CLIENT, TCP_RST, 1, 0, 0, CLOSED);
-	CHECK(!t.arena->listener[0].live, "%d live", t.arena->listener[0].live);
+	LEADS(d, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
+	LEADS(d, CLIENT, TCP_RST, 2, 0, 0, SYN_ACK);
+	LEADS(d, BACKEND, TCP_RST, 2, 0, 0, SYN_ACK);
+	LEADS(d, CLIENT, TCP_RST, 1, 0, 0, SYN); /* it does not want this answer */
+	LEADS(d, CLIENT, TCP_ACK, 1, 1, 0, SYN);
+	LEADS(d, CLIENT, TCP_SYN, 70000, 0, 0, SYN);
+	LEADS(d, BACKEND, TCP_SYN | TCP_ACK, 90000, 70001, 0, SYN_ACK);
+	LEADS(d, BACKEND, TCP_RST, 90001, 0, 0, SYN);
+	LEADS(d, BACKEND, TCP_SYN | TCP_ACK, 95000, 70001, 0, SYN_ACK);
+	LEADS(d, CLIENT, TCP_ACK, 70001, 95001, 0, ESTABLISHED);
+	CHECK(t.arena->listener[0].live == 2 && proven(0) == 1, "%d live", t.arena->listener[0].live);
 }
 
 /* Who does not know the connection's numbers ends nothing: reset, FIN and SYN are sent on and not believed. */
@@ -590,7 +600,7 @@ static void blind_segments_leave_it_established(void)
 		LEADS(c, side, TCP_RST, 502, 0, 0, ESTABLISHED); /* in the window, but not the next */
 		LEADS(c, side, TCP_RST, 500, 0, 0, ESTABLISHED);
 		LEADS(c, side, TCP_RST | TCP_ACK, 70000, 1, 0, ESTABLISHED);
-		LEADS(c, side, TCP_FIN | TCP_ACK, 1 + 20000, 1, 0, ESTABLISHED); /* beyond the window */
+		LEADS(c, side, TCP_FIN | TCP_ACK, 1 + 70000, 1, 0, ESTABLISHED); /* beyond the window */
 		LEADS(c, side, TCP_FIN | TCP_ACK, 501, 2, 0, ESTABLISHED);	 /* acknowledges what nobody sent */
 		LEADS(c, side, TCP_FIN, 501, 0, 0, ESTABLISHED);
 		LEADS(c, side, TCP_SYN, 501, 0, 0, ESTABLISHED);
@@ -762,9 +772,10 @@ static void the_window_decides_what_keeps_a_connection(void)
 	struct conversation c = established(9, 1), d = client_in(9, 2), e = client_in(9, 3);
 
 	t.handler.now += 10;
-	LEADS(c, CLIENT, TCP_ACK, 1 + 10000 + 5, 1, 10, ESTABLISHED); /* beyond what the backend has offered */
-	LEADS(c, CLIENT, TCP_ACK, 1, 2, 10, ESTABLISHED);	      /* acknowledges what it has not sent */
-	LEADS(c, BACKEND, TCP_ACK, 1 - 20000u, 1, 10, ESTABLISHED);   /* long past */
+	LEADS(c, BACKEND, TCP_ACK, 1 + 10000 + 5, 1, 10, ESTABLISHED); /* beyond what the client has offered */
+	LEADS(c, BACKEND, TCP_ACK, 1 - 20000u, 1, 10, ESTABLISHED);    /* long past */
+	LEADS(c, CLIENT, TCP_ACK, 1 + 65535 + 5, 1, 10, ESTABLISHED);  /* beyond what a SYN can offer */
+	LEADS(c, CLIENT, TCP_ACK, 1, 2, 10, ESTABLISHED);	       /* acknowledges what it has not sent */
 	CHECK(!refreshed(&c), "none of them is of a side");
 	LEADS(c, CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
 	CHECK(refreshed(&c), "a keepalive's answer is");
@@ -780,8 +791,8 @@ static void the_window_decides_what_keeps_a_connection(void)
 	LEADS(d, CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
 	LEADS(d, BACKEND, TCP_ACK, 1, 1, 0, ESTABLISHED);
 	t.handler.now += 10;
-	LEADS(d, CLIENT, TCP_ACK, 1 + 1000 * 128 + 100, 1, 10, ESTABLISHED);
 	LEADS(d, BACKEND, TCP_ACK, 1 + 1000 * 128 + 100, 1, 10, ESTABLISHED);
+	LEADS(d, CLIENT, TCP_ACK, 1 + 1000 * 128 + 100, 1, 10, ESTABLISHED);
 	CHECK(!refreshed(&d), "beyond 1000 << 7");
 	LEADS(d, CLIENT, TCP_ACK, 1 + 1000 * 128, 1, 10, ESTABLISHED);
 	CHECK(refreshed(&d), "up to 1000 << 7");
@@ -795,32 +806,59 @@ static void the_window_decides_what_keeps_a_connection(void)
 	LEADS(e, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
 	LEADS(e, CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
 	t.handler.now += 10;
-	LEADS(e, CLIENT, TCP_ACK, 1 + 1100, 1, 10, ESTABLISHED);
 	LEADS(e, BACKEND, TCP_ACK, 1 + 1100, 1, 10, ESTABLISHED);
+	LEADS(e, CLIENT, TCP_ACK, 1 + 65535 + 5, 1, 10, ESTABLISHED);
 	CHECK(!refreshed(&e), "a window is scaled though the backend did not say so");
 	LEADS(e, CLIENT, TCP_ACK, 1 + 900, 1, 10, ESTABLISHED);
 	CHECK(refreshed(&e), "in a window of 1000");
 }
 
-/* A client may ask again with another number; the backend may answer either. */
-static void a_second_syn_may_be_answered_or_the_first(void)
+/* A client may ask again with another number, and others with its addresses; the backend may answer any. */
+static void any_of_several_syns_may_be_answered(void)
 {
-	for (uint32_t answered = 0; answered <= 50000; answered += 50000) {
-		struct conversation c = client_in(9, answered);
+	for (uint32_t asked = 2; asked <= 5; asked++)
+		for (uint32_t answered = 0; answered < asked; answered++) {
+			struct conversation c = client_in(9, asked * 10 + answered);
+			uint32_t number = answered * 50000 + 1;
 
-		shape.scale = 1 + 7;
-		LEADS(c, CLIENT, TCP_SYN, 0, 0, 0, SYN);
-		LEADS(c, CLIENT, TCP_SYN, 50000, 0, 0, SYN);
-		LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 0, 30000, 0, SYN); /* neither */
-		LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 0, answered + 1, 0, SYN_ACK);
-		shape.scale = 0;
-		LEADS(c, CLIENT, TCP_ACK, 50001 - answered, 1, 0, SYN_ACK);
-		LEADS(c, CLIENT, TCP_ACK, answered + 1, 1, 0, ESTABLISHED);
-		LEADS(c, BACKEND, TCP_ACK, 1, answered + 1, 1000, ESTABLISHED);
-		t.handler.now += 10;
-		LEADS(c, CLIENT, TCP_ACK, answered + 1, 1001, 1000, ESTABLISHED);
-		CHECK(refreshed(&c), "its numbers are not those of the connection");
-	}
+			shape.scale = 1 + 7;
+			for (uint32_t i = 0; i < asked; i++)
+				LEADS(c, CLIENT, TCP_SYN, i * 50000, 0, 0, SYN);
+			if (asked == 2) /* neither */
+				LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 700, 30000, 0, SYN);
+			segment(&c, BACKEND, TCP_SYN | TCP_ACK, 0, number, 0);
+			shape.scale = 0;
+			segment(&c, BACKEND, TCP_SYN | TCP_ACK, 800, 40000, 0); /* by somebody else: to none of them */
+			CHECK(!entry_established(&c), "of %u the answer to %u", asked, answered);
+			segment(&c, CLIENT, TCP_ACK, number, 2, 0);
+			segment(&c, CLIENT, TCP_ACK, number, 0, 0);
+			CHECK(!entry_established(&c), "it has not acknowledged the answer");
+			/* The last one takes the place of an answer to a SYN that was forgotten. */
+			if (answered && answered < asked - 1)
+				segment(&c, BACKEND, TCP_SYN | TCP_ACK, 0, number, 0);
+			LEADS(c, CLIENT, TCP_ACK, number, 1, 0, ESTABLISHED);
+			LEADS(c, BACKEND, TCP_ACK, 1, number, 1000, ESTABLISHED);
+			t.handler.now += 10;
+			LEADS(c, CLIENT, TCP_ACK, number, 1001, 1000, ESTABLISHED);
+			CHECK(refreshed(&c), "its numbers are not those of the connection");
+		}
+}
+
+/* Resets of hosts that somebody asked in the client's name, and SYNs that come again, do not hide the client's own. */
+static void a_syn_that_comes_again_pushes_none_out(void)
+{
+	struct conversation c = client_in(9, 1);
+
+	LEADS(c, CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	LEADS(c, CLIENT, TCP_SYN, 70000, 0, 0, SYN);
+	LEADS(c, CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	LEADS(c, CLIENT, TCP_SYN, 70000, 0, 0, SYN);
+	LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
+	LEADS(c, CLIENT, TCP_SYN, 0, 0, 0, SYN_ACK);
+	LEADS(c, CLIENT, TCP_RST, 1, 0, 0, SYN);
+	LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 500, 9999, 0, SYN); /* no SYN has been forgotten */
+	LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 900, 70001, 0, SYN_ACK);
+	LEADS(c, CLIENT, TCP_ACK, 70001, 901, 0, ESTABLISHED);
 }
 
 /* Data in a SYN may be acknowledged, and the backend may send before the client has confirmed (RFC 7413). */
@@ -836,6 +874,46 @@ static void fast_open_data_belongs_to_the_connection(void)
 	LEADS(d, CLIENT, TCP_SYN, 0, 0, 400, SYN);
 	LEADS(d, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK); /* the data is not taken: it comes again */
 	LEADS(d, CLIENT, TCP_ACK, 1, 1, 400, ESTABLISHED);
+}
+
+/* A backend may say all that it has to say, and its FIN, before the client has confirmed. */
+static void a_fin_before_the_client_has_confirmed_is_remembered(void)
+{
+	struct conversation c = client_in(9, 1);
+
+	LEADS(c, CLIENT, TCP_SYN, 0, 0, 400, SYN);
+	LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 0, 401, 0, SYN_ACK);
+	LEADS(c, BACKEND, TCP_FIN | TCP_ACK, 1, 401, 100, SYN_ACK);
+	LEADS(c, CLIENT, TCP_ACK, 401, 102, 0, CLOSING);
+	LEADS(c, CLIENT, TCP_FIN | TCP_ACK, 401, 102, 0, CLOSING);
+	LEADS(c, BACKEND, TCP_ACK, 102, 402, 0, TIME_WAIT);
+}
+
+/* A first fragment does not show where its segment ends: its receiver does, by what it acknowledges. */
+static void the_end_of_a_fragmented_segment_is_learned_from_its_acknowledgement(void)
+{
+	for (int side = 0; side < 2; side++) {
+		struct conversation c = established(9, (uint32_t)side);
+		struct build b = from(&c, side);
+
+		LEADS(c, !side, TCP_ACK, 1, 1 + 5000, 0, ESTABLISHED);
+		b.tcp_flags = TCP_ACK;
+		b.seq = first[side] + 1;
+		b.ack = first[!side] + 1;
+		b.payload = 800;
+		b.window = 10000;
+		b.more_fragments = true;
+		CHECK(say(&c, b, side == BACKEND) == PS_TRANSMIT, "the first fragment");
+		t.handler.now += 10;
+		LEADS(c, !side, TCP_ACK, 1, 1 + 5000, 0, ESTABLISHED);
+		CHECK(!refreshed(&c), "5000 bytes are acknowledged, and 800 were sent");
+		entry_of(&c)->flags |= PS_FLOW_FRAGMENTED; /* as the next fragment does */
+		LEADS(c, !side, TCP_ACK, 1, 1 + 70000, 0, ESTABLISHED);
+		CHECK(!refreshed(&c), "no packet is that long");
+		LEADS(c, !side, TCP_ACK, 1, 1 + 5000, 0, ESTABLISHED);
+		CHECK(refreshed(&c), "its receiver has all of it");
+		LEADS(c, side, TCP_RST, 5001, 0, 0, CLOSED);
+	}
 }
 
 /* ---- UDP ---------------------------------------------------------------------------------------------------- */
@@ -1112,7 +1190,9 @@ static void openers_beyond_the_rate_are_dropped(void)
 	end_orderly(&c, CLIENT);
 	for (passed = 0, n = 0; n < 20; n++) {
 		passed += segment(&c, CLIENT, TCP_SYN, 100000 * (n + 1), 0, 0) == PS_TRANSMIT;
-		segment(&c, BACKEND, TCP_RST | TCP_ACK, 0, 100000 * (n + 1) + 1, 0);
+		segment(&c, BACKEND, TCP_SYN | TCP_ACK, 100000 * (n + 1), 100000 * (n + 1) + 1, 0);
+		segment(&c, CLIENT, TCP_ACK, 100000 * (n + 1) + 1, 100000 * (n + 1) + 1, 0);
+		segment(&c, CLIENT, TCP_RST, 100000 * (n + 1) + 1, 0, 0);
 	}
 	CHECK(passed == 4, "%u connections of one port", passed);
 }
@@ -1217,7 +1297,9 @@ static void a_syn_again_leaves_a_backend_that_does_not_serve(void)
 		c[i] = client(i);
 		LEADS(c[i], CLIENT, TCP_SYN, 0, 0, 0, SYN);
 		if (i >= 20) { /* one that has ended */
-			LEADS(c[i], BACKEND, TCP_RST | TCP_ACK, 0, 1, 0, CLOSED);
+			LEADS(c[i], BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
+			LEADS(c[i], CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
+			LEADS(c[i], CLIENT, TCP_RST, 1, 0, 0, CLOSED);
 		}
 	}
 	third_backend_down(0);
@@ -1380,7 +1462,7 @@ int main(int argc, char **argv)
 	static void (*const tests[])(void) = {
 		a_handshake_needs_the_right_acknowledgements,
 		an_opener_needs_a_right_checksum,
-		a_reset_ends_an_opening_connection,
+		a_reset_leaves_an_opening_connection_half_open,
 		blind_segments_leave_it_established,
 		an_exact_reset_closes,
 		who_goes_on_after_an_early_reset_has_not_taken_it,
@@ -1392,8 +1474,11 @@ int main(int argc, char **argv)
 		data_behind_a_fin_shows_that_it_was_none,
 		a_fin_that_was_none_does_not_hide_that_the_backend_closed_first,
 		the_window_decides_what_keeps_a_connection,
-		a_second_syn_may_be_answered_or_the_first,
+		any_of_several_syns_may_be_answered,
+		a_syn_that_comes_again_pushes_none_out,
 		fast_open_data_belongs_to_the_connection,
+		a_fin_before_the_client_has_confirmed_is_remembered,
+		the_end_of_a_fragmented_segment_is_learned_from_its_acknowledgement,
 		udp_is_assured_by_exchanges_over_some_time,
 		a_flood_of_one_listener_leaves_the_half_open_flows_of_others,
 		a_flood_behind_many_older_flows_of_another_listener_takes_hardly_any,

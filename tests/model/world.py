@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from itertools import count
 
-from .endpoint import ACK, ENDED, FIN, NUMBERS, RST, SYNCHRONIZED, Endpoint, Segment, State, behind
+from .endpoint import ACK, ENDED, FIN, NUMBERS, RST, SYN, SYNCHRONIZED, Endpoint, Segment, State, behind
 from .engine import BACKEND_PORT, BACKENDS, VIP, Engine, Flow, Place, build, parse
 
 CLIENT = IPv4Address("198.51.100.7")
@@ -84,6 +84,8 @@ class World:
         self.seen: dict[Endpoint, Seen] = {}
         self.last_genuine = self.now
         self.expired = False
+        self.hidden = False
+        """Its handshake came by while the engine still held the connection before it, whose end nobody had seen."""
         self.ever_synchronized = getattr(self, "ever_synchronized", False)
         return Endpoint(next(self._client_numbers) % NUMBERS, self.capacity, self.scale)
 
@@ -149,12 +151,16 @@ class World:
         source, destination, _, _ = parse(packet.frame)
         known = had and (source == had.client or (source, destination) == (had.backend, had.snat))
         if genuine:
-            self.last_genuine = self.now
+            # A SYN, or a reset, of a connection that lives keeps nothing: anybody may have sent it.
+            if not (had and had.state in ("ESTABLISHED", "CLOSING") and packet.segment.flags & (SYN | RST)):
+                self.last_genuine = self.now
             alive = peer is not None and not {self.client.state, peer.state} & (ENDED | {State.LISTEN})
             if frame is None and not self.expired and alive and (known or self.ends()) and not self._stale(packet):
                 raise AssertionError(f"a packet between two ends that live was dropped: {packet.segment}, flow {had}")
             if frame is not None:
                 self._note(packet)
+                answer = packet.sender is peer and packet.segment.flags & SYN
+                self.hidden |= bool(answer and had and had.state in ("ESTABLISHED", "CLOSING") and not self.ends())
         if frame is not None:
             _, _, segment, right = parse(frame)
             _, _, before, was_right = parse(packet.frame)
@@ -278,11 +284,14 @@ class World:
     def engine_knows_the_end(self) -> bool:
         """Both FINs and what acknowledges them, or a reset that was exact, have come by at the engine."""
         seen = list(self.seen.values())
-        return any(s.reset for s in seen) or (
-            len(seen) == 2
-            and all(
-                one.fin and other.acknowledged is not None and behind(other.acknowledged, one.end) >= 0
-                for one, other in (seen, seen[::-1])
+        return not self.hidden and (
+            any(s.reset for s in seen)
+            or (
+                len(seen) == 2
+                and all(
+                    one.fin and other.acknowledged is not None and behind(other.acknowledged, one.end) >= 0
+                    for one, other in (seen, seen[::-1])
+                )
             )
         )
 
