@@ -294,12 +294,12 @@ static inline uint8_t ps_track_control(struct ps_entry *f, const struct ps_segme
 	*moved = true;
 	/*
 	 * Somebody goes on after a reset: there is a byte, or the acknowledgement of one, that was not there before it.
-	 * Its sender: then it was none of its. Its receiver, with more on the way: then it has not taken it. Else it may
-	 * just not have had it when it sent this.
+	 * Its sender: then it was none of its. (The reset may have overtaken a FIN alone.) Its receiver, with more on the
+	 * way: then it has not taken it. Else it may just not have had it when it sent this.
 	 */
 	more = ps_seq(g->ack, f->acked[side]) > 0;
-	if (f->flags & PS_FLOW_RESET &&
-	    (by_it ? more || ps_seq(g->next, f->end[side]) > 0 : more && f->flags & PS_FLOW_RESET_EARLY)) {
+	if (f->flags & PS_FLOW_RESET && (by_it ? more || ps_seq(g->next - !!(g->flags & TCP_FIN), f->end[side]) > 0
+					       : more && f->flags & PS_FLOW_RESET_EARLY)) {
 		f->flags &= (uint16_t) ~(PS_FLOW_RESET | PS_FLOW_RESET_BACKEND | PS_FLOW_RESET_EARLY);
 		state = PS_FLOW_ESTABLISHED;
 	}
@@ -436,12 +436,16 @@ static inline uint8_t ps_track_opening(struct ps_entry *f, const struct ps_segme
 			return f->state;
 		if (!exact)
 			f->flags |= PS_FLOW_FORGOTTEN;
-		if (answered && !exact)
+		if (answered && !exact) {
 			f->acked[PS_BACKEND] = g->next;
-		else if (!answered || !first || g->seq != f->acked[PS_CLIENT])
+		} else if (!answered || !first || g->seq != f->acked[PS_CLIENT]) {
+			/* The other SYN is the one before, unless that was this one with data that it did not have. */
+			if (!first && exact)
+				other = ps_answers(g->ack, f->end[PS_CLIENT]) ? g->ack : f->end[PS_CLIENT];
 			/* It may answer a later SYN, whose options nobody has kept. */
-			ps_track_answer(f, g, first || !exact ? other : f->end[PS_CLIENT],
-					first ? f->scales & 15 : PS_MAX_SCALE, ps_segment_options(frame, p).scale);
+			ps_track_answer(f, g, other, first ? f->scales & 15 : PS_MAX_SCALE,
+					ps_segment_options(frame, p).scale);
+		}
 		return PS_FLOW_SYN_ACK;
 	}
 	if (kind != TCP_ACK)
