@@ -155,9 +155,17 @@ static inline bool ps_acknowledges_fragments(struct ps_entry *f, const struct ps
 	return false;
 }
 
+/* Most segments acknowledge no less than the one before, and lie in what the other side has not acknowledged yet. */
+static inline bool ps_in_order(const struct ps_entry *f, const struct ps_segment *g, int side)
+{
+	return g->flags & TCP_ACK && g->ack - f->acked[side] <= f->end[!side] - f->acked[side] &&
+	       g->seq - f->acked[!side] <= ps_window(f, !side);
+}
+
 static inline bool ps_believed(struct ps_entry *f, const struct ps_segment *g, int side)
 {
-	return __builtin_expect(ps_in_window(f, g, side), 1) || ps_acknowledges_fragments(f, g, side);
+	return __builtin_expect(ps_in_order(f, g, side), 1) || ps_in_window(f, g, side) ||
+	       ps_acknowledges_fragments(f, g, side);
 }
 
 /* A SYN begins a connection, or a new one with the addresses of one that has ended. */
