@@ -48,7 +48,7 @@ RUN /build/bin/pip wheel -q --no-deps --no-build-isolation -w /build/wheels . \
 FROM ${BASE}
 RUN apt-get update -q \
  && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends iptables libbpf1 python3 \
- && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/debconf/*-old /var/log/apt /var/log/dpkg.log /var/log/alternatives.log
 COPY --from=builder /opt/packetstack /opt/packetstack
 COPY --from=builder /staging /
 # The root file system may be read-only, output goes to a log, and a user without an entry in /etc/passwd has no home.
