@@ -9,7 +9,6 @@ import contextlib
 import os
 import shutil
 import signal
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -385,11 +384,11 @@ class Agent:
         if name.startswith((networks.ROUTED, networks.DIRECTOR)):
             raise AgentError(f"interface {name}: is the agent's own; name one that leads to the network")
         roles = self._roles()
-        self._direct_uplinks({**roles, name: role})
+        networks.direct_uplinks(self.director, {**roles, name: role})
         try:
             call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), _pin(name))
         except AgentError:
-            self._direct_uplinks(roles)
+            networks.direct_uplinks(self.director, roles)
             raise
         self.run.record.uplinks = [networks.uplink_text(n, r) for n, r in {**roles, name: role}.items()]
         self.run.save(must=True)
@@ -406,20 +405,7 @@ class Agent:
             self.run.save()
             if self._attached is not None:
                 self._attached[1].pop(name, None)
-            self._direct_uplinks(roles)
-
-    def _direct_uplinks(self, roles: dict[str, str]) -> dict[str, int]:
-        """Tell the director what frames are for this node, and whose, on each uplink. -> name -> index. Blocks."""
-        there = networks.uplinks(roles)
-        entries = ffi.new("struct ps_uplink[]", len(there) + 1)
-        for entry, (name, uplink) in zip(entries, there.items(), strict=False):
-            entry.ifindex, entry.flags = uplink.index, networks.ROLES[roles[name]]
-            entry.mac_high = int.from_bytes(uplink.mac[:4], sys.byteorder)
-            entry.mac_low = int.from_bytes(uplink.mac[4:], sys.byteorder)
-            for vlan in uplink.vlans:
-                entry.vlans[vlan // 64] |= 1 << vlan % 64
-        call(lib().ps_director_uplinks, self.director, entries, len(there))
-        return {name: uplink.index for name, uplink in there.items()}
+            networks.direct_uplinks(self.director, roles)
 
     def _direct_own(self) -> None:
         """Tell the director the node's own addresses. Blocks."""
@@ -438,7 +424,7 @@ class Agent:
         self._direct_own()
         call(lib().ps_director_attach, self.director, pair.director, constant("PS_ROLE_ROUTED"), b"routed")
         call(lib().ps_routed_attach, self.director, pair.routed, pair.routed_mac)
-        uplinks = self._direct_uplinks(self._roles())
+        uplinks = networks.direct_uplinks(self.director, self._roles())
         for name, index in uplinks.items():
             with contextlib.suppress(AgentError):  # packets come by the routed pair or not at all
                 call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), _pin(name))

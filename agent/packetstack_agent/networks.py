@@ -6,7 +6,8 @@ repeated: what is there already stays as it is.
 
 import socket
 import struct
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Interface, ip_address, ip_interface, ip_network
@@ -19,6 +20,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 from packetstack_agent import devices
 from packetstack_agent.errors import AgentError
 from packetstack_agent.namespaces import run_in
+from packetstack_agent.natives import call, ffi, lib
 from packetstack_core.resources import Address, Network
 
 ROUTED, DIRECTOR = "ps0", "ps1"
@@ -116,6 +118,20 @@ def uplinks(names: Iterable[str]) -> dict[str, Uplink]:
             raise AgentError(f"interface {name}: is no Ethernet device; leave it out of --uplink")
         found[name] = Uplink(link["index"], mac, _vlans(links, link["index"]))
     return found
+
+
+def direct_uplinks(director: Any, roles: Mapping[str, str]) -> dict[str, int]:
+    """Tell the director what frames are for this node, and whose, on each uplink: name -> role. -> name -> index."""
+    there = uplinks(roles)
+    entries = ffi.new("struct ps_uplink[]", len(there) + 1)
+    for entry, (name, uplink) in zip(entries, there.items(), strict=False):
+        entry.ifindex, entry.flags = uplink.index, ROLES[roles[name]]
+        entry.mac_high = int.from_bytes(uplink.mac[:4], sys.byteorder)
+        entry.mac_low = int.from_bytes(uplink.mac[4:], sys.byteorder)
+        for vlan in uplink.vlans:
+            entry.vlans[vlan // 64] |= 1 << vlan % 64
+    call(lib().ps_director_uplinks, director, entries, len(there))
+    return {name: uplink.index for name, uplink in there.items()}
 
 
 def _vlans(links: Iterable[Any], index: int) -> frozenset[int]:

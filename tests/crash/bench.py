@@ -213,14 +213,13 @@ class Keeper:
         mac = ffi.from_buffer("uint8_t[]", self.pair.routed_mac)
         call(lib().ps_routed_attach, self.director, self.pair.routed, mac)
         call(lib().ps_director_attach, self.director, self.pair.director, lib().PS_ROLE_ROUTED, b"routed")
-        for device in ("up0", "dn0"):
-            index = socket.if_nametoindex(device)
+        for device, index in networks.direct_uplinks(self.director, {"up0": "", "dn0": ""}).items():
             call(lib().ps_director_attach, self.director, index, lib().PS_ROLE_UPLINK, device.encode())
         self.stack = stacks.Stack("deaths", resources.parse(STACK), 0, directory / "stack", self.director)
         networks.ensure_routes(self.stack.resource.prefixes())
         self.stack.direct()
         config = self.stack.config
-        self.stack._write(config.buffer[1], 1)
+        self.stack._write(config.buffer[1], 1, time.monotonic())
         for state in range(constant("PS_FLOW_SYN"), constant("PS_FLOW_STATES")):
             config.buffer[1].timeout[state] = IDLE_TENTHS
         config.generation = 1
