@@ -478,18 +478,12 @@ static inline uint64_t ps_set_addresses(uint8_t *ip, uint8_t family, const uint8
 /* MSS option of a SYN down to what fits into `mtu`. -> difference for the TCP checksum. */
 static inline uint64_t ps_clamp_mss(struct ps_handler *h, uint8_t *tcp, uint32_t length, uint8_t family)
 {
-	uint32_t mtu = h->config->mtu, end = (tcp[12] >> 4) * 4u, at = 20;
+	uint32_t mtu = h->config->mtu, end = (tcp[12] >> 4) * 4u;
 	uint32_t most = mtu - (family == 4 ? 40 : 60);
 
 	if (!mtu || end > length)
 		return 0;
-	while (at + 1 < end && tcp[at]) {
-		if (tcp[at] == 1) {
-			at++;
-			continue;
-		}
-		if (tcp[at + 1] < 2 || at + tcp[at + 1] > end)
-			break;
+	for (uint32_t at = ps_option(tcp, end, 20); at; at = ps_option(tcp, end, at + tcp[at + 1])) {
 		if (tcp[at] == 2 && tcp[at + 1] == 4) {
 			uint32_t mss = (uint32_t)tcp[at + 2] << 8 | tcp[at + 3];
 			uint8_t word[2] = { (uint8_t)(most >> 8), (uint8_t)most };
@@ -509,7 +503,6 @@ static inline uint64_t ps_clamp_mss(struct ps_handler *h, uint8_t *tcp, uint32_t
 				return ps_replace(tcp + at + 1, four, 4);
 			}
 		}
-		at += tcp[at + 1];
 	}
 	return 0;
 }

@@ -73,6 +73,17 @@ static inline bool ps_segment_intact(const uint8_t *frame, const struct ps_packe
 	return ps_fold(ps_sum(frame + p->l4, length, sum)) == 0xffff;
 }
 
+/*
+ * The first option at `at` or behind it that is no padding, of a header that ends at `end`: -> where its kind stands,
+ * its size behind it and all of it before `end`; 0 = none. The first one is at 20, or behind.
+ */
+static inline uint32_t ps_option(const uint8_t *tcp, uint32_t end, uint32_t at)
+{
+	while (at + 1 < end && tcp[at] == 1)
+		at++;
+	return at + 1 < end && tcp[at] && tcp[at + 1] >= 2 && at + tcp[at + 1] <= end ? at : 0;
+}
+
 /* Options that matter here (RFC 7323). */
 struct ps_options {
 	uint8_t scale; /* PS_NO_SCALE: none offered */
@@ -84,15 +95,9 @@ static inline struct ps_options ps_segment_options(const uint8_t *frame, const s
 {
 	struct ps_options o = { .scale = PS_NO_SCALE };
 	const uint8_t *tcp = frame + p->l4;
-	uint32_t end = (tcp[12] >> 4) * 4u, at = 20, words[2];
+	uint32_t end = (tcp[12] >> 4) * 4u, words[2];
 
-	while (at + 1 < end && tcp[at]) {
-		if (tcp[at] == 1) {
-			at++;
-			continue;
-		}
-		if (tcp[at + 1] < 2 || at + tcp[at + 1] > end)
-			break;
+	for (uint32_t at = ps_option(tcp, end, 20); at; at = ps_option(tcp, end, at + tcp[at + 1])) {
 		if (tcp[at] == 3 && tcp[at + 1] == 3) {
 			o.scale = tcp[at + 2] < PS_MAX_SCALE ? tcp[at + 2] : PS_MAX_SCALE;
 		} else if (tcp[at] == 8 && tcp[at + 1] == 10) {
@@ -101,7 +106,6 @@ static inline struct ps_options ps_segment_options(const uint8_t *frame, const s
 			o.stamp = ntohl(words[0]);
 			o.echo = ntohl(words[1]);
 		}
-		at += tcp[at + 1];
 	}
 	return o;
 }
