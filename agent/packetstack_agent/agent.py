@@ -68,6 +68,8 @@ RESTART_SECONDS = 0.25
 """Between two starts of an engine's init."""
 SILENT_SECONDS = 3.0
 """How long init may take to bring a datapath."""
+AWAY_SECONDS = 10.0
+"""How long nobody may serve an engine that leaves before it is removed with what stands in its rings."""
 GONE_SECONDS = 0.5
 """Without a datapath, before a pod is looked for; and between two looks."""
 PROBE_SECONDS, PROBE_LOOKS = 0.01, 50
@@ -689,7 +691,7 @@ class Agent:
                 # An engine did not answer, or the agent was interrupted: finish before anything new.
                 await self._transfer(managed, ())
             actions = reconciling.plan(Desired.of(managed.stack.resource), self._observe(managed), time.monotonic())
-            managed.settled = not actions
+            managed.settled = not actions and not managed.stack.open_fences()
             if not actions:
                 return
             waiting = False
@@ -722,9 +724,7 @@ class Agent:
                     case following.Assign(moves):
                         again |= bool((await self._transfer(managed, moves, "by the flow table"))["moved"])
                     case following.Detach(slot):
-                        engine = managed.engines[slot]
-                        engine.removing = True
-                        self._spawn(self._remove(managed, engine))
+                        self._let_go_of(managed, slot)
             if not again:
                 break
         managed.settled = not managed.stack.open_fences() and following.settled(
@@ -756,12 +756,12 @@ class Agent:
 
     def _observe(self, managed: Managed) -> Observed:
         stack = managed.stack
-        flows = stack.flows_by_slot()
-        loads = _loads(managed)
+        flows, held = stack.flows_by_slot(), stack.held()
+        loads, now = _loads(managed), time.monotonic()
         seen = [
             reconciling.Engine(
                 e.slot, e.state, e.ready, e.blueprint.template, e.blueprint.queues, flows.get(e.slot, 0),
-                load=loads.get(e.slot, 0.0),
+                holds=0 if _is_lost(e, now) else held[e.slot], load=loads.get(e.slot, 0.0),
             )
             for e in managed.engines.values()
             if not e.removing
@@ -788,19 +788,25 @@ class Agent:
                 self._create(managed, action)
                 return True
             case ActivateEngine(slot):
-                engine = managed.engines[slot]
-                self.event(name, "EngineActive", f"engine {slot} was {engine.state}")
-                self._become_state(engine, State.ACTIVE)
+                if engine := managed.engines.get(slot):  # else it has gone since it was observed
+                    self.event(name, "EngineActive", f"engine {slot} was {engine.state}")
+                    self._become_state(engine, State.ACTIVE)
             case DrainEngine(slot):
-                self._become_state(managed.engines[slot], State.DRAINING)
-                self.event(name, "EngineDraining", f"engine {slot} hands its buckets over")
+                if engine := managed.engines.get(slot):
+                    self._become_state(engine, State.DRAINING)
+                    self.event(name, "EngineDraining", f"engine {slot} hands its buckets over")
             case AssignBuckets(moves):
                 await self._transfer(managed, moves)
             case RemoveEngine(slot):
-                engine = managed.engines[slot]
-                engine.removing = True
-                self._spawn(self._remove(managed, engine))
+                self._let_go_of(managed, slot)
         return False
+
+    def _let_go_of(self, managed: Managed, slot: int) -> None:
+        """Begin to remove an engine; one that has gone since it was observed is no fault."""
+        engine = managed.engines.get(slot)
+        if engine is not None and not engine.removing:
+            engine.removing = True
+            self._spawn(self._remove(managed, engine))
 
     def _become_state(self, engine: Engine, state: State) -> None:
         engine.state = state
@@ -883,14 +889,13 @@ class Agent:
             return
         if engine.removing:
             return
-        engine.silent_since = time.monotonic()
         if engine.state is State.PENDING:
             engine.state = State.STARTING
         self._note(engine)
         self._attend(engine)
 
     def _attend(self, engine: Engine) -> None:
-        engine.silent_since = time.monotonic()
+        engine.silent_since = engine.unserved_since = time.monotonic()
         engines.attend(engine, lambda what: self._engine_changed(engine, what))
 
     async def _rebuild(self, managed: Managed, engine: Engine, why: str) -> None:
@@ -931,7 +936,8 @@ class Agent:
             call(lib().ps_director_engine, self.director, slot, engine.ifindex)
             managed.failures, managed.problem = 0, ""
             engine.beats.clear()
-            engine.silent_since, engine.stalls = 0.0, 0
+            engine.silent_since = engine.unserved_since = 0.0
+            engine.stalls = 0
             self.event(name, "EngineReady", f"engine {slot}: datapath {engine.pid} serves its queues")
             if engine.blueprint.pod and not engine.probed:
                 self._spawn(self._probe(managed, engine))
@@ -939,7 +945,7 @@ class Agent:
                 engine.orphans = False
                 self._spawn(asyncio.to_thread(engines.end_orphans, engine))
         elif what == "died":
-            engine.silent_since = time.monotonic()
+            engine.silent_since = engine.unserved_since = time.monotonic()
             self.event(name, "DatapathDied", f"engine {slot}: its init starts another", "Warning")
         elif what == "lost":
             self._spawn(self._rebuild(managed, engine, "no process has its descriptors any more"))
@@ -965,14 +971,30 @@ class Agent:
         managed.changed.set()
 
     async def _remove(self, managed: Managed, engine: Engine) -> None:
+        """Remove an engine that owns no bucket. One that cannot be removed, or not yet, is planned for again."""
         if engine.making is not None:
             await asyncio.wait([engine.making])
         async with managed.busy:
             if managed.engines.get(engine.slot) is not engine:
                 return  # the whole stack was removed meanwhile
-            await self._destroy(managed, engine)
+            if self._must_stay(managed, engine):  # since it was observed, a fence may have been opened, and not closed
+                engine.removing = False
+                return
+            try:
+                await self._destroy(managed, engine)
+            except BaseException:
+                engine.removing = False
+                raise
         self.event(managed.stack.name, "EngineRemoved", f"engine {engine.slot} is not wanted any more")
         managed.changed.set()
+
+    def _must_stay(self, managed: Managed, engine: Engine) -> bool:
+        """Whether packets of a bucket stand in its rings, or may come to it still."""
+        stack = managed.stack
+        if managed.table is not None:
+            return engine.ready and engine.slot in stack.shard_slots()
+        owns = any(o is not None and o.slot == engine.slot for o in stack.owners())
+        return owns or (engine.slot in stack.shard_slots() and not _is_lost(engine, time.monotonic()))
 
     async def _destroy(self, managed: Managed, engine: Engine) -> None:
         engine.removing = True
@@ -1021,10 +1043,13 @@ class Agent:
                 managed.stack.name, "EngineDoesNotAnswer",
                 f"engine {report.stalled} has not answered its markers; nothing is released until it does", "Warning",
             )  # fmt: skip
-            if engine is not None:
+            if engine is not None and turns(engine, time.monotonic()):  # else it is the watchdog's, or starves
                 engine.stalls += 1
                 if engine.stalls >= STALLS and engine.ready:
                     self._kill(engine, f"has not answered {engine.stalls} fences")
+        else:
+            for engine in managed.engines.values():
+                engine.stalls = 0
         return {
             "moved": report.moved,
             "fences": report.fences,
@@ -1350,6 +1375,11 @@ def _loads(managed: Managed) -> dict[int, float]:
     return {e.id: round(sum(e.cores), 1) for e in load.engines} if load is not None else {}
 
 
+def _is_lost(engine: Engine, now: float) -> bool:
+    """Whether nobody is expected any more to handle what stands in its rings."""
+    return not engine.ready and bool(engine.unserved_since) and now - engine.unserved_since > AWAY_SECONDS
+
+
 def _attached(managed: Managed) -> list[following.Attached]:
     return [
         following.Attached(e.blueprint.id, e.slot, e.blueprint.pod_uid, e.ready and e.probed)
@@ -1379,6 +1409,11 @@ def _is_ready(engine: Engine) -> bool:
 def _pin(uplink: str) -> bytes:
     """Name of the pin of an uplink's program. Dots, as of VLANs, are not allowed in it."""
     return text(f"uplink_{uplink}".replace(".", "_"))
+
+
+def turns(engine: Engine, now: float) -> bool:
+    """Whether each core's loop was seen to turn within the limit."""
+    return all(now - since <= HANG_SECONDS for _, since, _ in engine.beats.values())
 
 
 def hung(engine: Engine, now: float) -> int | None:

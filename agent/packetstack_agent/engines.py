@@ -125,7 +125,9 @@ class Engine:
     beats: dict[int, tuple[int, float, tuple[int, ...] | None]] = field(default_factory=dict)
     """Core -> (heartbeat, when it was first seen, the thread's run time some time later)."""
     silent_since: float = 0.0
-    """No datapath serves it since then, 0 = one does."""
+    """No datapath serves it since then, or since its init was started again; 0 = one does."""
+    unserved_since: float = 0.0
+    """No datapath serves it since then, however often its init was started again; 0 = one does."""
     restarted: float = 0.0
     """When its init was last started again."""
     captured: int = 0

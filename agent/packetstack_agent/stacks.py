@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -415,6 +415,12 @@ class Stack:
     def shard_slots(self) -> set[int]:
         """Slots that shards name: those engines may be handling packets of them still."""
         return {owner >> 22 & 1023 for owner in self._shard_owners()} - {0}
+
+    def held(self) -> Counter[int]:
+        """Slot -> how many buckets it still has to hand over: their shards name it, and their words another."""
+        words = self.words()
+        slots = (o >> 22 & 1023 for b, o in enumerate(self._shard_owners()) if o != words[b] & ~0xFFFF)
+        return Counter(slot for slot in slots if slot)
 
     def _shard_owners(self) -> list[int]:
         return self._headers()[0]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.model.node import PlayedEngine, PlayedStack, managed
 
 from packetstack_agent import balancing, loading
 from packetstack_agent.agent import Agent
@@ -285,22 +286,16 @@ async def test_moves_that_cannot_be_recorded_are_told_and_the_next_look_follows(
 
 
 @pytest.mark.parametrize(("mode", "rebalanced"), [("Auto", True), ("Advice", True), ("Auto", False), ("Off", True)])
-def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(mode: str, rebalanced: bool) -> None:
-    resource = resources.parse(stack(rebalance={"mode": mode}))
-    shape = resource.spec.engine
-    blueprint = SimpleNamespace(template=shape.template_hash(), queues=shape.queues)
-    of_engine = {
-        slot: SimpleNamespace(slot=slot, state=State.ACTIVE, ready=True, removing=False, blueprint=blueprint)
-        for slot in (1, 2)
-    }
-    owners = [Owner(1, b % 2) for b in range(100)] + [Owner(2, b % 2) for b in range(156)]
-    played = SimpleNamespace(
-        name="web", resource=resource, owners=lambda: owners, flows_by_slot=dict, open_fences=frozenset
-    )
-    managed: Any = SimpleNamespace(stack=played, engines=of_engine, pinned={}, create_after=0.0)
-    record = SimpleNamespace(rebalanced={"web": True} if rebalanced else {})
-    agent: Any = SimpleNamespace(run=SimpleNamespace(record=record))
-    actions = plan(Desired.of(resource), Agent._observe(agent, managed), 0.0)
+def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(
+    tmp_path: Path, mode: str, rebalanced: bool
+) -> None:
+    played = PlayedStack(resources.parse(stack(rebalance={"mode": mode})))
+    played.table = [Owner(1, b % 2) for b in range(100)] + [Owner(2, b % 2) for b in range(156)]
+    played.shards = list(played.table)
+    one = managed(played, PlayedEngine(1, played.resource), PlayedEngine(2, played.resource))
+    agent = Agent(RunDirectory(tmp_path))
+    agent.run.record.rebalanced = {"web": True} if rebalanced else {}
+    actions = plan(Desired.of(played.resource), agent._observe(one), 0.0)
     assert bool(actions) != (rebalanced and mode != "Off")
 
 

@@ -1,0 +1,158 @@
+"""How the agent keeps a stack as its resource says, with played engines: no packets, no processes."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+from tests.model.node import PlayedEngine, PlayedStack, managed, resource, turns
+
+from packetstack_agent import agent as agents
+from packetstack_agent import engines
+from packetstack_agent.agent import AWAY_SECONDS, HANG_SECONDS, STALLS, Agent
+from packetstack_agent.engines import Engine
+from packetstack_agent.errors import AgentError
+from packetstack_agent.node import RunDirectory
+from packetstack_agent.stacks import Managed
+from packetstack_core.planning import Owner
+from packetstack_core.reconciling import ActivateEngine, DrainEngine, RemoveEngine, State
+
+
+@pytest.fixture
+def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agent:
+    """An agent that has begun nothing."""
+    destroyed: list[int] = []
+    monkeypatch.setattr(engines, "destroy", lambda engine: destroyed.append(engine.slot))
+    monkeypatch.setattr(agents, "add_drops", lambda *_: None)
+    return Agent(RunDirectory(tmp_path))
+
+
+def leaving(agent: Agent, mute: bool) -> tuple[PlayedStack, Managed]:
+    """A stack that shall have one engine less than it has; the one that goes does not answer its fences."""
+    stack = PlayedStack(resource(replicas=1), owners=(1, 2))
+    one = managed(stack, PlayedEngine(1, stack.resource), PlayedEngine(2, stack.resource))
+    agent.stacks["web"] = one
+    if mute:
+        stack.mute = {1, 2}
+    return stack, one
+
+
+def reasons(agent: Agent) -> list[str]:
+    return [e["reason"] for e in agent.events]
+
+
+async def settle(agent: Agent, one: Managed, steps: int) -> None:
+    for _ in range(steps):
+        await agent._step(one)
+        await turns()
+        await asyncio.gather(*agent._background)
+
+
+async def test_an_engine_that_leaves_is_removed_when_it_has_handed_its_buckets_over(agent: Agent) -> None:
+    stack, one = leaving(agent, mute=False)
+    await settle(agent, one, 3)
+    assert list(one.engines) in ([1], [2])
+    assert set(stack.shards) == {Owner(next(iter(one.engines)), 0)}
+
+
+async def test_an_engine_is_not_removed_while_it_still_holds_what_it_has_to_hand_over(agent: Agent) -> None:
+    stack, one = leaving(agent, mute=True)
+    await settle(agent, one, 8)
+    assert set(one.engines) == {1, 2}, "its rings have packets that nobody else has"
+    assert stack.open_fences()
+    assert "EngineDoesNotAnswer" in reasons(agent)
+    stack.mute = set()
+    await settle(agent, one, 3)
+    assert len(one.engines) == 1
+    assert not stack.open_fences()
+    assert stack.shard_slots() == set(one.engines)
+
+
+async def test_a_removal_that_waited_for_the_flow_table_looks_again_what_the_engine_holds(agent: Agent) -> None:
+    stack, one = leaving(agent, mute=True)
+    engine = one.engines[1]
+    engine.state = State.DRAINING
+    stack.table = [Owner(2, 0)] * len(stack.table)
+    engine.removing = True
+    async with one.busy:
+        removal = asyncio.create_task(agent._remove(one, engine))
+        await turns()
+    await removal
+    assert 1 in one.engines
+    assert not engine.removing, "the planner sees it again, and removes it when it may go"
+
+
+async def test_an_engine_that_nobody_serves_any_more_is_waited_for_only_so_long(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, one = leaving(agent, mute=True)
+    await settle(agent, one, 2)
+    [gone] = [e for e in one.engines.values() if e.state is State.DRAINING]
+    assert isinstance(gone, PlayedEngine)
+    gone.serves, gone.unserved_since = False, 1000.0
+    now = 1000.0 + AWAY_SECONDS - 1
+    monkeypatch.setattr(agents.time, "monotonic", lambda: now)
+    await settle(agent, one, 2)
+    assert len(one.engines) == 2, "its successor takes over what stands in the rings"
+    now += 2
+    await settle(agent, one, 3)
+    assert gone.slot not in one.engines
+    assert not stack.open_fences()
+
+
+async def test_an_engine_whose_removal_fails_is_removed_later(agent: Agent, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, one = leaving(agent, mute=False)
+    destroy, fails = engines.destroy, [1]
+
+    def refuse(engine: Engine) -> None:
+        if fails:
+            fails.pop()
+            raise AgentError("interface pe1: cannot be removed")
+        destroy(engine)
+
+    monkeypatch.setattr(engines, "destroy", refuse)
+    for _ in range(3):
+        await agent._step(one)
+        await turns()
+        await asyncio.gather(*agent._background, return_exceptions=True)
+        await turns()
+    assert "Failed" in reasons(agent)
+    assert len(one.engines) == 1
+
+
+@pytest.mark.parametrize(("turning", "killed"), [(True, True), (False, False)])
+async def test_fences_that_are_not_answered_are_a_reason_to_kill_only_while_the_cores_turn(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, turning: bool, killed: bool
+) -> None:
+    _, one = leaving(agent, mute=True)
+    kills: list[int] = []
+    monkeypatch.setattr(agent, "_kill", lambda engine, _why: kills.append(engine.slot))
+    now = time.monotonic()
+    for engine in one.engines.values():
+        engine.beats = {0: (7, now if turning else now - 2 * HANG_SECONDS, None)}
+    await settle(agent, one, STALLS + 1)
+    assert bool(kills) == killed
+
+
+async def test_fences_that_were_answered_between_make_the_count_begin_anew(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, one = leaving(agent, mute=True)
+    kills: list[int] = []
+    monkeypatch.setattr(agent, "_kill", lambda engine, _why: kills.append(engine.slot))
+    for _ in range(3):
+        stack.mute = {1, 2}
+        stack.table = [Owner(2, 0)] * len(stack.table)
+        stack.shards = [Owner(1, 0)] * len(stack.table)
+        for _ in range(STALLS - 1):
+            await agent._transfer(one, ())
+        stack.mute = set()
+        await agent._transfer(one, ())
+    assert not kills
+
+
+async def test_a_plan_about_an_engine_that_has_gone_meanwhile_does_no_harm(agent: Agent) -> None:
+    _, one = leaving(agent, mute=False)
+    for action in (ActivateEngine(7), DrainEngine(7), RemoveEngine(7)):
+        await agent._act(one, action)
+    assert set(one.engines) == {1, 2}

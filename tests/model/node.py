@@ -1,0 +1,164 @@
+"""A node's stacks and engines as the agent sees them, without kernel, memory or processes.
+
+`PlayedStack` has words and shards as lists; `PlayedEngine` serves when it is told to. The agent takes both for real
+ones, so whatever is tested with them is the agent's own code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from packetstack_agent.engines import Blueprint, Engine
+from packetstack_agent.errors import AgentError
+from packetstack_agent.stacks import Managed, Report, Stack
+from packetstack_core import resources
+from packetstack_core.planning import NOBODY, Move, Owner
+from packetstack_core.reconciling import State
+from packetstack_core.resources import PacketStack
+
+BUCKETS = 16
+
+
+def resource(name: str = "web", backends: Sequence[str] = ("10.0.0.1",), **spec: Any) -> PacketStack:
+    """A stack of one listener; `spec` replaces parts of it."""
+    endpoints = [{"address": b, "port": 8080} for b in backends]
+    listeners = [
+        {"name": "web", "address": "192.0.2.10", "protocol": "TCP", "port": 80, "backends": {"endpoints": endpoints}}
+    ]
+    return resources.parse(
+        {
+            "apiVersion": "packetstack.io/v1alpha1",
+            "kind": "PacketStack",
+            "metadata": {"name": name},
+            "spec": {
+                "replicas": 2,
+                "engine": {"cores": 1, "queuesPerCore": 1, "cpuPolicy": "Shared"},
+                "listeners": listeners,
+                "snat": {"addresses": ["198.51.100.0/31"]},
+                **spec,
+            },
+        }
+    )
+
+
+class PlayedStack(Stack):
+    """Buckets with an owner by the flow table, and one by their shard; these differ while a fence is open."""
+
+    def __init__(self, wanted: PacketStack, owners: Sequence[int] = (), buckets: int = BUCKETS) -> None:
+        """`owners`: slots that own the buckets, in turn; nobody without any."""
+        self.name = wanted.name
+        self.resource = wanted
+        self.healthy = {}
+        self.due = math.inf
+        self.leaving = {}
+        self.table = [Owner(owners[b % len(owners)], 0) if owners else NOBODY for b in range(buckets)]
+        self.shards = list(self.table)
+        self.mute: set[int] = set()
+        """Slots of engines that do not answer their fences."""
+        self.tries = 0
+        """Fences that were asked for."""
+        self.busy = False
+        """Its engines take no configuration."""
+        self.configured: list[dict[Any, bool]] = []
+        """What was known of the backends at each configuration."""
+
+    @property
+    def buckets(self) -> int:
+        return len(self.table)
+
+    @property
+    def unsettled(self) -> bool:
+        return False
+
+    def owners(self) -> list[Owner | None]:
+        return list(self.table)
+
+    def open_fences(self) -> frozenset[int]:
+        return frozenset(
+            b for b, (word, shard) in enumerate(zip(self.table, self.shards, strict=True)) if word != shard
+        )
+
+    def shard_slots(self) -> set[int]:
+        return {owner.slot for owner in self.shards} - {0}
+
+    def held(self) -> Counter[int]:
+        return Counter(self.shards[b].slot for b in self.open_fences() if self.shards[b].slot)
+
+    def flows_by_slot(self) -> dict[int, int]:
+        return {}
+
+    def live(self) -> int:
+        return 0
+
+    def transfer(self, engines: Sequence[Engine], moves: Sequence[Move]) -> Report:
+        """Words change at once, shards when the engine that they name answers."""
+        self.tries += 1
+        report = Report(fences=1)
+        for move in moves:
+            if move.bucket not in self.open_fences() and self.table[move.bucket] != move.to:
+                self.table[move.bucket] = move.to
+                report.moved += 1
+        there = {e.slot for e in engines if e.ready and e.slot not in self.mute}
+        for bucket in self.open_fences():
+            source = self.shards[bucket].slot
+            if source in there or source not in {e.slot for e in engines}:
+                self.shards[bucket] = self.table[bucket]
+            else:
+                report.stalled = source
+        return report
+
+    def direct(self) -> None:
+        """There is no director."""
+
+    async def configure(self, engines: Sequence[Engine]) -> int:
+        if self.busy:
+            raise AgentError(f"stack {self.name}: an engine does not take the configuration")
+        self.configured.append(dict(self.healthy))
+        return len(self.configured)
+
+    def close(self) -> None:
+        """There is no memory."""
+
+
+class PlayedEngine(Engine):
+    """An engine of one core and one queue."""
+
+    def __init__(self, slot: int, stack: PacketStack, state: State = State.ACTIVE) -> None:
+        shape = stack.spec.engine
+        nowhere = Path("/nonexistent")
+        super().__init__(
+            Blueprint(
+                stack.name, slot, shape.template_hash(), shape.queues, shape.cores, shape.cpu_policy, (), 0, "", "",
+                nowhere, nowhere, nowhere,
+            )
+        )  # fmt: skip
+        self.state = state
+        self.serves = True
+        self.view = object()
+        self.probed = True
+
+    @property
+    def ready(self) -> bool:
+        return self.serves
+
+    def counters(self) -> dict[str, int]:
+        return {}
+
+    def kernel_drops(self) -> dict[str, int]:
+        return {}
+
+
+def managed(stack: PlayedStack, *engines: PlayedEngine) -> Managed:
+    """The stack with these engines."""
+    return Managed(stack, {e.slot: e for e in engines})
+
+
+async def turns(count: int = 20) -> None:
+    """Let other tasks go on."""
+    for _ in range(count):
+        await asyncio.sleep(0)
