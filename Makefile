@@ -17,7 +17,7 @@ DEBIAN := clang libclang-rt-dev bpftool gcc libbpf-dev libelf-dev zlib1g-dev lib
 	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables iptables nginx-light iperf3 wrk curl util-linux buildah mmdebstrap prometheus \
 	containerd runc containernetworking-plugins etcd-server
 
-.PHONY: setup build image test lint format demo bench fuzz sanitize clean manifests cluster cluster-down
+.PHONY: setup build image test soak lint format demo bench fuzz sanitize clean manifests cluster cluster-down
 .DEFAULT_GOAL := build
 
 # ---- set-up: stamp files, so that a second call costs nothing ------------------------------------------
@@ -63,6 +63,10 @@ test: setup build lint
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not alone" $(PYTEST_ARGS) || status=1; \
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || status=1; \
 	exit $$status
+
+# What is long, at full size or random: an hour. The suite has a small copy of each, with fixed seeds.
+soak: setup build
+	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check $(CODE)

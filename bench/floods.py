@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rows import Row, Unavailable, yes
 
 if TYPE_CHECKING:
-    from tests.headline.flooded import Attack, Established
+    from tests.lab.flooded import Attack, Established
 
     from packetstack_cli.lab import Lab
 
@@ -21,8 +21,8 @@ CONNTRACK = "nftables, conntrack"
 def floods(quick: bool) -> Iterator[Row]:
     """The engine is of the test build: its packets take a set time, so that twice as many as it can handle can be sent."""
     sys.path.insert(0, str(ROOT))  # the engines are those of the tests
-    from tests.headline.costly import DATAPATH
-    from tests.headline.flooded import ASSURED_SECONDS, COST_NS, FLOOD, KINDS, established, flooded, translated
+    from tests.lab.costly import DATAPATH
+    from tests.lab.flooded import ASSURED_SECONDS, COST_NS, FLOOD, KINDS, established, flooded, translated
 
     for needed in (DATAPATH, FLOOD):
         if not needed.exists():
@@ -75,7 +75,7 @@ def floods(quick: bool) -> Iterator[Row]:
 def _attacks(
     lab: "Lab", factor: float, capacity: dict[str, float], seconds: float, flows: "list[Established]"
 ) -> "dict[tuple[float, str], Attack]":
-    from tests.headline.flooded import attack
+    from tests.lab.flooded import attack
 
     return {(factor, k): attack(lab, k, factor * most, seconds, flows) for k, most in capacity.items()}
 

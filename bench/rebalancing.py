@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rows import Row, Unavailable, yes
 
 if TYPE_CHECKING:
-    from tests.headline.costly import Costly
+    from tests.lab.costly import Costly
 
     from packetstack_cli.traffic import Traffic
 
@@ -72,7 +72,7 @@ def steps(quick: bool) -> Iterator[Row]:
 def latencies(quick: bool) -> Iterator[Row]:
     """T11: latency at 90 % load of two cores, with buckets as hashing leaves them and as the rebalancer moves them."""
     sys.path.insert(0, str(ROOT))  # the engines are those of the tests
-    from tests.headline.costly import DATAPATH, costly
+    from tests.lab.costly import DATAPATH, costly
 
     if not DATAPATH.exists():
         raise Unavailable(f"{DATAPATH}: not built; run make build")
@@ -114,7 +114,7 @@ def latencies(quick: bool) -> Iterator[Row]:
 
 def _typical(stack: "Costly") -> tuple["Traffic", float]:
     """Traffic under way whose flows load the cores as unevenly as most, and when it began. The mode must be Off."""
-    from tests.headline.costly import UDP
+    from tests.lab.costly import UDP
 
     from packetstack_cli.traffic import Traffic
 

@@ -13,6 +13,7 @@ import pytest
 if TYPE_CHECKING:
     from tests.cluster.cluster import Cluster
     from tests.cluster.control_plane import ControlPlane
+    from tests.lab.node import Node
 
 # Else a plugin's question for the loop makes one, beside each test that has none, and nobody closes it.
 asyncio.set_event_loop(None)
@@ -42,7 +43,11 @@ def _place(item: pytest.Item) -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what must run alone; `make test` runs all others side by side before."""
+    """Mark what must run alone: `make test` runs all others side by side before. `soak` tests run only when asked for."""
+    if "soak" not in config.option.markexpr:
+        left = [item for item in items if item.get_closest_marker("soak")]
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+        config.hook.pytest_deselected(items=left)
     for item in items:
         if _place(item).startswith(ALONE):
             item.add_marker(pytest.mark.alone)
@@ -95,3 +100,21 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     cluster.control_plane.create_namespace(name)
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
+
+
+@pytest.fixture(scope="module")
+def node(request: pytest.FixtureRequest) -> Iterator[Node]:
+    """A node with real packets and without a stack, between a client and servers; one a module."""
+    from tests.lab.node import serving_node
+
+    with serving_node(f"a6-{request.module.__name__.rpartition('_')[2][:6]}") as made:
+        yield made
+
+
+@pytest.fixture
+def disk(node: Node) -> Iterator[Path]:
+    """A file system of its own for the node's run directory."""
+    from tests.lab.disk import own_disk
+
+    with own_disk(node) as directory:
+        yield directory

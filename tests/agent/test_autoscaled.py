@@ -5,8 +5,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-
-from .conftest import BACKENDS, VIP, Node, ask, eventually, listener, stack
+from tests.lab.node import BACKENDS, VIP, Node, ask, listener, stack
+from tests.waiting import eventually
 
 FLOWS = {
     "type": "Engine",

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.lab.node import stack
 from tests.model.node import PlayedEngine, PlayedStack, managed
 
 from packetstack_agent import balancing, loading
@@ -18,8 +19,6 @@ from packetstack_core import resources
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
 from packetstack_core.planning import Owner, moved
 from packetstack_core.reconciling import Desired, State, plan
-
-from .conftest import stack
 
 CYCLES = 1_000_000
 """Of a second."""

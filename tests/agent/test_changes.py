@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from tests.lab.node import BACKENDS, VIP, VIP6, Node, ask, listener, stack
+from tests.waiting import eventually
 
 from packetstack_cli.client import CliError
 from packetstack_cli.lab import inside
-
-from .conftest import BACKENDS, VIP, VIP6, Node, ask, eventually, listener, stack
 
 CHECK = {"type": "TCP", "intervalSeconds": 1, "timeoutSeconds": 1, "unhealthyThreshold": 1, "healthyThreshold": 1}
 

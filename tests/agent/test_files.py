@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.lab.node import BACKENDS, Node, ask, stack
+from tests.waiting import eventually
 
 from packetstack_agent import layouts
 from packetstack_agent.layouts import LayoutMismatch
 from packetstack_agent.natives import constant
 from packetstack_agent.node import RunDirectory
-
-from .conftest import BACKENDS, Node, ask, eventually, stack
 
 
 @pytest.fixture

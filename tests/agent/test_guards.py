@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 from tests.director.frames import ICMP, TCP, UDP, Director, checksum, ip, options_header, transport
+from tests.lab.node import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, listener, stack
+from tests.waiting import eventually
 
 from packetstack_cli.lab import NODE_UPLINK, inside
-
-from .conftest import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, eventually, listener, stack
 
 ECHO = """
 import socket, sys

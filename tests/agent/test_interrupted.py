@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from .conftest import BACKENDS, Node, ask, eventually, stack
+from tests.lab.node import BACKENDS, Node, ask, stack
+from tests.waiting import eventually
 
 INJECTED = Path(__file__).parents[2] / "build/meson/agent/libpacketstack-inject.so"
 

@@ -7,8 +7,8 @@ import time
 from typing import Any
 
 import pytest
-
-from .conftest import BACKENDS, BACKENDS6, VIP6, Node, ask, eventually, listener, stack
+from tests.lab.node import BACKENDS, BACKENDS6, VIP6, Node, ask, listener, stack
+from tests.waiting import eventually
 
 
 def start(node: Node, *words: str) -> Any:

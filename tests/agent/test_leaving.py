@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import pytest
-
-from .conftest import BACKENDS, Node, ask, eventually, listener, stack
+from tests.lab.node import BACKENDS, Node, ask, listener, stack
+from tests.waiting import eventually
 
 ROUTED, NEAR, FRESH = "198.51.100.0", "10.71.2.100", "198.51.100.6"
 """NEAR lies in the network that the node shares with the server, which asks for it by ARP."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.lab.node import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, listener, stack
+from tests.waiting import eventually
 
 from packetstack_cli.lab import NODE_UPLINK
-
-from .conftest import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, eventually, listener, stack
 
 
 @pytest.fixture

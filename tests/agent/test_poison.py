@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.lab.node import VIP, Node, ask, listener, stack
+from tests.waiting import eventually
 
 from packetstack_cli.lab import inside
-
-from .conftest import VIP, Node, ask, eventually, listener, stack
 
 INJECTED = Path(__file__).parents[2] / "build/meson/engine/packetstack-datapath-inject"
 

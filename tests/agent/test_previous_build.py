@@ -13,11 +13,11 @@ from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+from tests.lab.node import BACKENDS, Node, ask, stack
+from tests.waiting import eventually
 
 from packetstack_agent.natives import constant
 from packetstack_cli.lab import NODE_UPLINK
-
-from .conftest import BACKENDS, Node, ask, eventually, stack
 
 ROOT = Path(__file__).parents[2]
 COMMIT = "79cc0598b422b4960d48f3e3ded9049f82e87e08"

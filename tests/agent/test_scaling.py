@@ -7,13 +7,12 @@ from typing import Any
 
 import looptime
 import pytest
+from tests.lab.node import stack
 
 from packetstack_agent.scaling import Autoscalers
 from packetstack_core import resources
 from packetstack_core.load import CoreCounters, EngineCounters, History, Snapshot
 from packetstack_core.reconciling import State
-
-from .conftest import stack
 
 BEGIN = 1_000_000_000.0
 BUSY = {

@@ -4,13 +4,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.lab.node import listener, stack
 
 from packetstack_agent import shedding
 from packetstack_agent.shedding import Shedders
 from packetstack_core import abi, resources
 from packetstack_core.shedding import QUIET_LOOKS
-
-from .conftest import listener, stack
 
 WEB, LATE = (listener(n, "192.0.2.10", ("10.71.5.1",), port=p) for n, p in (("web", 80), ("late", 81)))
 DNS = listener("dns", "192.0.2.10", ("10.71.5.1",), port=53) | {"protocol": "UDP"}

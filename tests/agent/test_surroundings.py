@@ -3,61 +3,26 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.lab.disk import fill, remount
+from tests.lab.node import Node, ask, stack
+from tests.waiting import eventually
 
 from packetstack_agent import devices
 from packetstack_agent.errors import AgentError
 
-from .conftest import Node, ask, eventually, stack
-
-SMALL_MIB, LARGE_MIB = 6, 64
-
-
-@pytest.fixture
-def disk(node: Node) -> Iterator[Path]:
-    """A file system of its own for the run directory."""
-    run = node.lab.run_directory
-    node.command("down", "--all", "--yes")
-    run.mkdir(exist_ok=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={LARGE_MIB}m", "packetstack-test", run], check=True)
-    yield run
-    remount(run, "rw")
-    node.command("down", "--all", "--yes")
-    subprocess.run(["umount", "-l", run], check=True)
-    run.rmdir()
-
-
-def remount(run: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", run], check=True)
-
-
-def fill(run: Path) -> Path:
-    """Until no byte fits any more."""
-    filler = run / "filler"
-    with filler.open("wb", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(1 << 16))
-    with filler.open("ab", buffering=0) as file, suppress(OSError):
-        while True:
-            file.write(bytes(512))
-    return filler
+SMALL_MIB = 6
 
 
 def condition(node: Node, kind: str) -> dict[str, Any]:
     found: dict[str, Any] = next(c for c in node.status()["conditions"] if c["type"] == kind)
     return found
-
-
-def reasons(node: Node) -> list[str]:
-    return [e["reason"] for e in node.client.call("events")]
 
 
 def test_up_on_a_disk_that_is_too_small_says_which_file_and_leaves_nothing(node: Node, disk: Path) -> None:
@@ -80,14 +45,14 @@ def test_a_full_disk_stops_changes_and_no_packets(node: Node, disk: Path) -> Non
         filler = fill(disk)
         node.client.call("scale", name="web", replicas=3)
         eventually(lambda: condition(node, "CapacityAvailable")["status"] == "False")
-        eventually(lambda: "RecordNotWritten" in reasons(node))
+        eventually(lambda: "RecordNotWritten" in node.reasons())
         assert len(node.status()["engines"]) == 2
         victim = node.status()["engines"][0]["pid"]
         os.kill(victim, signal.SIGKILL)
         eventually(lambda: node.status()["engines"][0]["pid"] not in (0, victim))
         assert ask(connection) == first
         filler.unlink()
-        eventually(lambda: "RecordWritten" in reasons(node))
+        eventually(lambda: "RecordWritten" in node.reasons())
         eventually(lambda: node.status()["ready"], 20)
         assert node.status()["readyReplicas"] == 3
         assert ask(connection) == first

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.lab.node import BACKENDS, Node, ask, listener, stack
+from tests.waiting import eventually
 
 from packetstack_cli.outage import hang
 from packetstack_core import abi
-
-from .conftest import BACKENDS, Node, ask, eventually, listener, stack
 
 
 def agent_pid(node: Node) -> int:

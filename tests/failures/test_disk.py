@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-
-from ..agent.conftest import Node, ask, eventually, node, stack
-from ..agent.test_surroundings import disk, fill, reasons, remount
-
-__all__ = ["disk", "node"]
+from tests.lab.disk import fill, remount
+from tests.lab.node import Node, ask, stack
+from tests.waiting import eventually
 
 
 @pytest.fixture(params=["bytes", "files"])
@@ -46,12 +44,12 @@ def test_many_events_on_a_full_disk_do_not_stop_the_agent(node: Node, full: Call
                 "move_buckets", name="web", buckets=[n], slot=node.status()["engines"][n % 2]["slot"], queue=0
             )
             node.client.call("move_queue", name="web", slot=node.status()["engines"][0]["slot"], queue=0, core=n % 2)
-        eventually(lambda: "RecordNotWritten" in reasons(node))
+        eventually(lambda: "RecordNotWritten" in node.reasons())
         time.sleep(2.5)  # it is tried every second
         told = [e["count"] for e in node.client.call("events") if e["reason"] == "RecordNotWritten"]
         assert told == [1]
         full()
-        eventually(lambda: "RecordWritten" in reasons(node))
+        eventually(lambda: "RecordWritten" in node.reasons())
         eventually(lambda: node.status()["ready"])
         assert ask(connection) == first
 

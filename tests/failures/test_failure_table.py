@@ -8,21 +8,20 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
+from tests.lab import pool as pools
+from tests.lab.node import BACKENDS, VIP, Node, ask, listener, stack
+from tests.lab.pool import Load, Pool, load
+from tests.waiting import eventually
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab, inside
-
-from ..agent.conftest import BACKENDS, VIP, Node, ask, eventually, listener, node, stack
-from ..headline.test_kills import Scene, scene
-
-__all__ = ["node"]
 
 FRAMES = 40_000
 MAX_FLOWS = 262_144
@@ -37,6 +36,13 @@ def metric(client: Client, name: str, label: str) -> Counter[str]:
         if line.startswith(name + "{") and (value := re.search(rf'{label}="([^"]*)"', line)):
             found[value[1]] += int(float(line.split()[-1]))
     return found
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """Two engines; each test brings its own traffic."""
+    with pools.pool("pkf-pool", replicas=2) as made:
+        yield made
 
 
 # ---- garbage, floods ----------------------------------------------------------------------------------------------
@@ -139,7 +145,7 @@ def memory_kib(pid: int) -> int:
     return int(line.split()[1])
 
 
-def accounted(s: Scene) -> dict[str, Counter[str]]:
+def accounted(s: Load) -> dict[str, Counter[str]]:
     return {
         "director": metric(s.client, "packetstack_director_packets_total", "result"),
         "engine": metric(s.client, "packetstack_engine_packets_total", "event"),
@@ -148,9 +154,11 @@ def accounted(s: Scene) -> dict[str, Counter[str]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [openers, datagrams, answers_to_nobody, icmp_errors, torn])
-def test_garbage_and_floods_break_nothing_and_are_counted(kind: Callable[[int, random.Random], bytes]) -> None:
+def test_garbage_and_floods_break_nothing_and_are_counted(
+    pool: Pool, kind: Callable[[int, random.Random], bytes]
+) -> None:
     new_flows = kind is datagrams
-    with scene("pkf-flood") as s:
+    with load(pool) as s:
         pids, before = [e["pid"] for e in s.engines()], accounted(s)
         memory = [memory_kib(pid) for pid in pids]
         flood = Flood(s.lab, kind, FRAMES_OF_NEW_FLOWS if new_flows else FRAMES)
@@ -256,8 +264,8 @@ class MemoryGroup:
             self.limit.write_text(str(min(int(self.limit.read_text()), int(self._used.read_text()) + 4096)))
 
 
-def test_processes_that_the_kernel_kills_for_their_memory_come_back_and_nothing_breaks() -> None:
-    with scene("pkf-oom") as s:
+def test_processes_that_the_kernel_kills_for_their_memory_come_back_and_nothing_breaks(pool: Pool) -> None:
+    with load(pool) as s:
         killed = 0
         for i in range(3):
             group = MemoryGroup(s.engines()[i % 2]["namespace"])

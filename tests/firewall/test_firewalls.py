@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.lab.node import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, listener, stack
+from tests.waiting import eventually
 
 from packetstack_cli.lab import Lab, inside
 from packetstack_core import resources
-
-from ..agent.conftest import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, eventually, listener, stack
 
 RULES = Path(__file__).with_name("rules")
 LOADERS = {".ip": "iptables-restore", ".ip6": "ip6tables-restore", ".nft": "nft -f -"}
@@ -114,10 +114,6 @@ class Filtered(Node):
             "TCP over IPv6": self.tcp(VIP6),
             "UDP over IPv6": self.udp(VIP6),
         }
-
-    def reasons(self) -> list[str]:
-        """Of events."""
-        return [e["reason"] for e in self.client.call("events")]
 
     def open(self) -> dict[str, str]:
         """The condition."""

@@ -3,8 +3,8 @@
 import time
 
 import pytest
-from tests.headline.costly import DATAPATH
-from tests.headline.flooded import (
+from tests.lab.costly import DATAPATH
+from tests.lab.flooded import (
     ASSURED_SECONDS,
     FLOOD,
     OTHER_TCP,

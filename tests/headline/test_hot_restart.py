@@ -3,32 +3,21 @@
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.lab import pool as pools
+from tests.lab.pool import TARGETS, UDP_TARGETS
 
-from packetstack_cli.client import Client
-from packetstack_cli.lab import NODE_UPLINK, Lab
 from packetstack_cli.traffic import Servers, Traffic
 
-from .test_resize import DEMO, TARGETS, UDP_TARGETS, drops
-
-RESTARTS = 10
 FLOWS = 1000
 
 
-class Pool:
-    """One engine and its agent."""
-
-    def __init__(self, lab: Lab) -> None:
-        self.lab = lab
-        self.client = Client(lab.run_directory)
-
-    def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = self.client.call("get", name="demo")[0]["status"]
-        return status
+class Pool(pools.Pool):
+    """One engine and its agent, parts of which are replaced."""
 
     def table(self) -> tuple[Any, ...]:
         status = self.status()
@@ -71,7 +60,15 @@ def supervisor(directory: Path) -> int:
     return 0
 
 
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    """One engine, which is the same in all tests."""
+    with pools.pool("pkl-hot", replicas=1) as made:
+        yield Pool(made.lab)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("restarts", [4, pytest.param(20, marks=pytest.mark.soak)])
 @pytest.mark.parametrize(
     ("replace", "packets_per_second"),
     [
@@ -82,21 +79,20 @@ def supervisor(directory: Path) -> int:
     ],
     ids=["datapath upgraded", "agent upgraded", "agent killed", "supervisor killed"],
 )
-def test_a_part_replaced_under_load_loses_no_packet(replace: Callable[[Pool], str], packets_per_second: int) -> None:
+def test_a_part_replaced_under_load_loses_no_packet(
+    pool: Pool, replace: Callable[[Pool], str], packets_per_second: int, restarts: int
+) -> None:
     """Packets through the one engine, requests and answers together."""
-    with Lab("pkl-hot") as lab:
-        servers = Servers(lab)
-        lab.packetstack("up", str(DEMO), "--uplink", NODE_UPLINK)
-        lab.packetstack("scale", "demo", "--replicas", "1")
-        pool = Pool(lab)
-        interval_ms = 2000 * FLOWS // packets_per_second
-        traffic = Traffic(
-            lab, TARGETS, UDP_TARGETS, connections=200, udp_flows=FLOWS, udp_interval_ms=interval_ms, new_rate=10
-        )
+    servers = Servers(pool.lab)
+    interval_ms = 2000 * FLOWS // packets_per_second
+    traffic = Traffic(
+        pool.lab, TARGETS, UDP_TARGETS, connections=200, udp_flows=FLOWS, udp_interval_ms=interval_ms, new_rate=10
+    )
+    try:
         traffic.wait_open()
-        before, table = drops(pool.client, lab), pool.table()
+        before, table = pool.drops(), pool.table()
         rates, said = [], []
-        for _ in range(RESTARTS):
+        for _ in range(restarts):
             at = len(traffic.samples)
             said.append(replace(pool))
             while len(traffic.samples) < at + 6:  # tenths of a second
@@ -105,7 +101,9 @@ def test_a_part_replaced_under_load_loses_no_packet(replace: Callable[[Pool], st
             rates.append(2 * traffic.latest["echoes_per_second"])
         assert pool.table() == table
         outcome = traffic.stop()
-        after = drops(pool.client, lab, outcome)
+        after = pool.drops(outcome)
+    finally:  # the next test finds its ports free
+        traffic.stop()
         counted = servers.stop()
     dropped = {name: n - before.get(name, 0) for name, n in after.items() if n > before.get(name, 0)}
     print(f"{said}\npackets/s {rates}\n{outcome}\ndropped {dropped}\nserver {counted}")

@@ -1,4 +1,4 @@
-"""Many kills under load leave nothing behind. PACKETSTACK_KILLS sets how many."""
+"""Many kills under load leave nothing behind. PACKETSTACK_KILLS sets how many in the long test."""
 
 import os
 import signal
@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.lab.pool import Load, load, pool
 
 from packetstack_agent.node import RunDirectory
 
-from .test_kills import Scene, scene
-
 KILLS = int(os.environ.get("PACKETSTACK_KILLS", "60"))
-WARM_UP = 10
+FEW_KILLS, WARM_UP = 15, 6
 
 
-def traces(s: Scene) -> dict[str, Any]:
+def traces(s: Load) -> dict[str, Any]:
     """All that a kill could leave."""
     run = s.lab.run_directory
     agent = int((run / "agent.pid").read_text())
@@ -47,7 +46,7 @@ def resident_kib(pid: int) -> int:
     return int(line.split()[1])
 
 
-def at_rest(s: Scene) -> dict[str, Any]:
+def at_rest(s: Load) -> dict[str, Any]:
     """What there is while the agent answers nobody and probes no backend."""
     looks = []
     for _ in range(30):
@@ -57,8 +56,9 @@ def at_rest(s: Scene) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_kills_of_datapaths_under_load_leave_nothing() -> None:
-    with scene("pkl-leak") as s:
+@pytest.mark.parametrize("kills", [FEW_KILLS, pytest.param(KILLS, marks=pytest.mark.soak)])
+def test_kills_of_datapaths_under_load_leave_nothing(kills: int) -> None:
+    with pool("pkl-leak", replicas=2) as made, load(made) as s:
         agent = int((s.lab.run_directory / "agent.pid").read_text())
 
         def kill(number: int) -> None:
@@ -74,7 +74,7 @@ def test_kills_of_datapaths_under_load_leave_nothing() -> None:
             kill(i)
         before, memory = at_rest(s), resident_kib(agent)
         began = time.monotonic()
-        for i in range(KILLS):
+        for i in range(kills):
             kill(i)
         took = time.monotonic() - began
         s.settle()
@@ -82,7 +82,7 @@ def test_kills_of_datapaths_under_load_leave_nothing() -> None:
         while (after := traces(s)) != before and time.monotonic() < deadline:
             time.sleep(0.1)  # somebody is being answered
         grown = resident_kib(agent) - memory
-        print(f"{KILLS} kills in {took:.1f} s; the agent's memory grew by {grown} KiB")
+        print(f"{kills} kills in {took:.1f} s; the agent's memory grew by {grown} KiB")
     assert s.frames == {"missing": 0, "twice": 0, "bad": 0}
     assert after == before
-    assert grown < 4096 + 2 * KILLS
+    assert grown < 4096 + 2 * kills

@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from tests.headline.costly import COST_NS, DATAPATH, TCP, UDP, becomes_even, costly, skewed_traffic
+from tests.lab.costly import COST_NS, DATAPATH, TCP, UDP, becomes_even, costly, skewed_traffic
 
 pytestmark = [
     pytest.mark.slow,

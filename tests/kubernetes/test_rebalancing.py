@@ -1,6 +1,6 @@
 """The operator moves buckets by load under real traffic: two engine pods that are loaded unevenly become even.
 
-Their datapaths are replaced by those of the test build, whose packets take a set time each: see tests/headline/costly.py.
+Their datapaths are replaced by those of the test build, whose packets take a set time each: see tests/lab/costly.py.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from tests.cluster.processes import run
-from tests.headline.costly import COST_NS, DATAPATH, becomes_even, cost, skewed_traffic
+from tests.lab.costly import COST_NS, DATAPATH, becomes_even, cost, skewed_traffic
 
 from packetstack_cli.traffic import Servers
 from packetstack_core import kinds, load

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
-from tests.headline.costly import AGENT, cost
+from tests.lab.costly import AGENT, cost
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab, inside
