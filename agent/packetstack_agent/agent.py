@@ -26,7 +26,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall, Mode, Obstacle
 from packetstack_agent.natives import call, constant, ffi, lib, packed, text
 from packetstack_agent.node import RunDirectory, clean
-from packetstack_agent.probes import Place, Prober
+from packetstack_agent.probes import Prober, Watched
 from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.shedding import Shedders
 from packetstack_agent.stacks import Managed, Stack
@@ -150,8 +150,6 @@ class Agent:
     async def _take_over(self) -> None:
         """Stacks and engines of the record, as they are: packets flow by the pinned table meanwhile."""
         record = self.run.record
-        for address, port in record.unhealthy:
-            self.prober.expect_unhealthy((ip_address(address), port))
         for name in record.documents:
             try:
                 self.stacks[name] = await asyncio.to_thread(self._read, name)
@@ -166,6 +164,9 @@ class Agent:
                 await self._regain(self.stacks[known["stack"]], int(slot), known)
         if not self.stacks:
             return
+        for watched in self._backends():
+            if was_unhealthy(record.unhealthy, watched):
+                self.prober.expect_unhealthy(watched)
         self._watch_backends()
         deadline = time.monotonic() + REGAIN_SECONDS
         for engine in [e for m in self.stacks.values() for e in m.engines.values()]:
@@ -176,7 +177,7 @@ class Agent:
             for engine in list(managed.engines.values()):
                 if engine.view is None and engine.making is None:
                     await self._rebuild(managed, engine, "no process has its descriptors any more")
-            managed.stack.healthy = self.prober.healthy()
+            managed.stack.healthy = self.prober.healthy(managed.stack.name)
             await managed.stack.configure(list(managed.engines.values()))
             managed.stack.direct()
         await self._routes()
@@ -451,7 +452,7 @@ class Agent:
             self.run.record.documents[name] = resource.document()
             self.run.save(must=True)
             self._watch_backends()
-            stack.healthy = self.prober.healthy()
+            stack.healthy = self.prober.healthy(name)
             await stack.configure([])
             stack.direct()
             await self._routes()
@@ -489,7 +490,7 @@ class Agent:
         self.run.record.documents[managed.stack.name] = resource.document()
         self.run.save()
         self._watch_backends()
-        managed.stack.healthy = self.prober.healthy()
+        managed.stack.healthy = self.prober.healthy(managed.stack.name)
         if (old.spec.listeners, old.spec.snat, old.spec.flow_table, old.spec.unknown_flow) != (
             resource.spec.listeners, resource.spec.snat, resource.spec.flow_table, resource.spec.unknown_flow,
         ):  # fmt: skip
@@ -627,25 +628,36 @@ class Agent:
 
     # ---- backends --------------------------------------------------------------------------------------------
 
-    def _watch_backends(self) -> None:
-        self.prober.watch(
-            ((e.address, e.port), li.health_check)
-            for m in self.stacks.values()
-            for li in m.stack.resource.spec.listeners
+    def _backends(self) -> list[Watched]:
+        return [
+            (name, (e.address, e.port), li.health_check)
+            for name, managed in self.stacks.items()
+            for li in managed.stack.resource.spec.listeners
             for e in li.backends.endpoints or ()
-        )
+        ]
 
-    def _health_changed(self, place: Place, healthy: bool) -> None:
-        for name, managed in self.stacks.items():
-            endpoints = {
-                (e.address, e.port) for li in managed.stack.resource.spec.listeners for e in li.backends.endpoints or ()
-            }
-            if place in endpoints:
-                reason, kind = ("BackendHealthy", "Normal") if healthy else ("BackendUnhealthy", "Warning")
-                self.event(name, reason, f"{place[0]} port {place[1]}", kind)
-                managed.stack.healthy = self.prober.healthy()
-                self._spawn(self._reconfigure(managed))
-        self.run.record.unhealthy = [[str(a), p] for (a, p), well in self.prober.healthy().items() if not well]
+    def _watch_backends(self) -> None:
+        self.prober.watch(self._backends())
+
+    def _health_changed(self, watched: Watched, healthy: bool) -> None:
+        name, place, check = watched
+        managed = self.stacks.get(name)
+        if managed is None:
+            return
+        listeners = [
+            li.name
+            for li in managed.stack.resource.spec.listeners
+            if li.health_check == check and place in {(e.address, e.port) for e in li.backends.endpoints or ()}
+        ]
+        said = "answers the probes" if healthy else "does not answer the probes and gets no new flows"
+        reason, kind = ("BackendHealthy", "Normal") if healthy else ("BackendUnhealthy", "Warning")
+        self.event(name, reason, f"{place[0]} port {place[1]} {said} of listener {', '.join(listeners)}", kind)
+        managed.stack.healthy = self.prober.healthy(name)
+        self._spawn(self._reconfigure(managed))
+        self.run.record.unhealthy = [
+            [str(place[0]), place[1], name, check.model_dump(mode="json", by_alias=True)]
+            for name, place, check in self.prober.unhealthy()
+        ]
         self.run.save()
 
     async def _reconfigure(self, managed: Managed) -> None:
@@ -1386,6 +1398,13 @@ def _attached(managed: Managed) -> list[following.Attached]:
         for e in managed.engines.values()
         if not e.removing
     ]
+
+
+def was_unhealthy(record: Sequence[Sequence[Any]], watched: Watched) -> bool:
+    """Whether the record of an earlier agent says so of this backend; that of an earlier build says it of all stacks."""
+    name, (address, port), check = watched
+    wanted = [str(address), port, name, check.model_dump(mode="json", by_alias=True)]
+    return any(list(entry) == wanted[: len(entry)] for entry in record if len(entry) in (2, 4))
 
 
 async def to_the_end(work: Callable[..., T], *arguments: Any) -> T:

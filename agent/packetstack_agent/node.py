@@ -47,7 +47,7 @@ class Record:
     autoscaling: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Stack -> what its autoscaler showed last: `autoscaling` and `conditions` of the status."""
     unhealthy: list[list[Any]] = field(default_factory=list)
-    """Backends, [address, port]."""
+    """Backends, [address, port, stack, how it is checked]. Of earlier builds [address, port] alone."""
     leaving: dict[str, str] = field(default_factory=dict)
     """Directory of a pod that has no rings any more -> its UID. It goes when the pod has gone."""
     last_slot: int = 0

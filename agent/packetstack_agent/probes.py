@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from packetstack_core.resources import Address, HealthCheck
 
 Place = tuple[Address, int]
+"""Address and port of a backend."""
+Checked = tuple[Place, HealthCheck]
+"""A backend, and how a listener has it checked: another listener may ask otherwise, or not at all."""
+Watched = tuple[str, Place, HealthCheck]
+"""The same of a stack. What one stack asks and learns is no other's."""
 
 
 @dataclass
@@ -33,43 +38,53 @@ class Verdict:
 class Prober:
     """Probes a changing set of backends; `changed` is called when a verdict does."""
 
-    def __init__(self, changed: Callable[[Place, bool], None]) -> None:
-        self.verdicts: dict[Place, Verdict] = {}
+    def __init__(self, changed: Callable[[Watched, bool], None]) -> None:
+        self.verdicts: dict[Watched, Verdict] = {}
         self._changed = changed
-        self._tasks: dict[Place, tuple[HealthCheck, asyncio.Task[None]]] = {}
+        self._tasks: dict[Watched, asyncio.Task[None]] = {}
 
-    def watch(self, backends: Iterable[tuple[Place, HealthCheck]]) -> None:
-        """Probe exactly these from now on. A backend that is new counts as healthy until proven otherwise."""
-        wanted = {place: check for place, check in backends if check.type == "TCP"}
-        for place in [p for p, (check, _) in self._tasks.items() if wanted.get(p) != check]:
-            self._tasks.pop(place)[1].cancel()
-        for place in [p for p in self.verdicts if p not in wanted]:
-            del self.verdicts[place]
-        for place, check in wanted.items():
-            if place not in self._tasks:
-                self.verdicts.setdefault(place, Verdict())
-                self._tasks[place] = (check, asyncio.create_task(self._probe(place, check)))
+    def watch(self, backends: Iterable[Watched]) -> None:
+        """Probe exactly these from now on. A backend that is new counts as healthy until proven otherwise.
 
-    def expect_unhealthy(self, place: Place) -> None:
+        One that is only checked in another way than before is what it was.
+        """
+        wanted = {w: None for w in backends if w[2].type == "TCP"}
+        left: dict[tuple[str, Place], list[bool]] = {}
+        for watched in [w for w in self.verdicts if w not in wanted]:
+            left.setdefault(watched[:2], []).append(self.verdicts.pop(watched).healthy)
+        for watched in [w for w in self._tasks if w not in wanted]:
+            self._tasks.pop(watched).cancel()
+        for watched in wanted:
+            if watched not in self._tasks:
+                was = left.get(watched[:2])
+                self.verdicts.setdefault(watched, Verdict(healthy=was is None or any(was)))
+                self._tasks[watched] = asyncio.create_task(self._probe(watched))
+
+    def expect_unhealthy(self, watched: Watched) -> None:
         """It was when it was last known: it has to prove that it is healthy again."""
-        self.verdicts[place] = Verdict(healthy=False)
+        self.verdicts[watched] = Verdict(healthy=False)
 
-    def healthy(self) -> dict[Place, bool]:
-        """Verdict by backend."""
-        return {place: v.healthy for place, v in self.verdicts.items()}
+    def healthy(self, stack: str) -> dict[Checked, bool]:
+        """Verdicts of one stack's backends."""
+        return {watched[1:]: v.healthy for watched, v in self.verdicts.items() if watched[0] == stack}
+
+    def unhealthy(self) -> list[Watched]:
+        """All that are not."""
+        return [watched for watched, v in self.verdicts.items() if not v.healthy]
 
     def close(self) -> None:
         """Stop probing."""
-        for _, task in self._tasks.values():
+        for task in self._tasks.values():
             task.cancel()
         self._tasks.clear()
 
-    async def _probe(self, place: Place, check: HealthCheck) -> None:
+    async def _probe(self, watched: Watched) -> None:
+        _, place, check = watched
         while True:
             answered = await connects(place, check.timeout_seconds)
-            verdict = self.verdicts.get(place)
+            verdict = self.verdicts.get(watched)
             if verdict is not None and verdict.add(answered, check):
-                self._changed(place, answered)
+                self._changed(watched, answered)
             await asyncio.sleep(check.interval_seconds)
 
 

@@ -22,6 +22,7 @@ from packetstack_agent import processes
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
+from packetstack_agent.probes import Checked, Place
 from packetstack_core import hashing, maglev, slow_start
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
@@ -33,8 +34,6 @@ BATCH = 512
 FENCE_LIMIT_MS = 500
 SECRET_BYTES = 16
 
-Place = tuple[Address, int]
-"""Address and port of a backend."""
 Listening = tuple[Address, int, str]
 """Address, port and protocol of a listener."""
 
@@ -75,7 +74,8 @@ class Stack:
         self.index = index
         self.directory = directory
         self.director = director
-        self.healthy: Mapping[Place, bool] = {}
+        self.healthy: Mapping[Checked, bool] = {}
+        """Verdicts of health checks; a backend that is not named counts as healthy."""
         self._since: dict[Listening, dict[Place, float]] = {}
         """Since when each usable backend of a listener is that, as of the last configuration."""
         self._written = 0.0
@@ -347,12 +347,16 @@ class Stack:
     def usable(self, listener: Listener) -> list[tuple[Place, int]]:
         """Backends that may get new flows, with their weights."""
         found = [((e.address, e.port), e.weight) for e in listener.backends.endpoints or () if e.weight > 0]
-        return [(place, weight) for place, weight in found if self.healthy.get(place, True)]
+        return [(place, weight) for place, weight in found if self._well(listener, place)]
+
+    def _well(self, listener: Listener, place: Place) -> bool:
+        check = listener.health_check
+        return check.type == "None" or self.healthy.get((place, check), True)
 
     def _down(self, listener: Listener) -> list[tuple[Place, int]]:
         """Backends that have failed their health check, with their weights."""
         found = [((e.address, e.port), e.weight) for e in listener.backends.endpoints or ()]
-        return [(place, weight) for place, weight in found if not self.healthy.get(place, True)]
+        return [(place, weight) for place, weight in found if not self._well(listener, place)]
 
     def choice(self, listener: Listener, flow_hash: int, client: Address) -> Place | None:
         """The backend that a new flow is dealt. None without any, and where turns or live flows decide."""

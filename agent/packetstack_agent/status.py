@@ -116,7 +116,7 @@ class Status:
 
     def _backends(self, managed: Managed) -> list[dict[str, Any]]:
         stack = managed.stack
-        healthy = self._prober.healthy()
+        unwell = {place for (place, _), well in self._prober.healthy(stack.name).items() if not well}
         weights = {
             (e.address, e.port): e.weight for li in stack.resource.spec.listeners for e in li.backends.endpoints or ()
         }
@@ -132,7 +132,7 @@ class Status:
                         "port": place[1],
                         "weight": weights.get(place),
                         "share": round(rising.get(place, 1.0), 3),
-                        "healthy": healthy.get(place, True),
+                        "healthy": place not in unwell,
                         "flows": max(0, int(entry.live)),
                         "flowsTotal": int(entry.created),
                     }
