@@ -44,7 +44,7 @@ from packetstack_core.reconciling import (
     RemoveEngine,
     State,
 )
-from packetstack_core.resources import Network, PacketStack, ResourceError, counted
+from packetstack_core.resources import Address, Network, PacketStack, ResourceError, counted
 
 T = TypeVar("T")
 
@@ -177,9 +177,8 @@ class Agent:
             for engine in list(managed.engines.values()):
                 if engine.view is None and engine.making is None:
                     await self._rebuild(managed, engine, "no process has its descriptors any more")
-            managed.stack.healthy = self.prober.healthy(managed.stack.name)
-            await managed.stack.configure(list(managed.engines.values()))
-            managed.stack.direct()
+            managed.stale = True
+            await self._refresh(managed)
         await self._routes()
         for name, managed in self.stacks.items():
             managed.task = asyncio.create_task(self._keep(managed))
@@ -287,24 +286,27 @@ class Agent:
         """Make the stacks what the documents say. Everything is checked before anything is changed."""
         wanted = [resources.parse(d) for d in documents]
         roles = dict(networks.uplink_role(u) for u in uplinks)
-        await asyncio.to_thread(self._check, {r.name: r for r in wanted})
+        await asyncio.to_thread(self._check, {r.name: r for r in wanted}, dict(self.stacks))
         for resource in wanted:
             _check_local(resource)
-        before = self._roles()
-        fresh = {name: role for name, role in roles.items() if before.get(name) != role}
+        before: dict[str, str] = {}
+        fresh: dict[str, str] = {}
         try:
             async with self._node:
-                for name, role in fresh.items():
-                    await asyncio.to_thread(self._attach_uplink, name, role)
+                before = self._roles()
+                for name, role in roles.items():
+                    if before.get(name) != role:
+                        fresh[name] = role
+                        await to_the_end(self._attach_uplink, name, role)
             return await self._apply(wanted)
         except BaseException:
             async with self._node:
                 for name in fresh:
                     with contextlib.suppress(AgentError):
                         if name in before:
-                            await asyncio.to_thread(self._attach_uplink, name, before[name])
+                            await to_the_end(self._attach_uplink, name, before[name])
                         else:
-                            await asyncio.to_thread(self._detach_uplink, name)
+                            await to_the_end(self._detach_uplink, name)
             raise
 
     async def _apply(self, wanted: Sequence[PacketStack]) -> list[dict[str, str]]:
@@ -323,8 +325,9 @@ class Agent:
                 results.append({"stack": resource.name, "result": "changed", "note": note})
         return results
 
-    def _check(self, wanted: dict[str, PacketStack]) -> None:
-        after = {name: m.stack.resource for name, m in self.stacks.items()} | wanted
+    def _check(self, wanted: dict[str, PacketStack], there: dict[str, Managed]) -> None:
+        """Whether stacks can become what is wanted; AgentError if not. `there`: those of now. Blocks."""
+        after = {name: m.stack.resource for name, m in there.items()} | wanted
         if len(after) > constant("PS_MAX_STACKS"):
             raise AgentError(f"{len(after)} stacks: a node takes at most {constant('PS_MAX_STACKS')}")
         owners: dict[Any, str] = {}
@@ -334,29 +337,14 @@ class Agent:
                     raise AgentError(
                         f"stack {name}: AddressConflict: {address} belongs to stack {owners[address]}; use another address"
                     )
-        self._check_leaving(wanted, owners)
+        _check_leaving(wanted, owners, there)
         for name, resource in wanted.items():
             self._check_read(name)
-            old = self.stacks.get(name)
+            old = there.get(name)
             if old is not None:
                 resources.check_change(old.stack.resource, resource)
             networks.check_forwarding(a.version for a in resource.virtual_addresses())
             networks.check_not_local(resource.prefixes())
-
-    def _check_leaving(self, wanted: dict[str, PacketStack], owners: dict[Any, str]) -> None:
-        """No stack may take a SNAT address that flows of another one still have, or make one its virtual address."""
-        for name, managed in self.stacks.items():
-            stack, own = managed.stack, wanted.get(name, managed.stack.resource)
-            left = {*stack.resource.snat_addresses(), *stack.leaving} - set(own.snat_addresses())
-            claimed = {a for a in left if a in owners}
-            if not claimed:
-                continue
-            flows = stack.snat_flows()
-            for address in sorted((a for a in claimed if flows.get(a)), key=packed):
-                raise AgentError(
-                    f"stack {owners[address]}: AddressConflict: {address} was a SNAT address of stack {name}, and is in "
-                    f"use by {counted(flows[address], 'flow')} still; use another address, or wait until they end"
-                )
 
     async def set_uplinks(self, wanted: Sequence[str]) -> None:
         """Run the director on exactly these, interfaces or networks. One that cannot be only costs speed: it is told."""
@@ -367,16 +355,16 @@ class Agent:
                 if "/" in name:
                     name = await asyncio.to_thread(networks.with_address_in, ip_network(name, strict=False))
                 names.append(name)
-                if self._roles().get(name) != role:
-                    async with self._node:
-                        await asyncio.to_thread(self._attach_uplink, name, role)
+                async with self._node:
+                    if self._roles().get(name) != role:
+                        await to_the_end(self._attach_uplink, name, role)
             except (AgentError, ValueError) as e:
                 self.event(
                     "-", "UplinkFailed", f"--uplink {uplink}: {e}; its packets come by the routed pair", "Warning"
                 )
-        for name in self._roles().keys() - set(names):
-            async with self._node:
-                await asyncio.to_thread(self._detach_uplink, name)
+        async with self._node:
+            for name in self._roles().keys() - set(names):
+                await to_the_end(self._detach_uplink, name)
 
     def _roles(self) -> dict[str, str]:
         """The uplinks and their roles."""
@@ -494,8 +482,10 @@ class Agent:
         if (old.spec.listeners, old.spec.snat, old.spec.flow_table, old.spec.unknown_flow) != (
             resource.spec.listeners, resource.spec.snat, resource.spec.flow_table, resource.spec.unknown_flow,
         ):  # fmt: skip
+            managed.stale = True  # also if what follows fails
             await managed.stack.configure(list(managed.engines.values()))
             managed.stack.direct()
+            managed.stale = False
             await to_the_end(managed.stack.count_leaving)
             await self._routes()
 
@@ -515,14 +505,17 @@ class Agent:
 
     async def _routes(self) -> None:
         async with self._node:
-            await asyncio.to_thread(self._route)
+            await to_the_end(self._route, *self._wanted())
         self._tell_of_firewall()
 
-    def _route(self) -> list[Network]:
-        """Routes, and answers to ARP and neighbour discovery, for exactly the addresses of the stacks. Blocks."""
-        prefixes = {p for m in self.stacks.values() for p in m.stack.prefixes()}
+    def _wanted(self) -> tuple[set[Network], set[Address]]:
+        """What to route here, and the addresses in it: those of all stacks, as they are now."""
+        there = [m.stack for m in self.stacks.values()]
+        return {p for stack in there for p in stack.prefixes()}, {a for stack in there for a in stack.addresses()}
+
+    def _route(self, prefixes: set[Network], addresses: set[Address]) -> list[Network]:
+        """Routes, and answers to ARP and neighbour discovery, for exactly these. Returns routes that were gone. Blocks."""
         added = networks.ensure_routes(prefixes, keep=bool(self.unread))
-        addresses = {a for m in self.stacks.values() for a in m.stack.addresses()}
         record = self.run.record
         wanted = networks.on_link(addresses) if addresses else {}
         for device, found in wanted.items():
@@ -578,7 +571,7 @@ class Agent:
             if managed is not None and managed.generation == generation and managed.table == table:
                 return
             if managed is None or managed.stack.resource != resource:
-                await asyncio.to_thread(self._check, {name: resource})
+                await asyncio.to_thread(self._check, {name: resource}, dict(self.stacks))
             if managed is None:
                 managed = await self._add_stack(name, resource, table)
             elif managed.stack.resource.spec.model_copy(update={"replicas": 0}) != resource.spec.model_copy(
@@ -652,18 +645,30 @@ class Agent:
         said = "answers the probes" if healthy else "does not answer the probes and gets no new flows"
         reason, kind = ("BackendHealthy", "Normal") if healthy else ("BackendUnhealthy", "Warning")
         self.event(name, reason, f"{place[0]} port {place[1]} {said} of listener {', '.join(listeners)}", kind)
-        managed.stack.healthy = self.prober.healthy(name)
-        self._spawn(self._reconfigure(managed))
+        managed.stale = True
+        managed.changed.set()
         self.run.record.unhealthy = [
             [str(place[0]), place[1], name, check.model_dump(mode="json", by_alias=True)]
             for name, place, check in self.prober.unhealthy()
         ]
         self.run.save()
 
-    async def _reconfigure(self, managed: Managed) -> None:
+    async def _refresh(self, managed: Managed) -> None:
+        """Write what has become known since the last configuration. What fails is told, and tried again in the next round."""
+        if not managed.stale and managed.stack.due > time.monotonic():  # a backend that starts slowly may get more
+            return
         async with managed.busy:
-            if self.stacks.get(managed.stack.name) is managed:
+            stale, managed.stale = managed.stale, False  # it is set again by whoever learns more meanwhile
+            try:
+                managed.stack.healthy = self.prober.healthy(managed.stack.name)
                 await managed.stack.configure(list(managed.engines.values()))
+                if stale:
+                    managed.stack.direct()
+            except BaseException as e:
+                managed.stale = True
+                if not isinstance(e, AgentError):
+                    raise
+                self.event(managed.stack.name, "Failed", f"{e}; it is tried again", "Warning")
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -683,8 +688,6 @@ class Agent:
             managed.changed.clear()
             try:
                 await self._step(managed)
-                if managed.stack.due <= time.monotonic():  # a backend that starts slowly gets more
-                    await self._reconfigure(managed)
             except AgentError as e:
                 self.event(managed.stack.name, "Failed", str(e), "Warning")
             except Exception as e:  # a bug: the next round may do better, the other stacks go on
@@ -699,6 +702,7 @@ class Agent:
             await self._step_after(managed, managed.table.spec)
             return
         for _ in range(8):
+            await self._refresh(managed)
             if managed.stack.open_fences():
                 # An engine did not answer, or the agent was interrupted: finish before anything new.
                 await self._transfer(managed, ())
@@ -715,6 +719,7 @@ class Agent:
     async def _step_after(self, managed: Managed, table: FlowTableSpec) -> None:
         """Follow the flow table, as far as that is possible now."""
         for _ in range(8):
+            await self._refresh(managed)
             if managed.stack.open_fences():
                 await self._transfer(managed, ())
             for wanted in table.engines:
@@ -978,7 +983,10 @@ class Agent:
                     break
                 if look % PROBE_LOOKS == 0:
                     before = came
-                    await to_the_end(engines.probe, engine)
+                    try:
+                        await to_the_end(engines.probe, engine)
+                    except AgentError as e:  # the next one may get through
+                        self.event(managed.stack.name, "Failed", f"{e}; it is tried again", "Warning")
             await asyncio.sleep(PROBE_SECONDS)
         managed.changed.set()
 
@@ -992,11 +1000,7 @@ class Agent:
             if self._must_stay(managed, engine):  # since it was observed, a fence may have been opened, and not closed
                 engine.removing = False
                 return
-            try:
-                await self._destroy(managed, engine)
-            except BaseException:
-                engine.removing = False
-                raise
+            await self._destroy(managed, engine)
         self.event(managed.stack.name, "EngineRemoved", f"engine {engine.slot} is not wanted any more")
         managed.changed.set()
 
@@ -1009,10 +1013,15 @@ class Agent:
         return owns or (engine.slot in stack.shard_slots() and not _is_lost(engine, time.monotonic()))
 
     async def _destroy(self, managed: Managed, engine: Engine) -> None:
+        """End it and remove all of it. If that fails it is there as before, for whoever comes next to try again."""
         engine.removing = True
-        if engine.making is not None:
-            await asyncio.wait([engine.making])
-        await self._tear_down(managed, engine)
+        try:
+            if engine.making is not None:
+                await asyncio.wait([engine.making])
+            await self._tear_down(managed, engine)
+        except BaseException:
+            engine.removing = False
+            raise
         if engine.blueprint.pod:
             self.run.record.leaving[engine.blueprint.directory.name] = engine.blueprint.pod_uid
         managed.engines.pop(engine.slot, None)
@@ -1102,9 +1111,10 @@ class Agent:
                 try:
                     await self._let_go()
                     async with self._node:
-                        attached = await asyncio.to_thread(self._attach)
-                        added = await asyncio.to_thread(self._route)
-                    await asyncio.to_thread(self._forget_pods)
+                        attached = await to_the_end(self._attach)
+                        added = await to_the_end(self._route, *self._wanted())
+                    used = {e.blueprint.directory.name for m in self.stacks.values() for e in m.engines.values()}
+                    await to_the_end(self._forget_pods, used)
                 except Exception as e:
                     self.event("-", "RoutesFailed", str(e), "Warning")
                 else:
@@ -1139,7 +1149,7 @@ class Agent:
                 try:
                     async with self._node:
                         began = time.monotonic()
-                        await asyncio.to_thread(self._open_firewall)
+                        await to_the_end(self._open_firewall)
                         took = time.monotonic() - began
                 except Exception as e:
                     self.event("-", "FirewallFailed", str(e), "Warning")
@@ -1150,12 +1160,11 @@ class Agent:
         """Whatever is routed to stacks shall pass the node's packet filter. Blocks."""
         self.firewall.ensure(networks.routed(), self.run.record.uplinks)
 
-    def _forget_pods(self) -> None:
-        """Remove the directories of pods that have gone. Blocks."""
+    def _forget_pods(self, used: set[str]) -> None:
+        """Remove the directories of pods that have gone, but none that is in use. Blocks."""
         leaving = self.run.record.leaving
-        used = {e.blueprint.directory.name for m in list(self.stacks.values()) for e in list(m.engines.values())}
         for name, uid in list(leaving.items()):
-            if name not in used and not processes.of_pod(uid):
+            if name not in used and not processes.of_pod(uid) and leaving.get(name) == uid:
                 shutil.rmtree(self.run.engine(name), ignore_errors=True)
                 leaving.pop(name)
         self.run.save()
@@ -1362,6 +1371,22 @@ class Agent:
             known = ", ".join(str(s) for s, e in sorted(managed.engines.items()) if e.state is State.ACTIVE) or "none"
             raise AgentError(f"engine {slot}: is not an active engine of stack {managed.stack.name}; active: {known}")
         return engine
+
+
+def _check_leaving(wanted: dict[str, PacketStack], owners: dict[Any, str], there: dict[str, Managed]) -> None:
+    """No stack may take a SNAT address that flows of another one still have, or make one its virtual address."""
+    for name, managed in there.items():
+        stack, own = managed.stack, wanted.get(name, managed.stack.resource)
+        left = {*stack.resource.snat_addresses(), *stack.leaving} - set(own.snat_addresses())
+        claimed = {a for a in left if a in owners}
+        if not claimed:
+            continue
+        flows = stack.snat_flows()
+        for address in sorted((a for a in claimed if flows.get(a)), key=packed):
+            raise AgentError(
+                f"stack {owners[address]}: AddressConflict: {address} was a SNAT address of stack {name}, and is in "
+                f"use by {counted(flows[address], 'flow')} still; use another address, or wait until they end"
+            )
 
 
 def _check_local(resource: PacketStack) -> None:

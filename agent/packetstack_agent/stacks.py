@@ -526,6 +526,8 @@ class Managed:
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the flow table or the configuration is being changed."""
     settled: bool = False
+    stale: bool = False
+    """More is known, of its resource or its backends, than its configuration says: its task writes it, until that is done."""
     gone: dict[str, dict[str, int]] = field(default_factory=lambda: {"engine": {}, "kernel": {}})
     """Drops counted by engines that have left."""
     holds_ns: deque[int] = field(default_factory=lambda: deque(maxlen=1000))

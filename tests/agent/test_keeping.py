@@ -1,14 +1,17 @@
 """How the agent keeps a stack as its resource says, with played engines: no packets, no processes."""
 
 import asyncio
+import threading
 import time
+from collections.abc import ItemsView, Iterator, ValuesView
+from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource, turns
 
 from packetstack_agent import agent as agents
-from packetstack_agent import engines
+from packetstack_agent import engines, networks
 from packetstack_agent.agent import AWAY_SECONDS, HANG_SECONDS, STALLS, Agent
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
@@ -16,6 +19,7 @@ from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Managed
 from packetstack_core.planning import Owner
 from packetstack_core.reconciling import ActivateEngine, DrainEngine, RemoveEngine, State
+from packetstack_core.resources import Network
 
 
 @pytest.fixture
@@ -156,3 +160,83 @@ async def test_a_plan_about_an_engine_that_has_gone_meanwhile_does_no_harm(agent
     for action in (ActivateEngine(7), DrainEngine(7), RemoveEngine(7)):
         await agent._act(one, action)
     assert set(one.engines) == {1, 2}
+
+
+@pytest.mark.looptime
+async def test_a_backends_death_that_engines_could_not_be_told_of_is_told_later(agent: Agent) -> None:
+    stack, one = leaving(agent, mute=False)
+    [listener] = stack.resource.spec.listeners
+    dead = ((ip_address("10.0.0.1"), 8080), listener.health_check)
+    keeping = asyncio.create_task(agent._keep(one))
+    await asyncio.sleep(1.5)
+    stack.busy = True
+    agent.prober.expect_unhealthy(("web", *dead))
+    agent._health_changed(("web", *dead), False)
+    await asyncio.sleep(5)
+    assert not any(dead in told for told in stack.configured)
+    assert "Failed" in reasons(agent)
+    stack.busy = False
+    await asyncio.sleep(2)
+    assert stack.configured[-1] == {dead: False}
+    told = len(stack.configured)
+    await asyncio.sleep(10)
+    assert len(stack.configured) == told, "and once is enough"
+    keeping.cancel()
+
+
+@pytest.mark.looptime
+async def test_engines_that_take_no_configuration_do_not_keep_the_stack_from_what_else_it_needs(agent: Agent) -> None:
+    stack, one = leaving(agent, mute=False)
+    stack.busy = one.stale = True
+    keeping = asyncio.create_task(agent._keep(one))
+    await asyncio.sleep(5)
+    assert len(one.engines) == 1
+    keeping.cancel()
+
+
+async def test_a_change_that_could_neither_be_made_nor_taken_back_is_worked_off_later(agent: Agent) -> None:
+    stack, one = leaving(agent, mute=False)
+    stack.busy = True
+    with pytest.raises(AgentError):
+        await agent._change_stack(one, resource(replicas=1, backends=("10.0.0.2",)))
+    assert one.stale
+    stack.busy = False
+    await agent._step(one)
+    assert stack.configured
+    assert not one.stale
+
+
+class LoopsOwn(dict[str, Managed]):
+    """Whoever reads it in another thread may find that it changes meanwhile."""
+
+    def __init__(self, stacks: dict[str, Managed]) -> None:
+        super().__init__(stacks)
+        self.owner = threading.get_ident()
+
+    def items(self) -> ItemsView[str, Managed]:
+        assert threading.get_ident() == self.owner
+        return super().items()
+
+    def values(self) -> ValuesView[Managed]:
+        assert threading.get_ident() == self.owner
+        return super().values()
+
+    def __iter__(self) -> Iterator[str]:
+        assert threading.get_ident() == self.owner
+        return super().__iter__()
+
+
+async def test_stacks_are_never_counted_off_in_a_thread_beside_the_loop(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stack, _ = leaving(agent, mute=False)
+    agent.stacks = LoopsOwn(agent.stacks)
+    routed: list[set[Network]] = []
+    monkeypatch.setattr(networks, "ensure_routes", lambda prefixes, keep: routed.append(prefixes) or [])
+    monkeypatch.setattr(networks, "on_link", lambda _: {})
+    monkeypatch.setattr(networks, "check_forwarding", lambda _: None)
+    monkeypatch.setattr(networks, "check_not_local", lambda _: None)
+    monkeypatch.setattr(agent, "_open_firewall", lambda: None)
+    await agent._routes()
+    assert routed == [set(stack.resource.prefixes())]
+    assert [r["result"] for r in await agent.apply([stack.resource.document()], ())] == ["unchanged"]
