@@ -568,7 +568,10 @@ struct ps_share {
 	uint16_t half_open; /* of these, those that are half open */
 };
 
-/* A multiple of a cache line, so that each entry behind it is one. */
+/*
+ * One cache line, since each packet needs it. What only openings need lies behind the entries, so that the indexes are
+ * close to it and each entry is one line too.
+ */
 struct ps_shard {
 	uint64_t owner;		     /* epoch 32 | slot 10 | queue 6 | ps_owner_state 16; as in the word */
 	uint32_t dirty;		     /* index, lists and counts below are being changed: rebuild if a writer died */
@@ -580,9 +583,9 @@ struct ps_shard {
 	struct ps_flow_list list[3]; /* by ps_list */
 	uint16_t spare0[3];
 	uint64_t packets; /* handled, for load per bucket */
-	uint64_t spare[9];
-	struct ps_share share[64]; /* by class of the listener: number % PS_CLASSES */
-	/* uint16_t forward[index_slots]; uint16_t reply[index_slots]; ps_entry flows[entries] */
+	uint64_t spare1;
+	/* uint16_t forward[index_slots], reply[index_slots]; ps_entry flows[entries];
+	 * ps_share share[PS_CLASSES], by class of the listener: number % PS_CLASSES */
 };
 
 struct ps_fence {

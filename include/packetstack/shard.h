@@ -29,8 +29,8 @@ void ps_point(enum ps_point at);
 #endif
 
 _Static_assert(sizeof(struct ps_entry) == 64 && sizeof(struct ps_listener_state) == 64 &&
-		       !(sizeof(struct ps_shard) % 64),
-	       "entries begin at a cache line");
+		       sizeof(struct ps_shard) == 64 && !(sizeof(struct ps_share) * PS_CLASSES % 64),
+	       "shards and entries begin at a cache line");
 
 /* A flow as its packets name it; wire order */
 struct ps_key {
@@ -57,6 +57,11 @@ static inline struct ps_entry *ps_shard_flows(const struct ps_arena *a, struct p
 	return (struct ps_entry *)(ps_shard_reply(a, s) + a->index_slots);
 }
 
+static inline struct ps_share *ps_shard_shares(const struct ps_arena *a, struct ps_shard *s)
+{
+	return (struct ps_share *)(ps_shard_flows(a, s) + a->entries);
+}
+
 /*
  * A shard's first user looks at its header and indexes only (ps_shard_sane). Until the sweep has read
  * the entries too, one may hold anything: no number in it leads out of where it points.
@@ -80,11 +85,11 @@ static inline uint32_t ps_class(const struct ps_entry *f) { return f->listener &
 
 static inline uint16_t ps_link(const struct ps_shard *s, uint16_t link) { return link <= s->high ? link : 0; }
 
-/* Bytes of a shard: header, two indexes, entries; a multiple of a cache line. */
+/* Bytes of a shard: header, two indexes, entries, shares; a multiple of a cache line. */
 static inline uint64_t ps_shard_bytes(uint32_t entries, uint32_t index_slots)
 {
-	_Static_assert(sizeof(struct ps_shard) % 64 == 0, "entries lie on cache lines");
-	return sizeof(struct ps_shard) + 4ull * index_slots + 64ull * entries;
+	return sizeof(struct ps_shard) + 4ull * index_slots + sizeof(struct ps_entry) * entries +
+	       sizeof(struct ps_share) * PS_CLASSES;
 }
 
 /* ---- indexes: open addressing, linear probing, deletion by shifting back ---------------------------- */
@@ -223,7 +228,7 @@ static inline void ps_list_add(const struct ps_arena *a, struct ps_shard *s, str
 	f->flags |= PS_FLOW_LISTED;
 	list->count++;
 	if (ps_state_half_open(f->state))
-		s->share[ps_class(f)].half_open++;
+		ps_shard_shares(a, s)[ps_class(f)].half_open++;
 }
 
 static inline void ps_list_remove(const struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
@@ -247,7 +252,7 @@ static inline void ps_list_remove(const struct ps_arena *a, struct ps_shard *s, 
 	f->flags &= (uint16_t)~PS_FLOW_LISTED;
 	list->count--;
 	if (ps_state_half_open(f->state))
-		s->share[ps_class(f)].half_open--;
+		ps_shard_shares(a, s)[ps_class(f)].half_open--;
 }
 
 /* ---- changes --------------------------------------------------------------------------------------- */
@@ -289,7 +294,7 @@ static inline void ps_count_add(struct ps_arena *a, struct ps_shard *s, struct p
 {
 	if (f->flags & PS_FLOW_COUNTED)
 		return;
-	s->share[ps_class(f)].held++;
+	ps_shard_shares(a, s)[ps_class(f)].held++;
 	__atomic_fetch_add(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
 	__atomic_fetch_add(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
 	f->flags |= PS_FLOW_COUNTED;
@@ -307,7 +312,7 @@ static inline void ps_count_subtract(struct ps_arena *a, struct ps_shard *s, str
 		return;
 	f->flags &= (uint16_t)~PS_FLOW_COUNTED;
 	PS_BARRIER();
-	s->share[ps_class(f)].held--;
+	ps_shard_shares(a, s)[ps_class(f)].held--;
 	__atomic_fetch_sub(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
 	__atomic_fetch_sub(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
 }
@@ -472,10 +477,11 @@ static inline struct ps_entry *ps_half_open_victim(struct ps_arena *a, struct ps
 {
 	struct ps_entry *flows = ps_shard_flows(a, s);
 	const struct ps_flow_list *list = &s->list[PS_LIST_HALF_OPEN];
+	const struct ps_share *share = ps_shard_shares(a, s);
 	uint32_t most = 0;
 
 	for (uint32_t c = 1; c < PS_CLASSES; c++)
-		if (s->share[c].half_open > s->share[most].half_open)
+		if (share[c].half_open > share[most].half_open)
 			most = c;
 	for (int i = 0; i < 64 && list->head && ps_class(&flows[list->head - 1]) != most; i++)
 		ps_flow_renew(a, s, &flows[list->head - 1]);
@@ -486,9 +492,10 @@ static inline struct ps_entry *ps_half_open_victim(struct ps_arena *a, struct ps
  * May a listener of this class have one more entry? Half of the entries are dealt out in equal parts to the
  * classes that there are: what one has not taken of its part is kept for it. Only flows that cannot be evicted count.
  */
-static inline bool ps_share_left(const struct ps_arena *a, const struct ps_shard *s, uint32_t class, uint64_t classes)
+static inline bool ps_share_left(const struct ps_arena *a, struct ps_shard *s, uint32_t class, uint64_t classes)
 {
-	uint32_t firm = s->live, part, kept = 0, mine = s->share[class].held - s->share[class].half_open;
+	const struct ps_share *share = ps_shard_shares(a, s);
+	uint32_t firm = s->live, part, kept = 0, mine = share[class].held - share[class].half_open;
 
 	for (int i = 0; i < PS_LISTS; i++)
 		firm -= s->list[i].count;
@@ -498,7 +505,7 @@ static inline bool ps_share_left(const struct ps_arena *a, const struct ps_shard
 	if (mine < part)
 		return true;
 	for (uint32_t c = 0; c < PS_CLASSES; c++) {
-		uint32_t has = s->share[c].held - s->share[c].half_open;
+		uint32_t has = share[c].held - share[c].half_open;
 
 		if (classes >> c & 1 && has < part)
 			kept += part - has;
@@ -632,7 +639,7 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 	memset(ps_shard_forward(s), 0, 4ul * a->index_slots);
 	s->live = s->high = s->free = 0;
 	memset(s->list, 0, sizeof(s->list));
-	memset(s->share, 0, sizeof(s->share));
+	memset(ps_shard_shares(a, s), 0, sizeof(struct ps_share) * PS_CLASSES);
 	s->next_expiry = 0;
 	PS_POINT(REBUILD_EMPTIED);
 	for (uint32_t i = 0; i < a->entries; i++) {
@@ -652,7 +659,7 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 
 		f->flags &= (uint16_t)~PS_FLOW_LISTED;
 		f->prev = f->next = 0;
-		s->share[ps_class(f)].held += !!(f->flags & PS_FLOW_COUNTED); /* as when it was counted */
+		ps_shard_shares(a, s)[ps_class(f)].held += !!(f->flags & PS_FLOW_COUNTED); /* as when it was counted */
 		if (!ps_flow_sane(f) || ps_find_twin(a, s, f, false) || ps_find_twin(a, s, f, true)) {
 			dropped += f->state != PS_FLOW_FREE;
 			ps_proven_subtract(a, f);
@@ -689,6 +696,7 @@ static inline uint32_t ps_shard_rebuild(struct ps_arena *a, struct ps_shard *s)
 static inline const char *ps_shard_sane(const struct ps_arena *a, struct ps_shard *s)
 {
 	const uint16_t *index = ps_shard_forward(s);
+	const struct ps_share *share = ps_shard_shares(a, s);
 	uint32_t links[] = { s->free,	      s->list[0].head, s->list[0].tail, s->list[1].head,
 			     s->list[1].tail, s->list[2].head, s->list[2].tail };
 	uint32_t listed = 0, held = 0, half = 0;
@@ -698,10 +706,10 @@ static inline const char *ps_shard_sane(const struct ps_arena *a, struct ps_shar
 	for (int i = 0; i < PS_LISTS; i++)
 		listed += s->list[i].count;
 	for (int c = 0; c < PS_CLASSES; c++) {
-		if (s->share[c].half_open > s->share[c].held)
+		if (share[c].half_open > share[c].held)
 			return "its counts are impossible";
-		held += s->share[c].held;
-		half += s->share[c].half_open;
+		held += share[c].held;
+		half += share[c].half_open;
 	}
 	if (s->high > a->entries || s->live > s->high || listed > s->live || half != s->list[0].count ||
 	    held + s->list[1].count + s->list[2].count != s->live)
@@ -726,6 +734,7 @@ static inline const char *ps_shard_sane(const struct ps_arena *a, struct ps_shar
 static inline const char *ps_shard_check(const struct ps_arena *a, struct ps_shard *s)
 {
 	const char *wrong = ps_shard_sane(a, s);
+	const struct ps_share *share = ps_shard_shares(a, s);
 	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t live = 0, listed[PS_LISTS] = { 0 }, held[PS_CLASSES] = { 0 }, half[PS_CLASSES] = { 0 }, on_free = 0;
 
@@ -754,7 +763,7 @@ static inline const char *ps_shard_check(const struct ps_arena *a, struct ps_sha
 	if (live != s->live)
 		return "its counts are not those of its flows";
 	for (int c = 0; c < PS_CLASSES; c++)
-		if (held[c] != s->share[c].held || half[c] != s->share[c].half_open)
+		if (held[c] != share[c].held || half[c] != share[c].half_open)
 			return "its counts are not those of its flows";
 	for (uint32_t i = 0; i < s->high; i++)
 		if (flows[i].state != PS_FLOW_FREE && (ps_find_twin(a, s, &flows[i], false) != &flows[i] ||

@@ -152,8 +152,9 @@ static inline void shard_check(const struct ps_arena *a, struct ps_shard *s, con
 	}
 	CHECK(live == s->live, "%u flows, counted %u", live, s->live);
 	for (uint32_t c = 0; c < 64; c++)
-		CHECK(held[c] == s->share[c].held && half[c] == s->share[c].half_open, "class %u: %u %u, counted %u %u",
-		      c, held[c], half[c], s->share[c].held, s->share[c].half_open);
+		CHECK(held[c] == ps_shard_shares(a, s)[c].held && half[c] == ps_shard_shares(a, s)[c].half_open,
+		      "class %u: %u %u, counted %u %u", c, held[c], half[c], ps_shard_shares(a, s)[c].held,
+		      ps_shard_shares(a, s)[c].half_open);
 	for (uint32_t i = 0; i < a->index_slots; i++) {
 		slots[0] += ps_shard_forward(s)[i] != 0;
 		slots[1] += ps_shard_reply(a, s)[i] != 0;

@@ -39,7 +39,8 @@ struct world {
 	struct ring_memory rx, tx, fill, completion;
 	uint8_t umem[FRAMES * PS_FRAME_BYTES] __attribute__((aligned(4096)));
 	struct ps_arena arena __attribute__((aligned(4096)));
-	uint8_t shards[BUCKETS * (sizeof(struct ps_shard) + 4 * INDEX + 64 * ENTRIES)];
+	uint8_t shards[BUCKETS * (sizeof(struct ps_shard) + 4 * INDEX + sizeof(struct ps_entry) * ENTRIES +
+				  sizeof(struct ps_share) * PS_CLASSES)];
 	ps_client_count clients[CLIENTS];
 };
 
@@ -145,6 +146,7 @@ static void prepare(struct world *m)
 	m->arena.index_slots = INDEX;
 	m->arena.shards_offset = offsetof(struct world, shards) - offsetof(struct world, arena);
 	m->arena.shard_stride = ps_shard_bytes(ENTRIES, INDEX);
+	CHECK(m->arena.shard_stride * BUCKETS == sizeof(m->shards), "a shard takes %lu bytes", m->arena.shard_stride);
 	m->arena.clients = CLIENTS;
 	m->arena.clients_offset = offsetof(struct world, clients) - offsetof(struct world, arena);
 	mapped(m->arena.address[1].bytes, 0xc6336401);

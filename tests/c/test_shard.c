@@ -372,8 +372,8 @@ static void deaths(void)
 			s->list[random_below(PS_LISTS)].head = (uint16_t)random_below(65536);
 			s->list[random_below(PS_LISTS)].tail = (uint16_t)random_below(65536);
 			s->list[random_below(PS_LISTS)].count = (uint16_t)random_below(65536);
-			s->share[random_below(64)].held = (uint16_t)random_below(65536);
-			s->share[random_below(64)].half_open = (uint16_t)random_below(65536);
+			ps_shard_shares(a, s)[random_below(64)].held = (uint16_t)random_below(65536);
+			ps_shard_shares(a, s)[random_below(64)].half_open = (uint16_t)random_below(65536);
 			ps_shard_forward(s)[random_below(128)] = (uint16_t)random_below(65536);
 			CHECK(ps_shard_rebuild(a, s) == 0, "no entry was half written");
 		}
