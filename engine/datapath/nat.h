@@ -23,6 +23,9 @@
 
 enum ps_verdict { PS_DROP = 0, PS_TRANSMIT = 1, PS_PARK = 2, PS_CONSUMED = 3 };
 
+/* What few packets need stays out of ps_handle: inlined, it takes the registers of what all need. */
+#define PS_RARE	      __attribute__((noinline))
+
 #define PS_VERDICT(v) ((v)&15)
 #define PS_SHIFT(v)   (((v) >> 4) * 4) /* how far the frame's start moved: VLAN tags are not sent on */
 
@@ -287,20 +290,23 @@ static inline bool ps_place_serves(const struct ps_config *c, const struct ps_en
  */
 enum ps_leaving { PS_STAYS = 0, PS_LEAVES, PS_IS_RESET };
 
-static inline enum ps_leaving ps_flow_leaves(const struct ps_handler *h, const struct ps_entry *f)
+static PS_RARE enum ps_leaving ps_leaves_now(const struct ps_handler *h, const struct ps_entry *f)
 {
 	const struct ps_listener_state *state = ps_listener_of(h->arena, f);
 	bool udp = f->flags & PS_FLOW_UDP;
 	const struct ps_listener *l;
 
-	if ((int32_t)(f->last_seen - h->since) > 0)
-		return PS_STAYS;
 	l = ps_listener_find(h->config, state->address, state->port, udp ? 17 : 6);
 	if (udp)
 		return l && l->backends && !ps_backend_serves(h->config, f, l) ? PS_LEAVES : PS_STAYS;
 	if (l && l->flags & PS_LISTENER_RESET_BACKEND_DOWN && ps_backend_down(h->config, f, l))
 		return PS_IS_RESET;
 	return PS_STAYS;
+}
+
+static inline enum ps_leaving ps_flow_leaves(const struct ps_handler *h, const struct ps_entry *f)
+{
+	return __builtin_expect((int32_t)(f->last_seen - h->since) > 0, 1) ? PS_STAYS : ps_leaves_now(h, f);
 }
 
 /* ---- connection state ------------------------------------------------------------------------------ */
@@ -380,9 +386,9 @@ static inline bool ps_astray(const struct ps_handler *h, struct ps_entry *f, boo
 	return both;
 }
 
-/* -> false when the segment is dropped, its reason counted */
-static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, const uint8_t *frame,
-				const struct ps_packet *p, bool reply)
+/* A segment of a flow that opens, ends, or is not as most are. -> false when it is dropped, its reason counted */
+static PS_RARE bool ps_track_rare(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, const uint8_t *frame,
+				  const struct ps_packet *p, bool reply)
 {
 	int side = reply ? PS_BACKEND : PS_CLIENT;
 	uint8_t state = f->state;
@@ -390,13 +396,7 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 	struct ps_segment g;
 	bool moved = false;
 
-#ifdef PS_WITHOUT_TRACKING /* bench/tracking.c: what the rest costs an established flow */
-	if (state == PS_FLOW_ESTABLISHED && !(p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST))) {
-		ps_seen(h, f);
-		return true;
-	}
-#endif
-	ps_segment_read(&g, frame, p);
+	ps_segment_read(&g, frame, p, p->tcp_flags);
 	if (state == PS_FLOW_SYN || state == PS_FLOW_SYN_ACK) {
 		state = ps_track_opening(f, &g, side, frame, p, &moved);
 		if (state == PS_FLOW_ESTABLISHED) {
@@ -442,6 +442,23 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 		ps_prove(h, s, f, true);
 	}
 	ps_flow_set_state(h->arena, s, f, state, h->config->timeout, h->now);
+	return true;
+}
+
+/* -> false when the segment is dropped, its reason counted */
+static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, const uint8_t *frame,
+				const struct ps_packet *p, bool reply)
+{
+	if (__builtin_expect(f->state != PS_FLOW_ESTABLISHED ||
+				     (p->tcp_flags & (TCP_SYN | TCP_FIN | TCP_RST | TCP_ACK)) != TCP_ACK,
+			     0))
+		return ps_track_rare(h, s, f, frame, p, reply);
+#ifndef PS_WITHOUT_TRACKING /* bench/tracking.c: what this costs */
+	if (__builtin_expect(
+		    !(reply ? ps_track_usual(f, frame, p, PS_BACKEND) : ps_track_usual(f, frame, p, PS_CLIENT)), 0))
+		return ps_track_rare(h, s, f, frame, p, reply);
+#endif
+	ps_seen(h, f);
 	return true;
 }
 
@@ -567,8 +584,8 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_entry *f,
  * to the client, towards the client when it is what we sent to the backend. The embedded header is
  * translated to what its sender knows.
  */
-static inline uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_entry *f, uint8_t *frame,
-					const struct ps_packet *p, bool reply)
+static PS_RARE uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_entry *f, uint8_t *frame,
+					 const struct ps_packet *p, bool reply)
 {
 	const struct ps_listener_state *listener = ps_listener_of(h->arena, f);
 	const struct ps_backend *backend = ps_backend_of(h->arena, f);
@@ -657,8 +674,8 @@ static inline uint8_t ps_reset(struct ps_handler *h, uint8_t *frame, const struc
 }
 
 /* A packet without a flow that begins none, or may begin none: answered if the resource says so, or dropped. */
-static inline uint8_t ps_turn_away(struct ps_handler *h, uint8_t *frame, const struct ps_packet *p, bool answer,
-				   enum ps_counter reason)
+static PS_RARE uint8_t ps_turn_away(struct ps_handler *h, uint8_t *frame, const struct ps_packet *p, bool answer,
+				    enum ps_counter reason)
 {
 	if (answer && p->kind == PS_PKT_FLOW && p->protocol == 6) {
 		uint8_t verdict = ps_reset(h, frame, p);
@@ -673,9 +690,9 @@ static inline uint8_t ps_turn_away(struct ps_handler *h, uint8_t *frame, const s
  * An opener: makes its flow, or begins a new connection in `f`, one that has ended between the same two. -> the flow, or
  * NULL with the verdict
  */
-static __attribute__((noinline)) struct ps_entry *ps_begin(struct ps_handler *h, struct ps_shard *s, uint32_t bucket,
-							   uint8_t *frame, const struct ps_packet *p,
-							   const struct ps_key *k, struct ps_entry *f, uint8_t *verdict)
+static PS_RARE struct ps_entry *ps_begin(struct ps_handler *h, struct ps_shard *s, uint32_t bucket, uint8_t *frame,
+					 const struct ps_packet *p, const struct ps_key *k, struct ps_entry *f,
+					 uint8_t *verdict)
 {
 	struct ps_options o = { .scale = PS_NO_SCALE };
 	struct ps_opening syn = { 0 };
@@ -688,7 +705,7 @@ static __attribute__((noinline)) struct ps_entry *ps_begin(struct ps_handler *h,
 			*verdict = ps_refuse(h, PS_C_DROP_BAD_CHECKSUM);
 			return NULL;
 		}
-		ps_segment_read(&g, frame, p);
+		ps_segment_read(&g, frame, p, p->tcp_flags);
 		o = ps_segment_options(frame, p);
 		syn = (struct ps_opening){ .seq = g.seq, .stamp = o.stamp, .stamped = o.stamped };
 	}
@@ -774,7 +791,7 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	}
 
 	f = reply ? ps_find_reply(h->arena, s, &k) : ps_find_forward(h->arena, s, &k);
-	if (p.kind == PS_PKT_ICMP_ERROR)
+	if (__builtin_expect(p.kind == PS_PKT_ICMP_ERROR, 0))
 		return f ? ps_translate_icmp(h, f, frame, &p, reply) : ps_refuse(h, PS_C_DROP_NO_FLOW);
 	opener = p.kind == PS_PKT_FLOW && !reply &&
 		 (k.udp || (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN);
@@ -794,11 +811,11 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		/* The client's port is used again: same backend, SNAT address and port, if both still serve. */
 		fresh = opener && (!f || (again && ps_state_ended(f->state)));
 	}
-	if (fresh) {
+	if (__builtin_expect(fresh, 0)) {
 		f = ps_begin(h, s, stamp->bucket, frame, &p, &k, f, &verdict);
 		if (!f)
 			return verdict;
-	} else if (!f) {
+	} else if (__builtin_expect(!f, 0)) {
 		return ps_turn_away(h, frame, &p, h->config->unknown_flow_reset && !reply, PS_C_DROP_NO_FLOW);
 	} else {
 		/* What its backend still sends must not hide that a flow is to leave it: see ps_flow_leaves. */
@@ -806,12 +823,13 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		uint32_t seen = f->last_seen;
 		uint8_t state = f->state;
 
-		if (k.udp)
+		if (k.udp) {
 			ps_track_udp(h, s, f, reply);
-		else if (p.kind == PS_PKT_FRAGMENT)
+		} else if (__builtin_expect(p.kind == PS_PKT_FRAGMENT, 0)) {
 			f->flags |= PS_FLOW_FRAGMENTED;
-		else if (!ps_track_tcp(h, s, f, frame, &p, reply))
+		} else if (__builtin_expect(!ps_track_tcp(h, s, f, frame, &p, reply), 0)) {
 			return PS_DROP;
+		}
 		if (leaves && f->state == state)
 			f->last_seen = seen;
 	}

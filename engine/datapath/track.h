@@ -45,7 +45,8 @@ struct ps_segment {
 	uint8_t flags;
 };
 
-static inline void ps_segment_read(struct ps_segment *g, const uint8_t *frame, const struct ps_packet *p)
+/* `flags`: p->tcp_flags, or what is known of them */
+static inline void ps_segment_read(struct ps_segment *g, const uint8_t *frame, const struct ps_packet *p, uint8_t flags)
 {
 	const uint8_t *tcp = frame + p->l4;
 	uint32_t words[2];
@@ -56,7 +57,7 @@ static inline void ps_segment_read(struct ps_segment *g, const uint8_t *frame, c
 	g->seq = ntohl(words[0]);
 	g->ack = ntohl(words[1]);
 	g->window = ntohs(window);
-	g->flags = p->tcp_flags;
+	g->flags = flags;
 	g->next = g->seq + (p->end - p->l4 - (tcp[12] >> 4) * 4u) + !!(g->flags & TCP_SYN) + !!(g->flags & TCP_FIN);
 }
 
@@ -236,6 +237,26 @@ static inline void ps_track_move(struct ps_entry *f, const struct ps_segment *g,
 		f->acked[side] = g->ack;
 	if (g->window > f->window[side])
 		f->window[side] = g->window;
+}
+
+/*
+ * The shortest way for what nearly all segments are: data or an acknowledgement, in order, of a connection without a FIN.
+ * -> false: it may be something else, and nothing has changed
+ */
+static inline bool ps_track_usual(struct ps_entry *f, const uint8_t *frame, const struct ps_packet *p, int side)
+{
+	struct ps_segment g;
+
+	ps_segment_read(&g, frame, p, TCP_ACK);
+	if (f->flags & (PS_FLOW_FIN_CLIENT | PS_FLOW_FIN_BACKEND) || !ps_in_order(f, &g, side))
+		return false;
+	/* ps_track_move, with what is known */
+	f->acked[side] = g.ack;
+	if (ps_seq(g.next, f->end[side]) > 0)
+		f->end[side] = g.next;
+	if (g.window > f->window[side])
+		f->window[side] = g.window;
+	return true;
 }
 
 /* CLOSING, CLOSED or TIME_WAIT, by the FINs and what has been acknowledged of them. `state`: if there is none. */
