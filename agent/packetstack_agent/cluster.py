@@ -8,6 +8,7 @@ import asyncio
 import json
 import time
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -42,6 +43,20 @@ Key = tuple[str, str]
 """Namespace and name."""
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A stack's flow table as the server has it now."""
+
+    namespace: str
+    name: str
+    generation: int
+    """The last one that could be read, or that of `unreadable` if none could."""
+    table: kinds.FlowTable | None
+    """The same. None: the stack goes on, if the agent has it, by what an earlier agent has recorded."""
+    unreadable: str = ""
+    """Why the newest generation cannot be read, empty when it can."""
+
+
 class Follower:
     """Keeps `agent` after the tables of `node`. All methods run on the event loop."""
 
@@ -49,10 +64,10 @@ class Follower:
         self._agent = agent
         self._node = node
         self._mine = f"spec.node={node}"
-        self._wanted: dict[str, tuple[kinds.FlowTable, int]] = {}
-        """Stack -> table and generation, as the server has them now."""
+        self._wanted: dict[str, Wanted] = {}
+        """Stack -> its table."""
         self._refused: dict[str, str] = {}
-        """Stack -> why its table cannot be followed."""
+        """Stack -> why its table, which can be read, cannot be followed."""
         self._listed = False
         """The server has told of all tables once."""
         self._sent: dict[str, tuple[dict[str, Any], float]] = {}
@@ -142,22 +157,30 @@ class Follower:
         return seen
 
     def _see(self, item: dict[str, Any]) -> None:
-        name = _name(item)
-        generation = int(item["metadata"].get("generation", 0))
-        if name in self._wanted and self._wanted[name][1] == generation:
+        name, meta = _name(item), item["metadata"]
+        generation = int(meta.get("generation", 0))
+        before = self._wanted.get(name)
+        if before is not None and before.generation == generation and not before.unreadable:
             return  # our own report came back
-        try:
-            table = kinds.read(kinds.FlowTable, item | {"status": {}})
-        except ResourceError as e:
-            self._refuse(name, f"its FlowTable cannot be read: {e.problems[0]}")
-            return
         if timer := self._orphans.pop(name, None):
             timer.cancel()
         if self._agent.foreign:
             nodes = (item.get("status") or {}).get("nodes") or ()
             self._former.setdefault(name, next((n for n in nodes if n.get("node") == self._node), {}))
-        self._wanted[name] = (table, generation)
-        self._touch(name)
+        try:
+            table = kinds.read(kinds.FlowTable, item | {"status": {}})
+        except ResourceError as e:
+            now = Wanted(meta["namespace"], meta["name"], generation, None)
+            if before is not None and before.table is not None:
+                now = before  # which stays in force
+            now = replace(now, unreadable=f"its FlowTable cannot be read: {e.problems[0]}")
+            if now != before:
+                self._agent.event(name, "FlowTableRefused", now.unreadable, "Warning")
+        else:
+            now = Wanted(meta["namespace"], meta["name"], generation, table)
+        if now != before:
+            self._wanted[name] = now
+            self._touch(name)
 
     def _gone(self, name: str) -> None:
         """The table was deleted. Engines that it named go on for a while: a table may come again, connections not."""
@@ -169,7 +192,7 @@ class Follower:
         managed = self._agent.stacks.get(name)
         if managed is None or name in self._orphans:
             return
-        ended = had is not None and not had[0].spec.engines
+        ended = had is not None and had.table is not None and not had.table.spec.engines
         pause = 0.0 if ended or not managed.engines else ORPHAN_SECONDS
         if pause:
             message = f"its FlowTable is gone; its engines go on for {pause:g} s"
@@ -208,7 +231,7 @@ class Follower:
             if time.monotonic() - looked > RESYNC_SECONDS:
                 # A stack that could not be followed, or that somebody took away: what was in the way may be gone.
                 looked = time.monotonic()
-                self._dirty.update(self._wanted)
+                self._dirty.update(self._wanted, self._orphans)
             if self._agent.foreign:
                 self._end_what_nobody_wants()
             names, self._dirty = self._dirty, set()
@@ -216,7 +239,7 @@ class Follower:
                 try:
                     await self._act_on(name)
                 except (ApiException, aiohttp.ClientError, OSError, TimeoutError):
-                    # The watch tells of it.
+                    # `_watch` reports an outage of the API server; here the report is only tried again.
                     self._sent.pop(name, None)
                     self._later(name, 1.0)
                 except Exception as e:  # a bug in one stack is not the others'
@@ -224,8 +247,8 @@ class Follower:
 
     def _end_what_nobody_wants(self) -> None:
         """Another build's engines are in the way only as long as a table wants one of their stacks."""
-        tables = (self._wanted[n][0] for n in self._agent.run.record.tables if n in self._wanted)
-        if not self._listed or any(t.spec.engines for t in tables):
+        tables = [self._wanted[n].table for n in self._agent.run.record.tables if n in self._wanted]
+        if not self._listed or any(t is None or t.spec.engines for t in tables):
             self._unwanted_since = None
             return
         now = time.monotonic()
@@ -237,61 +260,72 @@ class Follower:
     async def _act_on(self, name: str) -> None:
         wanted = self._wanted.get(name)
         if wanted is None:
-            timer = self._orphans.get(name)
-            if timer is not None and asyncio.get_running_loop().time() >= timer.when():
-                del self._orphans[name]
-                async with self._agent.applying:
-                    if name in self._agent.stacks and name not in self._wanted:
-                        await self._agent.delete(name)
+            await self._end_orphan(name)
             return
-        table, generation = wanted
         if self._agent.foreign:
-            stack = f"{table.metadata.name} --end-flows -n {table.metadata.namespace}"
+            stack = f"{wanted.name} --end-flows -n {wanted.namespace}"
             self._refuse(
                 name,
                 f"{self._agent.foreign}: of all stacks of node {self._node}, by: kubectl packetstack upgrade {stack}; "
                 "until then nothing follows an engine that dies",
             )
-            await self._report(name, table)
-            return
-        managed = self._agent.stacks.get(name)
-        if managed is None or managed.table != table or managed.generation != generation:
-            try:
-                await self._agent.follow(name, table, generation)
-                self._refused.pop(name, None)
-            except ResourceError as e:
-                self._refuse(name, e.problems[0])
-            except (AgentError, NetlinkError) as e:
-                self._refuse(name, str(e))
-        await self._report(name, table)
+        elif wanted.table is not None:
+            await self._follow(name, wanted.table, wanted.generation)
+        await self._report(name, wanted)
 
-    async def _report(self, name: str, table: kinds.FlowTable) -> None:
-        report = self._node_report(name)
+    async def _end_orphan(self, name: str) -> None:
+        """Remove a stack whose table has been gone for long enough. If that fails, it is tried again."""
+        timer = self._orphans.get(name)
+        if timer is None or asyncio.get_running_loop().time() < timer.when():
+            return
+        async with self._agent.applying:
+            if name in self._agent.stacks and name not in self._wanted:
+                await self._agent.delete(name)
+        if self._orphans.get(name) is timer:
+            del self._orphans[name]
+
+    async def _follow(self, name: str, table: kinds.FlowTable, generation: int) -> None:
+        managed = self._agent.stacks.get(name)
+        if managed is not None and managed.table == table and managed.generation == generation:
+            return
+        try:
+            await self._agent.follow(name, table, generation)
+            self._refused.pop(name, None)
+        except ResourceError as e:
+            self._refuse(name, e.problems[0])
+        except (AgentError, NetlinkError) as e:
+            self._refuse(name, str(e))
+
+    async def _report(self, name: str, wanted: Wanted) -> None:
+        report = self._node_report(name, wanted)
         last, when = self._sent.get(name, ({}, 0.0))
         now = asyncio.get_running_loop().time()
         if report == last or (_without_flows(report) == _without_flows(last) and now - when < FLOWS_SECONDS):
             return
-        api, meta = await self._connect(), table.metadata
+        api = await self._connect()
         body = {
             "apiVersion": f"{GROUP}/{VERSION}",
             "kind": "FlowTable",
-            "metadata": {"name": meta.name, "namespace": meta.namespace},
+            "metadata": {"name": wanted.name, "namespace": wanted.namespace},
             "status": {"nodes": [report]},
         }
         await api.patch_namespaced_custom_object_status(
-            GROUP, VERSION, meta.namespace, PLURAL, meta.name, body,
+            GROUP, VERSION, wanted.namespace, PLURAL, wanted.name, body,
             field_manager=f"packetstack-agent-{self._node}"[:128], force=True,
             _content_type="application/apply-patch+yaml", _request_timeout=10.0,
         )  # fmt: skip
         self._sent[name] = (report, now)
 
-    def _node_report(self, name: str) -> dict[str, Any]:
+    def _node_report(self, name: str, wanted: Wanted) -> dict[str, Any]:
         """What this node says of the stack, as JSON."""
         managed = self._agent.stacks.get(name)
-        message = self._refused.get(name, "")
+        refused = self._refused.get(name, "")
+        message = refused if self._agent.foreign else wanted.unreadable or refused
         if managed is None:
-            seen = self._wanted[name][1] if name in self._wanted else 0
-            report = {"node": self._node, "observedGeneration": seen, "message": message}
+            report: dict[str, Any] = {
+                "node": self._node, "observedGeneration": wanted.generation, "message": message,
+                "agentVersion": version("packetstack"),
+            }  # fmt: skip
             if self._agent.foreign:  # its engines are as they were, and this table is not carried out
                 former = {"observedGeneration": 0} | self._former.get(name, {})
                 report = former | {"node": self._node, "message": message, "agentVersion": version("packetstack")}

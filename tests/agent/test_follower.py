@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from kubernetes.aio.config import kube_config
@@ -246,6 +247,114 @@ async def test_a_table_that_the_agent_cannot_follow_is_refused_once_and_followed
             return (await place.report()).get("message", "") == ""
 
         await until(forgotten)
+
+
+def item(generation: int, **spec: Any) -> dict[str, Any]:
+    """A flow table as the server shows it to an agent."""
+    endpoints = {"endpoints": [{"address": "10.1.0.5", "port": 80}]}
+    made = {
+        "node": "n1",
+        "engines": [ENGINE],
+        "listeners": [{"name": "web", "address": "192.0.2.10", "port": 80, "backends": endpoints}],
+        "snat": {"addresses": ["192.0.2.64/28"]},
+        **spec,
+    }
+    meta = {"namespace": "shop", "name": "web", "generation": generation, "resourceVersion": "1"}
+    return {"apiVersion": "packetstack.io/v1alpha1", "kind": "FlowTable", "metadata": meta, "spec": made}
+
+
+class Writing:
+    """An API client that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.reports: list[dict[str, Any]] = []
+
+    async def patch_namespaced_custom_object_status(self, *path: Any, **options: Any) -> None:
+        del options
+        self.reports.append(path[5]["status"]["nodes"][0])
+
+
+async def heard(agent: PlayedAgent, *items: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a node writes into the status of these tables, which come one after the other."""
+    follower, api = Follower(agent, "n1"), Writing()  # type: ignore[arg-type]
+    follower._api = api  # type: ignore[assignment]
+    for one in items:
+        follower._see(one)
+        await follower._act_on("shop.web")
+    return api.reports
+
+
+async def test_a_table_of_a_later_version_is_answered_with_what_cannot_be_read() -> None:
+    agent = PlayedAgent()
+    [report] = await heard(agent, item(1, tunnels=[{"peer": "n2"}]))
+    assert (report["node"], report["observedGeneration"]) == ("n1", 1)
+    assert report["message"].startswith("its FlowTable cannot be read: ")
+    assert "tunnels" in report["message"]
+    assert agent.events == [("shop.web", "FlowTableRefused")]
+
+
+async def test_an_agent_that_took_a_stack_over_answers_a_table_that_it_cannot_read() -> None:
+    agent = PlayedAgent()
+    await agent.follow("shop.web", FlowTable.model_validate(item(3)), 3)
+    [report] = await heard(agent, item(4, tunnels=[{"peer": "n2"}]))
+    assert report["observedGeneration"] == 3, "packets go on by the last one that could be read"
+    assert report["engines"][0]["name"] == "web-1"
+    assert "tunnels" in report["message"]
+
+
+async def test_a_table_that_cannot_be_read_stays_told_until_one_can() -> None:
+    agent = PlayedAgent()
+    agent.refuses = "AddressConflict: 192.0.2.10 belongs to stack shop.other"
+    follower, api = Follower(agent, "n1"), Writing()  # type: ignore[arg-type]
+    follower._api = api  # type: ignore[assignment]
+    for table in (item(1), item(2, tunnels=[]), item(3, pairs=[])):
+        follower._see(table)
+        await follower._act_on("shop.web")
+    agent.refuses = ""  # what the first table met is out of the way
+    await follower._act_on("shop.web")
+    assert [m.partition(":")[0] for m in (r["message"] for r in api.reports)] == ["AddressConflict"] + [
+        "its FlowTable cannot be read"
+    ] * 3
+    assert agent.told[-1] == ("shop.web", 1), "the last one that could be read is followed meanwhile"
+    follower._see(item(4))
+    await follower._act_on("shop.web")
+    assert (api.reports[-1]["message"], api.reports[-1]["observedGeneration"]) == ("", 4)
+
+
+async def test_an_agent_that_stands_by_does_not_end_the_flows_of_a_table_that_it_cannot_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.0)
+    agent = PlayedAgent()
+    agent.foreign = "LayoutMismatch: another build"
+    agent.run.record.tables["shop.web"] = {}
+    follower = Follower(agent, "n1")  # type: ignore[arg-type]
+    follower._listed = True
+    follower._see(item(1, tunnels=[]))
+    for _ in range(2):
+        follower._end_what_nobody_wants()
+    assert not agent.begun_anew
+    follower._gone("shop.web")
+    for _ in range(3):
+        follower._end_what_nobody_wants()
+        await asyncio.sleep(0.001)
+    assert agent.begun_anew
+
+
+async def test_a_stack_that_cannot_be_removed_with_its_table_is_removed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.0)
+    agent = PlayedAgent()
+    await heard(agent, item(1))
+    agent.run.record.tables["shop.web"] = {}
+    follower = Follower(agent, "n1")  # type: ignore[arg-type]
+    remove, agent.delete = agent.delete, AsyncMock(side_effect=AgentError("an engine does not end"))  # type: ignore[method-assign]
+    follower._gone("shop.web")
+    await asyncio.sleep(0.01)
+    with pytest.raises(AgentError):
+        await follower._act_on("shop.web")
+    agent.delete = remove  # type: ignore[method-assign]
+    await follower._act_on("shop.web")
+    assert agent.deleted == ["shop.web"]
 
 
 async def test_a_watch_that_is_too_old_is_begun_anew_by_a_list_and_misses_nothing(place: Place) -> None:
