@@ -17,7 +17,7 @@ class AgentCollector(Collector):
         self._agent = agent
 
     def collect(self) -> Iterator[Metric]:
-        """Names are stable: docs/metrics.md lists them."""
+        """Names are stable: docs/metrics.md lists them. None is a name of the operator's too, or a sum would count twice."""
         agent = self._agent
         director = CounterMetricFamily(
             "packetstack_director_packets", "Packets by what the director did with them", labels=["result"]
@@ -32,8 +32,8 @@ class AgentCollector(Collector):
             host.add_metric([name], count)
         yield host
 
-        engines = GaugeMetricFamily("packetstack_engines", "Engines by state", labels=["stack", "state"])
-        replicas = GaugeMetricFamily("packetstack_desired_engines", "spec.replicas", labels=["stack"])
+        engines = GaugeMetricFamily("packetstack_node_engines", "Engines by state", labels=["stack", "state"])
+        replicas = GaugeMetricFamily("packetstack_node_desired_engines", "spec.replicas", labels=["stack"])
         flows = GaugeMetricFamily("packetstack_flows", "Live flows", labels=["stack", "engine"])
         buckets = GaugeMetricFamily("packetstack_buckets", "Buckets owned", labels=["stack", "engine"])
         moved = CounterMetricFamily("packetstack_buckets_moved", "Changes of owner", labels=["stack"])
@@ -60,9 +60,13 @@ class AgentCollector(Collector):
             "packetstack_queue_busy_cycles", "TSC cycles spent on it", labels=["stack", "engine", "queue", "core"]
         )
         steps = GaugeMetricFamily(
-            "packetstack_autoscaler_decision", "Engines after each step of the last decision", labels=["stack", "step"]
+            "packetstack_node_autoscaler_decision",
+            "Engines after each step of the last decision",
+            labels=["stack", "step"],
         )
-        limits = GaugeMetricFamily("packetstack_autoscaler_limit", "Fewest and most engines", labels=["stack", "limit"])
+        limits = GaugeMetricFamily(
+            "packetstack_node_autoscaler_limit", "Fewest and most engines", labels=["stack", "limit"]
+        )
         rebalanced = CounterMetricFamily("packetstack_rebalanced", "Moves by load", labels=["stack", "what"])
         uneven = GaugeMetricFamily("packetstack_load_max_over_mean", "Busiest core by the mean", labels=["stack"])
         elephants = GaugeMetricFamily("packetstack_elephants", "Buckets that take most of a core", labels=["stack"])

@@ -50,8 +50,8 @@ def test_a_stack_follows_its_flows_until_a_person_takes_its_size_over(node: Node
         for verb in ("explain", "describe"):
             assert "engine metric ActiveFlows" in node.lab.packetstack(verb, "web")
         text = node.client.call("metrics")
-        assert 'packetstack_autoscaler_limit{limit="max",stack="web"} 3.0' in text
-        assert 'packetstack_autoscaler_decision{stack="web",step="desired"} 3.0' in text
+        assert 'packetstack_node_autoscaler_limit{limit="max",stack="web"} 3.0' in text
+        assert 'packetstack_node_autoscaler_decision{stack="web",step="desired"} 3.0' in text
 
         assert "unchanged" in node.up(autoscaled()), "the size is the autoscaler's, not that of the file"
         assert serving(node, 3)

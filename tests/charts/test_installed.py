@@ -75,7 +75,7 @@ def test_operator_and_agent_export_the_stack(installed: Cluster) -> None:
     assert "packetstack_crd_outdated" in text
     agent = f"http://{installed.node.address}:9470/metrics"
     text = subprocess.run(["curl", "--silent", "--fail", agent], check=True, capture_output=True, text=True).stdout
-    assert 'packetstack_engines{stack="default.edge",state="Active"} 2.0' in text
+    assert 'packetstack_node_engines{stack="default.edge",state="Active"} 2.0' in text
     assert 'packetstack_engine_packets_total{engine="1",event="received",stack="default.edge"}' in text
 
 
