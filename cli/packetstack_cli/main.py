@@ -257,7 +257,8 @@ def down(client: Client | ClusterClient, name: str | None, everything: bool, yes
         click.echo(client.clean(), nl=False)
         return
     chosen = client.chosen([s["metadata"]["name"] for s in stacks], name, everything)
-    flows = sum(s["status"]["flows"] for s in stacks if s["metadata"]["name"] in chosen)
+    # By its name, which may be of another namespace than those that were listed.
+    flows = sum(s["status"]["flows"] for s in (client.call("get", name=name) if name else stacks))
     if flows:
         _ask(f"{flows:,} live flows will end", yes)
     client.remove(chosen, last=len(chosen) == len(stacks))

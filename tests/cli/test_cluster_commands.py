@@ -120,6 +120,19 @@ def owners(stack: Json, field: str) -> set[str]:
     return {e["manager"] for e in entries if f"f:{field}" in e.get("fieldsV1", {}).get("f:spec", {})}
 
 
+def engine(space: Space, stack: Json, number: int) -> Json:
+    """A PacketEngine of a stack, as an operator would write it."""
+    owner = {k: stack[k] for k in ("apiVersion", "kind")} | {k: stack["metadata"][k] for k in ("name", "uid")}
+    name = stack["metadata"]["name"]
+    meta = {"namespace": space.name, "ownerReferences": [owner], "labels": {"packetstack.io/stack": name}}
+    return {
+        "apiVersion": "packetstack.io/v1alpha1",
+        "kind": "PacketEngine",
+        "metadata": {**meta, "name": f"{name}-{number}"},
+        "spec": {"stack": name, "id": number},
+    }
+
+
 def test_up_writes_what_the_file_says_and_owns_nothing_else(space: Space) -> None:
     result = space.up()
     assert "stack edge: created" in result.stdout
@@ -210,13 +223,7 @@ def test_get_shows_what_the_resources_say_in_the_shape_of_an_agents_answer(space
     }
     space.server.apply(table)
     for number in (1, 2):
-        engine = {
-            "apiVersion": "packetstack.io/v1alpha1",
-            "kind": "PacketEngine",
-            "metadata": {**meta, "name": f"edge-{number}", "labels": {"packetstack.io/stack": "edge"}},
-            "spec": {"stack": "edge", "id": number},
-        }
-        space.server.apply(engine)
+        space.server.apply(engine(space, stack, number))
         space.patch_status("packetengine", f"edge-{number}", {"state": "Active", "ready": True, "buckets": 2048})
     found = json.loads(space.said("get", "edge", "-o", "json"))
     assert found["status"]["ready"] is True
@@ -276,6 +283,17 @@ def test_down_waits_until_the_stack_is_gone(space: Space) -> None:
     assert space.said("get", "-o", "json").strip() == "[]"
     space.up()
     assert space.said("down", "--all", "--yes") == "stack edge: removed\n"
+
+
+def test_down_of_a_stack_of_another_namespace_says_that_its_flows_will_end(space: Space) -> None:
+    space.up()
+    space.server.apply(engine(space, space.stack(), 1))
+    space.patch_status("packetengine", "edge-1", {"state": "Active", "ready": True, "flows": 128})
+    elsewhere = Target(cluster=True, kubeconfig=space.server.kubeconfig, namespace="default")
+    result = CliRunner().invoke(main, ["down", f"{space.name}/edge"], obj=elsewhere)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == "128 live flows will end\n"
+    assert result.stdout == f"stack {space.name}/edge: removed\n"
 
 
 def test_down_names_the_finalizer_that_holds_a_stack(space: Space, monkeypatch: pytest.MonkeyPatch) -> None:
