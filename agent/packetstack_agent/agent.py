@@ -34,6 +34,7 @@ from packetstack_agent.status import Status, add_drops, captures, census, explai
 from packetstack_core import abi, following, kinds, reconciling, resources
 from packetstack_core.kinds import FlowTable, FlowTableSpec, TableEngine
 from packetstack_core.planning import Move, Owner
+from packetstack_core.reasons import EventReason, Reason
 from packetstack_core.reconciling import (
     ActivateEngine,
     AssignBuckets,
@@ -122,7 +123,7 @@ class Agent:
     async def start(self) -> None:
         """Load the programs, make the routed pair, go on with what an earlier agent left. AgentError if that cannot be."""
         if self.foreign:
-            self.event("-", "LayoutMismatch", f"{self.foreign}; this agent stands by", "Warning")
+            self.event("-", EventReason.LAYOUT_MISMATCH, f"{self.foreign}; this agent stands by")
             return
         record, here = self.run.record, namespaces.own_inode()
         if record.documents and record.network != here:
@@ -182,7 +183,7 @@ class Agent:
         await self._routes()
         for name, managed in self.stacks.items():
             managed.task = asyncio.create_task(self._keep(managed))
-            self.event(name, "AgentStarted", f"took over {counted(len(managed.engines), 'engine')}")
+            self.event(name, EventReason.AGENT_STARTED, f"took over {counted(len(managed.engines), 'engine')}")
 
     def _read(self, name: str) -> Managed:
         """A stack of the record. Any error if something is missing or has another form. Blocks."""
@@ -201,7 +202,7 @@ class Agent:
 
     def _leave_unread(self, name: str, why: str) -> None:
         self.unread[name] = why
-        self.event(name, "RecordUnreadable", f"{why}; it is left alone, its engines serve", "Warning")
+        self.event(name, EventReason.RECORD_UNREADABLE, f"{why}; it is left alone, its engines serve")
 
     async def _regain(self, managed: Managed, slot: int, known: dict[str, Any]) -> None:
         stack = managed.stack
@@ -254,9 +255,9 @@ class Agent:
             lib().ps_director_close(self.director)
             self.director = None
 
-    def event(self, stack: str, reason: str, message: str, kind: str = "Normal") -> None:
-        """Something a person may want to read later."""
-        what = {"stack": stack, "type": kind, "reason": reason, "message": message}
+    def event(self, stack: str, reason: Reason, message: str) -> None:
+        """Something a person may want to read later. `stack`: its name, or "-" for the node as a whole."""
+        what = {"stack": stack, "type": reason.kind, "reason": str(reason), "message": message}
         for last in islice(reversed(self.events), 8):
             if what.items() <= last.items():
                 self.events.remove(last)
@@ -264,7 +265,7 @@ class Agent:
                 return
         self.events.append({"time": time.time(), **what, "count": 1})
         with contextlib.suppress(OSError):  # the log's file system is full
-            print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {kind} {stack} {reason}: {message}", flush=True)
+            print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {reason.kind} {stack} {reason}: {message}", flush=True)
 
     def _managed(self, name: str) -> Managed:
         try:
@@ -360,7 +361,7 @@ class Agent:
                         await to_the_end(self._attach_uplink, name, role)
             except (AgentError, ValueError) as e:
                 self.event(
-                    "-", "UplinkFailed", f"--uplink {uplink}: {e}; its packets come by the routed pair", "Warning"
+                    "-", EventReason.UPLINK_FAILED, f"--uplink {uplink}: {e}; its packets come by the routed pair"
                 )
         async with self._node:
             for name in self._roles().keys() - set(names):
@@ -448,7 +449,7 @@ class Agent:
             await self._remove_stack(name)
             raise
         managed.task = asyncio.create_task(self._keep(managed))
-        self.event(name, "Created", f"{counted(resource.spec.replicas, 'engine')} wanted")
+        self.event(name, EventReason.CREATED, f"{counted(resource.spec.replicas, 'engine')} wanted")
         return managed
 
     async def _change_stack(self, managed: Managed, resource: PacketStack) -> str:
@@ -462,7 +463,7 @@ class Agent:
                 raise
         managed.settled = False
         managed.changed.set()
-        self.event(managed.stack.name, "Changed", "the resource was changed")
+        self.event(managed.stack.name, EventReason.CHANGED, "the resource was changed")
         notes = []
         if gone:
             names = ", ".join(f"{protocol} {address} port {port}" for address, port, protocol in sorted(gone, key=str))
@@ -470,7 +471,7 @@ class Agent:
         if used := {a: n for a, n in managed.stack.leaving.items() if n}:
             shown = ", ".join(f"{a} ({counted(used[a], 'flow')})" for a in sorted(used, key=packed))
             notes.append(f"SNAT address {shown} takes no new flows, and leaves when those end")
-            self.event(managed.stack.name, "AddressLeaving", notes[-1])
+            self.event(managed.stack.name, EventReason.ADDRESS_LEAVING, notes[-1])
         return "; ".join(notes)
 
     async def _become(self, managed: Managed, resource: PacketStack) -> None:
@@ -500,7 +501,9 @@ class Agent:
                 gone = await to_the_end(managed.stack.settle, list(managed.engines.values()))
                 if gone:
                     self.event(
-                        name, "AddressReleased", f"SNAT address {', '.join(map(str, gone))}: no flow has it any more"
+                        name,
+                        EventReason.ADDRESS_RELEASED,
+                        f"SNAT address {', '.join(map(str, gone))}: no flow has it any more",
                     )
 
     async def _routes(self) -> None:
@@ -552,16 +555,16 @@ class Agent:
         put_back, self.firewall.put_back = self.firewall.put_back, []
         if put_back:
             message = f"{', '.join(put_back)}: rules of ours were gone and are there again"
-            self.event("-", "FirewallRestored", message, "Warning")
+            self.event("-", EventReason.FIREWALL_RESTORED, message)
         before, self._obstacles = self._obstacles, self.firewall.obstacles
         for found in self._obstacles:
             message = f"{found.message}; {found.remedy}"
             if found not in before and found.sure:
-                self.event("-", "FirewallInTheWay", message, "Warning")
+                self.event("-", EventReason.FIREWALL_IN_THE_WAY, message)
             elif found not in before:
-                self.event("-", "FirewallUnclear", message, "Warning")
+                self.event("-", EventReason.FIREWALL_UNCLEAR, message)
         if before and not self._obstacles:
-            self.event("-", "FirewallOpen", "the node's packet filter lets packets of stacks pass")
+            self.event("-", EventReason.FIREWALL_OPEN, "the node's packet filter lets packets of stacks pass")
 
     async def follow(self, name: str, table: FlowTable, generation: int) -> None:
         """Make packets see this flow table, from now on. AgentError or ResourceError if that cannot be."""
@@ -593,7 +596,7 @@ class Agent:
         """End a stack: its addresses, engines and flows."""
         live = self._managed(name).stack.live()
         await self._remove_stack(name)
-        self.event(name, "Deleted", f"{live} live flows ended")
+        self.event(name, EventReason.DELETED, f"{live} live flows ended")
 
     async def _remove_stack(self, name: str) -> None:
         managed = self._managed(name)
@@ -616,7 +619,7 @@ class Agent:
         try:
             await self._routes()
         except Exception as e:  # the stack is gone all the same
-            self.event(name, "RoutesFailed", str(e), "Warning")
+            self.event(name, EventReason.ROUTES_FAILED, str(e))
         shutil.rmtree(self.run.stack(name), ignore_errors=True)
 
     # ---- backends --------------------------------------------------------------------------------------------
@@ -643,8 +646,8 @@ class Agent:
             if li.health_check == check and place in {(e.address, e.port) for e in li.backends.endpoints or ()}
         ]
         said = "answers the probes" if healthy else "does not answer the probes and gets no new flows"
-        reason, kind = ("BackendHealthy", "Normal") if healthy else ("BackendUnhealthy", "Warning")
-        self.event(name, reason, f"{place[0]} port {place[1]} {said} of listener {', '.join(listeners)}", kind)
+        reason = EventReason.BACKEND_HEALTHY if healthy else EventReason.BACKEND_UNHEALTHY
+        self.event(name, reason, f"{place[0]} port {place[1]} {said} of listener {', '.join(listeners)}")
         managed.stale = True
         managed.changed.set()
         self.run.record.unhealthy = [
@@ -668,7 +671,7 @@ class Agent:
                 managed.stale = True
                 if not isinstance(e, AgentError):
                     raise
-                self.event(managed.stack.name, "Failed", f"{e}; it is tried again", "Warning")
+                self.event(managed.stack.name, EventReason.FAILED, f"{e}; it is tried again")
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -679,7 +682,7 @@ class Agent:
         self._background.discard(task)
         error = None if task.cancelled() else task.exception()
         if error is not None:
-            self.event("-", "Failed", f"{type(error).__name__}: {error}", "Warning")
+            self.event("-", EventReason.FAILED, f"{type(error).__name__}: {error}")
 
     # ---- keeping a stack -------------------------------------------------------------------------------------
 
@@ -689,9 +692,9 @@ class Agent:
             try:
                 await self._step(managed)
             except AgentError as e:
-                self.event(managed.stack.name, "Failed", str(e), "Warning")
+                self.event(managed.stack.name, EventReason.FAILED, str(e))
             except Exception as e:  # a bug: the next round may do better, the other stacks go on
-                self.event(managed.stack.name, "InternalError", f"{type(e).__name__}: {e}", "Warning")
+                self.event(managed.stack.name, EventReason.INTERNAL_ERROR, f"{type(e).__name__}: {e}")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await managed.changed.wait()
@@ -806,12 +809,12 @@ class Agent:
                 return True
             case ActivateEngine(slot):
                 if engine := managed.engines.get(slot):  # else it has gone since it was observed
-                    self.event(name, "EngineActive", f"engine {slot} was {engine.state}")
+                    self.event(name, EventReason.ENGINE_ACTIVE, f"engine {slot} was {engine.state}")
                     self._become_state(engine, State.ACTIVE)
             case DrainEngine(slot):
                 if engine := managed.engines.get(slot):
                     self._become_state(engine, State.DRAINING)
-                    self.event(name, "EngineDraining", f"engine {slot} hands its buckets over")
+                    self.event(name, EventReason.ENGINE_DRAINING, f"engine {slot} hands its buckets over")
             case AssignBuckets(moves):
                 await self._transfer(managed, moves)
             case RemoveEngine(slot):
@@ -917,7 +920,7 @@ class Agent:
 
     async def _rebuild(self, managed: Managed, engine: Engine, why: str) -> None:
         """Make the engine again in its slot. It keeps its buckets and their flows, which are in the arena."""
-        self.event(managed.stack.name, "EngineLost", f"engine {engine.slot}: {why}; it is made again", "Warning")
+        self.event(managed.stack.name, EventReason.ENGINE_LOST, f"engine {engine.slot}: {why}; it is made again")
         async with managed.busy:
             if managed.engines.get(engine.slot) is not engine or engine.removing:
                 return
@@ -935,7 +938,7 @@ class Agent:
         managed.failures += 1
         managed.create_after = time.monotonic() + pause
         message = f"engine {slot}: {problem}; next try in {pause:g} s"
-        self.event(managed.stack.name, "EngineFailed", message, "Warning")
+        self.event(managed.stack.name, EventReason.ENGINE_FAILED, message)
 
     def _engine_changed(self, engine: Engine, what: str) -> None:
         managed = self.stacks.get(engine.blueprint.stack)
@@ -955,7 +958,7 @@ class Agent:
             engine.beats.clear()
             engine.silent_since = engine.unserved_since = 0.0
             engine.stalls = 0
-            self.event(name, "EngineReady", f"engine {slot}: datapath {engine.pid} serves its queues")
+            self.event(name, EventReason.ENGINE_READY, f"engine {slot}: datapath {engine.pid} serves its queues")
             if engine.blueprint.pod and not engine.probed:
                 self._spawn(self._probe(managed, engine))
             if engine.orphans:
@@ -963,11 +966,11 @@ class Agent:
                 self._spawn(asyncio.to_thread(engines.end_orphans, engine))
         elif what == "died":
             engine.silent_since = engine.unserved_since = time.monotonic()
-            self.event(name, "DatapathDied", f"engine {slot}: its init starts another", "Warning")
+            self.event(name, EventReason.DATAPATH_DIED, f"engine {slot}: its init starts another")
         elif what == "lost":
             self._spawn(self._rebuild(managed, engine, "no process has its descriptors any more"))
         else:
-            self.event(name, "DatapathRefused", f"engine {slot}: {what}", "Warning")
+            self.event(name, EventReason.DATAPATH_REFUSED, f"engine {slot}: {what}")
         managed.changed.set()
 
     async def _probe(self, managed: Managed, engine: Engine) -> None:
@@ -986,7 +989,7 @@ class Agent:
                     try:
                         await to_the_end(engines.probe, engine)
                     except AgentError as e:  # the next one may get through
-                        self.event(managed.stack.name, "Failed", f"{e}; it is tried again", "Warning")
+                        self.event(managed.stack.name, EventReason.FAILED, f"{e}; it is tried again")
             await asyncio.sleep(PROBE_SECONDS)
         managed.changed.set()
 
@@ -1001,7 +1004,7 @@ class Agent:
                 engine.removing = False
                 return
             await self._destroy(managed, engine)
-        self.event(managed.stack.name, "EngineRemoved", f"engine {engine.slot} is not wanted any more")
+        self.event(managed.stack.name, EventReason.ENGINE_REMOVED, f"engine {engine.slot} is not wanted any more")
         managed.changed.set()
 
     def _must_stay(self, managed: Managed, engine: Engine) -> bool:
@@ -1041,7 +1044,7 @@ class Agent:
 
     async def _lose(self, managed: Managed, engine: Engine, why: str) -> None:
         """An engine whose pod is gone. Its buckets go to others when the table says so; their flows are in the arena."""
-        self.event(managed.stack.name, "EngineLost", f"engine {engine.slot}: {why}", "Warning")
+        self.event(managed.stack.name, EventReason.ENGINE_LOST, f"engine {engine.slot}: {why}")
         async with managed.busy:
             if managed.engines.get(engine.slot) is engine and not engine.removing:
                 await self._destroy(managed, engine)
@@ -1056,13 +1059,13 @@ class Agent:
         if report.moved:
             buckets = counted(report.moved, "bucket")
             message = f"{buckets} by {counted(report.fences, 'fence')}, the longest {longest:.2f} ms"
-            self.event(managed.stack.name, "BucketsMoved", message)
+            self.event(managed.stack.name, EventReason.BUCKETS_MOVED, message)
             self.balancers.of(managed).note(buckets, why)
         engine = managed.engines.get(report.stalled)
         if report.stalled:
             self.event(
-                managed.stack.name, "EngineDoesNotAnswer",
-                f"engine {report.stalled} has not answered its markers; nothing is released until it does", "Warning",
+                managed.stack.name, EventReason.ENGINE_DOES_NOT_ANSWER,
+                f"engine {report.stalled} has not answered its markers; nothing is released until it does",
             )  # fmt: skip
             if engine is not None and turns(engine, time.monotonic()):  # else it is the watchdog's, or starves
                 engine.stalls += 1
@@ -1116,13 +1119,13 @@ class Agent:
                     used = {e.blueprint.directory.name for m in self.stacks.values() for e in m.engines.values()}
                     await to_the_end(self._forget_pods, used)
                 except Exception as e:
-                    self.event("-", "RoutesFailed", str(e), "Warning")
+                    self.event("-", EventReason.ROUTES_FAILED, str(e))
                 else:
                     self._tell_of_firewall()
                     if attached:
-                        self.event("-", "DirectorAttached", "a link came, went or was made anew", "Warning")
+                        self.event("-", EventReason.DIRECTOR_ATTACHED, "a link came, went or was made anew")
                     if added:
-                        self.event("-", "RoutesRestored", ", ".join(str(p) for p in added), "Warning")
+                        self.event("-", EventReason.ROUTES_RESTORED, ", ".join(str(p) for p in added))
         finally:
             watcher.close()
 
@@ -1152,7 +1155,7 @@ class Agent:
                         await to_the_end(self._open_firewall)
                         took = time.monotonic() - began
                 except Exception as e:
-                    self.event("-", "FirewallFailed", str(e), "Warning")
+                    self.event("-", EventReason.FIREWALL_FAILED, str(e))
                 else:
                     self._tell_of_firewall()
 
@@ -1180,14 +1183,14 @@ class Agent:
                     urgent |= self.shedders.look(managed)
                 except Exception as e:
                     message = f"shedding: {type(e).__name__}: {e}"
-                    self.event(managed.stack.name, "InternalError", message, "Warning")
+                    self.event(managed.stack.name, EventReason.INTERNAL_ERROR, message)
                 for engine in list(managed.engines.values()):
                     if engine.removing or engine.view is None or (engine.making and not engine.making.done()):
                         continue
                     try:
                         await self._look_at(managed, engine, now)
                     except Exception as e:
-                        self.event(managed.stack.name, "Failed", f"engine {engine.slot}: {e}", "Warning")
+                        self.event(managed.stack.name, EventReason.FAILED, f"engine {engine.slot}: {e}")
 
     async def _look_at(self, managed: Managed, engine: Engine, now: float) -> None:
         b = engine.blueprint
@@ -1212,16 +1215,16 @@ class Agent:
             engine.captured = int(engine.view.captured)
             last = captures(engine)[-1]
             self.event(
-                managed.stack.name, "PacketDropped",
+                managed.stack.name, EventReason.PACKET_DROPPED,
                 f"engine {b.slot}: a packet of bucket {last['bucket']} ended the datapath twice; it is dropped, and shown by "
-                f"packetstack get {managed.stack.name} -o yaml", "Warning",
+                f"packetstack get {managed.stack.name} -o yaml",
             )  # fmt: skip
         elif engine.ready and (core := hung(engine, now)) is not None:
             self._kill(engine, f"its core {core} has not turned for {HANG_SECONDS:g} s")
 
     async def _start_again(self, managed: Managed, engine: Engine, why: str) -> None:
         """Init and all it starts, in the namespace that is there: the next datapath takes the queues over."""
-        self.event(managed.stack.name, "EngineRestarted", f"engine {engine.slot}: {why}", "Warning")
+        self.event(managed.stack.name, EventReason.ENGINE_RESTARTED, f"engine {engine.slot}: {why}")
         engine.orphans, engine.restarted = True, time.monotonic()
         engine.silent_since = 0.0 if engine.ready else time.monotonic()
         async with managed.busy:
@@ -1233,7 +1236,7 @@ class Agent:
         """End a datapath that hangs. Its init starts another, which adopts the queues."""
         serving = engine.attachments.serving if engine.attachments is not None else None
         if serving is not None:
-            self.event(engine.blueprint.stack, "EngineHung", f"engine {engine.slot}: {why}; killed", "Warning")
+            self.event(engine.blueprint.stack, EventReason.ENGINE_HUNG, f"engine {engine.slot}: {why}; killed")
             engine.beats.clear()
             engine.stalls = 0
             serving.kill()
@@ -1246,16 +1249,14 @@ class Agent:
             if self.run.unsaved != told:
                 told = self.run.unsaved
                 message = told or "is written again"
-                self.event(
-                    "-", "RecordNotWritten" if told else "RecordWritten", message, "Warning" if told else "Normal"
-                )
+                self.event("-", EventReason.RECORD_NOT_WRITTEN if told else EventReason.RECORD_WRITTEN, message)
             for managed in self.stacks.values():
                 try:
                     managed.history.add(loading.snapshot(managed), time.time())
                 except AgentError:
                     pass  # an engine is going: the next look does without it
                 except Exception as e:
-                    self.event(managed.stack.name, "InternalError", f"load: {type(e).__name__}: {e}", "Warning")
+                    self.event(managed.stack.name, EventReason.INTERNAL_ERROR, f"load: {type(e).__name__}: {e}")
             await asyncio.sleep(1.0)
 
     # ---- verbs -----------------------------------------------------------------------------------------------
@@ -1270,7 +1271,7 @@ class Agent:
         managed = self.planned(name)
         was, note = self.set_replicas(managed, replicas), ""
         if was != replicas:
-            self.event(name, "Scaled", f"from {was} to {counted(replicas, 'engine')}")
+            self.event(name, EventReason.SCALED, f"from {was} to {counted(replicas, 'engine')}")
             if self.autoscalers.step_aside(managed, "packetstack scale"):
                 note = "its autoscaler changes nothing any more; packetstack explain says how to give the size back"
         return {"from": was, "to": replicas, "note": note}
@@ -1321,7 +1322,9 @@ class Agent:
             self._active(managed, slot)
             await to_the_end(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
         self.balancers.of(managed).note(f"queue {queue} of {loading.name(engine)} to core {core}", "by hand")
-        self.event(name, "QueueMoved", f"queue {queue} of engine {slot} to core {core} in {took[0] / 1000:.0f} us")
+        self.event(
+            name, EventReason.QUEUE_MOVED, f"queue {queue} of engine {slot} to core {core} in {took[0] / 1000:.0f} us"
+        )
         return {"microseconds": took[0] / 1000}
 
     async def upgrade(self, name: str, slot: int) -> dict[str, Any]:
@@ -1341,7 +1344,11 @@ class Agent:
             why = attachments.refused or f"no new datapath came within {UPGRADE_SECONDS:g} s"
             raise AgentError(f"engine {slot}: {why}; process {old} goes on; see packetstack logs {slot}")
         pause = attachments.pause_seconds * 1000
-        self.event(name, "EngineUpgraded", f"engine {slot}: datapath {engine.pid} follows {old} after {pause:.2f} ms")
+        self.event(
+            name,
+            EventReason.ENGINE_UPGRADED,
+            f"engine {slot}: datapath {engine.pid} follows {old} after {pause:.2f} ms",
+        )
         return {"from": old, "to": engine.pid, "pauseMilliseconds": round(pause, 3)}
 
     def census(self, name: str) -> dict[int, dict[str, int]]:

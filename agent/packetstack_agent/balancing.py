@@ -18,6 +18,7 @@ from packetstack_agent.natives import ffi, lib
 from packetstack_agent.stacks import Managed
 from packetstack_core import rebalancing
 from packetstack_core.load import KEEP_SECONDS, Snapshot, bucket_loads, stack_load
+from packetstack_core.reasons import EventReason
 from packetstack_core.rebalancing import HOLD_SECONDS, TELL_SECONDS, Decision, Memory
 from packetstack_core.reconciling import State
 from packetstack_core.resources import counted
@@ -102,10 +103,10 @@ class Balancers:
                 try:
                     close |= await self.look(managed)
                 except AgentError as e:  # as when the record cannot be written
-                    self._agent.event(managed.stack.name, "Failed", f"rebalancer: {e}", "Warning")
+                    self._agent.event(managed.stack.name, EventReason.FAILED, f"rebalancer: {e}")
                 except Exception as e:  # a bug, or an engine that is going: the other stacks go on
                     message = f"rebalancer: {type(e).__name__}: {e}"
-                    self._agent.event(managed.stack.name, "InternalError", message, "Warning")
+                    self._agent.event(managed.stack.name, EventReason.INTERNAL_ERROR, message)
             await asyncio.sleep(CLOSE_LOOK_SECONDS if close else LOOK_SECONDS)
 
     async def look(self, managed: Managed) -> bool:
@@ -160,7 +161,9 @@ class Balancers:
             one.note(f"queue {queue} of {loading.name(engine)} to core {core}", "load")
         one.moved_queues += len(moves)
         name = managed.stack.name
-        self._agent.event(name, "QueuesRebalanced", f"engine {engine.slot}: its cores share its queues by load")
+        self._agent.event(
+            name, EventReason.QUEUES_REBALANCED, f"engine {engine.slot}: its cores share its queues by load"
+        )
 
     # ---- buckets between engines -----------------------------------------------------------------------------
 
@@ -190,18 +193,18 @@ class Balancers:
             return
         if mode == "Advice":
             if self._due(one, "advice", now):
-                self._agent.event(managed.stack.name, "RebalanceAdvice", f"would move {d}")
+                self._agent.event(managed.stack.name, EventReason.REBALANCE_ADVICE, f"would move {d}")
             return
         one.buckets = d.memory
         moved = await self._agent.rebalance(managed, d.moves, d.why)
         one.moved_buckets += moved
         if moved:  # what was asked for may be overtaken by an engine that goes
-            self._agent.event(managed.stack.name, "Rebalanced", f"{counted(moved, 'bucket')}: {d.why}")
+            self._agent.event(managed.stack.name, EventReason.REBALANCED, f"{counted(moved, 'bucket')}: {d.why}")
 
     def _tell_of_elephants(self, managed: Managed, one: Balance, d: Decision, now: float) -> None:
         for e in d.elephants:
             if self._due(one, f"bucket {e.bucket}", now):
-                self._agent.event(managed.stack.name, "Elephant", str(e), "Warning")
+                self._agent.event(managed.stack.name, EventReason.ELEPHANT, str(e))
 
     def _due(self, one: Balance, what: str, now: float) -> bool:
         one.told = {k: when for k, when in one.told.items() if now - when < TELL_SECONDS}

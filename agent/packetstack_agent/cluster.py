@@ -25,6 +25,7 @@ from packetstack_agent.natives import constant
 from packetstack_agent.stacks import Managed
 from packetstack_agent.status import firewall_condition
 from packetstack_core import kinds
+from packetstack_core.reasons import EventReason
 from packetstack_core.resources import ResourceError
 
 GROUP, VERSION, PLURAL = "packetstack.io", "v1alpha1", "flowtables"
@@ -123,7 +124,7 @@ class Follower:
             except Exception as e:  # whatever came instead of an answer, also half a line: this task must go on
                 problem = f"{type(e).__name__}: {e}"
             if failures == 0 and not problem.startswith("410 "):  # "too long ago" is how watches end
-                self._agent.event("-", "ApiServerLost", f"{problem}; packets go on by the last flow tables", "Warning")
+                self._agent.event("-", EventReason.API_SERVER_LOST, f"{problem}; packets go on by the last flow tables")
             await asyncio.sleep(PAUSE_SECONDS[min(failures, len(PAUSE_SECONDS) - 1)])
             failures += 1
 
@@ -196,13 +197,13 @@ class Follower:
         pause = 0.0 if ended or not managed.engines else ORPHAN_SECONDS
         if pause:
             message = f"its FlowTable is gone; its engines go on for {pause:g} s"
-            self._agent.event(name, "FlowTableLost", message, "Warning")
+            self._agent.event(name, EventReason.FLOW_TABLE_LOST, message)
         self._orphans[name] = asyncio.get_running_loop().call_later(pause, self._touch, name)
 
     def _refuse(self, name: str, why: str) -> None:
         if self._refused.get(name) != why:
             self._refused[name] = why
-            self._agent.event(name, "FlowTableRefused", why, "Warning")
+            self._agent.event(name, EventReason.FLOW_TABLE_REFUSED, why)
             self._touch(name)
 
     def _touch(self, name: str) -> None:
@@ -243,7 +244,7 @@ class Follower:
                     self._sent.pop(name, None)
                     self._later(name, 1.0)
                 except Exception as e:  # a bug in one stack is not the others'
-                    self._agent.event(name, "InternalError", f"{type(e).__name__}: {e}", "Warning")
+                    self._agent.event(name, EventReason.INTERNAL_ERROR, f"{type(e).__name__}: {e}")
 
     def _end_what_nobody_wants(self) -> None:
         """Another build's engines are in the way only as long as a table wants one of their stacks."""

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 from packetstack_agent import loading
 from packetstack_agent.errors import AgentError
 from packetstack_agent.stacks import Managed
-from packetstack_core import kinds, scaling
+from packetstack_core import kinds, reasons, scaling
 from packetstack_core.autoscaling import Event, MetricError, Pod, Scale
 from packetstack_core.autoscaling_options import State
 from packetstack_core.kinds import AutoscalingStatus
+from packetstack_core.reasons import EventReason
 from packetstack_core.reconciling import State as EngineState
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Autoscalers:
                     self._look(managed, now)
                 except Exception as e:  # a bug: the other stacks go on
                     message = f"autoscaler: {type(e).__name__}: {e}"
-                    self._agent.event(managed.stack.name, "InternalError", message, "Warning")
+                    self._agent.event(managed.stack.name, EventReason.INTERNAL_ERROR, message)
             await asyncio.sleep(LOOK_SECONDS)
 
     def of(self, managed: Managed) -> Autoscaler | None:
@@ -146,7 +147,7 @@ class Autoscalers:
 
     def _tell(self, name: str, events: Iterable[Event]) -> None:
         for event in events:
-            self._agent.event(name, event.reason, event.message, event.type)
+            self._agent.event(name, reasons.named(event.reason), event.message)
 
 
 def _scale(managed: Managed) -> Scale:

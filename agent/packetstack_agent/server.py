@@ -10,6 +10,7 @@ from typing import Any
 from packetstack_agent.agent import Agent
 from packetstack_agent.errors import AgentError
 from packetstack_agent.metrics import render
+from packetstack_core.reasons import EventReason
 from packetstack_core.resources import ResourceError
 
 MAX_REQUEST_BYTES = 8 << 20
@@ -69,7 +70,7 @@ class Server:
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as e:
             return {"error": f"request: cannot be understood ({type(e).__name__}: {e}); use the packetstack command"}
         except Exception as e:  # a bug, or the system ran out of something: the agent goes on
-            self.agent.event("-", "InternalError", f"{type(e).__name__}: {e}", "Warning")
+            self.agent.event("-", EventReason.INTERNAL_ERROR, f"{type(e).__name__}: {e}")
             return {"error": f"internal error: {type(e).__name__}: {e}"}
 
     async def _call(self, verb: str, r: dict[str, Any]) -> Any:

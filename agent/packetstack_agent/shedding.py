@@ -13,6 +13,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, wire
 from packetstack_agent.stacks import Listening, Managed
 from packetstack_core import shedding
+from packetstack_core.reasons import EventReason
 from packetstack_core.shedding import AT_REST, Sample, State
 
 if TYPE_CHECKING:
@@ -204,16 +205,15 @@ class Shedders:
             what = f"listener {names[place]} ({place[2]} {place[0]} port {place[1]})"
             if shed.since == now:
                 self._agent.event(
-                    managed.stack.name, "FloodShed",
+                    managed.stack.name, EventReason.FLOOD_SHED,
                     f"{what}: {shed.offered:,.0f} {kind} a second come, more than its share; about {one.state.level or 0:,.0f} "
                     "are let through, so that known flows and other listeners are served. If these are users, add engines",
-                    "Warning",
                 )  # fmt: skip
             elif not one.state.watched or now - shed.last > QUIET_SECONDS:
                 lost, seconds = shed.dropped - shed.before, shed.last - shed.since
                 shed.since = 0.0
                 message = f"{what}: all {kind} are let through again; {lost:,} packets were dropped in {seconds:.0f} s"
-                self._agent.event(managed.stack.name, "FloodEnded", message)
+                self._agent.event(managed.stack.name, EventReason.FLOOD_ENDED, message)
 
 
 def _step(one: Shedder) -> list[int]:

@@ -17,6 +17,7 @@ from packetstack_agent.shedding import Shedders, listener_names
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_core import abi
 from packetstack_core.load import EngineLoad
+from packetstack_core.reasons import ConditionReason
 from packetstack_core.reconciling import State
 
 
@@ -143,10 +144,14 @@ class Status:
 def conditions(managed: Managed, ready: bool, active: int) -> list[dict[str, str]]:
     """Kubernetes-style conditions."""
     problem = managed.problem
-    reason = "EnoughCapacity" if not problem else "NoExclusiveCPU" if "NoExclusiveCPU" in problem else "EngineFailed"
+    reason = ConditionReason.ENGINE_FAILED if problem else ConditionReason.ENOUGH_CAPACITY
+    if ConditionReason.NO_EXCLUSIVE_CPU in problem:
+        reason = ConditionReason.NO_EXCLUSIVE_CPU
+    available = ConditionReason.MINIMUM_ENGINES_AVAILABLE if active else ConditionReason.ENGINES_STARTING
+    progressing = ConditionReason.SETTLED if ready else ConditionReason.ENGINES_STARTING
     return [
-        _condition("Available", active > 0, "MinimumEnginesAvailable" if active else "EnginesStarting"),
-        _condition("Progressing", not ready, "Settled" if ready else "EnginesStarting"),
+        _condition("Available", active > 0, available),
+        _condition("Progressing", not ready, progressing),
         _condition("CapacityAvailable", not problem, reason, problem),
     ]
 
@@ -155,9 +160,10 @@ def firewall_condition(firewall: Firewall) -> dict[str, str]:
     """Whether the node's packet filter lets packets of stacks pass."""
     said = "; ".join(o.message for o in firewall.obstacles)
     if not said:
-        return _condition("FirewallOpen", True, "NothingInTheWay")
+        return _condition("FirewallOpen", True, ConditionReason.NOTHING_IN_THE_WAY)
     sure = any(o.sure for o in firewall.obstacles)
-    condition = _condition("FirewallOpen", False, "PacketsDropped" if sure else "MayDropPackets", said)
+    reason = ConditionReason.PACKETS_DROPPED if sure else ConditionReason.MAY_DROP_PACKETS
+    condition = _condition("FirewallOpen", False, reason, said)
     return condition if sure else condition | {"status": "Unknown"}
 
 
@@ -344,8 +350,8 @@ def explain(
     return result
 
 
-def _condition(kind: str, status: bool, reason: str, message: str = "") -> dict[str, str]:
-    return {"type": kind, "status": str(status), "reason": reason, "message": message}
+def _condition(kind: str, status: bool, reason: ConditionReason, message: str = "") -> dict[str, str]:
+    return {"type": kind, "status": str(status), "reason": str(reason), "message": message}
 
 
 def add_drops(engine: Engine, by_engine: dict[str, int], by_kernel: dict[str, int]) -> None:

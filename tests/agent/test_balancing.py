@@ -58,7 +58,7 @@ class World:
         self.spent = dict.fromkeys(range(1, engines + 1), 0.0)
         self.packets = dict.fromkeys(range(256), 0.0)
 
-    def event(self, _stack: str, reason: str, message: str, kind: str = "Normal") -> None:
+    def event(self, _stack: str, reason: str, message: str) -> None:
         self.events.append((self.now, reason, message))
 
     def reasons(self) -> list[str]:

@@ -44,8 +44,8 @@ class PlayedAgent:
         self.firewall = Firewall()
         self.followed: Callable[[Any], None] = lambda _: None
 
-    def event(self, stack: str, reason: str, message: str, kind: str = "Normal") -> None:
-        del message, kind
+    def event(self, stack: str, reason: str, message: str) -> None:
+        del message
         self.events.append((stack, reason))
 
     def reasons(self) -> list[str]:

@@ -56,7 +56,7 @@ class World:
         self.sizes.append((self.loop.time(), replicas))
         return was
 
-    def event(self, _stack: str, reason: str, message: str, kind: str = "Normal") -> None:
+    def event(self, _stack: str, reason: str, message: str) -> None:
         self.events.append((self.loop.time(), reason, message))
 
     def _engines(self, replicas: int) -> None:

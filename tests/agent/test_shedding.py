@@ -69,7 +69,7 @@ class World:
         monkeypatch.setattr(shedding, "lib", lambda: self.lib)
         self.shedders = Shedders(self, lambda: self.now)  # type: ignore[arg-type]
 
-    def event(self, _stack: str, reason: str, message: str, _kind: str = "Normal") -> None:
+    def event(self, _stack: str, reason: str, message: str) -> None:
         self.events.append((reason, message))
 
     def live(self, looks: int) -> None:
