@@ -176,7 +176,7 @@ class Follower:
                 now = before  # which stays in force
             now = replace(now, unreadable=f"its FlowTable cannot be read: {e.problems[0]}")
             if now != before:
-                self._agent.event(name, "FlowTableRefused", now.unreadable, "Warning")
+                self._agent.event(name, EventReason.FLOW_TABLE_REFUSED, now.unreadable)
         else:
             now = Wanted(meta["namespace"], meta["name"], generation, table)
         if now != before:
