@@ -79,6 +79,10 @@ class Attachments:
 
     def __init__(self, listener: socket.socket, shared: Shared, changed: Changed) -> None:
         self.serving: Link | None = None
+        self._ending: Link | None = None
+        """Served, or was let in, and shall do so no more. Until it has stopped it may touch the queues."""
+        self._closed = False
+        """Nobody is let in any more."""
         self._listener = listener
         self._shared = shared
         self.pause_seconds = 0.0
@@ -97,10 +101,18 @@ class Attachments:
         """Kill the process that serves, let no other in, and wait until it is gone: then its queues are nobody's."""
         self._report = _say_nothing
         self._accepting.cancel()
-        if self.serving is not None:
-            serving = self.serving
-            serving.kill()
-            await _until_stopped(serving)
+        self._closed = True
+        self._kill()
+        async with self._turn:  # whoever was being let in is in now, or is not
+            for link in self._kill():
+                await _until_stopped(link)
+
+    def _kill(self) -> list[Link]:
+        """All that may touch the queues."""
+        there = [link for link in (self.serving, self._ending) if link is not None]
+        for link in there:
+            link.kill()
+        return there
 
     async def close(self) -> None:
         """Hang up. The processes go on without us."""
@@ -156,16 +168,24 @@ class Attachments:
             link = Link(pid, pidfd, int(hello.generation), connection)
             if not (self._resume(link, fds) if link.generation else await self._follow(link)):
                 return
+            # It has touched the queues, or may have: only the end of its connection says that it does so no more.
             while (message := await _receive(connection)) is not None:
                 if message.kind == constant("PS_MSG_STOPPED"):
                     link.stopped.set()
         except OSError:
             return  # it died meanwhile; its successor will ask
+        except AgentError as e:  # the one before it lives: its queues are not free
+            if link is not None:
+                link.kill()  # its init starts another, which asks again
+            self.refused = str(e)
+            self._changed(self.refused)
         finally:
             connection.close()
             if link is not None:
                 link.pidfd = -1
                 link.stopped.set()
+                if self._ending is link:
+                    self._ending = None
                 if self.serving is link:
                     self.serving = None
                     self._changed("died")
@@ -182,7 +202,7 @@ class Attachments:
     def _resume(self, link: Link, fds: list[int]) -> bool:
         """A process that served before this agent came. It brings what an earlier agent gave it."""
         s = self._shared
-        if self.serving is not None or link.generation != s.view.generation:
+        if self._closed or (self.serving or self._ending) is not None or link.generation != s.view.generation:
             return False  # the one before it is not gone yet, or it is not the one: it asks again
         if not s.rings:
             if len(fds) != 1 + s.queues + s.cores or any(not _is_xdp(fd) for fd in fds[1 : 1 + s.queues]):
@@ -195,7 +215,10 @@ class Attachments:
         return True
 
     async def _follow(self, link: Link) -> bool:
-        """A new process: takes over from the one that serves, or from a dead one."""
+        """A new process: takes over from the one that serves, or from a dead one. AgentError if that one does not end.
+
+        False if it was not let in, so that it may be forgotten.
+        """
         s = self._shared
         if not s.rings:
             _send(link.connection, "PS_MSG_REFUSED", "the engine's descriptors are lost; it is being made again")
@@ -214,19 +237,23 @@ class Attachments:
         if not await self._said(link, "PS_MSG_PREPARED"):
             return False
         async with self._turn:
-            before, self.serving = self.serving, None
+            if self._closed:
+                return False
+            before = self.serving or self._ending
+            self.serving, self._ending = None, before
             began = time.monotonic()
             if before is not None:
                 await stop(before)
+            self._ending = link
             s.view.generation = link.generation
             _send(link.connection, "PS_MSG_GO")
             if not await self._said(link, "PS_MSG_READY"):
                 link.kill()  # it may hang, and must not wake up later
                 self._changed("died")
-                return False
+                return True
             if before is not None:
                 self.pause_seconds = time.monotonic() - began
-            self.serving = link
+            self.serving, self._ending = link, None
             self._changed("ready")
         return True
 
@@ -281,7 +308,10 @@ def _send(connection: socket.socket, kind: str, reason: str = "") -> None:
 
 
 async def _receive(connection: socket.socket, seconds: float | None = None, fds: list[int] | None = None) -> Any:
-    """One message, None at the end of the connection or when there is none in time. Descriptors go into `fds`."""
+    """One message, None at the end of the connection or when there is none in time. Descriptors go into `fds`.
+
+    One of another size is of no kind: who sends it is still there.
+    """
     size = ffi.sizeof("struct ps_message")
     try:
         async with asyncio.timeout(seconds):
@@ -304,10 +334,11 @@ async def _receive(connection: socket.socket, seconds: float | None = None, fds:
     else:
         for fd in came:
             os.close(fd)
-    if len(data) != size:
+    if not data:
         return None
     message = ffi.new("struct ps_message *")
-    ffi.memmove(message, data, size)
+    if len(data) == size:
+        ffi.memmove(message, data, size)
     return message
 
 
