@@ -9,8 +9,9 @@ from typing import Any
 
 from kubernetes.aio import client, config
 
-from packetstack_operator.deciding import Write
 from packetstack_operator.observing import Raw
+from packetstack_operator.outcome import Write
+from packetstack_operator.ports import PATHS, Refused
 
 MANAGER = "packetstack-operator"
 OURS = {"fieldManager": MANAGER}
@@ -19,34 +20,9 @@ APPLY = {**OURS, "force": "true"}
 CONNECTIONS = 16
 """At once. Each takes some 300 kB, and many stacks write at the same time when the operator starts."""
 TIMEOUT_SECONDS = 30.0
-PATHS = {
-    "Pod": "/api/v1/namespaces/{}/pods",
-    "FlowTable": "/apis/packetstack.io/v1alpha1/namespaces/{}/flowtables",
-    "PacketEngine": "/apis/packetstack.io/v1alpha1/namespaces/{}/packetengines",
-    "PacketStack": "/apis/packetstack.io/v1alpha1/namespaces/{}/packetstacks",
-    "PodDisruptionBudget": "/apis/policy/v1/namespaces/{}/poddisruptionbudgets",
-}
 TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 
 log = logging.getLogger(__name__)
-
-
-class Refused(Exception):
-    """The API server said no. `status`: HTTP's; `reason` and `message` are the server's own."""
-
-    def __init__(self, what: str, status: int, reason: str, message: str, causes: frozenset[str]) -> None:
-        super().__init__(f"{what}: {message or reason or status}")
-        self.status, self.reason, self.message, self.causes = status, reason, message, causes
-
-    @property
-    def exists(self) -> bool:
-        """Something of this name was there before."""
-        return self.status == 409 and self.reason == "AlreadyExists"
-
-    @property
-    def ending(self) -> bool:
-        """The namespace is being deleted and takes nothing new."""
-        return self.status == 403 and "NamespaceTerminating" in self.causes
 
 
 class Api:

@@ -12,7 +12,7 @@ decision goes on from what is there. So their order counts:
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 from packetstack_core import kinds, reconciling, resources, scaling
@@ -41,7 +41,8 @@ from packetstack_core.reconciling import (
 )
 from packetstack_core.resources import API_VERSION, PacketStack, ResourceError, counted
 from packetstack_operator import observing, pods
-from packetstack_operator.observing import Conflict, Holder, Memory, Raw, World
+from packetstack_operator.observing import Conflict, Holder, Raw, World
+from packetstack_operator.outcome import Decision, Event, Kind, Write
 
 NODE_SECONDS = 30.0
 """So long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
@@ -52,46 +53,6 @@ REUSE_SECONDS = 2.0
 
 LAYOUT = "LayoutMismatch: "
 """So begins what an agent says of memory that another build has made, or of an engine of another build."""
-
-Kind = Literal["FlowTable", "Pod", "PacketEngine", "PodDisruptionBudget", "PacketStack"]
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """One request. `create` refuses what exists, `apply` is a server-side apply, `delete` goes by UID.
-
-    `replace` is for flow tables: a merge patch that names every field, and the version that it was made from. Agents
-    follow the whole table, so that nobody else may own a part of it; and a server-side apply that takes the last
-    item out of a list may leave `null` there, which the server then refuses (seen with 1.36).
-    """
-
-    verb: Literal["create", "apply", "replace", "delete"]
-    kind: Kind
-    name: str
-    body: Mapping[str, Any]
-    subresource: Literal["", "status"] = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """To be shown with the stack."""
-
-    kind: Literal["Normal", "Warning"]
-    reason: str
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """Writes in the order in which they must be done; the rest is left if one fails. Nothing at the goal."""
-
-    memory: Memory
-    writes: tuple[Write, ...] = ()
-    events: tuple[Event, ...] = ()
-    wake_at: float | None = None
-    """Unix time at which to decide again though nothing has changed."""
-    released: bool = False
-    """Of a stack that is being deleted: its node has nothing of it any more."""
 
 
 def decide(world: World, now: float) -> Decision:

@@ -21,10 +21,12 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from prometheus_client import generate_latest
 
 from packetstack_core import crds
-from packetstack_operator.applying import MANAGER, TOKEN, Api, Refused
-from packetstack_operator.handlers import Operator, register
+from packetstack_operator.applying import MANAGER, TOKEN, Api
+from packetstack_operator.keeping import Keepers
 from packetstack_operator.loads import DEFAULT_PORT, Loads
 from packetstack_operator.metrics import Metrics
+from packetstack_operator.ports import Refused
+from packetstack_operator.watching import register
 
 log = logging.getLogger("packetstack_operator")
 
@@ -173,10 +175,10 @@ async def listen(host: str | None, port: int, metrics: Metrics) -> web.AppRunner
 async def operate(args: argparse.Namespace, api: Api, metrics: Metrics, stop: asyncio.Event) -> None:
     """Keep the stacks until `stop` is set."""
     loads = Loads(metrics, args.agent_port)
-    operator = Operator(api, metrics, args.image, loads)
+    keepers = Keepers(api, metrics, args.image, loads)
     registry = kopf.OperatorRegistry()
     kopf.on.login(registry=registry)(login)
-    register(registry, operator)
+    register(registry, keepers)
 
     async def ended(**_: Any) -> None:
         stop.set()  # kopf takes the signals, and would wait 5 s for its own wait for this flag
@@ -184,7 +186,7 @@ async def operate(args: argparse.Namespace, api: Api, metrics: Metrics, stop: as
     kopf.on.cleanup(registry=registry)(ended)
     settings = kopf.OperatorSettings()
     settle(settings, bool(args.namespace))
-    operator.outdated = await compare_definitions(api, metrics)
+    keepers.outdated = await compare_definitions(api, metrics)
     metrics.leader.set(1)
     log.info("serving %s", ", ".join(args.namespace) or "all namespaces")
     # Kopf would ask for the user's name, and a container's has none.

@@ -200,10 +200,10 @@ def mine(raw: Raw, uid: str) -> bool:
     return not owners or owners[0]["uid"] == uid
 
 
-def doubtful(world: World) -> set[Named]:
+def names_to_verify(world: World) -> set[Named]:
     """What may be there though no watch brings it: the watches see labels, which can be taken off by hand.
 
-    Empty for a stack at rest. To be read by name, and handed to `looked_up`.
+    Empty for a stack at rest. To be read by name, and handed to `with_looked_up`.
     """
     seen = {str(p["metadata"]["name"]) for p in world.pods}
     entries = (world.table or {}).get("spec", {}).get("engines") or ()
@@ -212,8 +212,8 @@ def doubtful(world: World) -> set[Named]:
     return {("Pod", name) for name in (ran | made) - seen} | world.memory.taken
 
 
-def looked_up(world: World, found: Mapping[Named, Raw]) -> World:
-    """With what `doubtful` asked for: ours join the others of their kind. What is not in `found` is not there."""
+def with_looked_up(world: World, found: Mapping[Named, Raw]) -> World:
+    """With what `names_to_verify` asked for: ours join the others of their kind. What is not in `found` is not there."""
     uids = {str(e.get("podUid")) for e in (world.table or {}).get("spec", {}).get("engines") or ()}
     names = {str(p["metadata"]["name"]) for p in world.pods}
     joined, budget, strangers = list(world.pods), world.budget, set()

@@ -9,7 +9,7 @@ import aiohttp
 from packetstack_core import resources
 from packetstack_core.autoscaling import MetricError, Reading, Sample, milli
 from packetstack_operator import observing
-from packetstack_operator.applying import Api, Refused
+from packetstack_operator.ports import Api, Refused
 
 CUSTOM = ("/apis/custom.metrics.k8s.io/v1beta2", "/apis/custom.metrics.k8s.io/v1beta1")
 """The first one that is there."""

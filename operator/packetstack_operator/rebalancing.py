@@ -17,10 +17,10 @@ from packetstack_core import rebalancing
 from packetstack_core.load import StackLoad, bucket_loads
 from packetstack_core.rebalancing import BUCKETS, TELL_SECONDS, Decision, Memory
 from packetstack_operator import observing
-from packetstack_operator.deciding import Event
 from packetstack_operator.loads import Key, LoadError, Loads
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import Proposal, Raw, World
+from packetstack_operator.outcome import Event
 from packetstack_operator.showing import Shown
 
 IDLE_SECONDS = 15.0

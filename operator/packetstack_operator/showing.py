@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import kopf
 
-from packetstack_operator.deciding import Event
+from packetstack_operator.outcome import Event
 
 REPEAT_SECONDS = 600.0
 """The same event is shown again only after this."""

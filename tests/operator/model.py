@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from packetstack_core import kinds
 from packetstack_core.kinds import FlowTable
 from packetstack_operator import deciding, observing, pods
-from packetstack_operator.handlers import MAYBE_TAKEN
+from packetstack_operator.keeping import MAYBE_TAKEN
 from packetstack_operator.observing import Memory, World
 
 BUCKETS = 256
@@ -213,9 +213,9 @@ class Model:
             loads=self.loads,
             memory=self.memory,
         )
-        asked = observing.doubtful(world)
+        asked = observing.names_to_verify(world)
         self.reads += len(asked)
-        return observing.looked_up(world, {at: self.objects[at] for at in asked if at in self.objects})
+        return observing.with_looked_up(world, {at: self.objects[at] for at in asked if at in self.objects})
 
     def _claims(self, block):
         return [c for raw in (*self.others, *self.objects.values()) for c in observing.claims(raw).get(block, ())]

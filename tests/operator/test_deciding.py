@@ -811,7 +811,7 @@ def test_every_reason_is_explained():
     root = Path(__file__).resolve().parents[2]
     text = (root / "docs/troubleshoot.md").read_text()
     named = set()
-    for module in ("deciding", "handlers"):
+    for module in ("deciding", "keeping"):
         source = (root / f"operator/packetstack_operator/{module}.py").read_text()
         named |= set(re.findall(r'"([A-Z][a-z]+(?:[A-Z][A-Za-z]*)+)"', source))
     kinds = {"FlowTable", "PacketEngine", "PacketStack", "PodDisruptionBudget"}
