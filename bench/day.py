@@ -25,7 +25,7 @@ from typing import Any
 from packetstack_cli import simulate
 from packetstack_cli.simulate import Series, Tick
 from packetstack_core import autoscaling
-from packetstack_core.resources import Autoscaling
+from packetstack_core.autoscalers import Autoscaling
 from rows import Row, yes
 
 LOAD = Path(__file__).with_name("day.csv")

@@ -31,9 +31,11 @@ from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.shedding import Shedders
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_agent.status import Status, add_drops, captures, census, explain
-from packetstack_core import abi, following, kinds, reconciling, resources
+from packetstack_core import abi, following, kinds, reading, reconciling
+from packetstack_core.backing_off import ENGINE_SECONDS, back_off
 from packetstack_core.kinds import FlowTable, FlowTableSpec, TableEngine
-from packetstack_core.planning import Move, Owner
+from packetstack_core.planning import Move, Owner, State
+from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import EventReason, Reason
 from packetstack_core.reconciling import (
     ActivateEngine,
@@ -43,9 +45,10 @@ from packetstack_core.reconciling import (
     DrainEngine,
     Observed,
     RemoveEngine,
-    State,
 )
-from packetstack_core.resources import Address, Network, PacketStack, ResourceError, counted
+from packetstack_core.resources import PacketStack
+from packetstack_core.values import Address, Network
+from packetstack_core.wording import counted
 
 T = TypeVar("T")
 
@@ -188,7 +191,7 @@ class Agent:
     def _read(self, name: str) -> Managed:
         """A stack of the record. Any error if something is missing or has another form. Blocks."""
         record = self.run.record
-        resource, index = resources.parse(record.documents[name]), int(record.indexes[name])
+        resource, index = reading.parse(record.documents[name]), int(record.indexes[name])
         pinned = {int(b): int(slot) for b, slot in record.pinned.get(name, {}).items()}
         table, generation = None, 0
         if name in record.tables:
@@ -285,7 +288,7 @@ class Agent:
 
     async def apply(self, documents: Sequence[dict[str, Any]], uplinks: Sequence[str]) -> list[dict[str, str]]:
         """Make the stacks what the documents say. Everything is checked before anything is changed."""
-        wanted = [resources.parse(d) for d in documents]
+        wanted = [reading.parse(d) for d in documents]
         roles = dict(networks.uplink_role(u) for u in uplinks)
         await asyncio.to_thread(self._check, {r.name: r for r in wanted}, dict(self.stacks))
         for resource in wanted:
@@ -315,7 +318,7 @@ class Agent:
         for resource in wanted:
             managed = self.stacks.get(resource.name)
             if managed is not None and resource.spec.autoscaling is not None:
-                resource = resource.with_replicas(managed.stack.resource.spec.replicas)
+                resource = reading.with_replicas(resource, managed.stack.resource.spec.replicas)
             if managed is None:
                 await self._add_stack(resource.name, resource)
                 results.append({"stack": resource.name, "result": "created"})
@@ -343,7 +346,7 @@ class Agent:
             self._check_read(name)
             old = there.get(name)
             if old is not None:
-                resources.check_change(old.stack.resource, resource)
+                reading.check_change(old.stack.resource, resource)
             networks.check_forwarding(a.version for a in resource.virtual_addresses())
             networks.check_not_local(resource.prefixes())
 
@@ -934,7 +937,7 @@ class Agent:
     def _failed(self, managed: Managed, slot: int, problem: str) -> None:
         """An engine could not be made: say why, and wait longer each time before the next try."""
         managed.problem = problem
-        pause = reconciling.back_off(managed.failures)
+        pause = back_off(managed.failures, ENGINE_SECONDS)
         managed.failures += 1
         managed.create_after = time.monotonic() + pause
         message = f"engine {slot}: {problem}; next try in {pause:g} s"
@@ -1279,7 +1282,7 @@ class Agent:
     def set_replicas(self, managed: Managed, replicas: int) -> int:
         """Make it spec.replicas; returns what it was."""
         was = managed.stack.resource.spec.replicas
-        managed.stack.resource = managed.stack.resource.with_replicas(replicas)
+        managed.stack.resource = reading.with_replicas(managed.stack.resource, replicas)
         managed.settled = False
         self.run.record.documents[managed.stack.name] = managed.stack.resource.document()
         self.run.save()

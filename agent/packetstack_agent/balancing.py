@@ -18,10 +18,10 @@ from packetstack_agent.natives import ffi, lib
 from packetstack_agent.stacks import Managed
 from packetstack_core import rebalancing
 from packetstack_core.load import KEEP_SECONDS, Snapshot, bucket_loads, stack_load
+from packetstack_core.planning import State
 from packetstack_core.reasons import EventReason
 from packetstack_core.rebalancing import HOLD_SECONDS, TELL_SECONDS, Decision, Memory
-from packetstack_core.reconciling import State
-from packetstack_core.resources import counted
+from packetstack_core.wording import counted
 
 if TYPE_CHECKING:
     from packetstack_agent.agent import Agent

@@ -25,14 +25,13 @@ from packetstack_agent.natives import constant
 from packetstack_agent.stacks import Managed
 from packetstack_agent.status import firewall_condition
 from packetstack_core import kinds
+from packetstack_core.backing_off import CONNECT_SECONDS, back_off
+from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import EventReason
-from packetstack_core.resources import ResourceError
 
 GROUP, VERSION, PLURAL = "packetstack.io", "v1alpha1", "flowtables"
 WATCH_SECONDS = 240
 """The server ends a watch after this time; it is begun again where it ended."""
-PAUSE_SECONDS = (0.2, 0.5, 1.0, 2.0)
-"""Before a failed request is repeated."""
 ORPHAN_SECONDS = 60.0
 """How long engines go on when their table is gone: time for the operator to write it anew."""
 RESYNC_SECONDS = 5.0
@@ -125,7 +124,7 @@ class Follower:
                 problem = f"{type(e).__name__}: {e}"
             if failures == 0 and not problem.startswith("410 "):  # "too long ago" is how watches end
                 self._agent.event("-", EventReason.API_SERVER_LOST, f"{problem}; packets go on by the last flow tables")
-            await asyncio.sleep(PAUSE_SECONDS[min(failures, len(PAUSE_SECONDS) - 1)])
+            await asyncio.sleep(back_off(failures, CONNECT_SECONDS))
             failures += 1
 
     async def _list(self, api: client.CustomObjectsApi) -> str:

@@ -23,7 +23,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.processes import Process
 from packetstack_core import abi
-from packetstack_core.reconciling import State
+from packetstack_core.planning import State
 
 RING_SLOTS = 2048
 """Receive and transmit ring of a queue, each: what one queue may have to hold while its core does not run."""

@@ -32,7 +32,7 @@ from packetstack_core.firewalls import (
     packets,
     whose,
 )
-from packetstack_core.resources import Network
+from packetstack_core.values import Network
 
 TABLE = "packetstack"
 _SETS = {4: "addresses4", 6: "addresses6"}

@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from packetstack_agent.agent import Agent
-from packetstack_core.reconciling import State
+from packetstack_core.planning import State
 
 
 class AgentCollector(Collector):

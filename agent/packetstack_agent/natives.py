@@ -8,7 +8,7 @@ from typing import Any
 
 from packetstack_agent.errors import NativeError
 from packetstack_core import abi
-from packetstack_core.resources import Address
+from packetstack_core.values import Address
 
 ffi = abi.ffi
 

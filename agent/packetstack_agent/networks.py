@@ -21,7 +21,7 @@ from packetstack_agent import devices
 from packetstack_agent.errors import AgentError
 from packetstack_agent.namespaces import run_in
 from packetstack_agent.natives import call, ffi, lib
-from packetstack_core.resources import Address, Network
+from packetstack_core.values import Address, Network
 
 ROUTED, DIRECTOR = "ps0", "ps1"
 """The pair that virtual and SNAT addresses are routed into, and the end the director runs on."""

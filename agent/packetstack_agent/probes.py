@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from packetstack_core.resources import Address, HealthCheck
+from packetstack_core.resources import HealthCheck
+from packetstack_core.values import Address
 
 Place = tuple[Address, int]
 """Address and port of a backend."""

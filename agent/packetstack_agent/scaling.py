@@ -13,8 +13,8 @@ from packetstack_core import kinds, reasons, scaling
 from packetstack_core.autoscaling import Event, MetricError, Pod, Scale
 from packetstack_core.autoscaling_options import State
 from packetstack_core.kinds import AutoscalingStatus
+from packetstack_core.planning import State as EngineState
 from packetstack_core.reasons import EventReason
-from packetstack_core.reconciling import State as EngineState
 
 if TYPE_CHECKING:
     from packetstack_agent.agent import Agent

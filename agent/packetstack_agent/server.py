@@ -10,8 +10,8 @@ from typing import Any
 from packetstack_agent.agent import Agent
 from packetstack_agent.errors import AgentError
 from packetstack_agent.metrics import render
+from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import EventReason
-from packetstack_core.resources import ResourceError
 
 MAX_REQUEST_BYTES = 8 << 20
 

@@ -27,7 +27,9 @@ from packetstack_core import hashing, maglev, slow_start
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
 from packetstack_core.planning import NOBODY, Move, Owner
-from packetstack_core.resources import Address, Listener, Network, PacketStack, counted
+from packetstack_core.resources import Listener, PacketStack
+from packetstack_core.values import Address, Network
+from packetstack_core.wording import counted
 
 BATCH = 512
 """Buckets of one fence: what arrives for them meanwhile must fit into a quarter of a park ring."""

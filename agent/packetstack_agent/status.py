@@ -17,8 +17,8 @@ from packetstack_agent.shedding import Shedders, listener_names
 from packetstack_agent.stacks import Managed, Stack
 from packetstack_core import abi
 from packetstack_core.load import EngineLoad
+from packetstack_core.planning import State
 from packetstack_core.reasons import ConditionReason
-from packetstack_core.reconciling import State
 
 
 class Status:

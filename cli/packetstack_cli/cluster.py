@@ -18,7 +18,8 @@ import click
 from packetstack_cli import preflight
 from packetstack_cli.api import Api, Json, NotAnswered, Refused
 from packetstack_cli.client import CliError
-from packetstack_core.resources import API_VERSION, PacketStack, counted
+from packetstack_core.resources import API_VERSION, PacketStack
+from packetstack_core.wording import counted
 
 MANAGER = "packetstack"
 SYSTEM_NAMESPACE = "packetstack-system"

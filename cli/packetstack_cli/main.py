@@ -18,8 +18,10 @@ from packetstack_cli import simulate, views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent, unreadable
 from packetstack_cli.cluster import ClusterClient
 from packetstack_cli.demo import run_demo
-from packetstack_core import autoscaling, resources, scaling
-from packetstack_core.resources import PacketStack, ResourceError, counted
+from packetstack_core import autoscaling, reading, scaling
+from packetstack_core.reading import ResourceError
+from packetstack_core.resources import PacketStack
+from packetstack_core.wording import counted
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -219,7 +221,7 @@ def _advise(stacks: Iterable[PacketStack]) -> None:
 
 def _load(file: str) -> list[PacketStack]:
     try:
-        return list(resources.load(sys.stdin.read() if file == "-" else Path(file).read_text()))
+        return list(reading.load(sys.stdin.read() if file == "-" else Path(file).read_text()))
     except (OSError, UnicodeDecodeError) as e:
         raise unreadable(file, e) from None
     except ResourceError as e:

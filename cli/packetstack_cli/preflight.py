@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from packetstack_cli.api import CommandFailed
 from packetstack_cli.client import CliError
 from packetstack_core import crds
-from packetstack_core.resources import API_VERSION, quantity
+from packetstack_core.resources import API_VERSION
+from packetstack_core.values import quantity
 
 if TYPE_CHECKING:
     from packetstack_cli.cluster import ClusterClient

@@ -17,9 +17,10 @@ from typing import Any
 
 from packetstack_cli.client import CliError, unreadable
 from packetstack_core import autoscaling, scaling
+from packetstack_core.autoscalers import Autoscaling
 from packetstack_core.autoscaling import Metric, MetricError, Pod, Reading, Sample, Scale
 from packetstack_core.autoscaling_options import State, is_active
-from packetstack_core.resources import Autoscaling, PacketStack
+from packetstack_core.resources import PacketStack
 
 MAX_TICKS = 100_000
 NOT_IN_SERIES = MetricError("api_empty", "no value at this time")

@@ -13,7 +13,8 @@ from rich.text import Text
 
 from packetstack_cli.preflight import Check
 from packetstack_cli.simulate import Tick
-from packetstack_core.resources import counted, quantity
+from packetstack_core.values import quantity
+from packetstack_core.wording import counted
 
 HOTTEST = 8
 """Queues that `top` lists by themselves."""

@@ -24,7 +24,8 @@ from decimal import Decimal
 from math import ceil, inf, isnan, nan, trunc
 from typing import Literal
 
-from packetstack_core import resources
+from packetstack_core import autoscalers
+from packetstack_core.values import quantity
 
 WRITE_ATTEMPTS = 5
 """How often a write of `/scale` is tried when it conflicts; `retry.DefaultRetry` of client-go."""
@@ -80,9 +81,9 @@ def approximate(value: Decimal) -> float:
     return float(ceil(digits)) * float(f"1e{exponent}")
 
 
-def milli(quantity: str) -> int:
+def milli(text: str) -> int:
     """Thousandths of a Kubernetes quantity, rounded up as `MilliValue` does. Raises ValueError."""
-    return ceil(resources.quantity(quantity) * 1000)
+    return ceil(quantity(text) * 1000)
 
 
 # ---- what is measured ------------------------------------------------------------------------------------------
@@ -1194,7 +1195,7 @@ def _to_write(decision: Decision) -> int:
 # ---- from the resource -----------------------------------------------------------------------------------------
 
 
-def spec_of(autoscaling: resources.Autoscaling) -> Spec:
+def spec_of(autoscaling: autoscalers.Autoscaling) -> Spec:
     """The spec in the numbers of this module.
 
     Without a metric it is the utilisation of the engines at 80 percent, as the HPA's default is that of the CPU.
@@ -1208,11 +1209,11 @@ def spec_of(autoscaling: resources.Autoscaling) -> Spec:
     )
 
 
-def _behavior(behavior: resources.Behavior) -> Behavior:
+def _behavior(behavior: autoscalers.Behavior) -> Behavior:
     return Behavior(_rules(behavior.scale_up, DEFAULT_UP), _rules(behavior.scale_down, DEFAULT_DOWN))
 
 
-def _rules(rules: resources.ScalingRules | None, default: Rules) -> Rules:
+def _rules(rules: autoscalers.ScalingRules | None, default: Rules) -> Rules:
     if rules is None:
         return default
     window = rules.stabilization_window_seconds
@@ -1220,17 +1221,17 @@ def _rules(rules: resources.ScalingRules | None, default: Rules) -> Rules:
         tuple(Policy(p.type, p.value, p.period_seconds) for p in rules.policies or ()) or default.policies,
         rules.select_policy,
         default.stabilization_window_seconds if window is None else window,
-        None if rules.tolerance is None else approximate(resources.quantity(rules.tolerance)),
+        None if rules.tolerance is None else approximate(quantity(rules.tolerance)),
     )
 
 
-def _target(target: resources.MetricTarget) -> Target:
+def _target(target: autoscalers.MetricTarget) -> Target:
     if target.type == "Utilization":
         return Target(target.type, target.average_utilization or 0)
     return Target(target.type, milli(target.value or target.average_value or "0"))
 
 
-def _selector(selector: resources.LabelSelector | None) -> str:
+def _selector(selector: autoscalers.LabelSelector | None) -> str:
     """As Go prints a LabelSelector."""
     if selector is None:
         return "nil"
@@ -1249,7 +1250,7 @@ def _expression(expression: Mapping[str, object]) -> str:
     return f"LabelSelectorRequirement{{Key:{key},Operator:{operator},Values:[{shown}],}},"
 
 
-def _metric(metric: resources.Metric) -> Metric:
+def _metric(metric: autoscalers.Metric) -> Metric:
     if metric.engine is not None:
         return Metric("Engine", metric.engine.name, _target(metric.engine.target))
     if metric.resource is not None:

@@ -13,14 +13,14 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from croniter import CroniterBadDateError, CroniterError, croniter
 
-from packetstack_core import autoscaling, resources
+from packetstack_core import autoscalers, autoscaling
 from packetstack_core.autoscaling import Decision, Event, Memory, Pod, Reading, Scale, Settings, Spec, Status
 
 _CHANGE = timedelta(hours=3)
 """More than any clock is ever changed by."""
 
 
-def is_active(schedule: resources.Schedule, now: datetime) -> bool:
+def is_active(schedule: autoscalers.Schedule, now: datetime) -> bool:
     """Whether a beginning of the schedule lies at most its duration back.
 
     `now` has a time zone. A beginning in an hour that a change of clocks leaves out is an hour later; one in an
@@ -48,7 +48,7 @@ def is_active(schedule: resources.Schedule, now: datetime) -> bool:
     return False
 
 
-def with_schedule(spec: Spec, schedules: Sequence[resources.Schedule], now: datetime) -> tuple[Spec, str]:
+def with_schedule(spec: Spec, schedules: Sequence[autoscalers.Schedule], now: datetime) -> tuple[Spec, str]:
     """The spec with the limits of the first schedule that is active, and its name; "" without one.
 
     A limit that the schedule does not give stays, unless it contradicts the one that it gives. Fewer than 1 engine
@@ -69,7 +69,7 @@ def failures(before: int, decision: Decision) -> int:
     return before + 1 if decision.error == "compute_failed" else 0
 
 
-def fall_back(decision: Decision, spec: Spec, status: Status, fallback: resources.Fallback, failed: int) -> Decision:
+def fall_back(decision: Decision, spec: Spec, status: Status, fallback: autoscalers.Fallback, failed: int) -> Decision:
     """The decision, or the replicas of the fallback once the metrics failed often enough in a row.
 
     `failed` comes from `failures`, `status` is that before the decision.
@@ -129,7 +129,7 @@ def _demand(decision: Decision, ready: int) -> float | None:
 
 
 def panic(
-    decision: Decision, spec: Spec, wanted: resources.Panic, state: PanicState, ready: int, now: float
+    decision: Decision, spec: Spec, wanted: autoscalers.Panic, state: PanicState, ready: int, now: float
 ) -> tuple[Decision, PanicState]:
     """The decision, or at once the most engines that a panic has asked for; and what to remember.
 
@@ -178,7 +178,7 @@ class State:
 
 
 def reconcile(
-    wanted: resources.Autoscaling,
+    wanted: autoscalers.Autoscaling,
     settings: Settings,
     state: State,
     scale: Scale,

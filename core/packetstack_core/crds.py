@@ -22,15 +22,9 @@ import yaml
 from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema
 
-from packetstack_core import kinds, resources
-from packetstack_core.resources import (
-    API_VERSION,
-    MAX_FLOWS_PER_BUCKET,
-    MAX_LISTENERS,
-    MAX_NAME,
-    MAX_QUEUES,
-    MAX_SNAT_ADDRESSES,
-)
+from packetstack_core import autoscalers, kinds, limits, resources
+from packetstack_core.limits import MAX_FLOWS_PER_BUCKET, MAX_LISTENERS, MAX_NAME, MAX_QUEUES, MAX_SNAT_ADDRESSES
+from packetstack_core.resources import API_VERSION
 
 GROUP, VERSION = API_VERSION.split("/")
 SCHEMA_HASH = f"{GROUP}/schema-hash"
@@ -315,9 +309,9 @@ RULES: dict[type[BaseModel], list[Json]] = {
             "has maxSurge 0 and maxUnavailable 0, so no engine could be replaced; use 1 for either",
         )
     ],
-    resources.Metric: [_exactly_one(*_METRICS.values()), _member_of_type(_METRICS)],
-    resources.MetricTarget: [_exactly_one("averageUtilization", "value", "averageValue"), _member_of_type(_TARGETS)],
-    resources.EngineMetric: [
+    autoscalers.Metric: [_exactly_one(*_METRICS.values()), _member_of_type(_METRICS)],
+    autoscalers.MetricTarget: [_exactly_one("averageUtilization", "value", "averageValue"), _member_of_type(_TARGETS)],
+    autoscalers.EngineMetric: [
         _rule(
             "self.target.type == (self.name == 'Utilization' ? 'Utilization' : 'AverageValue')",
             'has target type "%s" for %s; use "%s"',
@@ -326,8 +320,8 @@ RULES: dict[type[BaseModel], list[Json]] = {
             "self.name == 'Utilization' ? 'Utilization' : 'AverageValue'",
         )
     ],
-    resources.Schedule: [_LIMITS],
-    resources.Autoscaling: [_LIMITS],
+    autoscalers.Schedule: [_LIMITS],
+    autoscalers.Autoscaling: [_LIMITS],
 }
 
 
@@ -365,7 +359,7 @@ FIELDS: dict[type[BaseModel], dict[str, Json]] = {
         "allowedSources": {
             "x-kubernetes-list-type": "set",
             "minItems": 1,
-            "maxItems": resources.MAX_ALLOWED_SOURCES,
+            "maxItems": limits.MAX_ALLOWED_SOURCES,
             "items": {"x-kubernetes-validations": _PREFIX},
         },
         "healthCheck": {"default": None},
@@ -381,13 +375,13 @@ FIELDS: dict[type[BaseModel], dict[str, Json]] = {
     },
     resources.FlowTable: {
         "buckets": {
-            "enum": [n for n in (1 << i for i in range(20)) if resources.MIN_BUCKETS <= n <= resources.MAX_BUCKETS],
+            "enum": [n for n in (1 << i for i in range(20)) if limits.MIN_BUCKETS <= n <= limits.MAX_BUCKETS],
             "x-kubernetes-validations": _IMMUTABLE,
         },
     },
-    resources.MetricTarget: {"value": _ABOVE_ZERO, "averageValue": _ABOVE_ZERO},
-    resources.ScalingRules: {"tolerance": _NOT_NEGATIVE, "policies": {"minItems": 1, "maxItems": MAX_POLICIES}},
-    resources.Autoscaling: {"metrics": {"maxItems": MAX_METRICS}, "schedules": _map("name", maxItems=MAX_SCHEDULES)},
+    autoscalers.MetricTarget: {"value": _ABOVE_ZERO, "averageValue": _ABOVE_ZERO},
+    autoscalers.ScalingRules: {"tolerance": _NOT_NEGATIVE, "policies": {"minItems": 1, "maxItems": MAX_POLICIES}},
+    autoscalers.Autoscaling: {"metrics": {"maxItems": MAX_METRICS}, "schedules": _map("name", maxItems=MAX_SCHEDULES)},
     # Agents write single items of a node's report, and only whole engines.
     kinds.FlowTableSpec: {"engines": _map("id")},
     kinds.TableEngine: {"": {"x-kubernetes-map-type": "atomic"}},

@@ -19,27 +19,13 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from packetstack_core import resources
-from packetstack_core.planning import NOBODY, Owner
-from packetstack_core.reconciling import State
-from packetstack_core.resources import (
-    API_VERSION,
-    MAX_BUCKETS,
-    MAX_CORES,
-    MAX_QUEUES,
-    MAX_REPLICAS,
-    Count,
-    Handover,
-    Items,
-    Listener,
-    Metadata,
-    Model,
-    PacketStack,
-    ResourceError,
-    Snat,
-    Whole,
-    show,
-)
+from packetstack_core import reading, resources, values
+from packetstack_core.limits import MAX_BUCKETS, MAX_CORES, MAX_QUEUES, MAX_REPLICAS
+from packetstack_core.planning import NOBODY, Owner, State
+from packetstack_core.reading import ResourceError
+from packetstack_core.resources import API_VERSION, Handover, Listener, Metadata, PacketStack, Snat
+from packetstack_core.values import Count, Items, Model, Whole
+from packetstack_core.wording import show
 
 MAX_ENGINE_ID = 1023
 """What ten bits of an owner hold; 0 is nobody."""
@@ -87,15 +73,15 @@ class TableEngine(Model):
 
     id: EngineId
     """Once per table."""
-    name: resources.Name
+    name: values.Name
     """Of its pod."""
-    pod_uid: Annotated[str, resources.Text(r"[-0-9a-fA-F]*", 63, "a UID", "the pod's metadata.uid")] = ""
+    pod_uid: Annotated[str, values.Text(r"[-0-9a-fA-F]*", 63, "a UID", "the pod's metadata.uid")] = ""
     """Empty until the pod runs: nothing is attached before."""
-    interface: Annotated[str, resources.Text(r"[A-Za-z0-9_.-]*", 15, "an interface's name", 'a name as in "net1"')] = ""
+    interface: Annotated[str, values.Text(r"[A-Za-z0-9_.-]*", 15, "an interface's name", 'a name as in "net1"')] = ""
     """In the pod. Empty: the agent makes a veth pair."""
     state: StateName
     """What the operator wants of it."""
-    template: Annotated[str, resources.Text(r"[0-9a-f]+", 64, "a hash", "hexadecimal digits")]
+    template: Annotated[str, values.Text(r"[0-9a-f]+", 64, "a hash", "hexadecimal digits")]
     """Of the shape it was made from."""
     queues: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")]
     """Receive queues."""
@@ -108,13 +94,13 @@ class TableEngine(Model):
 class FlowTableSpec(Model):
     """What packets shall see."""
 
-    node: Annotated[str, resources.DNS_NAME] | None = None
+    node: Annotated[str, values.DNS_NAME] | None = None
     """Where all engines of the stack run; absent while there is none."""
     engines: Items[TableEngine] = ()
     """Those that there shall be, and those that are leaving."""
     last_engine: Annotated[int, Whole(0, MAX_ENGINE_ID, "an engine's id")] = 0
     """The id that was given last."""
-    owners: Annotated[str, resources.Text(r"[A-Za-z0-9+/=]*", 65536, "base64", "what the operator writes")] = ""
+    owners: Annotated[str, values.Text(r"[A-Za-z0-9+/=]*", 65536, "base64", "what the operator writes")] = ""
     """Owner by bucket: base64 of zlib of a little-endian 16-bit word each, `id << 6 | queue`, 0 = nobody."""
     listeners: Items[Listener]
     """All backends are endpoints."""
@@ -144,7 +130,7 @@ class FlowTableSpec(Model):
             if listener.backends.endpoints is None:
                 found.append((("listeners", i, "backends"), "has a service; use the endpoints that it stands for"))
         if found:
-            raise resources.Problems(found)
+            raise values.Problems(found)
         return self
 
     def owner_ids(self) -> list[Owner | None]:
@@ -221,7 +207,7 @@ class FlowTable(Model):
         spec = self.spec.document()
         kept = ("listeners", "snat", "unknownFlow", "flowTable", "handover", "rebalance")
         running = sum(e.state in ("Starting", "Active") for e in self.spec.engines)
-        return resources.parse(
+        return reading.parse(
             {
                 "apiVersion": API_VERSION,
                 "kind": resources.KIND,
@@ -254,7 +240,7 @@ class Condition(Model):
 class PacketEngineSpec(Model):
     """Which engine it is."""
 
-    stack: resources.Name
+    stack: values.Name
     """Name of its PacketStack."""
     id: EngineId
     """In the flow table."""
@@ -296,7 +282,7 @@ class PacketEngineStatus(Model):
 class PacketEngineMetadata(Metadata):
     """As of a stack, but the name has the engine's id behind the stack's."""
 
-    name: resources.Name
+    name: values.Name
 
 
 class PacketEngine(Model):
@@ -455,7 +441,7 @@ def read(kind: type[K], document: Mapping[str, Any]) -> K:
     try:
         return kind.model_validate(dict(document))
     except ValidationError as e:
-        raise ResourceError([line for error in e.errors() for line in resources.describe(error, kind)]) from None
+        raise ResourceError([line for error in e.errors() for line in reading.describe(error, kind)]) from None
 
 
 def pod_directory(namespace: str, pod: str) -> str:

@@ -14,9 +14,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from packetstack_core.autoscaling import ENGINE_CAPACITY, Sample
-from packetstack_core.planning import Owner
-from packetstack_core.reconciling import State
-from packetstack_core.resources import MAX_BUCKETS, MAX_CORES, MAX_QUEUES
+from packetstack_core.limits import MAX_BUCKETS, MAX_CORES, MAX_QUEUES
+from packetstack_core.planning import Owner, State
 
 MAX_ENGINES = 1023
 """Of a stack on one node."""

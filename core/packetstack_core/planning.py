@@ -3,6 +3,7 @@
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from math import isfinite, lcm
 
 
@@ -16,6 +17,21 @@ class Owner:
 
 NOBODY = Owner(0, 0)
 """Owner of a bucket that has none: its packets are dropped and counted, its flows stay in the arena."""
+
+
+class State(StrEnum):
+    """Where an engine is in its life, as `PacketEngine` shows it."""
+
+    PENDING = "Pending"
+    """Being created."""
+    STARTING = "Starting"
+    """Created, never yet activated."""
+    ACTIVE = "Active"
+    """Owns buckets, or may."""
+    DRAINING = "Draining"
+    """Gets no more buckets and will be removed."""
+    FAILED = "Failed"
+    """Given up; it will not be ready again."""
 
 
 @dataclass(frozen=True, slots=True)

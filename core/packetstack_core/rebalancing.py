@@ -20,7 +20,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from packetstack_core.planning import Move, Owner
-from packetstack_core.resources import counted
+from packetstack_core.wording import counted
 
 Core = tuple[int, int]
 """Slot of an engine, and one of its cores."""

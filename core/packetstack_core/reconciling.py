@@ -22,32 +22,9 @@ Rules
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 
-from packetstack_core.planning import NOBODY, EngineShare, Move, Owner, assign
+from packetstack_core.planning import NOBODY, EngineShare, Move, Owner, State, assign
 from packetstack_core.resources import PacketStack
-
-BACK_OFF_SECONDS = (1.0, 2.0, 5.0, 15.0, 60.0)
-
-
-def back_off(failures: int) -> float:
-    """Seconds before the next engine is tried, after one that could not be made and `failures` before it."""
-    return BACK_OFF_SECONDS[min(failures, len(BACK_OFF_SECONDS) - 1)]
-
-
-class State(StrEnum):
-    """Where an engine is in its life, as `PacketEngine` shows it."""
-
-    PENDING = "Pending"
-    """Being created."""
-    STARTING = "Starting"
-    """Created, never yet activated."""
-    ACTIVE = "Active"
-    """Owns buckets, or may."""
-    DRAINING = "Draining"
-    """Gets no more buckets and will be removed."""
-    FAILED = "Failed"
-    """Given up; it will not be ready again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from packetstack_core import autoscaling, kinds, load, resources
+from packetstack_core import autoscalers, autoscaling, kinds, load, resources
 from packetstack_core.autoscaling import (
     Decision,
     Event,
@@ -37,7 +37,7 @@ from packetstack_core.autoscaling_options import State, settled, with_schedule
 from packetstack_core.autoscaling_options import reconcile as _reconcile
 from packetstack_core.kinds import AutoscalingStatus
 from packetstack_core.load import StackLoad
-from packetstack_core.reconciling import State as EngineState
+from packetstack_core.planning import State as EngineState
 
 CONDITIONS = ("AbleToScale", "ScalingActive", "ScalingLimited", "ScaledToZero")
 """Types that are the autoscaler's."""
@@ -73,7 +73,7 @@ def engines(load: StackLoad) -> list[Pod]:
     return [Pod(e.name, ready="True") for e in load.engines if e.state == EngineState.ACTIVE.value]
 
 
-def settings_of(wanted: resources.Autoscaling) -> Settings:
+def settings_of(wanted: autoscalers.Autoscaling) -> Settings:
     """Defaults of an HPA. A sample may be three sync periods old."""
     # Without a metric that needs no engine nobody would see the first packet, so there is no zero.
     scales_to_zero = autoscaling.spec_of(wanted).scales_to_zero()
@@ -100,7 +100,7 @@ def reconcile(
 
 
 def decide(
-    wanted: resources.Autoscaling,
+    wanted: autoscalers.Autoscaling,
     state: State,
     scale: Scale,
     active: Sequence[Pod],
@@ -146,7 +146,7 @@ def refused(done: Round, message: str, now: float) -> Round:
     return replace(done, decision=decision, state=settled(done.state, decision))
 
 
-def _wanted(stack: resources.Spec) -> resources.Autoscaling:
+def _wanted(stack: resources.Spec) -> autoscalers.Autoscaling:
     if stack.autoscaling is None:
         raise TypeError("the stack has no spec.autoscaling; call only for one that has")
     return stack.autoscaling

@@ -16,12 +16,12 @@ from typing import Any
 import aiohttp
 import kopf
 
-from packetstack_core import resources, scaling
+from packetstack_core import autoscalers, reading, resources, scaling
 from packetstack_core.autoscaling import WRITE_ATTEMPTS, MetricError, Pod, Reading, Scale
 from packetstack_core.autoscaling_options import State
+from packetstack_core.backing_off import ANSWER_SECONDS, back_off
 from packetstack_core.kinds import AutoscalingStatus, Condition
 from packetstack_core.load import StackLoad
-from packetstack_core.reconciling import back_off
 from packetstack_operator import observing, pods
 from packetstack_operator.applying import APPLY_TYPE
 from packetstack_operator.loads import Key, LoadError, Loads
@@ -120,7 +120,7 @@ class Autoscalers:
             except Exception:  # a bug: the next round may do better, other stacks go on
                 self._metrics.errors.labels("InternalError").inc()
                 log.exception("stack %s/%s: internal error", *key)
-            period, began = back_off(min(failures, 3)), time.monotonic()
+            period, began = back_off(failures, ANSWER_SECONDS), time.monotonic()
             failures += 1
 
     async def _pause(self, key: Key, scaled: _Scaled, period: float | None, began: float) -> None:
@@ -210,14 +210,14 @@ class Autoscalers:
         # An earlier load is used until its samples are too old.
         return found if found is not None else MetricError("api_error", problem)
 
-    async def _answers(self, key: Key, wanted: resources.Autoscaling, state: State) -> dict[int, Reading]:
+    async def _answers(self, key: Key, wanted: autoscalers.Autoscaling, state: State) -> dict[int, Reading]:
         others = {i: metric for i, metric in enumerate(wanted.metrics) if metric.engine is None}
         if not others or (scaling.is_external(state) and not wanted.paused):
             return {}
         found: dict[int, Reading] = {}
         now = time.time()
 
-        async def read(i: int, metric: resources.Metric) -> None:
+        async def read(i: int, metric: autoscalers.Metric) -> None:
             try:
                 async with asyncio.timeout(METRICS_SECONDS):
                     found[i] = await self._readings.read(key[0], pods.selector(key[1]), metric, now)
@@ -321,8 +321,8 @@ def _parsed(scaled: _Scaled, stack: Raw) -> resources.Spec | None:
     generation = stack["metadata"].get("uid"), stack["metadata"].get("generation")
     if scaled.read[0] != generation or generation[1] is None:
         try:
-            scaled.read = generation, resources.parse(stack).spec
-        except resources.ResourceError:
+            scaled.read = generation, reading.parse(stack).spec
+        except reading.ResourceError:
             scaled.read = generation, None
     return scaled.read[1]
 

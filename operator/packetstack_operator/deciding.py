@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from packetstack_core import kinds, reconciling, resources, scaling
+from packetstack_core import kinds, limits, reading, reconciling, resources, scaling
+from packetstack_core.backing_off import ENGINE_SECONDS, back_off
 from packetstack_core.kinds import (
     MAX_ENGINE_ID,
     Condition,
@@ -28,7 +29,8 @@ from packetstack_core.kinds import (
     RebalanceStatus,
     TableEngine,
 )
-from packetstack_core.planning import NOBODY, Owner, moved
+from packetstack_core.planning import NOBODY, Owner, State, moved
+from packetstack_core.reading import ResourceError
 from packetstack_core.reconciling import (
     ActivateEngine,
     AssignBuckets,
@@ -37,9 +39,9 @@ from packetstack_core.reconciling import (
     DrainEngine,
     Observed,
     RemoveEngine,
-    State,
 )
-from packetstack_core.resources import API_VERSION, PacketStack, ResourceError, counted
+from packetstack_core.resources import API_VERSION, PacketStack
+from packetstack_core.wording import counted
 from packetstack_operator import observing, pods
 from packetstack_operator.observing import Conflict, Holder, Raw, World
 from packetstack_operator.outcome import Decision, Event, Kind, Write
@@ -60,13 +62,13 @@ def decide(world: World, now: float) -> Decision:
     refused = _refused(world)
     if refused is not None:
         return _only_status(world, *refused, now)
-    return _Deciding(world, resources.parse(world.stack), now).decision()
+    return _Deciding(world, reading.parse(world.stack), now).decision()
 
 
 def _refused(world: World) -> tuple[str, str] | None:
     """Reason and message for leaving everything as it is."""
     try:
-        stack = resources.parse(world.stack)
+        stack = reading.parse(world.stack)
     except ResourceError as e:
         return "InvalidSpec", e.problems[0]
     if stack.spec.engine.mode == "DPDK":
@@ -279,7 +281,7 @@ class _Deciding:
         self.memory = replace(self.memory, counted=self.memory.counted & uids)
 
     def _count_failure(self, uid: str, reason: str, message: str) -> None:
-        pause = reconciling.back_off(self.memory.failures)
+        pause = back_off(self.memory.failures, ENGINE_SECONDS)
         self.memory = replace(
             self.memory,
             failures=self.memory.failures + 1,
@@ -675,7 +677,7 @@ class _Deciding:
         status = PacketStackStatus.model_validate(
             {
                 "observedGeneration": observing.generation(self.world.stack),
-                "replicas": min(len(staying), resources.MAX_REPLICAS),
+                "replicas": min(len(staying), limits.MAX_REPLICAS),
                 "readyReplicas": len(serving),
                 "updatedReplicas": len(fresh),
                 "drainingReplicas": extra,

@@ -15,7 +15,7 @@ from typing import Any
 import aiohttp
 import kopf
 
-from packetstack_core.reconciling import back_off
+from packetstack_core.backing_off import ANSWER_SECONDS, ENGINE_SECONDS, back_off
 from packetstack_operator import deciding, observing, pods, worlds
 from packetstack_operator.autoscaling import Autoscalers
 from packetstack_operator.loads import Loads
@@ -247,7 +247,7 @@ class Keeper:
         except Exception:  # a bug: the next turn may do better, other stacks go on
             self._all.metrics.errors.labels("InternalError").inc()
             log.exception("stack %s/%s: internal error", *self._key)
-        return _Turn("error", _back_off(self._failures))
+        return _Turn("error", back_off(self._failures, ANSWER_SECONDS))
 
     async def _turn(self, began: float) -> float:
         """Read, decide, carry out. Returns seconds after which to decide again though nothing wakes the stack."""
@@ -299,7 +299,7 @@ class Keeper:
         self._memory = replace(
             memory,
             failures=memory.failures + 1,
-            create_after=self._all.clock.unix() + back_off(memory.failures),
+            create_after=self._all.clock.unix() + back_off(memory.failures, ENGINE_SECONDS),
             problem=(_reason(error, "PodRefused"), f"pod {write.name}: {error.message}"),
         )
         return True
@@ -313,7 +313,7 @@ class Keeper:
             return 0.1  # namespace or stack is being deleted
         self._all.metrics.errors.labels("Refused").inc()
         log.warning("stack %s/%s: %s", *self._key, error)
-        return _back_off(self._failures)
+        return back_off(self._failures, ANSWER_SECONDS)
 
 
 def _reason(error: Refused, other: str) -> str:
@@ -332,10 +332,6 @@ def _rests(world: World, decision: Decision) -> bool:
         and not any(map(observing.terminating, world.pods))
         and any(c["type"] == "Progressing" and c["status"] == "False" for c in conditions)
     )
-
-
-def _back_off(failures: int) -> float:
-    return back_off(min(failures, 3))
 
 
 async def _until(stopped: Stopped) -> None:

@@ -8,8 +8,8 @@ from math import inf
 
 import aiohttp
 
+from packetstack_core.backing_off import ANSWER_SECONDS, back_off
 from packetstack_core.load import KEEP_SECONDS, History, Snapshot, StackLoad, from_json
-from packetstack_core.reconciling import back_off
 from packetstack_operator import observing
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import World
@@ -85,7 +85,7 @@ class Loads:
             try:
                 snapshot = await self._get(key, address, buckets)
             except LoadError:
-                known.ask_after = time.monotonic() + back_off(min(known.failures, 3))
+                known.ask_after = time.monotonic() + back_off(known.failures, ANSWER_SECONDS)
                 known.failures += 1
                 raise
             self._note(known, snapshot, buckets)

@@ -21,6 +21,7 @@ from kubernetes.aio.leaderelection.resourcelock.leaselock import LeaseLock
 from prometheus_client import generate_latest
 
 from packetstack_core import crds
+from packetstack_core.backing_off import CONNECT_SECONDS
 from packetstack_operator.applying import MANAGER, TOKEN, Api
 from packetstack_operator.keeping import Keepers
 from packetstack_operator.loads import DEFAULT_PORT, Loads
@@ -107,11 +108,11 @@ def settle(settings: kopf.OperatorSettings, namespaced: bool) -> None:
 
 
 class Pauses:
-    """Seconds between attempts: short at first, two from then on, for ever."""
+    """Seconds between attempts of kopf, without an end."""
 
     def __iter__(self) -> Iterator[float]:
-        yield from (0.2, 0.5, 1.0)
-        yield from itertools.repeat(2.0)
+        yield from CONNECT_SECONDS
+        yield from itertools.repeat(CONNECT_SECONDS[-1])
 
 
 async def compare_definitions(api: Api, metrics: Metrics) -> str:

@@ -11,16 +11,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from packetstack_core.kinds import FlowTable, TableEngine, read
+from packetstack_core.limits import MAX_BACKENDS, MAX_SNAT_ADDRESSES
 from packetstack_core.planning import Move
-from packetstack_core.resources import (
-    MAX_BACKENDS,
-    MAX_SNAT_ADDRESSES,
-    Endpoint,
-    Listener,
-    PacketStack,
-    ResourceError,
-    Service,
-)
+from packetstack_core.reading import ResourceError
+from packetstack_core.resources import Endpoint, Listener, PacketStack, Service
 from packetstack_operator import pods
 
 Raw = Mapping[str, Any]

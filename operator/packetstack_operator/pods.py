@@ -7,7 +7,8 @@ from typing import Any
 
 from packetstack_core import kinds
 from packetstack_core.kinds import TableEngine
-from packetstack_core.resources import API_VERSION, KIND, Engine, PacketStack, quantity
+from packetstack_core.resources import API_VERSION, KIND, Engine, PacketStack
+from packetstack_core.values import quantity
 
 STACK = "packetstack.io/stack"
 ENGINE = "packetstack.io/engine"

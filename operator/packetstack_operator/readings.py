@@ -6,7 +6,7 @@ from urllib.parse import quote, urlencode
 
 import aiohttp
 
-from packetstack_core import resources
+from packetstack_core import autoscalers
 from packetstack_core.autoscaling import MetricError, Reading, Sample, milli
 from packetstack_operator import observing
 from packetstack_operator.ports import Api, Refused
@@ -30,7 +30,7 @@ class Readings:
         self._places: dict[tuple[str, str], str] = {}
         """API version and kind -> the resource's name as in `packetstacks.packetstack.io`."""
 
-    async def read(self, namespace: str, selector: str, metric: resources.Metric, now: float) -> Reading:
+    async def read(self, namespace: str, selector: str, metric: autoscalers.Metric, now: float) -> Reading:
         """What the source of a metric says; a MetricError if it does not. `selector`: of the active engines' pods."""
         try:
             if metric.pods is not None:
@@ -51,13 +51,13 @@ class Readings:
         return MetricError("invalid_target", NO_CPU)
 
     async def _of_pods(
-        self, namespace: str, selector: str, metric: resources.MetricIdentifier, now: float
+        self, namespace: str, selector: str, metric: autoscalers.MetricIdentifier, now: float
     ) -> dict[str, Sample]:
         query = {"labelSelector": selector, **_selecting("metricLabelSelector", metric.selector)}
         items = await self._custom(namespace, f"pods/*/{_segment(metric.name)}", query)
         return {str(i["describedObject"]["name"]): _sample(i, now) for i in items}
 
-    async def _of_object(self, namespace: str, metric: resources.ObjectMetric) -> int:
+    async def _of_object(self, namespace: str, metric: autoscalers.ObjectMetric) -> int:
         described, name = metric.described_object, _segment(metric.metric.name)
         query = _selecting("metricLabelSelector", metric.metric.selector)
         what = _segment(described.name)
@@ -69,7 +69,7 @@ class Readings:
             items = await self._custom(namespace, f"{place}/{what}/{name}", query)
         return milli(str(items[0]["value"]))
 
-    async def _of_nothing(self, namespace: str, metric: resources.MetricIdentifier) -> list[int]:
+    async def _of_nothing(self, namespace: str, metric: autoscalers.MetricIdentifier) -> list[int]:
         query = _selecting("labelSelector", metric.selector)
         path = f"{EXTERNAL}/namespaces/{namespace}/{_segment(metric.name)}"
         items = (await self._api.get(_with(path, query))).get("items") or ()
@@ -122,12 +122,12 @@ def _with(path: str, query: Mapping[str, str]) -> str:
     return f"{path}?{urlencode(query, quote_via=quote)}" if query else path
 
 
-def _selecting(name: str, selector: resources.LabelSelector | None) -> dict[str, str]:
+def _selecting(name: str, selector: autoscalers.LabelSelector | None) -> dict[str, str]:
     text = selector_text(selector)
     return {name: text} if text else {}
 
 
-def selector_text(selector: resources.LabelSelector | None) -> str:
+def selector_text(selector: autoscalers.LabelSelector | None) -> str:
     """A label selector as in a query. ValueError for an operator that there is not."""
     if selector is None:
         return ""

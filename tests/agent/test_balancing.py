@@ -15,10 +15,10 @@ from packetstack_agent.agent import Agent
 from packetstack_agent.balancing import BUCKET_SECONDS, TELL_SECONDS, Balancers
 from packetstack_agent.errors import AgentError
 from packetstack_agent.node import RunDirectory
-from packetstack_core import resources
+from packetstack_core import reading
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
-from packetstack_core.planning import Owner, moved
-from packetstack_core.reconciling import Desired, State, plan
+from packetstack_core.planning import Owner, State, moved
+from packetstack_core.reconciling import Desired, plan
 
 CYCLES = 1_000_000
 """Of a second."""
@@ -39,7 +39,7 @@ class World:
         self.managed: Any = SimpleNamespace(
             stack=SimpleNamespace(
                 name="web",
-                resource=resources.parse(stack(rebalance={"mode": mode}, **spec)),
+                resource=reading.parse(stack(rebalance={"mode": mode}, **spec)),
                 owners=lambda: list(self.owners),
                 open_fences=frozenset,
             ),
@@ -167,9 +167,9 @@ async def test_while_the_stack_is_paused_nothing_moves_and_the_mark_stays(world:
 async def test_after_a_pause_what_was_before_says_nothing(world: Callable[..., World]) -> None:
     w = world("Auto", SKEWED)
     await w.live(1)
-    w.managed.stack.resource = resources.parse(stack(rebalance={"mode": "Auto"}, paused=True))
+    w.managed.stack.resource = reading.parse(stack(rebalance={"mode": "Auto"}, paused=True))
     await w.live(600)
-    w.managed.stack.resource = resources.parse(stack(rebalance={"mode": "Auto"}))
+    w.managed.stack.resource = reading.parse(stack(rebalance={"mode": "Auto"}))
     w.loads = {1: 0.1}
     await w.live(30)
     assert not w.moves
@@ -288,7 +288,7 @@ async def test_moves_that_cannot_be_recorded_are_told_and_the_next_look_follows(
 def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(
     tmp_path: Path, mode: str, rebalanced: bool
 ) -> None:
-    played = PlayedStack(resources.parse(stack(rebalance={"mode": mode})))
+    played = PlayedStack(reading.parse(stack(rebalance={"mode": mode})))
     played.table = [Owner(1, b % 2) for b in range(100)] + [Owner(2, b % 2) for b in range(156)]
     played.shards = list(played.table)
     one = managed(played, PlayedEngine(1, played.resource), PlayedEngine(2, played.resource))

@@ -22,6 +22,7 @@ from packetstack_agent.cluster import Follower
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall, Obstacle
 from packetstack_core import crds
+from packetstack_core.backing_off import CONNECT_SECONDS
 from packetstack_core.kinds import FlowTable
 
 ENGINE = {"id": 1, "name": "web-1", "state": "Active", "template": "ab", "queues": 1, "cores": 1}
@@ -388,7 +389,7 @@ async def test_a_watch_that_is_too_old_is_begun_anew_by_a_list_and_misses_nothin
 async def test_a_watch_that_the_server_ends_goes_on_without_a_list(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "WATCH_SECONDS", 1)
+    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
     await place.create()
     async with following(place.node) as (agent, follower):
         await answered(place, 1)
@@ -420,7 +421,7 @@ async def test_a_server_that_cannot_be_reached_is_told_once_and_asked_ever_less_
     try:
         await until(lambda: len(asked) == 4)
         pauses = [then - now for now, then in itertools.pairwise(asked)]
-        assert all(p >= wanted for p, wanted in zip(pauses, cluster.PAUSE_SECONDS, strict=False)), pauses
+        assert all(p >= wanted for p, wanted in zip(pauses, CONNECT_SECONDS, strict=False)), pauses
         assert agent.events == [("-", "ApiServerLost")]
         assert follower.healthy()
     finally:

@@ -17,9 +17,9 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Managed
-from packetstack_core.planning import Owner
-from packetstack_core.reconciling import ActivateEngine, DrainEngine, RemoveEngine, State
-from packetstack_core.resources import Network
+from packetstack_core.planning import Owner, State
+from packetstack_core.reconciling import ActivateEngine, DrainEngine, RemoveEngine
+from packetstack_core.values import Network
 
 
 @pytest.fixture

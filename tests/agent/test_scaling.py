@@ -10,9 +10,9 @@ import pytest
 from tests.lab.node import stack
 
 from packetstack_agent.scaling import Autoscalers
-from packetstack_core import resources
+from packetstack_core import reading
 from packetstack_core.load import CoreCounters, EngineCounters, History, Snapshot
-from packetstack_core.reconciling import State
+from packetstack_core.planning import State
 
 BEGIN = 1_000_000_000.0
 BUSY = {
@@ -48,11 +48,11 @@ class World:
     def become(self, autoscaling: dict[str, Any] | None, replicas: int | None = None, **changes: Any) -> None:
         replicas = self.managed.stack.resource.spec.replicas if replicas is None else replicas
         parts = {"autoscaling": autoscaling} if autoscaling is not None else {}
-        self.managed.stack.resource = resources.parse(stack(replicas=replicas, **parts, **changes))
+        self.managed.stack.resource = reading.parse(stack(replicas=replicas, **parts, **changes))
 
     def set_replicas(self, managed: Any, replicas: int) -> int:
         was: int = managed.stack.resource.spec.replicas
-        managed.stack.resource = managed.stack.resource.with_replicas(replicas)
+        managed.stack.resource = reading.with_replicas(managed.stack.resource, replicas)
         self.sizes.append((self.loop.time(), replicas))
         return was
 

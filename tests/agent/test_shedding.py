@@ -8,7 +8,7 @@ from tests.lab.node import listener, stack
 
 from packetstack_agent import shedding
 from packetstack_agent.shedding import Shedders
-from packetstack_core import abi, resources
+from packetstack_core import abi, reading
 from packetstack_core.shedding import QUIET_LOOKS
 
 WEB, LATE = (listener(n, "192.0.2.10", ("10.71.5.1",), port=p) for n, p in (("web", 80), ("late", 81)))
@@ -61,7 +61,7 @@ class World:
             slot=1, ready=True, removing=False, view=SimpleNamespace(rx_slots=RING),
             blueprint=SimpleNamespace(cores=1, queues=1), core=lambda _c: self.core_, queue=lambda _q: self.queue_,
         )  # fmt: skip
-        resource = resources.parse(stack(listeners=[WEB, DNS]))
+        resource = reading.parse(stack(listeners=[WEB, DNS]))
         self.managed: Any = SimpleNamespace(
             stack=SimpleNamespace(name="web", resource=resource, arena=None), engines={1: self.engine}
         )
@@ -149,7 +149,7 @@ def test_known_flows_are_looked_for_before_a_packet_is_dropped_and_once_a_second
 def test_a_listener_that_comes_meanwhile_gets_the_level_too(world: World) -> None:
     world.openers = 2 * CAPACITY
     world.live(30)
-    world.managed.stack.resource = resources.parse(stack(listeners=[WEB, DNS, LATE]))
+    world.managed.stack.resource = reading.parse(stack(listeners=[WEB, DNS, LATE]))
     world.live(1)
     numbers = world.shedders.of(world.managed).numbers
     assert len(numbers) == 3

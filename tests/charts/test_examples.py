@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tests.charts.conftest import ROOT
 
-from packetstack_core import resources
+from packetstack_core import reading, resources
 
 EXAMPLES = sorted((ROOT / "examples/kubernetes").glob("*.yaml"))
 
@@ -29,7 +29,7 @@ def test_the_readme_names_each_example() -> None:
 def test_the_stack_of_an_example_is_one_that_the_models_accept(path: Path) -> None:
     stacks = [d for d in documents(path) if d["kind"] == "PacketStack"]
     for stack in stacks:
-        assert resources.parse(stack).name == "edge"
+        assert reading.parse(stack).name == "edge"
     for other in documents(path):
         target = other.get("spec", {}).get("scaleTargetRef")
         if target:

@@ -12,7 +12,7 @@ import yaml
 from tests.charts.conftest import CHART, ROOT, Render
 
 from packetstack_core import abi
-from packetstack_core.reconciling import State
+from packetstack_core.planning import State
 
 ALERTS_FILE = CHART / "files/alerts.yaml"
 ALERTS = {rule["alert"]: rule for group in yaml.safe_load(ALERTS_FILE.read_text())["groups"] for rule in group["rules"]}

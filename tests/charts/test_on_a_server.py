@@ -14,7 +14,7 @@ from tests.cluster.control_plane import ControlPlane
 from tests.cluster.processes import ClusterError, Daemon
 from tests.operator.players import ENGINES, PODS, STACKS, PlayedNode, Server, wait
 
-from packetstack_core import crds, kinds, resources
+from packetstack_core import crds, kinds, reading
 from packetstack_operator import pods
 
 # Kinds of others, which a bare control plane does not know.
@@ -135,7 +135,7 @@ def test_the_agent_needs_a_namespace_for_privileged_pods(server: ControlPlane) -
 def test_all_that_the_baseline_profile_has_against_an_engine_is_its_directory_of_the_node(server: ControlPlane) -> None:
     raw = documents(ROOT / "examples/kubernetes/veth.yaml")[-1]
     raw["metadata"] |= {"uid": "00000000-0000-0000-0000-000000000000", "namespace": "default"}
-    stack = resources.parse(raw)
+    stack = reading.parse(raw)
     engine = kinds.TableEngine(id=1, name="edge-1", state="Pending", template="0", queues=4, cores=1)
     said = refusal(server, "baseline", pods.pod(raw, stack, engine, "localhost/packetstack:0.1.0", None))
     assert said.endswith('violates PodSecurity "baseline:latest": hostPath volumes (volume "run")')

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from packetstack_cli.lab import NODE_UPLINK, Lab
-from packetstack_core import resources
+from packetstack_core import reading
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,7 +119,7 @@ def test_the_load_of_the_page_is_simulated_as_it_says(tmp_path: Path) -> None:
     stack["spec"]["autoscaling"]["metrics"] = [
         {"type": "Engine", "engine": {"name": name, "target": target}} for name, target in targets.items()
     ]
-    resources.parse(stack)
+    reading.parse(stack)
     (tmp_path / "stack.yaml").write_text(yaml.safe_dump(stack))
     (tmp_path / "load.csv").write_text(load)
     said = bash(command.removeprefix("$ "), tmp_path)
@@ -131,4 +131,4 @@ def test_the_listener_with_limits_is_one_that_is_taken() -> None:
     [text] = blocks("docs/operate.md", "slowStartSeconds")
     web = yaml.safe_load((ROOT / "examples/web.yaml").read_text())
     web["spec"] |= yaml.safe_load(text)
-    assert resources.parse(web).spec.listeners[0].limits.max_flows_per_client
+    assert reading.parse(web).spec.listeners[0].limits.max_flows_per_client

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 from packetstack_cli import cluster
 from packetstack_cli import main as command
 from packetstack_cli.client import Client
-from packetstack_core import resources, scaling
+from packetstack_core import reading, scaling
 from packetstack_core.autoscaling import MetricError, Pod, Scale
 from packetstack_core.autoscaling_options import State
 from packetstack_core.load import EngineLoad, StackLoad
@@ -51,7 +51,7 @@ def decided(busy: float, packets: float, **changes: Any) -> dict[str, Any]:
         NOW,
         tuple(EngineLoad(i, n, "Active", True, 15.0, (busy,), (), 0, 0, packets, 0, 0) for i, n in enumerate(names, 1)),
     )
-    spec, pods = resources.parse(made).spec, [Pod(n, ready="True") for n in names]
+    spec, pods = reading.parse(made).spec, [Pod(n, ready="True") for n in names]
     answers = {2: MetricError("api_error", "nobody answers")}
     done = scaling.reconcile(spec, State(), Scale(2, 2), pods, load, NOW, answers)
     if done.decision.write is not None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from packetstack_cli.main import main
 from packetstack_cli.simulate import Series, simulate
-from packetstack_core.resources import Autoscaling
+from packetstack_core.autoscalers import Autoscaling
 
 BUSY = {
     "type": "Engine",

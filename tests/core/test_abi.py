@@ -75,12 +75,12 @@ def test_the_library_hashes_and_packs_as_python_does():
 
 
 def test_limits_in_the_resource_are_those_of_the_layouts():
-    from packetstack_core import maglev, resources
+    from packetstack_core import limits, maglev
 
     lib = abi.lib()
-    assert (resources.MIN_BUCKETS, resources.MAX_BUCKETS) == (lib.PS_MIN_BUCKETS, lib.PS_MAX_BUCKETS)
-    assert (resources.MAX_CORES, resources.MAX_QUEUES) == (lib.PS_MAX_CORES, lib.PS_MAX_QUEUES)
-    assert (resources.MAX_LISTENERS, resources.MAX_BACKENDS) == (lib.PS_MAX_LISTENERS, lib.PS_MAX_BACKENDS)
-    assert resources.MAX_SNAT_ADDRESSES == lib.PS_MAX_SNAT
-    assert resources.MAX_REPLICAS < lib.PS_MAX_SLOTS
+    assert (limits.MIN_BUCKETS, limits.MAX_BUCKETS) == (lib.PS_MIN_BUCKETS, lib.PS_MAX_BUCKETS)
+    assert (limits.MAX_CORES, limits.MAX_QUEUES) == (lib.PS_MAX_CORES, lib.PS_MAX_QUEUES)
+    assert (limits.MAX_LISTENERS, limits.MAX_BACKENDS) == (lib.PS_MAX_LISTENERS, lib.PS_MAX_BACKENDS)
+    assert limits.MAX_SNAT_ADDRESSES == lib.PS_MAX_SNAT
+    assert limits.MAX_REPLICAS < lib.PS_MAX_SLOTS
     assert maglev.PRIMES[-1] <= lib.PS_MAX_LOOKUP

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests import hpa_replay
 
-from packetstack_core import autoscaling, resources
+from packetstack_core import autoscalers, autoscaling
 from packetstack_core.autoscaling import (
     DEFAULT_DOWN,
     DEFAULT_UP,
@@ -44,6 +44,7 @@ from packetstack_core.autoscaling import (
     spec_of,
     written,
 )
+from packetstack_core.values import quantity
 
 VECTORS = sorted((Path(__file__).parent / "hpa_vectors").glob("*.json"))
 SETTINGS = Settings()
@@ -177,9 +178,9 @@ def test_a_tolerance_includes_both_of_its_ends():
 
 
 def test_numbers_are_those_of_quantities():
-    assert approximate(resources.quantity("18m")) == 18 * 0.001 != 0.018
-    assert approximate(resources.quantity("0.05")) == 50 * 0.001
-    assert approximate(resources.quantity("2")) == 2.0
+    assert approximate(quantity("18m")) == 18 * 0.001 != 0.018
+    assert approximate(quantity("0.05")) == 50 * 0.001
+    assert approximate(quantity("2")) == 2.0
     assert [milli("1"), milli("1500m"), milli("100u"), milli("1Ki")] == [1000, 1500, 1, 1_024_000]
 
 
@@ -497,7 +498,7 @@ def test_a_resource_becomes_a_spec_with_defaults_filled_in():
         scaleUp: {tolerance: "0.018"}
         scaleDown: {policies: [{type: Pods, value: 1, periodSeconds: 60}]}
     """
-    spec = spec_of(resources.Autoscaling.model_validate(yaml.safe_load(text)))
+    spec = spec_of(autoscalers.Autoscaling.model_validate(yaml.safe_load(text)))
     assert spec.metrics[0] == BUSY
     assert spec.metrics[1].target == Target("Value", 1500)
     assert spec.metrics[1].title() == (
@@ -507,7 +508,7 @@ def test_a_resource_becomes_a_spec_with_defaults_filled_in():
     assert spec.behavior == Behavior(
         replace(DEFAULT_UP, tolerance=0.018000000000000002), replace(DEFAULT_DOWN, policies=(Policy("Pods", 1, 60),))
     )
-    bare = spec_of(resources.Autoscaling.model_validate({"maxReplicas": 8}))
+    bare = spec_of(autoscalers.Autoscaling.model_validate({"maxReplicas": 8}))
     assert (bare.minimum, bare.behavior, bare.metrics) == (
         1,
         None,

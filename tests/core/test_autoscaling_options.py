@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packetstack_core import autoscaling_options, resources
+from packetstack_core import autoscalers, autoscaling_options
 from packetstack_core.autoscaling import (
     Memory,
     Metric,
@@ -39,7 +39,7 @@ DOWN = MetricError("api_error", "no agent answers")
 
 def schedule(cron, hours=1.0, zone="UTC", **limits):
     fields = {"name": "office", "cron": cron, "timeZone": zone, "durationSeconds": int(hours * 3600)}
-    return resources.Schedule.model_validate(fields | limits)
+    return autoscalers.Schedule.model_validate(fields | limits)
 
 
 def at(text, zone="UTC"):
@@ -145,7 +145,7 @@ def test_a_schedule_is_active_exactly_when_a_minute_before_matched(parts, now, s
 
 
 def test_the_fallback_counts_after_as_many_failures_as_it_says():
-    fallback = resources.Fallback.model_validate({"failureThreshold": 3, "replicas": 6})
+    fallback = autoscalers.Fallback.model_validate({"failureThreshold": 3, "replicas": 6})
     status, failed = Status(desired_replicas=4), 0
     for reading, write in [(DOWN, None), (DOWN, None), (DOWN, 6)]:
         decision = decided(reading, status=status)
@@ -162,7 +162,7 @@ def test_the_fallback_counts_after_as_many_failures_as_it_says():
 
 @pytest.mark.parametrize(("replicas", "write"), [(1, 2), (40, 10), (4, None)])
 def test_the_fallback_stays_between_the_limits(replicas, write):
-    fallback = resources.Fallback.model_validate({"failureThreshold": 1, "replicas": replicas})
+    fallback = autoscalers.Fallback.model_validate({"failureThreshold": 1, "replicas": replicas})
     assert fall_back(decided(DOWN), SPEC, Status(), fallback, 1).write == write
 
 
@@ -184,7 +184,7 @@ FLOWS = {
 
 def followed(loads, seconds=2.0, **options):
     """Replicas after each reconcile under a load of flows per second, which the engines share."""
-    wanted = resources.Autoscaling.model_validate({"maxReplicas": 50, "metrics": [FLOWS]} | options)
+    wanted = autoscalers.Autoscaling.model_validate({"maxReplicas": 50, "metrics": [FLOWS]} | options)
     state, current, replicas = State(), 2, []
     for i, load in enumerate(loads):
         now = i * seconds

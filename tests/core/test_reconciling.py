@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from packetstack_core.planning import NOBODY, EngineShare, Owner, assign, moved
+from packetstack_core.planning import NOBODY, EngineShare, Owner, State, assign, moved
+from packetstack_core.reading import parse
 from packetstack_core.reconciling import (
     ActivateEngine,
     AssignBuckets,
@@ -18,10 +19,8 @@ from packetstack_core.reconciling import (
     Engine,
     Observed,
     RemoveEngine,
-    State,
     plan,
 )
-from packetstack_core.resources import parse
 
 BUCKETS = 64
 

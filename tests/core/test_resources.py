@@ -7,8 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packetstack_core import resources
-from packetstack_core.resources import ResourceError, check_change, load, parse, quantity
+from packetstack_core import reading
+from packetstack_core.reading import ResourceError, check_change, load, parse
+from packetstack_core.values import quantity
 
 MINIMAL = """
 apiVersion: packetstack.io/v1alpha1
@@ -349,7 +350,7 @@ def test_what_cannot_change_is_refused():
         ("a: \x00\n", "file: "),
         ("? [a, b]\n: 1\n", "line 1, column 3: "),
         ("[" * 5000, "file: is nested too deeply"),
-        ("#" * (resources.MAX_BYTES + 1), "file: has 1048577 bytes; use at most 1048576"),
+        ("#" * (reading.MAX_BYTES + 1), "file: has 1048577 bytes; use at most 1048576"),
     ],
 )
 def test_text_that_is_not_a_resource_is_refused_in_one_line(text, expected):
@@ -486,11 +487,11 @@ def test_a_damaged_file_is_read_or_refused(at, inserted):
 
 def test_a_listener_names_the_sources_that_it_takes_packets_from() -> None:
     sources = ["0.0.0.0/0", "10.0.0.0/8", "192.0.2.7"]
-    stack = resources.parse(changed("spec.listeners.0.allowedSources", sources))
+    stack = reading.parse(changed("spec.listeners.0.allowedSources", sources))
     assert [str(s) for s in stack.spec.listeners[0].allowed_sources or ()] == [
         "0.0.0.0/0",
         "10.0.0.0/8",
         "192.0.2.7/32",
     ]
-    assert resources.parse(stack.document()) == stack
-    assert "allowedSources" not in resources.parse(document()).document()["spec"]["listeners"][0]
+    assert reading.parse(stack.document()) == stack
+    assert "allowedSources" not in reading.parse(document()).document()["spec"]["listeners"][0]

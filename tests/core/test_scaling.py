@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from packetstack_core import kinds, resources, scaling
+from packetstack_core import kinds, reading, resources, scaling
 from packetstack_core.autoscaling import MetricError, Pod, Scale
 from packetstack_core.autoscaling_options import State
 from packetstack_core.kinds import AutoscalingStatus, PacketStackStatus
@@ -47,7 +47,7 @@ def spec(**changes: Any) -> resources.Spec:
             **stack,
         },
     }
-    return resources.parse(document).spec
+    return reading.parse(document).spec
 
 
 def load_of(busy: Sequence[float], now: float, *, packets: float = 0.0) -> StackLoad:

@@ -29,7 +29,7 @@ from packetstack_agent import engines, namespaces, networks, stacks
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_cli.lab import Lab, inside
-from packetstack_core import abi, resources
+from packetstack_core import abi, reading
 from packetstack_core.planning import Move, Owner
 
 ROOT = Path(__file__).parents[2]
@@ -215,7 +215,7 @@ class Keeper:
         call(lib().ps_director_attach, self.director, self.pair.director, lib().PS_ROLE_ROUTED, b"routed")
         for device, index in networks.direct_uplinks(self.director, {"up0": "", "dn0": ""}).items():
             call(lib().ps_director_attach, self.director, index, lib().PS_ROLE_UPLINK, device.encode())
-        self.stack = stacks.Stack("deaths", resources.parse(STACK), 0, directory / "stack", self.director)
+        self.stack = stacks.Stack("deaths", reading.parse(STACK), 0, directory / "stack", self.director)
         networks.ensure_routes(self.stack.resource.prefixes())
         self.stack.direct()
         config = self.stack.config

@@ -13,7 +13,7 @@ from tests.lab.node import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, listener, 
 from tests.waiting import eventually
 
 from packetstack_cli.lab import Lab, inside
-from packetstack_core import resources
+from packetstack_core import reading
 
 RULES = Path(__file__).with_name("rules")
 LOADERS = {".ip": "iptables-restore", ".ip6": "ip6tables-restore", ".nft": "nft -f -"}
@@ -67,7 +67,7 @@ class Filtered(Node):
     def start(self, *stacks: dict[str, Any], firewall: str = "Manage") -> None:
         """`packetstack up` without an uplink."""
         if self.client.alive():
-            self.client.apply([resources.parse(s) for s in stacks], (), False, firewall)
+            self.client.apply([reading.parse(s) for s in stacks], (), False, firewall)
         else:
             file = self.lab.directory / "stack.yaml"
             file.write_text("\n---\n".join(json.dumps(s) for s in stacks))

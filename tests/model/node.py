@@ -16,9 +16,8 @@ from typing import Any
 from packetstack_agent.engines import Blueprint, Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.stacks import Managed, Report, Stack
-from packetstack_core import resources
-from packetstack_core.planning import NOBODY, Move, Owner
-from packetstack_core.reconciling import State
+from packetstack_core import reading
+from packetstack_core.planning import NOBODY, Move, Owner, State
 from packetstack_core.resources import PacketStack
 
 BUCKETS = 16
@@ -30,7 +29,7 @@ def resource(name: str = "web", backends: Sequence[str] = ("10.0.0.1",), **spec:
     listeners = [
         {"name": "web", "address": "192.0.2.10", "protocol": "TCP", "port": 80, "backends": {"endpoints": endpoints}}
     ]
-    return resources.parse(
+    return reading.parse(
         {
             "apiVersion": "packetstack.io/v1alpha1",
             "kind": "PacketStack",

@@ -3,11 +3,11 @@
 import pytest
 from prometheus_client import generate_latest
 
-from packetstack_core import resources, scaling
+from packetstack_core import autoscalers, scaling
 from packetstack_core.autoscaling import Condition, MetricError, Pod, Sample, Scale, Status
 from packetstack_core.autoscaling_options import State
 from packetstack_core.load import EngineLoad, StackLoad
-from packetstack_core.resources import parse
+from packetstack_core.reading import parse
 from packetstack_operator.applying import Refused
 from packetstack_operator.autoscaling import MANAGER, knows_all, other_writer, replica_writers
 from packetstack_operator.metrics import Metrics
@@ -132,7 +132,7 @@ class Answers:
 def metric(**source):
     (kind,) = source
     target = {"type": "AverageValue", "averageValue": "1"}
-    return resources.Metric.model_validate(
+    return autoscalers.Metric.model_validate(
         {"type": kind[0].upper() + kind[1:], kind: {**source[kind], "target": target}}
     )
 
@@ -192,10 +192,10 @@ def test_selectors_are_as_kubernetes_writes_them():
         {"key": "e", "operator": "Exists"},
         {"key": "f", "operator": "DoesNotExist"},
     ]
-    selector = resources.LabelSelector.model_validate({"matchLabels": {"b": "2"}, "matchExpressions": expressions})
+    selector = autoscalers.LabelSelector.model_validate({"matchLabels": {"b": "2"}, "matchExpressions": expressions})
     assert selector_text(selector) == "b=2,c in (x,y),d notin (z),e,!f"
     assert selector_text(None) == ""
-    wrong = resources.LabelSelector.model_validate({"matchExpressions": [{"key": "a", "operator": "Near"}]})
+    wrong = autoscalers.LabelSelector.model_validate({"matchExpressions": [{"key": "a", "operator": "Near"}]})
     with pytest.raises(ValueError, match="use In, NotIn, Exists or DoesNotExist"):
         selector_text(wrong)
 

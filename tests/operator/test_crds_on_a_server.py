@@ -18,7 +18,7 @@ from tests.core.test_crds import ALL
 from tests.core.test_kinds import ENGINE, table
 from tests.core.test_resources import FULL, MINIMAL, WRONG, changed, document, two
 
-from packetstack_core import crds, kinds, resources
+from packetstack_core import crds, kinds, limits, reading
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "crds"
@@ -161,8 +161,8 @@ def refused_by_cli(path: str, value: Any) -> tuple[dict[str, Any], list[str]]:
     """The document with a wrong value in it, and the CLI's lines for it."""
     base = MINIMAL + "  autoscaling: {maxReplicas: 9}\n" if path.startswith("spec.autoscaling.") else MINIMAL
     doc = changed(path, value, base)
-    with pytest.raises(resources.ResourceError) as refused:
-        resources.parse(doc)
+    with pytest.raises(reading.ResourceError) as refused:
+        reading.parse(doc)
     return doc, refused.value.problems
 
 
@@ -225,7 +225,7 @@ def stacks_of_the_examples() -> list[Any]:
 
 def largest(listeners: int) -> dict[str, Any]:
     """As many backends and SNAT addresses as a stack can name, for so many listeners."""
-    each = resources.MAX_BACKENDS // listeners
+    each = limits.MAX_BACKENDS // listeners
     named = [
         {
             "name": f"listener-{i}",
@@ -248,16 +248,16 @@ def largest(listeners: int) -> dict[str, Any]:
         pytest.param(two(address="192.0.2.10", protocol="UDP"), id="two protocols"),
         pytest.param(changed("spec.engine", {"cores": 4, "memory": 2**29, "hugePages": {"size": 2**22}}), id="numbers"),
         pytest.param(changed("spec.listeners.0.address", "2001:DB8::10") | {"spec": {**document()["spec"], "snat": {"addresses": ["2001:db8::40/122", "192.0.2.64"]}}}, id="addresses"),
-        pytest.param(largest(resources.MAX_LISTENERS), id="most listeners"),
-        pytest.param(largest(resources.MAX_BACKENDS // crds.MAX_LISTENER_ENDPOINTS), id="most backends of a listener"),
+        pytest.param(largest(limits.MAX_LISTENERS), id="most listeners"),
+        pytest.param(largest(limits.MAX_BACKENDS // crds.MAX_LISTENER_ENDPOINTS), id="most backends of a listener"),
         *stacks_of_the_examples(),
     ],
 )  # fmt: skip
 def test_the_server_takes_what_the_cli_takes_and_fills_in_the_same(api: Api, doc: dict[str, Any]) -> None:
     status, answer = api.try_out(doc)
     assert status == 201, answer["message"]
-    wanted = resources.parse(placed(doc))
-    assert resources.parse(answer) == wanted
+    wanted = reading.parse(placed(doc))
+    assert reading.parse(answer) == wanted
 
 
 @pytest.mark.parametrize(
@@ -270,10 +270,10 @@ def test_a_flow_table_comes_back_as_it_was_written(api: Api, spec: dict[str, Any
 
 
 def test_a_flow_table_holds_all_endpoints_of_a_large_service(api: Api) -> None:
-    endpoints = [{"address": f"10.1.{i >> 8}.{i & 255}", "port": 80} for i in range(resources.MAX_BACKENDS)]
+    endpoints = [{"address": f"10.1.{i >> 8}.{i & 255}", "port": 80} for i in range(limits.MAX_BACKENDS)]
     listener = {"name": "a", "address": "192.0.2.1", "port": 80, "backends": {"endpoints": endpoints}}
     made = api.create("flowtables", table(listeners=[listener]))
-    assert len(made["spec"]["listeners"][0]["backends"]["endpoints"]) == resources.MAX_BACKENDS
+    assert len(made["spec"]["listeners"][0]["backends"]["endpoints"]) == limits.MAX_BACKENDS
 
 
 def test_two_engines_of_a_flow_table_have_two_ids(api: Api) -> None:
@@ -295,8 +295,8 @@ def test_what_cannot_change_is_refused_as_the_cli_does(api: Api, path: str, valu
     assert (status, answer["reason"]) == (422, "Invalid")
     new = copy.deepcopy(stack)
     new["spec"][part][field] = other if value == "other" else {"mode": "AFXDP", "buckets": 4096}[field]
-    with pytest.raises(resources.ResourceError) as refused:
-        resources.check_change(resources.parse(stack), resources.parse(new))
+    with pytest.raises(reading.ResourceError) as refused:
+        reading.check_change(reading.parse(stack), reading.parse(new))
     ((at, text),) = causes(answer)
     assert [f"{at}: {text.removeprefix('Forbidden: ')}"] == refused.value.problems
 
@@ -345,7 +345,7 @@ def test_kubectl_scales_a_stack_and_hpa_finds_its_selector(api: Api) -> None:
 
 def test_a_scale_beyond_the_limit_is_refused(api: Api) -> None:
     stack = api.create()
-    body = {"spec": {"replicas": resources.MAX_REPLICAS + 1}}
+    body = {"spec": {"replicas": limits.MAX_REPLICAS + 1}}
     status, answer = api.ask("PATCH", api.path(name=stack["metadata"]["name"] + "/scale"), body, MERGE)
     assert status == 422
     assert "spec.replicas" in answer["message"]

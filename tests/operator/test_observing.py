@@ -2,7 +2,7 @@
 
 import pytest
 
-from packetstack_core.resources import parse
+from packetstack_core.reading import parse
 from packetstack_operator import observing
 from packetstack_operator.observing import Slice, World
 

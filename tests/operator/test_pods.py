@@ -5,7 +5,7 @@ import json
 import pytest
 
 from packetstack_core.kinds import TableEngine
-from packetstack_core.resources import parse
+from packetstack_core.reading import parse
 from packetstack_operator import observing, pods
 
 RAW = {

@@ -1,0 +1,32 @@
+"""How values and numbers are written in messages."""
+
+import json
+from collections.abc import Mapping
+
+
+def show(value: object, limit: int = 60) -> str:
+    """A value as a user would write it, on one line, at most `limit` characters."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    text = "".join(c if c.isprintable() else "?" for c in text)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: "1 engine", "2 engines"."""
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def kind_of(value: object) -> str:
+    """The kind of a YAML value, as in "a mapping"; for None "empty"."""
+    if value is None:
+        return "empty"
+    names = {bool: "a boolean", int: "a number", float: "a decimal number", str: "a string", list: "a list"}
+    return names.get(type(value), "a mapping" if isinstance(value, Mapping) else f"a {type(value).__name__}")
+
+
+def one_line(text: str | None) -> str:
+    """Text of another library on one line, at most 200 characters."""
+    return " ".join((text or "cannot be read").split())[:200]
