@@ -302,7 +302,16 @@ class ConditionReason(StrEnum):
         "PodRefused",
         Says("CapacityAvailable", "False", "the API server takes no such pod", "the namespace needs `pod-security.kubernetes.io/enforce: privileged`"))
     QUOTA_EXCEEDED = (
-        "QuotaExceeded", Says("CapacityAvailable", "False", "the namespace's quota allows no further pod", "raise the quota"))
+        "QuotaExceeded",
+        Says("CapacityAvailable", "False", "the namespace's quota allows no further pod", "raise the quota"),
+        Says("Degraded", "True", "the namespace's quota allows no further object of the kind that is named. Packets go by the last flow table",
+             "raise the quota"))
+    WRITE_REFUSED = (
+        "WriteRefused",
+        Says("Degraded", "True",
+             "the API server did not take what the operator wrote, as an admission webhook or a missing right makes it. Packets go by the "
+             "last flow table, and the stack is not resized; it is tried again after 1 to 15 s",
+             _SAID))
     AS_EXPECTED = ("AsExpected", Says("Degraded", "False", "nothing is wrong"))
     INVALID_SPEC = ("InvalidSpec", Says("Degraded", "True", _INVALID, _SAID), Says("Available", "False", _INVALID, _SAID))
     NOT_SUPPORTED = ("NotSupported", Says("Degraded", "True", _INVALID, _SAID), Says("Available", "False", _INVALID, _SAID))

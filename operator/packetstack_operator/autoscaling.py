@@ -111,7 +111,7 @@ class Autoscalers:
                 failures = 0
                 continue
             except Refused as e:
-                if e.status != 404:  # the stack is being deleted
+                if e.status != 404 or failures:  # the stack is being deleted
                     self._metrics.errors.labels("Refused").inc()
                     log.warning("stack %s/%s: autoscaler: %s", *key, e)
             except (aiohttp.ClientError, TimeoutError, OSError) as e:

@@ -65,6 +65,17 @@ def decide(world: World, now: float) -> Decision:
     return _Deciding(world, reading.parse(world.stack), now).decision()
 
 
+def blocked(world: World, now: float) -> Decision:
+    """The status alone, after a write of a decision was refused (`Memory.refused`): the rest was not carried out."""
+    if _refused(world) is not None or world.memory.refused is None:
+        return Decision(world.memory)
+    deciding = _Deciding(world, resources.parse(world.stack), now)
+    # Without its flow table nothing of a plan is true.
+    whole = deciding.without_a_plan() if world.memory.refused.write[1] == "FlowTable" else deciding.decision()
+    status = tuple(w for w in whole.writes if w.kind == resources.KIND)
+    return Decision(world.memory, status, tuple(e for e in whole.events if e.reason == world.memory.refused.reason))
+
+
 def _refused(world: World) -> tuple[str, str] | None:
     """Reason and message for leaving everything as it is."""
     try:
@@ -132,7 +143,14 @@ class _Deciding:
     def __init__(self, world: World, stack: PacketStack, now: float) -> None:
         self.world, self.stack, self.now = world, stack, now
         self.events: list[Event] = []
-        self.memory = world.memory
+        # A wall clock may be set back: no pause is longer than it was meant to be.
+        self.memory = replace(
+            world.memory,
+            create_after=min(world.memory.create_after, now + reconciling.back_off(max(0, world.memory.failures - 1))),
+            reuse_after=min(world.memory.reuse_after, now + REUSE_SECONDS),
+        )
+        self.since: dict[str, float] = {}
+        """What lasts, by a name -> since when."""
         self.wake_at: float | None = None
         self.template = pods.template(stack.spec.engine, world.image)
         if self.memory.template != self.template:  # what failed before says nothing about another shape
@@ -171,18 +189,39 @@ class _Deciding:
         self._start()
         self._plan()
         self._rebalance()
-        new = self._new_spec()
-        table_writes = self._table_writes(new)
-        writes = [
+        table_writes = self._table_writes(self._new_spec())
+        first = [
             *table_writes,
             *self._pods_to_create(),
             *self._marks(),
             *self._pods_to_delete(),
             *self._packet_engines(),
-            *self._stack_status(settled=not table_writes),
-            *self._budget(),
         ]
+        last = self._budget()
+        refused = self.memory.refused
+        if refused is not None and all(w.identity != refused.write for w in (*first, *last)):
+            self.memory = replace(self.memory, refused=None)  # nobody wants it any more
+        return self._decided([*first, *self._stack_status(settled=not table_writes), *last])
+
+    def without_a_plan(self) -> Decision:
+        """The status as it is when nothing of a plan is carried out."""
+        self._drop_what_is_gone()
+        self._follow_the_node()
+        self._start()
+        return self._decided(self._stack_status(settled=False))
+
+    def _decided(self, writes: Sequence[Write]) -> Decision:
+        self.memory = replace(self.memory, since=self.since)
         return Decision(self.memory, tuple(writes), tuple(self.events), self.wake_at)
+
+    def _since(self, what: str, told: float | None = None) -> float:
+        """Unix time since which this lasts, as `told` by others or first seen: never later than now.
+
+        To be called in each decision in which it lasts. Clocks are set back, and those of others may be ahead: a wait
+        from here on is never longer than it was meant to be, twice at most.
+        """
+        self.since[what] = min(self.world.memory.since.get(what, self.now if told is None else told), self.now)
+        return self.since[what]
 
     # ---- what is there ---------------------------------------------------------------------------------------
 
@@ -306,7 +345,7 @@ class _Deciding:
         refused = [(i, since) for i, pod in self._alive().items() if (since := _unschedulable_since(pod)) is not None]
         if not refused:
             return
-        at = max(since for _, since in refused) + NODE_SECONDS
+        at = self._since("the node takes no engine", max(since for _, since in refused)) + NODE_SECONDS
         if self.now < at:
             self._wake(at)
             return
@@ -735,6 +774,8 @@ class _Deciding:
         return report.message if report is not None and not report.ready else ""
 
     def _degraded(self, staying: Sequence[TableEngine]) -> tuple[bool, str, str]:
+        if self.memory.refused is not None:
+            return True, self.memory.refused.reason, self.memory.refused.message
         if self.report is not None and self.report.message:
             match = re.match(r"([A-Z][A-Za-z]+): (.+)", self.report.message)
             return (True, match[1], match[2]) if match else (True, "AgentProblem", self.report.message)
@@ -744,7 +785,7 @@ class _Deciding:
             return True, "BackendNotFound", "; ".join(self.backend_problems)[:1000]
         attached = [self.pods[e.name] for e in self.entries.values() if e.pod_uid and e.name in self.pods]
         if attached and self.report is None:
-            at = min(map(observing.started_at, attached)) + AGENT_SECONDS
+            at = self._since("no agent answers", min(map(observing.started_at, attached))) + AGENT_SECONDS
             if self.now >= at:
                 return True, "NoAgent", f"no agent of node {self.node} has answered; its DaemonSet must run there"
             self._wake(at)

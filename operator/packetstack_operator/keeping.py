@@ -20,7 +20,7 @@ from packetstack_operator import deciding, observing, pods, worlds
 from packetstack_operator.autoscaling import Autoscalers
 from packetstack_operator.loads import Loads
 from packetstack_operator.metrics import Metrics
-from packetstack_operator.observing import Memory, World
+from packetstack_operator.observing import Memory, Refusal, World
 from packetstack_operator.outcome import Decision, Write
 from packetstack_operator.overlay import Overlay
 from packetstack_operator.ports import Api, Clock, Key, Refused, Stopped
@@ -54,6 +54,8 @@ class Keepers:
         self.outdated = ""
         self.overlay = Overlay(self.clock.monotonic)
         self._wakers: dict[Key, asyncio.Event] = {}
+        self._ended: dict[Key, asyncio.Event] = {}
+        """Set when the loop of the stack has ended."""
         self._followers: dict[Key, set[Key]] = {}
         """Service -> stacks that have it as backends."""
         self._contending: set[Key] = set()
@@ -123,9 +125,13 @@ class Keepers:
     async def keep(self, key: Key, stopped: Stopped, body: kopf.Body, indexes: Indexes) -> None:
         """Run the stack's loop until `stopped` is set."""
         woken = self._wakers[key] = asyncio.Event()
+        ended = self._ended[key] = asyncio.Event()
         try:
             await Keeper(self, key, body, indexes, woken).run(stopped)
         finally:
+            ended.set()
+            if self._ended.get(key) is ended:
+                del self._ended[key]
             self._contending.discard(key)
             if self._wakers.get(key) is woken:
                 del self._wakers[key]
@@ -136,16 +142,25 @@ class Keepers:
             self.loads.forget(key)
 
     async def release(self, key: Key, body: kopf.Body, indexes: Indexes) -> None:
-        """Give back what the node holds, in order. Whatever happens, the deletion goes on after `RELEASE_SECONDS`."""
+        """Before a deleted stack is gone: give back what its node holds, in order.
+
+        Whatever happens, the deletion goes on after `RELEASE_SECONDS`.
+        """
         if "orphan" in (body["metadata"].get("finalizers") or ()):
             return  # kubectl delete --cascade=orphan: the engines stay, and may be taken over by another stack
-        woken = self._wakers[key] = asyncio.Event()
+        woken = asyncio.Event()
         try:
             async with asyncio.timeout(RELEASE_SECONDS):
+                if key in self._ended:  # its last writes would undo what is done here
+                    await self._ended[key].wait()
+                self._wakers[key] = woken
                 await self._release(key, str(body["metadata"]["uid"]), woken, indexes)
         except TimeoutError:
             log.warning(
-                "stack %s/%s: its node has not answered in %g s; it is deleted all the same", *key, RELEASE_SECONDS
+                "stack %s/%s: the agent of its node has not let its engines go within %g s; the stack is deleted all the "
+                "same, and the node answers for its addresses for up to a minute more",
+                *key,
+                RELEASE_SECONDS,
             )
         finally:
             if self._wakers.get(key) is woken:
@@ -168,7 +183,11 @@ class Keepers:
                     log.warning("stack %s/%s: release: %s", *key, e)
                 await asyncio.sleep(0.2)
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
-                log.warning("stack %s/%s: release: API server: %s", *key, e)
+                log.warning("stack %s/%s: release: API server: %s: %s", *key, type(e).__name__, e)
+                await asyncio.sleep(1.0)
+            except Exception:  # a bug: the deletion goes on in the end
+                self.metrics.errors.labels("InternalError").inc()
+                log.exception("stack %s/%s: release: internal error", *key)
                 await asyncio.sleep(1.0)
             with suppress(TimeoutError):
                 async with asyncio.timeout(1.0):
@@ -186,8 +205,12 @@ class Keepers:
         """Send one write of the stack, count it, and remember the answer. Errors as for `Api.write`."""
         self.metrics.writes.labels(write.verb, write.kind).inc()
         written = await self.api.write(key[0], write)
+        at = (write.kind, key[0], write.name)
         if written is not None:
-            self.overlay.wrote((write.kind, key[0], write.name), written)
+            self.overlay.wrote(at, written)
+        elif write.verb == "delete":
+            # Gone before. After a watch was interrupted for long, no event ever says so.
+            self.overlay.missed(at, str(write.body["preconditions"]["uid"]))
         if write.kind == "Pod" and write.verb != "apply":
             self.metrics.scaled.labels("up" if write.verb == "create" else "down").inc()
 
@@ -267,22 +290,45 @@ class Keeper:
         decision = decide(world, keepers.clock.unix())
         self._memory = decision.memory
         self._rested = (brought, began + RECHECK_SECONDS) if _rests(world, decision) else None
-        await self._carry_out(decision)
+        await self._carry_out(world, decision)
         self._shown.show(self._body, decision.events)
         keepers.metrics.stacks.known[key] = (world.stack, world.engines)
         if decision.wake_at is not None:
             pause = min(pause, max(0.0, decision.wake_at - keepers.clock.unix()))
         return pause
 
-    async def _carry_out(self, decision: Decision) -> None:
+    async def _carry_out(self, world: World, decision: Decision) -> None:
         for write in decision.writes:
             try:
                 await self._all.write(self._key, write)
             except Refused as e:
-                if not self._remember(write, e):
-                    raise
+                if self._remember(write, e):
+                    self._woken.set()
+                    return
+                if self._is_told(write, e):
+                    await self._tell(world, write, e)
+                raise
+            if self._memory.refused is not None and self._memory.refused.write == write.identity:
+                self._memory = replace(self._memory, refused=None)
                 self._woken.set()
-                return
+
+    def _is_told(self, write: Write, error: Refused) -> bool:
+        """Whether a refusal belongs into the stack's status: it is not that of a moment, nor of a stack's end."""
+        of_the_moment = error.status in (409, 429, 503, 504) or (error.status == 404 and not self._failures)
+        return not of_the_moment and not error.ending and write.kind != "PacketStack"
+
+    async def _tell(self, world: World, write: Write, error: Refused) -> None:
+        """Write what was refused into the status: else it would go on saying what was true before."""
+        why = error.message or f"HTTP status {error.status}"
+        if error.status == 404 and not error.message:
+            why = "the API server has no such kind; apply the CRDs of this operator's version"
+        message = f"{write.kind} {write.name}: {why}; until then packets go by the flow table as it is"
+        refusal = Refusal(write.identity, _reason(error, "WriteRefused"), message[:1000])
+        self._memory = replace(self._memory, refused=refusal)
+        decision = deciding.blocked(replace(world, memory=self._memory), self._all.clock.unix())
+        for status in decision.writes:
+            await self._all.write(self._key, status)
+        self._shown.show(self._body, decision.events)
 
     def _remember(self, write: Write, error: Refused) -> bool:
         """Whether the refusal says what to do next, so that it is no error of the turn."""
@@ -309,8 +355,8 @@ class Keeper:
         if error.status == 409:
             # Decided from something that is older than what is there: the watch brings it. That is no error.
             return 0.1 * (1 << min(self._failures, 3))
-        if error.ending or error.status == 404:
-            return 0.1  # namespace or stack is being deleted
+        if error.ending or (error.status == 404 and not self._failures):
+            return 0.1 * (1 << min(self._failures, 6))  # namespace or stack is being deleted
         self._all.metrics.errors.labels("Refused").inc()
         log.warning("stack %s/%s: %s", *self._key, error)
         return back_off(self._failures, ANSWER_SECONDS)

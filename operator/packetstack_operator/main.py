@@ -27,7 +27,7 @@ from packetstack_operator.keeping import Keepers
 from packetstack_operator.loads import DEFAULT_PORT, Loads
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.ports import Refused
-from packetstack_operator.watching import register
+from packetstack_operator.watching import Forgetful, register
 
 log = logging.getLogger("packetstack_operator")
 
@@ -88,7 +88,7 @@ def settle(settings: kopf.OperatorSettings, namespaced: bool) -> None:
     settings.posting.reporting_component = MANAGER
     settings.persistence.finalizer = "packetstack.io/release"
     settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix="packetstack.io", v1=False)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix="packetstack.io", v1=False)
+    settings.persistence.diffbase_storage = Forgetful()
     settings.peering.standalone = True
     # Other people's pods and slices are many: the API server keeps them back.
     for kind in ("pods", "poddisruptionbudgets"):

@@ -73,6 +73,16 @@ Named = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
+class Refusal:
+    """A write that the API server does not take, for as long as it is still wanted."""
+
+    write: tuple[str, str, str, str]
+    """`outcome.Write.identity`."""
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
 class Memory:
     """What one decision hands to the next one of the same process. Losing it costs one early try."""
 
@@ -92,6 +102,10 @@ class Memory:
     """UIDs of pods on a node whose interfaces were given to them."""
     reuse_after: float = 0.0
     """Unix time before which no pod is made that would be given the interface of one that has gone."""
+    refused: Refusal | None = None
+    """What the API server refused last, but for pods, which are in `problem`."""
+    since: Mapping[str, float] = field(default_factory=dict)
+    """What lasts, by a name -> Unix time of its beginning, by the operator's own clock: see `deciding`."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

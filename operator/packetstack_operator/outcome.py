@@ -24,6 +24,11 @@ class Write:
     body: Mapping[str, Any]
     subresource: Literal["", "status"] = ""
 
+    @property
+    def identity(self) -> tuple[str, str, str, str]:
+        """What it is about, whatever it says."""
+        return self.verb, self.kind, self.name, self.subresource
+
 
 @dataclass(frozen=True, slots=True)
 class Event:

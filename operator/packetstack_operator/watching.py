@@ -120,7 +120,20 @@ def _wake(registry: kopf.OperatorRegistry, keepers: Keepers) -> None:
 def _keep(registry: kopf.OperatorRegistry, keepers: Keepers) -> None:
     async def keep(body: kopf.Body, stopped: kopf.DaemonStopped, **kwargs: Any) -> None:
         await keepers.keep(_place(body), stopped, body, _indexes(kwargs))
-        if stopped.reason is not None and kopf.DaemonStoppingReason.RESOURCE_DELETED in stopped.reason:
-            await keepers.release(_place(body), body, _indexes(kwargs))
+
+    # Not at the end of the daemon: an operator that was away when the stack was deleted has none for it.
+    async def release(body: kopf.Body, **kwargs: Any) -> None:
+        await keepers.release(_place(body), body, _indexes(kwargs))
 
     kopf.daemon(*PLURALS["PacketStack"], id="keep", cancellation_polling=0.5, registry=registry)(keep)
+    kopf.on.delete(*PLURALS["PacketStack"], id="release", registry=registry)(release)
+
+
+class Forgetful(kopf.DiffBaseStorage):
+    """Keeps no copy of what was handled last: nothing here asks what has changed, only what is."""
+
+    def fetch(self, *, body: kopf.Body) -> None:
+        """Nothing was handled before."""
+
+    def store(self, *, body: kopf.Body, patch: kopf.Patch, essence: kopf.BodyEssence) -> None:
+        """Nothing is written."""

@@ -79,11 +79,11 @@ class MemoryApi:
             self.model.do(write)
         except Conflict:
             raise Refused(what, 409, "AlreadyExists" if write.verb == "create" else "Conflict", "") from None
+        answer = copy.deepcopy(self.model.get(write.kind, write.name) or before)
         self.bring()
         if self.hold is not None:
             await self.hold(write)
-        answer = self.model.get(write.kind, write.name) or before
-        return copy.deepcopy(answer) if answer is not None else None
+        return answer
 
     def bring(self) -> None:
         """The watches bring what has changed."""

@@ -3,10 +3,11 @@
 import asyncio
 
 import pytest
-from tests.operator.memory_api import operated
+from tests.operator.memory_api import KEY, operated
 
 from packetstack_operator import keeping, showing
 from packetstack_operator.keeping import RECHECK_SECONDS, TICK_SECONDS
+from packetstack_operator.ports import Refused
 
 pytestmark = pytest.mark.looptime
 
@@ -81,7 +82,7 @@ async def test_a_deletion_does_not_wait_for_ever_for_an_agent(caplog):
     async with operated(1) as it:
         await it.run(20)
         assert await it.delete() == pytest.approx(keeping.RELEASE_SECONDS, abs=0.1)
-        assert "has not answered" in caplog.text
+        assert "has not let its engines go" in caplog.text
 
 
 async def test_a_deletion_that_leaves_orphans_leaves_the_engines_as_they_are():
@@ -90,3 +91,124 @@ async def test_a_deletion_that_leaves_orphans_leaves_the_engines_as_they_are():
         before = len(it.api.asked)
         await it.delete(finalizers=["orphan"])
         assert len(it.api.asked) == before
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
+
+
+def refusing(verb, kind, status, message):
+    """What refuses these writes."""
+
+    def refuse(write):
+        if (write.verb, write.kind) == (verb, kind):
+            raise Refused(f"{verb} {kind} {write.name}", status, "", message)
+
+    return refuse
+
+
+async def test_a_kind_that_the_server_does_not_have_is_told_and_asked_for_ever_more_seldom(caplog):
+    async with operated(1) as it:
+        it.api.refuse = refusing("create", "FlowTable", 404, "")
+        await it.run(60)
+        assert it.writes().count(("create", "FlowTable", "edge", "")) < 12
+        assert it.errors("Refused") > 2
+        assert "FlowTable" in caplog.text
+        degraded = it.model.condition("Degraded")
+        assert (degraded["status"], degraded["reason"]) == ("True", "WriteRefused")
+        assert "the API server has no such kind; apply the CRDs of this operator's version" in degraded["message"]
+        it.api.refuse = lambda write: None
+        await it.run(40)
+        it.model.check_goal()
+
+
+async def test_a_stack_that_is_gone_when_its_status_is_written_is_no_error():
+    async with operated(1) as it:
+        await it.run(20)
+        del it.model.objects["PacketStack", "edge"]
+        it.keepers.wake(KEY)
+        await asyncio.sleep(0.05)
+        it.api.bring()
+        await asyncio.sleep(30)
+        assert it.errors("Refused") == 0
+
+
+@pytest.mark.parametrize(
+    ("verb", "kind", "status", "message", "reason"),
+    [
+        ("apply", "PacketEngine", 403, "exceeded quota: engines, requested: 1, used: 2", "QuotaExceeded"),
+        ("replace", "FlowTable", 400, 'admission webhook "tables.example.com" denied the request', "WriteRefused"),
+        ("replace", "FlowTable", 500, 'failed calling webhook "tables.example.com"', "WriteRefused"),
+        ("create", "PodDisruptionBudget", 403, "exceeded quota: budgets", "QuotaExceeded"),
+        ("apply", "Pod", 403, "pods is forbidden", "WriteRefused"),
+    ],
+)
+async def test_a_refused_write_is_told_in_the_status_and_stops_nothing_else(
+    verb, kind, status, message, reason, events
+):
+    async with operated(1) as it:
+        if kind != "PodDisruptionBudget":
+            await it.run(20)
+            it.model.set_spec(replicas=2)
+        it.api.refuse = refusing(verb, kind, status, message)
+        await it.run(30)
+        before = len(it.api.asked)
+        await it.run(60)
+        assert ("apply", "PacketStack", "edge", "status") not in it.writes(before), "nothing goes to and fro"
+        degraded = it.model.condition("Degraded")
+        assert (degraded["status"], degraded["reason"]) == ("True", reason)
+        assert message in degraded["message"]
+        assert it.model.condition("Progressing")["observedGeneration"] == it.model.stack["metadata"]["generation"]
+        assert it.model.condition("Available")["status"] == "True"
+        assert [e["reason"] for e in events].count(reason) == 1
+        it.api.refuse = lambda write: None
+        await it.run(60)
+        it.model.check_goal()
+
+
+async def test_a_stack_whose_flow_table_is_refused_is_shown_as_it_is_and_not_as_it_was_to_be():
+    async with operated(1) as it:
+        await it.run(20)
+        it.api.refuse = refusing("replace", "FlowTable", 400, "denied")
+        it.model.vanish("edge-1")
+        await it.run(30)
+        assert it.model.condition("Available")["status"] == "False"
+        assert it.model.status["readyReplicas"] == 0
+        assert it.model.condition("Progressing")["status"] == "True"
+
+
+async def test_a_server_that_is_overloaded_is_not_told_in_the_status():
+    async with operated(1) as it:
+        await it.run(20)
+        it.model.set_spec(replicas=2)
+        it.api.refuse = refusing("replace", "FlowTable", 429, "too many requests")
+        await it.run(20)
+        assert it.model.condition("Degraded")["status"] == "False"
+
+
+async def test_the_answer_to_a_deletion_that_comes_after_the_watch_saw_it_brings_nothing_back():
+    async with operated(2) as it:
+        await it.run(20)
+
+        async def until_the_pod_is_gone(write):
+            if (write.verb, write.kind) == ("delete", "Pod"):
+                it.model.vanish(write.name)
+                it.api.bring()
+
+        it.api.hold = until_the_pod_is_gone
+        it.model.set_spec(replicas=1)
+        it.api.bring()
+        await it.run(3)
+        assert len(it.model.of("Pod")) == 1
+        assert it.model.status["drainingReplicas"] == 0
+
+
+async def test_a_wall_clock_that_is_set_back_stops_no_engine_from_being_made():
+    async with operated(1) as it:
+        await it.run(20)
+        it.api.refuse = refusing("create", "Pod", 403, "exceeded quota: pods")
+        it.model.set_spec(replicas=2)
+        await it.run(3)
+        it.turned_back = 3600.0
+        it.api.refuse = lambda write: None
+        await it.run(30)
+        it.model.check_goal()

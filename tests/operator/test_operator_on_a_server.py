@@ -52,6 +52,7 @@ def test_at_rest_nothing_is_written(operator, place):
     time.sleep(1)
     assert operator.writes() == before
     assert place.stack()["metadata"]["resourceVersion"] == seen
+    assert "annotations" not in place.stack()["metadata"], "no copy of the spec is kept"
 
 
 def test_scale_goes_through_the_subresource_and_its_selector_is_of_active_pods(operator, place, control_plane):
@@ -301,6 +302,16 @@ def test_without_the_agents_answer_nothing_is_taken_away(operator, place):
     place.settle()
 
 
+def test_a_stack_that_was_deleted_while_no_operator_ran_is_let_go_by_its_node(operator, place):
+    place.create()
+    place.settle()
+    operator.kill()
+    place.server.delete(place.path(STACKS))
+    operator.start()
+    wait(lambda: place.stack() is None)
+    assert place.node.owners("edge") == set()
+
+
 @pytest.mark.slow
 def test_a_stack_without_an_agent_can_be_deleted(operator, place):
     place.create()
@@ -308,7 +319,7 @@ def test_a_stack_without_an_agent_can_be_deleted(operator, place):
     place.node.agent = False
     place.server.delete(place.path(STACKS))
     wait(lambda: place.stack() is None, 60)
-    assert "has not answered" in operator.said()
+    assert "has not let its engines go" in operator.said()
     wait(lambda: not place.pods() or all(p["metadata"].get("deletionTimestamp") for p in place.pods().values()), 60)
 
 
