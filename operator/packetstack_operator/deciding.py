@@ -69,7 +69,7 @@ def blocked(world: World, now: float) -> Decision:
     """The status alone, after a write of a decision was refused (`Memory.refused`): the rest was not carried out."""
     if _refused(world) is not None or world.memory.refused is None:
         return Decision(world.memory)
-    deciding = _Deciding(world, resources.parse(world.stack), now)
+    deciding = _Deciding(world, reading.parse(world.stack), now)
     # Without its flow table nothing of a plan is true.
     whole = deciding.without_a_plan() if world.memory.refused.write[1] == "FlowTable" else deciding.decision()
     status = tuple(w for w in whole.writes if w.kind == resources.KIND)
@@ -146,7 +146,7 @@ class _Deciding:
         # A wall clock may be set back: no pause is longer than it was meant to be.
         self.memory = replace(
             world.memory,
-            create_after=min(world.memory.create_after, now + reconciling.back_off(max(0, world.memory.failures - 1))),
+            create_after=min(world.memory.create_after, now + back_off(max(0, world.memory.failures - 1))),
             reuse_after=min(world.memory.reuse_after, now + REUSE_SECONDS),
         )
         self.since: dict[str, float] = {}
