@@ -146,7 +146,9 @@ class _Deciding:
         # A wall clock may be set back: no pause is longer than it was meant to be.
         self.memory = replace(
             world.memory,
-            create_after=min(world.memory.create_after, now + back_off(max(0, world.memory.failures - 1))),
+            create_after=min(
+                world.memory.create_after, now + back_off(max(0, world.memory.failures - 1), ENGINE_SECONDS)
+            ),
             reuse_after=min(world.memory.reuse_after, now + REUSE_SECONDS),
         )
         self.since: dict[str, float] = {}
