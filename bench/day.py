@@ -24,8 +24,8 @@ from typing import Any
 
 from packetstack_cli import simulate
 from packetstack_cli.simulate import Series, Tick
-from packetstack_core import autoscaling
 from packetstack_core.autoscalers import Autoscaling
+from packetstack_core.autoscaling.spec import spec_of
 from rows import Row, yes
 
 LOAD = Path(__file__).with_name("day.csv")
@@ -104,7 +104,7 @@ def wanted(target: int, most: int) -> Autoscaling:
     return Autoscaling.model_validate(body)
 
 
-METRICS = autoscaling.spec_of(wanted(40, 2)).metrics
+METRICS = spec_of(wanted(40, 2)).metrics
 
 
 def ticks(load: Series, target: int, most: int) -> list[Tick]:

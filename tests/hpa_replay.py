@@ -15,7 +15,29 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from packetstack_core import autoscaling as a
+from packetstack_core.autoscaling import controller
+from packetstack_core.autoscaling.behavior import (
+    DEFAULT_DOWN,
+    DEFAULT_UP,
+    Behavior,
+    Memory,
+    Policy,
+    Recommendation,
+    Rules,
+    ScaleEvent,
+    limit_rate,
+    limit_without_behavior,
+    remember_event,
+    stabilize,
+    stabilize_without_behavior,
+    tolerances_of,
+)
+from packetstack_core.autoscaling.calculator import Scale, View
+from packetstack_core.autoscaling.metrics import Container, MetricError, Pod, Reading, Sample, usage
+from packetstack_core.autoscaling.numbers import approximate
+from packetstack_core.autoscaling.settings import Settings, Tolerances
+from packetstack_core.autoscaling.spec import Metric, Spec, Target
+from packetstack_core.autoscaling.status import Decision, MetricStatus, Status
 
 Case = Mapping[str, Any]
 Found = tuple[str, Any, Any]
@@ -62,12 +84,12 @@ def one_of(value: Any, *allowed: str | None) -> Any:
     return value
 
 
-def container(resource: str, item: Case) -> a.Container:
+def container(resource: str, item: Case) -> Container:
     requests = {resource: number(item["requestMilli"])} if "requestMilli" in item else {}
-    return a.Container(item["name"], requests)
+    return Container(item["name"], requests)
 
 
-def calculator_pod(resource: str, item: Case) -> a.Pod:
+def calculator_pod(resource: str, item: Case) -> Pod:
     """Of the calculator family, where requests are those of the case's resource."""
     whole = [{**item, "name": "app"}]
     return replace(
@@ -79,8 +101,8 @@ def calculator_pod(resource: str, item: Case) -> a.Pod:
     )
 
 
-def pod(item: Case) -> a.Pod:
-    return a.Pod(
+def pod(item: Case) -> Pod:
+    return Pod(
         item["name"],
         phase=one_of(item.get("phase", "Running"), "Pending", "Running", "Succeeded", "Failed", "Unknown"),
         deleting=item.get("deleting", False),
@@ -90,56 +112,56 @@ def pod(item: Case) -> a.Pod:
     )
 
 
-def behavior(item: Case | None) -> a.Behavior | None:
+def behavior(item: Case | None) -> Behavior | None:
     if item is None:
         return None
-    return a.Behavior(
-        rules(item.get("scaleUp", {}), a.DEFAULT_UP),
-        rules(item.get("scaleDown", {}), a.DEFAULT_DOWN),
+    return Behavior(
+        rules(item.get("scaleUp", {}), DEFAULT_UP),
+        rules(item.get("scaleDown", {}), DEFAULT_DOWN),
     )
 
 
-def rules(item: Case, default: a.Rules) -> a.Rules:
+def rules(item: Case, default: Rules) -> Rules:
     policies = tuple(
-        a.Policy(one_of(p["type"], "Pods", "Percent"), number(p["value"]), number(p["periodSeconds"]))
+        Policy(one_of(p["type"], "Pods", "Percent"), number(p["value"]), number(p["periodSeconds"]))
         for p in item.get("policies") or []
     )
     tolerance = item.get("toleranceMilli")
-    return a.Rules(
+    return Rules(
         policies or default.policies,
         one_of(item.get("selectPolicy", default.select_policy), "Max", "Min", "Disabled"),
         item.get("stabilizationWindowSeconds", default.stabilization_window_seconds),
-        None if tolerance is None else a.approximate(Decimal(number(tolerance)) / 1000),
+        None if tolerance is None else approximate(Decimal(number(tolerance)) / 1000),
     )
 
 
-def recommendations(items: list[Case]) -> tuple[a.Recommendation, ...]:
-    return tuple(a.Recommendation(number(r["replicas"]), number(r["at"])) for r in items)
+def recommendations(items: list[Case]) -> tuple[Recommendation, ...]:
+    return tuple(Recommendation(number(r["replicas"]), number(r["at"])) for r in items)
 
 
-def events(items: list[Case]) -> tuple[a.ScaleEvent, ...]:
-    return tuple(a.ScaleEvent(number(e["change"]), number(e["at"]), e.get("outdated", False)) for e in items)
+def events(items: list[Case]) -> tuple[ScaleEvent, ...]:
+    return tuple(ScaleEvent(number(e["change"]), number(e["at"]), e.get("outdated", False)) for e in items)
 
 
-def memory(item: Case) -> a.Memory:
-    return a.Memory(
+def memory(item: Case) -> Memory:
+    return Memory(
         recommendations(item.get("recommendations", [])),
         events(item.get("scaleUpEvents", [])),
         events(item.get("scaleDownEvents", [])),
     )
 
 
-def target(item: Case) -> a.Target:
+def target(item: Case) -> Target:
     members = {"Utilization": "averageUtilization", "AverageValue": "averageValueMilli", "Value": "valueMilli"}
-    return a.Target(item["type"], number(item[members[item["type"]]]))
+    return Target(item["type"], number(item[members[item["type"]]]))
 
 
-def metric(item: Case) -> a.Metric:
+def metric(item: Case) -> Metric:
     kind = item["type"]
     source = item.get(kind[0].lower() + kind[1:], {})
     if kind not in ("Resource", "ContainerResource", "Pods", "Object", "External"):
-        return a.Metric(kind, "", a.Target("Value", 1))
-    return a.Metric(
+        return Metric(kind, "", Target("Value", 1))
+    return Metric(
         kind,
         source["name"] if kind in ("Resource", "ContainerResource") else source["metric"]["name"],
         target(source["target"]),
@@ -148,11 +170,11 @@ def metric(item: Case) -> a.Metric:
     )
 
 
-DEFAULT_METRIC = a.Metric("Resource", "cpu", a.Target("Utilization", 80))
+DEFAULT_METRIC = Metric("Resource", "cpu", Target("Utilization", 80))
 
 
-def spec(item: Case) -> a.Spec:
-    return a.Spec(
+def spec(item: Case) -> Spec:
+    return Spec(
         number(item["maxReplicas"]),
         tuple(metric(m) for m in item.get("metrics") or []) or (DEFAULT_METRIC,),
         number(item.get("minReplicas", 1)),
@@ -160,14 +182,14 @@ def spec(item: Case) -> a.Spec:
     )
 
 
-def failure(answer: Case) -> a.MetricError | None:
+def failure(answer: Case) -> MetricError | None:
     match answer.get("error"):
         case None:
             return None
         case "fetch":
-            return a.MetricError("api_error", "unable to fetch metrics")
+            return MetricError("api_error", "unable to fetch metrics")
         case "empty":
-            return a.MetricError("api_empty", "no metrics returned")
+            return MetricError("api_empty", "no metrics returned")
         case other:
             raise ValueError(f"metrics error {other!r}; use fetch or empty")
 
@@ -175,11 +197,11 @@ def failure(answer: Case) -> a.MetricError | None:
 # ---- writing ---------------------------------------------------------------------------------------------------
 
 
-def show_behavior(of: a.Behavior) -> Case:
+def show_behavior(of: Behavior) -> Case:
     return {"scaleUp": show_rules(of.up), "scaleDown": show_rules(of.down)}
 
 
-def show_rules(of: a.Rules) -> Case:
+def show_rules(of: Rules) -> Case:
     shown = {
         "stabilizationWindowSeconds": of.stabilization_window_seconds,
         "selectPolicy": of.select_policy,
@@ -189,7 +211,7 @@ def show_rules(of: a.Rules) -> Case:
     return {key: value for key, value in shown.items() if value is not None}
 
 
-def show_memory(of: a.Memory) -> Case:
+def show_memory(of: Memory) -> Case:
     shown = {
         "recommendations": [{"replicas": r.replicas, "at": r.at} for r in of.recommendations],
         "scaleUpEvents": show_events(of.up_events),
@@ -198,11 +220,11 @@ def show_memory(of: a.Memory) -> Case:
     return {key: value for key, value in shown.items() if value}
 
 
-def show_events(of: tuple[a.ScaleEvent, ...]) -> list[Case]:
+def show_events(of: tuple[ScaleEvent, ...]) -> list[Case]:
     return [{"change": e.change, "at": e.at, **({"outdated": True} if e.outdated else {})} for e in of]
 
 
-def show_metric(of: a.MetricStatus | None) -> Case | None:
+def show_metric(of: MetricStatus | None) -> Case | None:
     if of is None:
         return None
     shown = {
@@ -219,7 +241,7 @@ def show_metric(of: a.MetricStatus | None) -> Case | None:
 def calculator(case: Case) -> Iterator[Found]:
     answer = case["metrics"]
     resource = case.get("resource", "")
-    settings = a.Settings(
+    settings = Settings(
         cpu_initialization_period_seconds=number(case["cpuInitializationPeriodSeconds"]),
         initial_readiness_delay_seconds=number(case["initialReadinessDelaySeconds"]),
     )
@@ -234,19 +256,19 @@ def calculator(case: Case) -> Iterator[Found]:
         "externalAverageValue": "External",
     }
     kind = kinds[case["fn"]]
-    asked = a.Metric(kind, resource, target(case["target"]), container=named)
+    asked = Metric(kind, resource, target(case["target"]), container=named)
     try:
         if case.get("badMetricSelector"):
-            raise a.MetricError("invalid_selector", "the selector cannot be parsed")
-        view = a.View(
+            raise MetricError("invalid_selector", "the selector cannot be parsed")
+        view = View(
             [calculator_pod(resource, item) for item in case.get("pods", [])],
-            a.Scale(number(case.get("currentReplicas", 0)), number(case.get("statusReplicas", 0))),
-            a.Tolerances(number(case["tolerances"]["scaleUp"]), number(case["tolerances"]["scaleDown"])),
+            Scale(number(case.get("currentReplicas", 0)), number(case.get("statusReplicas", 0))),
+            Tolerances(number(case["tolerances"]["scaleUp"]), number(case["tolerances"]["scaleDown"])),
             settings,
             now=0,
         )
-        calculation = a.propose(asked, calculator_reading(kind, answer, named), view)
-    except a.MetricError as error:
+        calculation = controller.propose(asked, calculator_reading(kind, answer, named), view)
+    except MetricError as error:
         yield from differences({"error": error.kind}, dict(case["expect"]))
         return
     actual = {"replicas": calculation.replicas, "usageMilli": calculation.usage}
@@ -255,7 +277,7 @@ def calculator(case: Case) -> Iterator[Found]:
     yield from differences(actual, dict(case["expect"]))
 
 
-def calculator_reading(kind: str, answer: Case, named: str) -> a.Reading:
+def calculator_reading(kind: str, answer: Case, named: str) -> Reading:
     failed = failure(answer)
     if failed is not None:
         return failed
@@ -263,17 +285,17 @@ def calculator_reading(kind: str, answer: Case, named: str) -> a.Reading:
         return int(number(answer["valueMilli"]))
     if kind == "External":
         values = tuple(number(value) for value in answer.get("valuesMilli", []))
-        return values or a.MetricError("api_empty", "no metrics returned")
+        return values or MetricError("api_empty", "no metrics returned")
     items = answer.get("pods", [])
     if not items:
-        return a.MetricError("api_empty", "no metrics returned")
+        return MetricError("api_empty", "no metrics returned")
     samples = {}
     for item in items:
         # A single value is that of the container app.
         containers = item.get("containers", [{**item, "name": "app"}])
-        value = a.usage([(c["name"], c.get("valueMilli")) for c in containers], named)
+        value = usage([(c["name"], c.get("valueMilli")) for c in containers], named)
         if value is not None:
-            samples[item["pod"]] = a.Sample(value, number(item["timestamp"]), number(item.get("windowSeconds", 0)))
+            samples[item["pod"]] = Sample(value, number(item["timestamp"]), number(item.get("windowSeconds", 0)))
     return samples
 
 
@@ -288,23 +310,23 @@ def one_function(case: Case) -> Iterator[Found]:
 
 
 def run_stabilize(given: Case) -> Case:
-    found, kept = a.stabilize(
+    found, kept = stabilize(
         full(given), memory(given).recommendations, number(given["currentReplicas"]), desired(given), 0
     )
-    return {"replicas": found.replicas, "reason": found.reason, **show_memory(a.Memory(kept))}
+    return {"replicas": found.replicas, "reason": found.reason, **show_memory(Memory(kept))}
 
 
 def run_rate(given: Case) -> Case:
     current, wanted = number(given["currentReplicas"]), desired(given)
-    found = a.limit_rate(full(given), memory(given), **limits(given), current=current, desired=wanted, now=0)
+    found = limit_rate(full(given), memory(given), **limits(given), current=current, desired=wanted, now=0)
     return {"replicas": found.replicas, "reason": found.reason}
 
 
 def run_normalize(given: Case) -> Case:
-    settings = a.Settings(downscale_stabilization_seconds=number(given["downscaleStabilizationSeconds"]))
-    asked = a.Spec(given["maxReplicas"], (), given["minReplicas"], behavior(given.get("behavior")))
+    settings = Settings(downscale_stabilization_seconds=number(given["downscaleStabilizationSeconds"]))
+    asked = Spec(given["maxReplicas"], (), given["minReplicas"], behavior(given.get("behavior")))
     current, wanted = number(given["currentReplicas"]), desired(given)
-    _, limited, kept, conditions = a.normalize(asked, settings, memory(given), (), current, wanted, 0)
+    _, limited, kept, conditions = controller.normalize(asked, settings, memory(given), (), current, wanted, 0)
     return {
         "replicas": limited.replicas,
         "conditions": [{"type": c.type, "status": c.status, "reason": c.reason} for c in conditions],
@@ -314,37 +336,37 @@ def run_normalize(given: Case) -> Case:
 
 def run_legacy_stabilize(given: Case) -> Case:
     window = number(given["downscaleStabilizationSeconds"])
-    found, kept = a.stabilize_without_behavior(memory(given).recommendations, desired(given), window, 0)
-    return {"replicas": found.replicas, **show_memory(a.Memory(kept))}
+    found, kept = stabilize_without_behavior(memory(given).recommendations, desired(given), window, 0)
+    return {"replicas": found.replicas, **show_memory(Memory(kept))}
 
 
 def run_legacy_limit(given: Case) -> Case:
     current, wanted = number(given["currentReplicas"]), desired(given)
-    found = a.limit_without_behavior(**limits(given), current=current, desired=wanted)
+    found = limit_without_behavior(**limits(given), current=current, desired=wanted)
     return {"replicas": found.replicas, "reason": found.reason}
 
 
 def run_store(given: Case) -> Case:
     previous, replicas = number(given["prevReplicas"]), number(given["newReplicas"])
-    kept = a.remember_event(memory(given), behavior(given.get("behavior")), previous, replicas, 0)
+    kept = remember_event(memory(given), behavior(given.get("behavior")), previous, replicas, 0)
     return {"scaleUpEvents": show_events(kept.up_events), "scaleDownEvents": show_events(kept.down_events)}
 
 
 def run_default(given: Case) -> Case:
-    settings = a.Settings(downscale_stabilization_seconds=number(given["downscaleStabilizationSeconds"]))
+    settings = Settings(downscale_stabilization_seconds=number(given["downscaleStabilizationSeconds"]))
     found = behavior(given.get("behavior"))
     return {} if found is None else {"behavior": show_behavior(found.with_window(settings))}
 
 
 def run_tolerances(given: Case) -> Case:
-    settings = a.Settings(tolerance=number(given["controllerTolerance"]))
-    found = a.tolerances_of(behavior(given.get("behavior")), settings)
+    settings = Settings(tolerance=number(given["controllerTolerance"]))
+    found = tolerances_of(behavior(given.get("behavior")), settings)
     return {"tolerances": {"scaleUp": found.up, "scaleDown": found.down}}
 
 
-def full(given: Case) -> a.Behavior:
-    settings = a.Settings(downscale_stabilization_seconds=given.get("downscaleStabilizationSeconds", 300))
-    return (behavior(given["behavior"]) or a.Behavior()).with_window(settings)
+def full(given: Case) -> Behavior:
+    settings = Settings(downscale_stabilization_seconds=given.get("downscaleStabilizationSeconds", 300))
+    return (behavior(given["behavior"]) or Behavior()).with_window(settings)
 
 
 def desired(given: Case) -> int:
@@ -370,7 +392,7 @@ FUNCTIONS: dict[str, Callable[[Case], Case]] = {
 
 def timeline(case: Case) -> Iterator[Found]:
     flags, gates = case["controller"], case.get("featureGates", {})
-    settings = a.Settings(
+    settings = Settings(
         tolerance=number(flags["tolerance"]),
         downscale_stabilization_seconds=number(flags["downscaleStabilizationSeconds"]),
         cpu_initialization_period_seconds=number(flags["cpuInitializationPeriodSeconds"]),
@@ -381,14 +403,14 @@ def timeline(case: Case) -> Iterator[Found]:
     now_spec = spec(case["spec"])
     defaulted = {} if now_spec.behavior is None else show_behavior(now_spec.behavior)
     yield from differences(defaulted, dict(case.get("defaultedBehavior", {})), "defaultedBehavior")
-    containers = tuple(a.Container(name, item) for name, item in case.get("containerRequestsMilli", {}).items())
-    pods: tuple[a.Pod, ...] = ()
-    remembered, status = a.Memory(), a.Status()
+    containers = tuple(Container(name, item) for name, item in case.get("containerRequestsMilli", {}).items())
+    pods: tuple[Pod, ...] = ()
+    remembered, status = Memory(), Status()
     for i, tick in enumerate(case["ticks"]):
         if "spec" in tick:
             now_spec = spec(tick["spec"])
         if tick.get("restart"):
-            remembered = a.Memory()
+            remembered = Memory()
         if "pods" in tick:
             pods = tuple(replace(pod(item), containers=containers) for item in tick["pods"])
         decision, wrote = reconcile(now_spec, settings, remembered, status, pods, tick)
@@ -398,42 +420,42 @@ def timeline(case: Case) -> Iterator[Found]:
 
 
 def reconcile(
-    now_spec: a.Spec,
-    settings: a.Settings,
-    remembered: a.Memory,
-    status: a.Status,
-    pods: tuple[a.Pod, ...],
+    now_spec: Spec,
+    settings: Settings,
+    remembered: Memory,
+    status: Status,
+    pods: tuple[Pod, ...],
     tick: Case,
-) -> tuple[a.Decision, bool]:
+) -> tuple[Decision, bool]:
     now, fail = number(tick["t"]), tick.get("fail", "")
     if fail in TARGET_FAILURES:
-        return a.no_scale(remembered, status, fail, now, TARGET_FAILURES[fail]), False  # type: ignore[arg-type]
+        return controller.no_scale(remembered, status, fail, now, TARGET_FAILURES[fail]), False  # type: ignore[arg-type]
     if fail and not fail.startswith(WRITE_FAILURES):
         raise ValueError(f"fail {fail!r} is unknown")
-    scale = a.Scale(number(tick["scale"]["specReplicas"]), number(tick["scale"]["statusReplicas"]))
+    scale = Scale(number(tick["scale"]["specReplicas"]), number(tick["scale"]["statusReplicas"]))
     answers = tick.get("metrics") or [{"error": "empty"}] * len(now_spec.metrics)
     readings = [timeline_reading(*pair) for pair in zip(now_spec.metrics, answers, strict=True)]
     error = selector_error(tick, pods)
-    decision = a.decide(now_spec, settings, remembered, status, scale, pods, readings, now, error)
+    decision = controller.decide(now_spec, settings, remembered, status, scale, pods, readings, now, error)
     if decision.write is None:
         return decision, False
-    if fail == "scaleUpdate" or (fail and int(fail.removeprefix("conflict")) >= a.WRITE_ATTEMPTS):
-        return a.refused(decision, fail, now), False
-    return a.written(decision, now_spec, settings, now), True
+    if fail == "scaleUpdate" or (fail and int(fail.removeprefix("conflict")) >= controller.WRITE_ATTEMPTS):
+        return controller.refused(decision, fail, now), False
+    return controller.written(decision, now_spec, settings, now), True
 
 
-def selector_error(tick: Case, pods: tuple[a.Pod, ...]) -> a.SelectorError | None:
+def selector_error(tick: Case, pods: tuple[Pod, ...]) -> controller.SelectorError | None:
     selector = tick["scale"].get("selector")
     if selector == "":
-        return a.SelectorError("SelectorRequired", "selector is required")
+        return controller.SelectorError("SelectorRequired", "selector is required")
     if selector is not None:
-        return a.SelectorError("InvalidSelector", f"selector {selector!r} cannot be parsed")
+        return controller.SelectorError("InvalidSelector", f"selector {selector!r} cannot be parsed")
     if tick.get("otherSelectors") and pods:
-        return a.SelectorError("AmbiguousSelector", "pods are controlled by multiple HPAs")
+        return controller.SelectorError("AmbiguousSelector", "pods are controlled by multiple HPAs")
     return None
 
 
-def timeline_reading(asked: a.Metric, answer: Case) -> a.Reading:
+def timeline_reading(asked: Metric, answer: Case) -> Reading:
     failed = failure(answer)
     if failed is not None:
         return failed
@@ -441,20 +463,20 @@ def timeline_reading(asked: a.Metric, answer: Case) -> a.Reading:
         return int(number(answer["valueMilli"]))
     if asked.type == "External":
         values = tuple(number(value) for value in answer.get("valuesMilli", []))
-        return values or a.MetricError("api_empty", "no metrics returned")
+        return values or MetricError("api_empty", "no metrics returned")
     values = answer.get("podValuesMilli", {})
     if not values:
-        return a.MetricError("api_empty", "no metrics returned")
+        return MetricError("api_empty", "no metrics returned")
     if asked.container == "nope":
         return {}
     times = answer.get("podTimestamps", {})
     return {
-        name: a.Sample(number(value), number(times.get(name, answer["timestamp"])), number(answer["windowSeconds"]))
+        name: Sample(number(value), number(times.get(name, answer["timestamp"])), number(answer["windowSeconds"]))
         for name, value in values.items()
     }
 
 
-def show_tick(decision: a.Decision, wrote: bool) -> Case:
+def show_tick(decision: Decision, wrote: bool) -> Case:
     status = decision.status
     rescaled = [e.message for e in decision.events if e.reason == "SuccessfulRescale"]
     shown: dict[str, Any] = {

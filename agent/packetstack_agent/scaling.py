@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 from packetstack_agent import loading
 from packetstack_agent.errors import AgentError
 from packetstack_agent.stacks import Managed
-from packetstack_core import kinds, reasons, scaling
-from packetstack_core.autoscaling import Event, MetricError, Pod, Scale
-from packetstack_core.autoscaling_options import State
+from packetstack_core import kinds, reasons
+from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling.metrics import MetricError, Pod
+from packetstack_core.autoscaling.options import State
+from packetstack_core.autoscaling.status import Event
 from packetstack_core.kinds import AutoscalingStatus
 from packetstack_core.planning import State as EngineState
 from packetstack_core.reasons import EventReason
@@ -54,7 +57,7 @@ class Autoscaler:
             known = tuple(kinds.Condition.model_validate(c) for c in (document or {})["conditions"])
         except (KeyError, TypeError, ValueError):
             return Autoscaler()
-        return Autoscaler(scaling.resume(shown, known), shown, known)
+        return Autoscaler(rounds.resume(shown, known), shown, known)
 
 
 class Autoscalers:
@@ -99,7 +102,7 @@ class Autoscalers:
         if one is None or spec.autoscaling is None or spec.autoscaling.paused:
             return False
         now = self._clock()
-        self._keep(managed, one, scaling.step_aside(spec, one.state, _scale(managed), who, now), now)
+        self._keep(managed, one, rounds.step_aside(spec, one.state, _scale(managed), who, now), now)
         return True
 
     def _look(self, managed: Managed, now: float) -> None:
@@ -119,7 +122,7 @@ class Autoscalers:
         wanted = spec.autoscaling
         assert wanted is not None
         clocks = now, asyncio.get_running_loop().time()
-        one.state = scaling.by_the_clock(one.state, one.clocks or clocks, clocks)
+        one.state = rounds.by_the_clock(one.state, one.clocks or clocks, clocks)
         one.clocks = clocks
         active = [
             Pod(loading.name(e), ready="True")
@@ -128,19 +131,19 @@ class Autoscalers:
         ]
         measured = managed.history.load(wanted.sync_period_seconds) or NOT_MEASURED
         answers = {i: NO_METRICS_API for i, metric in enumerate(wanted.metrics) if metric.type != "Engine"}
-        done = scaling.reconcile(spec, one.state, _scale(managed), active, measured, now, answers)
+        done = rounds.reconcile(spec, one.state, _scale(managed), active, measured, now, answers)
         if done.decision.write is not None:
             try:
                 self._agent.set_replicas(managed, done.decision.write)
             except AgentError as e:
-                done = scaling.refused(done, str(e), now)
+                done = rounds.refused(done, str(e), now)
             else:
-                done = scaling.written(done, now)
+                done = rounds.written(done, now)
         self._keep(managed, one, done, now)
 
-    def _keep(self, managed: Managed, one: Autoscaler, done: scaling.Round, now: float) -> None:
+    def _keep(self, managed: Managed, one: Autoscaler, done: rounds.Round, now: float) -> None:
         one.state = done.state
-        one.shown, one.conditions = scaling.show(done, one.shown, now), scaling.conditions(done.state)
+        one.shown, one.conditions = rounds.show(done, one.shown, now), rounds.conditions(done.state)
         self._tell(managed.stack.name, done.decision.events)
         self._agent.run.record.autoscaling[managed.stack.name] = one.document()
         self._agent.run.save()

@@ -18,7 +18,9 @@ from packetstack_cli import simulate, views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client, CliError, NoAgent, unreadable
 from packetstack_cli.cluster import ClusterClient
 from packetstack_cli.demo import run_demo
-from packetstack_core import autoscaling, reading, scaling
+from packetstack_core import reading
+from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling.spec import spec_of
 from packetstack_core.reading import ResourceError
 from packetstack_core.resources import PacketStack
 from packetstack_core.wording import counted
@@ -460,7 +462,7 @@ def _decided(item: Mapping[str, Any]) -> dict[str, Any]:
     if shown is None:
         period = wanted.get("syncPeriodSeconds", 15)
         raise CliError(f"stack {name}: its autoscaler has not decided yet; it does every {period} s")
-    known = [c for c in item["status"]["conditions"] if c["type"] in scaling.CONDITIONS]
+    known = [c for c in item["status"]["conditions"] if c["type"] in rounds.CONDITIONS]
     return {"stack": name, "autoscaling": shown, "conditions": known}
 
 
@@ -570,7 +572,7 @@ def simulate_(
         names = "no" if not stacks else ", ".join(stack.metadata.name for stack in stacks)
         raise CliError(f"{file}: has {names} {f'stack {name}' if name else 'stacks'}; name one that it has")
     wanted = simulate.autoscaling_of(stacks[0])
-    metrics = autoscaling.spec_of(wanted).metrics
+    metrics = spec_of(wanted).metrics
     load = simulate.read_series(series, metrics)
     first = stacks[0].spec.replicas if replicas is None else replicas
     ticks = simulate.simulate(wanted, load, first, begin.replace(tzinfo=UTC), interval, start_seconds)

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from packetstack_cli.client import CliError, unreadable
-from packetstack_core import autoscaling, scaling
 from packetstack_core.autoscalers import Autoscaling
-from packetstack_core.autoscaling import Metric, MetricError, Pod, Reading, Sample, Scale
-from packetstack_core.autoscaling_options import State, is_active
+from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling.metrics import ENGINE_CAPACITY, MetricError, Pod, Reading, Sample
+from packetstack_core.autoscaling.options import State, is_active
+from packetstack_core.autoscaling.spec import Metric, spec_of
+from packetstack_core.autoscaling.status import Conditions, Record
 from packetstack_core.resources import PacketStack
 
 MAX_TICKS = 100_000
@@ -52,8 +55,8 @@ class Tick:
     """minReplicas and maxReplicas, perhaps of a schedule."""
     busy: float | None
     """Share of the engines' cycles that do work; None without `Utilization`."""
-    record: autoscaling.Record
-    conditions: autoscaling.Conditions
+    record: Record
+    conditions: Conditions
 
     def document(self) -> dict[str, Any]:
         """As data."""
@@ -151,7 +154,7 @@ def simulate(
     except ValueError as e:
         raise CliError(f"spec.autoscaling.schedules: {e}") from None
     state = State()
-    metrics = autoscaling.spec_of(wanted).metrics
+    metrics = spec_of(wanted).metrics
     ready_at = [first] * replicas
     ticks = []
     for i in range(int((last - first) / interval_seconds) + 1):
@@ -161,12 +164,12 @@ def simulate(
         pods = [Pod(f"engine-{j}", ready="True") for j in range(active)]
         load = {metric.name: series.at(metric.name, now) for metric in metrics}
         readings = {j: _reading(metric, load[metric.name], active, clock) for j, metric in enumerate(metrics)}
-        done = scaling.decide(wanted, state, Scale(current, current), pods, NOT_IN_SERIES, clock, readings)
+        done = rounds.decide(wanted, state, Scale(current, current), pods, NOT_IN_SERIES, clock, readings)
         if done.decision.write is not None:
             # Those that serve longest stay.
             ready_at = sorted(ready_at)[: done.decision.write]
             ready_at += [now + start_seconds] * (done.decision.write - len(ready_at))
-            done = scaling.written(done, clock)
+            done = rounds.written(done, clock)
         state, record = done.state, done.decision.record
         work = load.get("Utilization")
         busy = None if work is None or not active else min(1.0, float(work) / active)
@@ -188,7 +191,7 @@ def _reading(metric: Metric, value: Decimal | None, active: int, now: float) -> 
         return MetricError("api_error", "cores that poll are busy without load; use a metric of type Engine")
     each = milli if metric.name == "DropRatio" else milli // active if active else 0
     if metric.name == "Utilization" and metric.type == "Engine":
-        each = min(each, autoscaling.ENGINE_CAPACITY)
+        each = min(each, ENGINE_CAPACITY)
     return {f"engine-{j}": Sample(each, now) for j in range(active)}
 
 

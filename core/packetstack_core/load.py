@@ -7,15 +7,14 @@ counters, and nobody must reset them.
 Utilization is busy cycles by all cycles, never CPU time: a core that polls is always busy for the kernel.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from packetstack_core.autoscaling import ENGINE_CAPACITY, Sample
 from packetstack_core.limits import MAX_BUCKETS, MAX_CORES, MAX_QUEUES
-from packetstack_core.planning import Owner, State
+from packetstack_core.planning import Owner
 
 MAX_ENGINES = 1023
 """Of a stack on one node."""
@@ -262,25 +261,6 @@ class History:
             late -= {(e.id, e.name) for e in more}
             found = replace(found, engines=(*found.engines, *more))
         return found
-
-
-# ---- what the controllers see ----------------------------------------------------------------------------------
-
-VALUES: Mapping[str, Any] = {
-    "Utilization": lambda e: e.utilization * ENGINE_CAPACITY,
-    "ActiveFlows": lambda e: e.active_flows * 1000,
-    "NewFlowsPerSecond": lambda e: e.new_flows_per_second * 1000,
-    "PacketsPerSecond": lambda e: e.packets_per_second * 1000,
-    "BitsPerSecond": lambda e: e.bits_per_second * 1000,
-    "DropRatio": lambda e: e.drop_ratio * 1000,
-}
-"""By name of an `Engine` metric: an engine's value, in milli-units."""
-
-
-def samples(load: StackLoad, metric: str) -> dict[str, Sample]:
-    """An `Engine` metric's samples by engine. Only active ones: one that starts or drains is in no average."""
-    value = VALUES[metric]
-    return {e.name: Sample(round(value(e)), load.read, e.window) for e in load.engines if e.state == State.ACTIVE.value}
 
 
 def bucket_loads(load: StackLoad, owners: Sequence[Owner | None]) -> list[float] | None:

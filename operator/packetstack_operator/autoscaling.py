@@ -16,9 +16,12 @@ from typing import Any
 import aiohttp
 import kopf
 
-from packetstack_core import autoscalers, reading, resources, scaling
-from packetstack_core.autoscaling import WRITE_ATTEMPTS, MetricError, Pod, Reading, Scale
-from packetstack_core.autoscaling_options import State
+from packetstack_core import autoscalers, reading, resources
+from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling.controller import WRITE_ATTEMPTS
+from packetstack_core.autoscaling.metrics import MetricError, Pod, Reading
+from packetstack_core.autoscaling.options import State
 from packetstack_core.backing_off import ANSWER_SECONDS, back_off
 from packetstack_core.kinds import AutoscalingStatus, Condition
 from packetstack_core.load import StackLoad
@@ -169,21 +172,21 @@ class Autoscalers:
         state = scaled.state or _resume(shown, conditions, scale)
         if not first:
             # Kept whatever becomes of this round: the next one sees no jump.
-            state = scaled.state = scaling.by_the_clock(state, before, (now, scaled.decided))
+            state = scaled.state = rounds.by_the_clock(state, before, (now, scaled.decided))
         wrote = False
         who = other_writer(raw, spec, state, scale, ours=scaled.ours, first=first)
         if who:
-            done = scaling.step_aside(spec, state, scale, who, now)
+            done = rounds.step_aside(spec, state, scale, who, now)
         else:
             answers = await self._answers(key, spec.autoscaling, state)
-            done = scaling.reconcile(spec, state, scale, active, measured, now, answers)
+            done = rounds.reconcile(spec, state, scale, active, measured, now, answers)
             if done.decision.write is not None:
                 done, wrote = await self._write(key, done, now)
         scaled.state = done.state
         scaled.ours = wrote or MANAGER in replica_writers(raw)
         self._metrics.autoscalers.known[key] = done
         scaled.events.show(scaled.body, [Event(e.type, e.reason, e.message) for e in done.decision.events])
-        fresh = scaling.show(done, shown, now), scaling.conditions(done.state, observing.generation(raw))
+        fresh = rounds.show(done, shown, now), rounds.conditions(done.state, observing.generation(raw))
         if fresh[0] != shown or {c.type: c for c in fresh[1]} != {c.type: c for c in conditions}:
             await self._apply(key, {"autoscaling": fresh[0].document(), "conditions": [c.document() for c in fresh[1]]})
         return period
@@ -212,7 +215,7 @@ class Autoscalers:
 
     async def _answers(self, key: Key, wanted: autoscalers.Autoscaling, state: State) -> dict[int, Reading]:
         others = {i: metric for i, metric in enumerate(wanted.metrics) if metric.engine is None}
-        if not others or (scaling.is_external(state) and not wanted.paused):
+        if not others or (rounds.is_external(state) and not wanted.paused):
             return {}
         found: dict[int, Reading] = {}
         now = time.time()
@@ -229,7 +232,7 @@ class Autoscalers:
 
     # ---- writes ----------------------------------------------------------------------------------------------
 
-    async def _write(self, key: Key, done: scaling.Round, now: float) -> tuple[scaling.Round, bool]:
+    async def _write(self, key: Key, done: rounds.Round, now: float) -> tuple[rounds.Round, bool]:
         """/scale, if the replicas are still those that were decided about. -> whether that was so"""
         current, replicas = done.decision.record.current, done.decision.write
         change = [
@@ -244,9 +247,9 @@ class Autoscalers:
                 if e.status == 409 and attempt < WRITE_ATTEMPTS:
                     continue
                 message = f"spec.replicas is not {current} any more" if e.status == 422 else str(e)
-                return scaling.refused(done, message, now), False
+                return rounds.refused(done, message, now), False
             break
-        return scaling.written(done, now), True
+        return rounds.written(done, now), True
 
     async def _apply(self, key: Key, status: Mapping[str, Any]) -> None:
         meta = {"namespace": key[0], "name": key[1]}
@@ -291,12 +294,12 @@ def other_writer(stack: Raw, spec: resources.Spec, state: State, scale: Scale, *
     `ours`: in the last round the autoscaler owned it. `first`: this is the first round of this process, so that what
     nobody owns may be the write of the process before.
     """
-    if spec.autoscaling is None or spec.autoscaling.paused or scaling.is_external(state):
+    if spec.autoscaling is None or spec.autoscaling.paused or rounds.is_external(state):
         return ""
     writers = replica_writers(stack)
     if MANAGER in writers:
         return ""
-    changed = scaling.is_changed_by_other(spec, state, scale)
+    changed = rounds.is_changed_by_other(spec, state, scale)
     taken = ours or changed if writers else changed and not first
     if not taken:
         return ""
@@ -305,7 +308,7 @@ def other_writer(stack: Raw, spec: resources.Spec, state: State, scale: Scale, *
 
 
 def _resume(shown: AutoscalingStatus | None, conditions: Iterable[Condition], scale: Scale) -> State:
-    state = scaling.resume(shown, conditions)
+    state = rounds.resume(shown, conditions)
     if state.status.conditions:
         return state
     # What there is now is not somebody else's change, even if the first round fails.
@@ -330,7 +333,7 @@ def _parsed(scaled: _Scaled, stack: Raw) -> resources.Spec | None:
 def _asks(spec: resources.Spec, state: State | None) -> bool:
     """Whether the engines' load is needed for the next decision."""
     wanted = spec.autoscaling
-    if wanted is None or (state is not None and scaling.is_external(state) and not wanted.paused):
+    if wanted is None or (state is not None and rounds.is_external(state) and not wanted.paused):
         return False
     return not wanted.metrics or any(metric.engine is not None for metric in wanted.metrics)
 
@@ -344,7 +347,7 @@ def _shown(stack: Raw) -> tuple[AutoscalingStatus | None, tuple[Condition, ...]]
             shown = AutoscalingStatus.model_validate(status["autoscaling"])
     conditions = []
     for raw in status.get("conditions") or ():
-        if raw.get("type") in scaling.CONDITIONS:
+        if raw.get("type") in rounds.CONDITIONS:
             with suppress(ValueError):
                 conditions.append(Condition.model_validate(raw))
     return shown, tuple(conditions)

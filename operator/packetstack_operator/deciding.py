@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from packetstack_core import kinds, limits, reading, reconciling, resources, scaling
+from packetstack_core import kinds, limits, reading, reconciling, resources
+from packetstack_core.autoscaling import rounds
 from packetstack_core.backing_off import ENGINE_SECONDS, back_off
 from packetstack_core.kinds import (
     MAX_ENGINE_ID,
@@ -847,7 +848,7 @@ def _status(stack: Raw) -> PacketStackStatus:
     except ValueError:
         return PacketStackStatus()
     # A server keeps the order in which conditions came; it says nothing.
-    own = sorted((c for c in status.conditions if c.type not in scaling.CONDITIONS), key=lambda c: c.type)
+    own = sorted((c for c in status.conditions if c.type not in rounds.CONDITIONS), key=lambda c: c.type)
     return status.model_copy(update={"conditions": tuple(own)})
 
 

@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from packetstack_core.scaling import Round
+from packetstack_core.autoscaling.rounds import Round
 from packetstack_operator.observing import Raw
 
 LONGEST_NAME = 200

@@ -7,7 +7,8 @@ from urllib.parse import quote, urlencode
 import aiohttp
 
 from packetstack_core import autoscalers
-from packetstack_core.autoscaling import MetricError, Reading, Sample, milli
+from packetstack_core.autoscaling.metrics import MetricError, Reading, Sample
+from packetstack_core.autoscaling.numbers import milli
 from packetstack_operator import observing
 from packetstack_operator.ports import Api, Refused
 

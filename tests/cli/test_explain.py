@@ -9,9 +9,11 @@ from click.testing import CliRunner
 from packetstack_cli import cluster
 from packetstack_cli import main as command
 from packetstack_cli.client import Client
-from packetstack_core import reading, scaling
-from packetstack_core.autoscaling import MetricError, Pod, Scale
-from packetstack_core.autoscaling_options import State
+from packetstack_core import reading
+from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling.metrics import MetricError, Pod
+from packetstack_core.autoscaling.options import State
 from packetstack_core.load import EngineLoad, StackLoad
 
 BUSY = {
@@ -53,11 +55,11 @@ def decided(busy: float, packets: float, **changes: Any) -> dict[str, Any]:
     )
     spec, pods = reading.parse(made).spec, [Pod(n, ready="True") for n in names]
     answers = {2: MetricError("api_error", "nobody answers")}
-    done = scaling.reconcile(spec, State(), Scale(2, 2), pods, load, NOW, answers)
+    done = rounds.reconcile(spec, State(), Scale(2, 2), pods, load, NOW, answers)
     if done.decision.write is not None:
-        done = scaling.written(done, NOW)
-    shown = scaling.show(done, None, NOW).model_dump(mode="json", by_alias=True, exclude_none=True)
-    known = [c.model_dump(mode="json", by_alias=True) for c in scaling.conditions(done.state)]
+        done = rounds.written(done, NOW)
+    shown = rounds.show(done, None, NOW).model_dump(mode="json", by_alias=True, exclude_none=True)
+    known = [c.model_dump(mode="json", by_alias=True) for c in rounds.conditions(done.state)]
     other = {"type": "Available", "status": "True", "reason": "MinimumEnginesAvailable", "message": ""}
     return made | {"status": {"autoscaling": shown, "conditions": [other, *known]}}
 

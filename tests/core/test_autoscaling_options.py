@@ -7,22 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packetstack_core import autoscalers, autoscaling_options
-from packetstack_core.autoscaling import (
-    Memory,
-    Metric,
-    MetricError,
-    Pod,
-    Sample,
-    Scale,
-    Settings,
-    Spec,
-    Status,
-    Target,
-    decide,
-    written,
-)
-from packetstack_core.autoscaling_options import (
+from packetstack_core import autoscalers
+from packetstack_core.autoscaling import options
+from packetstack_core.autoscaling.behavior import Memory
+from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling.controller import decide, written
+from packetstack_core.autoscaling.metrics import MetricError, Pod, Sample
+from packetstack_core.autoscaling.options import (
     State,
     failures,
     fall_back,
@@ -32,6 +23,9 @@ from packetstack_core.autoscaling_options import (
     settled,
     with_schedule,
 )
+from packetstack_core.autoscaling.settings import Settings
+from packetstack_core.autoscaling.spec import Metric, Spec, Target
+from packetstack_core.autoscaling.status import Status
 
 SPEC = Spec(10, (Metric("Engine", "Utilization", Target("Utilization", 60)),), 2)
 DOWN = MetricError("api_error", "no agent answers")
@@ -235,8 +229,8 @@ def test_without_options_nothing_is_added():
 
 
 def test_a_schedule_of_each_minute_is_not_looked_up_for_hours(monkeypatch):
-    looked, get_prev = [], autoscaling_options.croniter.get_prev
-    monkeypatch.setattr(autoscaling_options.croniter, "get_prev", lambda *a, **k: looked.append(1) or get_prev(*a, **k))
+    looked, get_prev = [], options.croniter.get_prev
+    monkeypatch.setattr(options.croniter, "get_prev", lambda *a, **k: looked.append(1) or get_prev(*a, **k))
     assert not is_active(schedule("* * * * *", 1.5 / 3600), at("2026-11-03T12:00:30"))
     assert not is_active(schedule("* * * * *", 1.5 / 3600, zone="Europe/Berlin"), at("2026-11-03T12:00:30"))
     assert len(looked) <= 4

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from packetstack_core.autoscaling.engine_metrics import samples
 from packetstack_core.load import (
     CoreCounters,
     EngineCounters,
@@ -15,7 +16,6 @@ from packetstack_core.load import (
     bucket_loads,
     engine_load,
     from_json,
-    samples,
     stack_load,
     to_json,
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from packetstack_core import scaling
+from packetstack_core.autoscaling import rounds
 from packetstack_core.reasons import AUTOSCALER, BAD, ENGINE, ConditionReason, EventReason, Says, fill, named, why_not
 
 TROUBLESHOOT = Path(__file__).resolve().parents[2] / "docs/troubleshoot.md"
@@ -75,4 +75,4 @@ def test_a_reason_is_found_by_its_name() -> None:
 def test_conditions_that_the_list_tells_apart_are_there() -> None:
     known = {says.condition for reason in ConditionReason for says in reason.says}
     assert known >= {*BAD, *AUTOSCALER, *ENGINE}
-    assert AUTOSCALER == scaling.CONDITIONS
+    assert AUTOSCALER == rounds.CONDITIONS

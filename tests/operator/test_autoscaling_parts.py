@@ -3,9 +3,12 @@
 import pytest
 from prometheus_client import generate_latest
 
-from packetstack_core import autoscalers, scaling
-from packetstack_core.autoscaling import Condition, MetricError, Pod, Sample, Scale, Status
-from packetstack_core.autoscaling_options import State
+from packetstack_core import autoscalers
+from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling.metrics import MetricError, Pod, Sample
+from packetstack_core.autoscaling.options import State
+from packetstack_core.autoscaling.status import Condition, Status
 from packetstack_core.load import EngineLoad, StackLoad
 from packetstack_core.reading import parse
 from packetstack_operator.applying import Refused
@@ -243,9 +246,7 @@ def test_metrics_of_one_name_are_one_series_and_no_name_is_endless():
     load = StackLoad(1.0, (EngineLoad(1, "edge-1", "Active", True, 5.0, (0.9,), (), 0, 0.0, 0.0, 0.0, 0.0),))
     ready = [Pod("edge-1", ready="True")]
     metrics = Metrics()
-    metrics.autoscalers.known["shop", "edge"] = scaling.reconcile(
-        spec, State(), Scale(3, 3), ready, load, 1.0, {2: [1]}
-    )
+    metrics.autoscalers.known["shop", "edge"] = rounds.reconcile(spec, State(), Scale(3, 3), ready, load, 1.0, {2: [1]})
     found = [
         line for line in generate_latest(metrics.registry).decode().splitlines() if line.startswith("packetstack_autos")
     ]

@@ -18,23 +18,17 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from packetstack_core import autoscalers, autoscaling, kinds, load, resources
-from packetstack_core.autoscaling import (
-    Decision,
-    Event,
-    Memory,
-    Metric,
-    MetricError,
-    Pod,
-    Reading,
-    Record,
-    Scale,
-    Settings,
-    Spec,
-    Status,
-)
-from packetstack_core.autoscaling_options import State, settled, with_schedule
-from packetstack_core.autoscaling_options import reconcile as _reconcile
+from packetstack_core import autoscalers, kinds, resources
+from packetstack_core.autoscaling import controller
+from packetstack_core.autoscaling.behavior import Memory
+from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling.engine_metrics import samples
+from packetstack_core.autoscaling.metrics import MetricError, Pod, Reading
+from packetstack_core.autoscaling.options import State, settled, with_schedule
+from packetstack_core.autoscaling.options import reconcile as _reconcile
+from packetstack_core.autoscaling.settings import Settings
+from packetstack_core.autoscaling.spec import Metric, Spec, Target, spec_of
+from packetstack_core.autoscaling.status import Condition, Decision, Event, Proposal, Record, Status, set_condition
 from packetstack_core.kinds import AutoscalingStatus
 from packetstack_core.load import StackLoad
 from packetstack_core.planning import State as EngineState
@@ -76,7 +70,7 @@ def engines(load: StackLoad) -> list[Pod]:
 def settings_of(wanted: autoscalers.Autoscaling) -> Settings:
     """Defaults of an HPA. A sample may be three sync periods old."""
     # Without a metric that needs no engine nobody would see the first packet, so there is no zero.
-    scales_to_zero = autoscaling.spec_of(wanted).scales_to_zero()
+    scales_to_zero = spec_of(wanted).scales_to_zero()
     oldest = max(SAMPLE_SECONDS, 3.0 * wanted.sync_period_seconds)
     return Settings(scale_to_zero=scales_to_zero, sample_max_age_seconds=oldest)
 
@@ -119,7 +113,7 @@ def decide(
     settings = settings_of(wanted)
     at = datetime.fromtimestamp(now, UTC)
     try:
-        spec, schedule = with_schedule(autoscaling.spec_of(wanted), wanted.schedules, at)
+        spec, schedule = with_schedule(spec_of(wanted), wanted.schedules, at)
         if aside:
             return _round(_aside(state, scale), state, spec, settings, schedule)
         readings = [_reading(i, metric, measured, answers or {}) for i, metric in enumerate(spec.metrics)]
@@ -128,7 +122,7 @@ def decide(
         limited = wanted.model_copy(update=limits)
         decision, spec, state = _reconcile(limited, settings, state, scale, active, readings, now, at)
     except ValueError as e:  # a schedule that cannot be read
-        return _round(_invalid(state, scale, str(e), now), state, autoscaling.spec_of(wanted), settings, "")
+        return _round(_invalid(state, scale, str(e), now), state, spec_of(wanted), settings, "")
     if wanted.paused:
         decision = replace(decision, status=replace(decision.status, desired_replicas=scale.spec_replicas))
     return _round(decision, state, spec, settings, schedule)
@@ -136,13 +130,13 @@ def decide(
 
 def written(done: Round, now: float) -> Round:
     """The round after its replicas were written."""
-    decision = autoscaling.written(done.decision, done.spec, done.settings, now)
+    decision = controller.written(done.decision, done.spec, done.settings, now)
     return replace(done, decision=decision, state=settled(done.state, decision))
 
 
 def refused(done: Round, message: str, now: float) -> Round:
     """The round after its replicas could not be written, for the reason `message`."""
-    decision = autoscaling.refused(done.decision, message, now)
+    decision = controller.refused(done.decision, message, now)
     return replace(done, decision=decision, state=settled(done.state, decision))
 
 
@@ -161,7 +155,7 @@ def _reading(index: int, metric: Metric, measured: StackLoad | MetricError, answ
         return answers[index]
     if metric.type != "Engine":
         return MetricError("api_empty", "nobody has read it")
-    return measured if isinstance(measured, MetricError) else load.samples(measured, metric.name)
+    return measured if isinstance(measured, MetricError) else samples(measured, metric.name)
 
 
 def by_the_clock(state: State, before: tuple[float, float], now: tuple[float, float]) -> State:
@@ -193,9 +187,7 @@ def _at(state: State, other: Callable[[float], float]) -> State:
 
 def _invalid(state: State, scale: Scale, problem: str, now: float) -> Decision:
     message = f"spec.autoscaling.schedules: {problem}"
-    conditions = autoscaling.set_condition(
-        state.status.conditions, "ScalingActive", "False", "InvalidSchedule", message, now
-    )
+    conditions = set_condition(state.status.conditions, "ScalingActive", "False", "InvalidSchedule", message, now)
     current = scale.spec_replicas
     status = replace(
         state.status, current_replicas=current, desired_replicas=current, current_metrics=(), conditions=conditions
@@ -229,13 +221,13 @@ def step_aside(stack: resources.Spec, state: State, scale: Scale, who: str, now:
         f"{who} set spec.replicas to {scale.spec_replicas}, so the autoscaler changes it no more; to give it back, set "
         "spec.autoscaling.paused to true and then to false"
     )
-    conditions = autoscaling.set_condition(state.status.conditions, "ScalingActive", "False", EXTERNAL, message, now)
+    conditions = set_condition(state.status.conditions, "ScalingActive", "False", EXTERNAL, message, now)
     state = State(status=replace(state.status, conditions=conditions))
     decision = replace(_aside(state, scale), events=(Event("Warning", EXTERNAL, message),))
     try:
-        spec, schedule = with_schedule(autoscaling.spec_of(wanted), wanted.schedules, datetime.fromtimestamp(now, UTC))
+        spec, schedule = with_schedule(spec_of(wanted), wanted.schedules, datetime.fromtimestamp(now, UTC))
     except ValueError:
-        spec, schedule = autoscaling.spec_of(wanted), ""
+        spec, schedule = spec_of(wanted), ""
     return _round(decision, state, spec, settings_of(wanted), schedule)
 
 
@@ -315,7 +307,7 @@ def resume(shown: AutoscalingStatus | None, known: Iterable[kinds.Condition]) ->
     if shown is None:
         return State()
     kept = tuple(
-        autoscaling.Condition(c.type, c.status, c.reason, c.message, _seconds(c.last_transition_time))
+        Condition(c.type, c.status, c.reason, c.message, _seconds(c.last_transition_time))
         for c in known
         if c.type in CONDITIONS and c.status != "Unknown"
     )
@@ -366,7 +358,7 @@ def _record(record: Record) -> dict[str, Any]:
     }
 
 
-def _target(target: autoscaling.Target) -> dict[str, Any]:
+def _target(target: Target) -> dict[str, Any]:
     match target.type:
         case "Utilization":
             return {"averageUtilization": target.value}
@@ -376,7 +368,7 @@ def _target(target: autoscaling.Target) -> dict[str, Any]:
             return {"value": _quantity(target.value)}
 
 
-def _value(proposal: autoscaling.Proposal) -> dict[str, Any]:
+def _value(proposal: Proposal) -> dict[str, Any]:
     if proposal.target.type == "Value":
         return {"value": _quantity(proposal.usage)}
     return {"averageUtilization": proposal.utilization, "averageValue": _quantity(proposal.usage)}

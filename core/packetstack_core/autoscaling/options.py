@@ -13,8 +13,14 @@ from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from croniter import CroniterBadDateError, CroniterError, croniter
 
-from packetstack_core import autoscalers, autoscaling
-from packetstack_core.autoscaling import Decision, Event, Memory, Pod, Reading, Scale, Settings, Spec, Status
+from packetstack_core import autoscalers
+from packetstack_core.autoscaling import controller
+from packetstack_core.autoscaling.behavior import Memory
+from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling.metrics import Pod, Reading
+from packetstack_core.autoscaling.settings import Settings
+from packetstack_core.autoscaling.spec import Spec, spec_of
+from packetstack_core.autoscaling.status import Decision, Event, Status
 
 _CHANGE = timedelta(hours=3)
 """More than any clock is ever changed by."""
@@ -192,8 +198,8 @@ def reconcile(
     `now` is what the windows are measured in, `date_and_time` is for the schedules and has a time zone. Raises
     ValueError for a schedule that cannot be read.
     """
-    spec, _ = with_schedule(autoscaling.spec_of(wanted), wanted.schedules, date_and_time)
-    decision = autoscaling.decide(spec, settings, state.memory, state.status, scale, pods, readings, now)
+    spec, _ = with_schedule(spec_of(wanted), wanted.schedules, date_and_time)
+    decision = controller.decide(spec, settings, state.memory, state.status, scale, pods, readings, now)
     failed = failures(state.failed, decision)
     if wanted.fallback is not None:
         decision = fall_back(decision, spec, state.status, wanted.fallback, failed)

@@ -10,9 +10,11 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from packetstack_core import kinds, reading, resources, scaling
-from packetstack_core.autoscaling import MetricError, Pod, Scale
-from packetstack_core.autoscaling_options import State
+from packetstack_core import kinds, reading, resources
+from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling.metrics import MetricError, Pod
+from packetstack_core.autoscaling.options import State
 from packetstack_core.kinds import AutoscalingStatus, PacketStackStatus
 from packetstack_core.load import CoreCounters, EngineCounters, EngineLoad, History, Snapshot, StackLoad
 
@@ -78,25 +80,25 @@ class Pool:
         self,
         busy: Callable[[int], Sequence[float]],
         change: Callable[[StackLoad], StackLoad | MetricError] = lambda load: load,
-    ) -> scaling.Round:
+    ) -> rounds.Round:
         """One sync period. `busy`: how busy each of so many engines is; `change`: what becomes of that on its way."""
         assert self.spec.autoscaling
         self.now += self.spec.autoscaling.sync_period_seconds
         self.active = self.replicas
         measured = change(load_of(busy(self.active), self.now))
         scale = Scale(self.replicas, self.replicas)
-        done = scaling.reconcile(self.spec, self.state, scale, pods(self.active), measured, self.now)
+        done = rounds.reconcile(self.spec, self.state, scale, pods(self.active), measured, self.now)
         if done.decision.write is not None:
             self.replicas = done.decision.write
-            done = scaling.written(done, self.now)
+            done = rounds.written(done, self.now)
         self.state = done.state
-        self.shown = scaling.show(done, self.shown, self.now)
+        self.shown = rounds.show(done, self.shown, self.now)
         self.sizes.append(self.replicas)
         return done
 
     def condition(self, kind: str) -> tuple[str, str]:
         """Its status and reason."""
-        found = next(c for c in scaling.conditions(self.state) if c.type == kind)
+        found = next(c for c in rounds.conditions(self.state) if c.type == kind)
         return found.status, found.reason
 
     @property
@@ -163,10 +165,10 @@ def test_less_load_gives_engines_back_after_the_window_of_scaling_down() -> None
 def test_the_metric_that_asks_for_most_counts() -> None:
     wanted = spec(metrics=[BUSY, PACKETS])
     now = BEGIN
-    done = scaling.reconcile(wanted, State(), Scale(2, 2), pods(2), load_of([0.6, 0.6], now, packets=2600.0), now)
+    done = rounds.reconcile(wanted, State(), Scale(2, 2), pods(2), load_of([0.6, 0.6], now, packets=2600.0), now)
     assert done.decision.record.proposed == 6
     assert done.decision.write == 4, "without behavior at most double, or 4"
-    shown = scaling.show(done, None, now)
+    shown = rounds.show(done, None, now)
     assert shown.record
     assert shown.record.winner == "engine metric PacketsPerSecond"
     assert [(p.metric, p.replicas) for p in shown.record.proposals] == [
@@ -184,7 +186,7 @@ def test_only_active_engines_count() -> None:
         e if e.id == 0 else EngineLoad(e.id, e.name, "Starting", True, 5.0, (0.0,), (), 0, 0, 0, 0, 0)
         for e in measured.engines
     )
-    done = scaling.reconcile(spec(), State(), Scale(1, 1), pods(1), StackLoad(now, starting), now)
+    done = rounds.reconcile(spec(), State(), Scale(1, 1), pods(1), StackLoad(now, starting), now)
     assert done.decision.write == 2
 
 
@@ -215,9 +217,9 @@ def test_a_stack_without_another_metric_never_goes_to_zero() -> None:
 def test_other_metrics_are_read_by_the_caller() -> None:
     wanted = spec(metrics=[BUSY, QUEUED])
     measured = load_of([0.6], BEGIN)
-    done = scaling.reconcile(wanted, State(), Scale(1, 1), pods(1), measured, BEGIN, {1: [45_000]})
+    done = rounds.reconcile(wanted, State(), Scale(1, 1), pods(1), measured, BEGIN, {1: [45_000]})
     assert done.decision.write == 4, "behavior allows no more at once"
-    done = scaling.reconcile(wanted, State(), Scale(1, 1), pods(1), measured, BEGIN)
+    done = rounds.reconcile(wanted, State(), Scale(1, 1), pods(1), measured, BEGIN)
     assert done.decision.write is None
     assert "FailedGetExternalMetric" in [e.reason for e in done.decision.events]
 
@@ -293,7 +295,7 @@ def test_whatever_happens_the_limits_hold_and_partial_data_takes_no_engine(
         assert 2 <= pool.replicas <= 8
         if what != "all":
             assert pool.replicas >= before
-        for known in scaling.conditions(pool.state):
+        for known in rounds.conditions(pool.state):
             assert known.message
         PacketStackStatus.model_validate({"autoscaling": pool.status.model_dump(by_alias=True)})
 
@@ -321,10 +323,10 @@ def test_counters_that_restart_at_zero_and_time_that_goes_backwards_take_no_engi
         if second % 5:
             continue
         measured = history.load(5.0) or MetricError("api_empty", "no load is measured yet")
-        done = scaling.reconcile(wanted, state, Scale(2, 2), pods(2), measured, now)
+        done = rounds.reconcile(wanted, state, Scale(2, 2), pods(2), measured, now)
         assert done.decision.write is None, second
         state = done.state
-        active = next(c for c in scaling.conditions(state) if c.type == "ScalingActive")
+        active = next(c for c in rounds.conditions(state) if c.type == "ScalingActive")
         told.append(active.reason)
     assert told.count("FailedGetEngineMetric") == 2, "at 60 s and 80 s nothing is known"
     assert told[-1] == "ValidMetricFound"
@@ -336,9 +338,9 @@ def test_counters_that_restart_at_zero_and_time_that_goes_backwards_take_no_engi
 def test_a_second_writer_stops_the_autoscaler_until_it_was_paused() -> None:
     pool = Pool(spec(), 2)
     pool.step(evenly(1.2))
-    assert not scaling.is_changed_by_other(pool.spec, pool.state, Scale(2, 2))
-    assert scaling.is_changed_by_other(pool.spec, pool.state, Scale(5, 5))
-    done = scaling.step_aside(pool.spec, pool.state, Scale(5, 5), "packetstack scale", pool.now)
+    assert not rounds.is_changed_by_other(pool.spec, pool.state, Scale(2, 2))
+    assert rounds.is_changed_by_other(pool.spec, pool.state, Scale(5, 5))
+    done = rounds.step_aside(pool.spec, pool.state, Scale(5, 5), "packetstack scale", pool.now)
     assert done.decision.write is None
     assert [e.reason for e in done.decision.events] == ["ExternallyScaled"]
     assert {c.type for c in done.state.status.conditions} == {"AbleToScale", "ScalingActive"}, "nothing limits it now"
@@ -350,16 +352,16 @@ def test_a_second_writer_stops_the_autoscaler_until_it_was_paused() -> None:
         assert not done.decision.events, "told once"
         assert "packetstack scale set spec.replicas to 5" in pool.status.decision
         assert "spec.autoscaling.paused" in pool.status.decision
-    assert not scaling.is_changed_by_other(pool.spec, pool.state, Scale(7, 7)), "it does not care any more"
+    assert not rounds.is_changed_by_other(pool.spec, pool.state, Scale(7, 7)), "it does not care any more"
 
     pool.spec = spec(paused=True)
     pool.step(evenly(8.0))
     assert pool.replicas == 5
     pool.replicas = 6  # by a person, which is all right while it is paused
-    assert not scaling.is_changed_by_other(pool.spec, pool.state, Scale(6, 6))
+    assert not rounds.is_changed_by_other(pool.spec, pool.state, Scale(6, 6))
     pool.step(evenly(8.0))
     pool.spec = spec()
-    assert not scaling.is_changed_by_other(pool.spec, pool.state, Scale(6, 6))
+    assert not rounds.is_changed_by_other(pool.spec, pool.state, Scale(6, 6))
     pool.step(evenly(8.0))
     assert pool.replicas == 8
     assert pool.condition("ScalingActive") == ("True", "ValidMetricFound")
@@ -370,24 +372,24 @@ def test_by_hand_while_it_is_paused_and_blind_is_not_a_second_writer() -> None:
     pool.step(evenly(1.2))
     pool.replicas = 5
     pool.step(evenly(1.2), down)
-    assert not scaling.is_changed_by_other(spec(), pool.state, Scale(5, 5))
+    assert not rounds.is_changed_by_other(spec(), pool.state, Scale(5, 5))
 
 
 def test_an_autoscaler_that_was_taken_away_and_put_back_takes_over() -> None:
     pool = Pool(spec(), 2)
     pool.step(evenly(1.2))
-    pool.state = scaling.step_aside(pool.spec, pool.state, Scale(5, 5), "helm", pool.now).state
-    assert scaling.is_external(scaling.resume(pool.status, scaling.conditions(pool.state)))
-    assert not scaling.is_external(scaling.resume(None, ()))
+    pool.state = rounds.step_aside(pool.spec, pool.state, Scale(5, 5), "helm", pool.now).state
+    assert rounds.is_external(rounds.resume(pool.status, rounds.conditions(pool.state)))
+    assert not rounds.is_external(rounds.resume(None, ()))
 
 
 def test_a_second_writer_outlives_the_autoscaler_that_saw_it() -> None:
     pool = Pool(spec(), 2)
     pool.step(evenly(1.2))
-    pool.state = scaling.step_aside(pool.spec, pool.state, Scale(5, 5), "kubectl", pool.now).state
+    pool.state = rounds.step_aside(pool.spec, pool.state, Scale(5, 5), "kubectl", pool.now).state
     pool.replicas = 5
     pool.step(evenly(1.2))
-    pool.state = scaling.resume(pool.status, scaling.conditions(pool.state))
+    pool.state = rounds.resume(pool.status, rounds.conditions(pool.state))
     pool.step(evenly(8.0))
     assert pool.replicas == 5
     assert pool.condition("ScalingActive") == ("False", "ExternallyScaled")
@@ -405,10 +407,10 @@ def test_while_it_is_paused_it_says_what_it_would_do() -> None:
 def test_a_paused_stack_does_not_give_the_replicas_back_to_its_autoscaler() -> None:
     pool = Pool(spec(), 2)
     pool.step(evenly(1.2))
-    pool.state = scaling.step_aside(pool.spec, pool.state, Scale(5, 5), "kubectl", pool.now).state
+    pool.state = rounds.step_aside(pool.spec, pool.state, Scale(5, 5), "kubectl", pool.now).state
     pool.spec = spec(stack={"paused": True})
     pool.step(evenly(1.2))
-    assert scaling.is_external(pool.state)
+    assert rounds.is_external(pool.state)
 
 
 # ---- status ----------------------------------------------------------------------------------------------------
@@ -417,17 +419,17 @@ def test_a_paused_stack_does_not_give_the_replicas_back_to_its_autoscaler() -> N
 def test_a_fresh_autoscaler_knows_when_it_scaled_last_and_takes_no_engine_at_once() -> None:
     pool = Pool(spec(behavior={"scaleDown": {"stabilizationWindowSeconds": 20}}), 2)
     pool.step(evenly(1.9))
-    scaled, before = pool.status.last_scale_time, scaling.conditions(pool.state)
-    assert scaled == scaling.timestamp(BEGIN + 5)
-    fresh = Pool(pool.spec, 4, scaling.resume(pool.status, before))
+    scaled, before = pool.status.last_scale_time, rounds.conditions(pool.state)
+    assert scaled == rounds.timestamp(BEGIN + 5)
+    fresh = Pool(pool.spec, 4, rounds.resume(pool.status, before))
     fresh.now, fresh.shown = pool.now, pool.shown
-    assert scaling.conditions(fresh.state) == before
+    assert rounds.conditions(fresh.state) == before
     sizes = []
     for _ in range(5):
         fresh.step(evenly(0.1))
         sizes.append(fresh.replicas)
     assert sizes == [4, 4, 4, 4, 1]
-    able = {c.type: c.last_transition_time for c in scaling.conditions(fresh.state)}
+    able = {c.type: c.last_transition_time for c in rounds.conditions(fresh.state)}
     assert able["AbleToScale"] == next(c.last_transition_time for c in before if c.type == "AbleToScale")
 
 
@@ -435,36 +437,36 @@ def test_the_status_does_not_change_when_nothing_does() -> None:
     pool = Pool(spec(), 2)
     pool.step(evenly(1.2))
     pool.step(evenly(1.2))
-    before, known = pool.status, scaling.conditions(pool.state)
+    before, known = pool.status, rounds.conditions(pool.state)
     for _ in range(10):
         pool.step(evenly(1.2))
     assert pool.status == before
-    assert scaling.conditions(pool.state) == known
+    assert rounds.conditions(pool.state) == known
     pool.step(evenly(1.3))
-    assert pool.status.decision_time == scaling.timestamp(pool.now) != before.decision_time
+    assert pool.status.decision_time == rounds.timestamp(pool.now) != before.decision_time
 
 
 def test_texts_in_the_status_are_bounded() -> None:
     pool = Pool(spec(), 2)
     pool.step(evenly(1.2), lambda _: MetricError("api_error", "x" * 100_000))
     assert len(pool.status.model_dump_json()) < 4000
-    assert all(len(c.message) <= 500 for c in scaling.conditions(pool.state))
+    assert all(len(c.message) <= 500 for c in rounds.conditions(pool.state))
 
 
 def test_a_refused_write_is_told_and_tried_again() -> None:
     now = BEGIN
-    done = scaling.reconcile(spec(), State(), Scale(1, 1), pods(1), load_of([1.0], now), now)
-    done = scaling.refused(done, "no quota", now)
+    done = rounds.reconcile(spec(), State(), Scale(1, 1), pods(1), load_of([1.0], now), now)
+    done = rounds.refused(done, "no quota", now)
     assert [e.reason for e in done.decision.events] == ["FailedRescale"]
-    assert scaling.show(done, None, now).desired_replicas == 0
-    again = scaling.reconcile(spec(), done.state, Scale(1, 1), pods(1), load_of([1.0], now + 5), now + 5)
+    assert rounds.show(done, None, now).desired_replicas == 0
+    again = rounds.reconcile(spec(), done.state, Scale(1, 1), pods(1), load_of([1.0], now + 5), now + 5)
     assert again.decision.write == 2
 
 
 def test_the_status_is_read_as_it_was_written() -> None:
     pool = Pool(spec(metrics=[BUSY, PACKETS]), 2)
     pool.step(evenly(1.9))
-    parts = {"autoscaling": pool.status, "conditions": scaling.conditions(pool.state, 7)}
+    parts = {"autoscaling": pool.status, "conditions": rounds.conditions(pool.state, 7)}
     document = PacketStackStatus.model_validate(parts).model_dump(mode="json", by_alias=True, exclude_none=True)
     assert document["autoscaling"]["currentMetrics"][0] == {
         "type": "Engine",
@@ -475,8 +477,8 @@ def test_the_status_is_read_as_it_was_written() -> None:
     read = PacketStackStatus.model_validate(document)
     assert read.autoscaling == pool.status
     assert {c.observed_generation for c in read.conditions} == {7}
-    again = scaling.resume(read.autoscaling, read.conditions)
-    assert scaling.conditions(again) == scaling.conditions(pool.state)
+    again = rounds.resume(read.autoscaling, read.conditions)
+    assert rounds.conditions(again) == rounds.conditions(pool.state)
 
 
 def test_unreadable_times_in_a_status_do_not_stop_it() -> None:
@@ -484,7 +486,7 @@ def test_unreadable_times_in_a_status_do_not_stop_it() -> None:
         {"type": "AbleToScale", "status": "True", "reason": "x", "lastTransitionTime": "yesterday"}
     )
     shown = AutoscalingStatus.model_validate({"lastScaleTime": "?"})
-    assert scaling.resume(shown, [wrong]).status.last_scale_time == 0.0
+    assert rounds.resume(shown, [wrong]).status.last_scale_time == 0.0
 
 
 # ---- cost ------------------------------------------------------------------------------------------------------
@@ -496,8 +498,8 @@ def test_a_decision_over_a_thousand_engines_takes_at_most_20_ms() -> None:
     took = []
     for _ in range(20):
         began = time.perf_counter()
-        done = scaling.reconcile(wanted, State(), Scale(1000, 1000), active, measured, now)
-        scaling.show(done, None, now)
+        done = rounds.reconcile(wanted, State(), Scale(1000, 1000), active, measured, now)
+        rounds.show(done, None, now)
         took.append(time.perf_counter() - began)
     assert min(took) <= 0.020
     print(f"best {min(took) * 1000:.2f} ms")
@@ -519,13 +521,13 @@ def test_a_clock_that_is_set_changes_no_decision(jump: float) -> None:
         for second in range(0, 600, 5):
             before = wall, steady
             wall, steady = wall + 5 + (jump if second in jumps else 0), steady + 5
-            state = scaling.by_the_clock(state, before, (wall, steady))
+            state = rounds.by_the_clock(state, before, (wall, steady))
             busy = 0.95 if second == 100 or 200 <= second < 320 else 0.4 if second < 400 else 0.1
-            done = scaling.reconcile(
+            done = rounds.reconcile(
                 wanted, state, Scale(replicas, replicas), pods(replicas), load_of([busy] * replicas, wall), wall
             )
             if done.decision.write is not None:
-                replicas, done = done.decision.write, scaling.written(done, wall)
+                replicas, done = done.decision.write, rounds.written(done, wall)
             state = done.state
             sizes.append(replicas)
         return sizes
@@ -545,11 +547,11 @@ def test_a_clock_that_is_set_back_holds_no_window_and_no_policy_for_longer_than_
         if second == 30:
             now -= 86_400
         busy = 1.0 if second < 300 else 0.01
-        done = scaling.reconcile(
+        done = rounds.reconcile(
             wanted, state, Scale(replicas, replicas), pods(replicas), load_of([busy] * replicas, now), now
         )
         if done.decision.write is not None:
-            replicas, done = done.decision.write, scaling.written(done, now)
+            replicas, done = done.decision.write, rounds.written(done, now)
         state, now = done.state, now + 5
         sizes.append(replicas)
     assert sizes[295 // 5] == 20, "the policy's period is over, and so is the next one"
