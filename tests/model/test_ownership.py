@@ -10,8 +10,8 @@ import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from tests.model.ownership import Held, Node, Packet, Protections
 
-from packetstack_core.ownership import Held, Node, Packet, Protections
 from packetstack_core.planning import NOBODY, EngineShare, Owner, assign
 
 cpus = st.integers(0, 1)
