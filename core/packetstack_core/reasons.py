@@ -430,6 +430,21 @@ class ConditionReason(StrEnum):
 
 Reason = EventReason | ConditionReason
 """What an event may have: one of its own, or that of the condition which it announces."""
+Problem = tuple[ConditionReason, str]
+"""Reason and message of a condition."""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """To be shown with the stack."""
+
+    reason: Reason
+    message: str
+
+    @property
+    def kind(self) -> Kind:
+        """Whether it is a warning."""
+        return self.reason.kind
 
 
 def named(name: str) -> Reason:

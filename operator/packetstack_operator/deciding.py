@@ -32,6 +32,7 @@ from packetstack_core.kinds import (
 )
 from packetstack_core.planning import NOBODY, Owner, State, moved
 from packetstack_core.reading import ResourceError
+from packetstack_core.reasons import ConditionReason, Event, EventReason, Problem, Reason
 from packetstack_core.reconciling import (
     ActivateEngine,
     AssignBuckets,
@@ -45,7 +46,7 @@ from packetstack_core.resources import API_VERSION, PacketStack
 from packetstack_core.wording import counted
 from packetstack_operator import observing, pods
 from packetstack_operator.observing import Conflict, Holder, Raw, World
-from packetstack_operator.outcome import Decision, Event, Kind, Write
+from packetstack_operator.outcome import Decision, Kind, Write
 
 NODE_SECONDS = 30.0
 """So long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
@@ -54,7 +55,7 @@ AGENT_SECONDS = 10.0
 REUSE_SECONDS = 2.0
 """After a pod with a device has gone, before one is made that may get it: a CNI plugin may still be resetting it."""
 
-LAYOUT = "LayoutMismatch: "
+LAYOUT = f"{ConditionReason.LAYOUT_MISMATCH}: "
 """So begins what an agent says of memory that another build has made, or of an engine of another build."""
 
 
@@ -77,27 +78,30 @@ def blocked(world: World, now: float) -> Decision:
     return Decision(world.memory, status, tuple(e for e in whole.events if e.reason == world.memory.refused.reason))
 
 
-def _refused(world: World) -> tuple[str, str] | None:
+def _refused(world: World) -> Problem | None:
     """Reason and message for leaving everything as it is."""
     try:
         stack = reading.parse(world.stack)
     except ResourceError as e:
-        return "InvalidSpec", e.problems[0]
+        return ConditionReason.INVALID_SPEC, e.problems[0]
     if stack.spec.engine.mode == "DPDK":
-        return "NotSupported", 'spec.engine.mode: "DPDK" is not supported yet; use "AFXDP"'
+        return ConditionReason.NOT_SUPPORTED, 'spec.engine.mode: "DPDK" is not supported yet; use "AFXDP"'
     if stack.spec.handover.strategy == "Mirror":
-        return "NotSupported", 'spec.handover.strategy: "Mirror" is not supported yet; use "Transfer"'
+        return ConditionReason.NOT_SUPPORTED, 'spec.handover.strategy: "Mirror" is not supported yet; use "Transfer"'
     if world.table is not None and not observing.mine(world.table, world.uid):
-        return "NameTaken", f"flow table {stack.name} belongs to another stack of this name; wait until it is deleted"
+        return (
+            ConditionReason.NAME_TAKEN,
+            f"flow table {stack.name} belongs to another stack of this name; wait until it is deleted",
+        )
     if world.conflict is not None and world.conflict.fresh:
-        return "AddressConflict", _conflict(world.conflict)
+        return ConditionReason.ADDRESS_CONFLICT, _conflict(world.conflict)
     table = observing.read_table(world.table)
     if table is not None and table.spec.flow_table.buckets != stack.spec.flow_table.buckets:
-        return "InvalidSpec", "spec.flowTable.buckets: cannot be changed; create another stack"
+        return ConditionReason.INVALID_SPEC, "spec.flowTable.buckets: cannot be changed; create another stack"
     return None
 
 
-def _only_status(world: World, reason: str, message: str, now: float) -> Decision:
+def _only_status(world: World, reason: ConditionReason, message: str, now: float) -> Decision:
     former = _status(world.stack)
     conditions = {c.type: c for c in former.conditions}
     _set(conditions, world, "Degraded", True, reason, message, now)
@@ -111,7 +115,7 @@ def _only_status(world: World, reason: str, message: str, now: float) -> Decisio
         }
     )
     writes = (_status_write(world, status),) if status != former else ()
-    events = (Event("Warning", reason, message),) if status != former else ()
+    events = (Event(reason, message),) if status != former else ()
     return Decision(world.memory, writes, events)
 
 
@@ -258,8 +262,8 @@ class _Deciding:
         self.entries[entry.id] = entry.model_copy(update=fields)
         return self.entries[entry.id]
 
-    def _event(self, reason: str, message: str, kind: Literal["Normal", "Warning"] = "Normal") -> None:
-        self.events.append(Event(kind, reason, message))
+    def _event(self, reason: Reason, message: str) -> None:
+        self.events.append(Event(reason, message))
 
     def _find_doubles(self) -> dict[int, Holder]:
         found = {}
@@ -299,11 +303,11 @@ class _Deciding:
             if pod is None:
                 if entry.pod_uid:
                     del self.entries[entry.id]
-                    self._event("EngineLost", f"engine {entry.id}: its pod {entry.name} is gone", "Warning")
+                    self._event(EventReason.ENGINE_LOST, f"engine {entry.id}: its pod {entry.name} is gone")
                 elif ("Pod", entry.name) in self.world.strangers:
                     del self.entries[entry.id]
                     message = f"engine {entry.id}: there is a pod {entry.name} of somebody else; it gets another number"
-                    self._event("NameTaken", message, "Warning")
+                    self._event(EventReason.NAME_TAKEN, message)
                 elif entry.template != self.template:  # and will never be: pods are made of the present template
                     del self.entries[entry.id]
                 continue
@@ -316,13 +320,13 @@ class _Deciding:
             reason = "it was replaced" if replaced else str(status.get("reason") or observing.phase(pod))
             message = f"engine {entry.id}: pod {entry.name} ended: {reason} {status.get('message') or ''}".strip()
             if entry.pod_uid or observing.terminating(pod):
-                self._event("EngineLost", message, "Warning")
+                self._event(EventReason.ENGINE_LOST, message)
             elif uid not in self.memory.counted:
                 self._count_failure(uid, _admission(str(status.get("reason")), str(status.get("message"))), message)
         uids = {str(p["metadata"]["uid"]) for p in self.pods.values()}
         self.memory = replace(self.memory, counted=self.memory.counted & uids)
 
-    def _count_failure(self, uid: str, reason: str, message: str) -> None:
+    def _count_failure(self, uid: str, reason: ConditionReason, message: str) -> None:
         pause = back_off(self.memory.failures, ENGINE_SECONDS)
         self.memory = replace(
             self.memory,
@@ -331,7 +335,7 @@ class _Deciding:
             problem=(reason, message),
             counted=self.memory.counted | {uid},
         )
-        self._event("EngineFailed", f"{message}; next try in {pause:g} s", "Warning")
+        self._event(EventReason.ENGINE_FAILED, f"{message}; next try in {pause:g} s")
 
     def _alive(self) -> dict[int, Raw]:
         """The pods of the engines in the table, by engine."""
@@ -352,7 +356,7 @@ class _Deciding:
         if self.now < at:
             self._wake(at)
             return
-        self._event("NodeLost", f"node {self.node} takes no engine and has none; the stack goes elsewhere", "Warning")
+        self._event(EventReason.NODE_LOST, f"node {self.node} takes no engine and has none; the stack goes elsewhere")
         for i, _ in refused:  # their pods name that node
             del self.entries[i]
         self.node = None
@@ -441,18 +445,18 @@ class _Deciding:
                     self._create(template, queues)
             case ActivateEngine(i):
                 if self.entries[i].state == "Starting":
-                    self._event("EngineActive", f"engine {i} joined the flow table")
+                    self._event(EventReason.ENGINE_ACTIVE, f"engine {i} joined the flow table")
                 else:
-                    self._event("EngineActive", f"engine {i} was draining and is wanted again")
+                    self._event(EventReason.ENGINE_ACTIVE, f"engine {i} was draining and is wanted again")
                 self._change(self.entries[i], state="Active")
             case DrainEngine(i):
                 self._change(self.entries[i], state="Draining")
-                self._event("EngineDraining", f"engine {i} hands its buckets over")
+                self._event(EventReason.ENGINE_DRAINING, f"engine {i} hands its buckets over")
             case AssignBuckets(moves):
                 self.owners = moved(self.owners, moves)
             case RemoveEngine(i):
                 del self.entries[i]
-                self._event("EngineRemoved", f"engine {i} owns no bucket any more")
+                self._event(EventReason.ENGINE_REMOVED, f"engine {i} owns no bucket any more")
 
     def _rebalance(self) -> None:
         """Buckets to other cores, when nothing else is to do and packets see the flow table that was looked at."""
@@ -473,7 +477,7 @@ class _Deciding:
             self.moved = RebalanceStatus.model_validate(
                 {"lastTime": observing.timestamp(self.now), "buckets": len(moves), "message": found.message}
             )
-            self._event("Rebalanced", f"{counted(len(moves), 'bucket')}: {found.message}")
+            self._event(EventReason.REBALANCED, f"{counted(len(moves), 'bucket')}: {found.message}")
 
     def _create(self, template: str, queues: int) -> None:
         used = set(self.entries) | set(self.reported) | {observing.number_of(p) for p in self.pods.values()}
@@ -496,7 +500,7 @@ class _Deciding:
                 "cpuPolicy": shape.cpu_policy,
             }
         )
-        self._event("EngineCreated", f"engine {number}: pod {self.stack.name}-{number}")
+        self._event(EventReason.ENGINE_CREATED, f"engine {number}: pod {self.stack.name}-{number}")
 
     # ---- writes ------------------------------------------------------------------------------------------------
 
@@ -571,7 +575,8 @@ class _Deciding:
             report = self.reported.get(entry.id)
             ready = self._ready(entry)
             message = "" if ready or report is None else self._said(entry.id)
-            condition = {"type": pods.DATA_PATH, "status": str(ready), "reason": "Serving" if ready else "NotServing"}
+            reason = ConditionReason.SERVING if ready else ConditionReason.NOT_SERVING
+            condition = {"type": pods.DATA_PATH, "status": str(ready), "reason": str(reason)}
             if message:
                 condition["message"] = message
             was: Raw = next(
@@ -645,11 +650,12 @@ class _Deciding:
         state = entry.state if ours else "Failed" if pod and observing.dead(pod, self.now) else "Draining"
         message = "" if ready or report is None else self._said(number)
         if not ready and not message and pod is not None:
-            message = (_obstacle(pod) or self._trouble(pod) or ("", ""))[1]
+            obstacle = _obstacle(pod) or self._trouble(pod)
+            message = obstacle[1] if obstacle is not None else ""
         # While buckets are on their way the numbers change many times a second: they are metrics then.
         settled = self.report is None or self.report.settled
         conditions: dict[str, Condition] = {c.type: c for c in former.conditions}
-        reason = "Serving" if ready else state
+        reason = ConditionReason.SERVING if ready else ConditionReason(state)
         _set(conditions, self.world, "Ready", ready, reason, message, self.now)
         return PacketEngineStatus.model_validate(
             {
@@ -698,19 +704,18 @@ class _Deciding:
         )
         conditions = {c.type: c for c in former.conditions}
 
-        def set_(kind: str, value: bool | None, reason: str, message: str = "") -> None:
+        def set_(kind: str, value: bool | None, reason: ConditionReason, message: str = "") -> None:
             was = conditions.get(kind)
             _set(conditions, self.world, kind, value, reason, message, self.now)
             bad = value if kind == "Degraded" else not value
             if kind != "Progressing" and (was is None or (was.status, was.reason) != (conditions[kind].status, reason)):
-                if bad and (was is not None or kind != "Available"):
-                    self._event(reason, message or f"{kind} is {value}", "Warning")
-                elif was is not None and was.status != conditions[kind].status:
+                other = was is not None and was.status != conditions[kind].status
+                if (was is not None or kind != "Available") if bad else other:
                     self._event(reason, message or f"{kind} is {value}")
 
         available = bool(serving)
-        starting = "EnginesStarting" if spec.replicas else "NoReplicas"
-        set_("Available", available, "MinimumEnginesAvailable" if available else starting)
+        starting = ConditionReason.ENGINES_STARTING if spec.replicas else ConditionReason.NO_REPLICAS
+        set_("Available", available, ConditionReason.MINIMUM_ENGINES_AVAILABLE if available else starting)
         set_("Progressing", not goal and not spec.paused, *self._progress(goal, staying, fresh, serving))
         set_("CapacityAvailable", *self._capacity())
         set_("Degraded", *self._degraded(staying))
@@ -742,62 +747,68 @@ class _Deciding:
 
     def _progress(
         self, goal: bool, staying: Sequence[TableEngine], fresh: Sequence[TableEngine], serving: Sequence[TableEngine]
-    ) -> tuple[str, str]:
+    ) -> Problem:
         if goal:
-            return "Settled", ""
+            return ConditionReason.SETTLED, ""
         if self.stack.spec.paused:
-            return "Paused", ""
+            return ConditionReason.PAUSED, ""
         if len(fresh) < len(staying):
-            return "RollingOut", f"{len(fresh)} of {self.stack.spec.replicas} engines have the present template"
+            return (
+                ConditionReason.ROLLING_OUT,
+                f"{len(fresh)} of {self.stack.spec.replicas} engines have the present template",
+            )
         if len(serving) < self.stack.spec.replicas:
-            return "EnginesStarting", f"{len(serving)} of {self.stack.spec.replicas} engines serve"
-        return "HandoverInProgress", ""
+            return ConditionReason.ENGINES_STARTING, f"{len(serving)} of {self.stack.spec.replicas} engines serve"
+        return ConditionReason.HANDOVER_IN_PROGRESS, ""
 
-    def _capacity(self) -> tuple[bool, str, str]:
+    def _capacity(self) -> tuple[bool, ConditionReason, str]:
         for _, pod in sorted(self._alive().items()):
             obstacle = _obstacle(pod) or self._trouble(pod)
             if obstacle is not None:
                 return False, *obstacle
         if self.memory.problem is not None:
             return False, *self.memory.problem
-        return True, "EnoughCapacity", ""
+        return True, ConditionReason.ENOUGH_CAPACITY, ""
 
-    def _trouble(self, pod: Raw) -> tuple[str, str] | None:
+    def _trouble(self, pod: Raw) -> Problem | None:
         """What the kubelet says about a pod that it cannot start. That is in no status, only in events."""
         name = str(pod["metadata"]["name"])
         message = self.world.troubles.get(name)
         if message is None:
             return None
         if re.search(r"network-attachment-definition", message, re.IGNORECASE):
-            return "NetworkAttachmentDefinitionNotFound", f"pod {name}: {message}"
-        return "PodNotStarted", f"pod {name}: {message}"
+            return ConditionReason.ATTACHMENT_NOT_FOUND, f"pod {name}: {message}"
+        return ConditionReason.POD_NOT_STARTED, f"pod {name}: {message}"
 
     def _said_of(self, entry: TableEngine) -> str:
         report = self.reported.get(entry.id)
         return report.message if report is not None and not report.ready else ""
 
-    def _degraded(self, staying: Sequence[TableEngine]) -> tuple[bool, str, str]:
+    def _degraded(self, staying: Sequence[TableEngine]) -> tuple[bool, ConditionReason, str]:
         if self.memory.refused is not None:
             return True, self.memory.refused.reason, self.memory.refused.message
         if self.report is not None and self.report.message:
-            match = re.match(r"([A-Z][A-Za-z]+): (.+)", self.report.message)
-            return (True, match[1], match[2]) if match else (True, "AgentProblem", self.report.message)
+            return True, *_said(self.report.message)
         if self.world.conflict is not None:
-            return True, "AddressConflict", _conflict(self.world.conflict)
+            return True, ConditionReason.ADDRESS_CONFLICT, _conflict(self.world.conflict)
         if self.backend_problems:
-            return True, "BackendNotFound", "; ".join(self.backend_problems)[:1000]
+            return True, ConditionReason.BACKEND_NOT_FOUND, "; ".join(self.backend_problems)[:1000]
         attached = [self.pods[e.name] for e in self.entries.values() if e.pod_uid and e.name in self.pods]
         if attached and self.report is None:
             at = self._since("no agent answers", min(map(observing.started_at, attached))) + AGENT_SECONDS
             if self.now >= at:
-                return True, "NoAgent", f"no agent of node {self.node} has answered; its DaemonSet must run there"
+                return (
+                    True,
+                    ConditionReason.NO_AGENT,
+                    f"no agent of node {self.node} has answered; its DaemonSet must run there",
+                )
             self._wake(at)
         if self.doubles:
-            return True, "DuplicateMAC", self._double(min(self.doubles))
+            return True, ConditionReason.DUPLICATE_MAC, self._double(min(self.doubles))
         if foreign := [e for e in staying if self._said_of(e).startswith(LAYOUT)]:
             names = ", ".join(e.name for e in foreign[:5])
             said = self._said_of(foreign[0]).removeprefix(LAYOUT)
-            return True, LAYOUT.rstrip(": "), (
+            return True, ConditionReason.LAYOUT_MISMATCH, (
                 f"{names}: {said}; the pod's image is of another build than the node's agent: let spec.engine.image be the "
                 "agent's, or upgrade the agents"
             )  # fmt: skip
@@ -805,17 +816,25 @@ class _Deciding:
         if lame:
             said = next((r.message for e in lame if (r := self.reported.get(e.id)) and r.message), "")
             names = ", ".join(e.name for e in lame[:5])
-            return True, "EngineNotReady", f"{names}: {said}" if said else names
+            return True, ConditionReason.ENGINE_NOT_READY, f"{names}: {said}" if said else names
         strays = [e for e in self.entries.values() if e.name in self.pods and self._leaves(e)]
         if strays and any(observing.terminating(self.pods[e.name]) for e in strays):
             names = ", ".join(e.name for e in strays[:5])
-            return True, "EngineEvicted", f"{names}: being deleted; its buckets go to another engine"
+            return True, ConditionReason.ENGINE_EVICTED, f"{names}: being deleted; its buckets go to another engine"
         name = pods.budget_name(self.stack.name)
         if ("PodDisruptionBudget", name) in self.world.strangers:
-            return True, "NameTaken", f"disruption budget {name} is not of this stack, which has none; rename it"
+            return (
+                True,
+                ConditionReason.NAME_TAKEN,
+                f"disruption budget {name} is not of this stack, which has none; rename it",
+            )
         if self.world.outdated:
-            return True, "CRDOutdated", f"{self.world.outdated}: not of this operator's version; apply its CRDs"
-        return False, "AsExpected", ""
+            return (
+                True,
+                ConditionReason.CRD_OUTDATED,
+                f"{self.world.outdated}: not of this operator's version; apply its CRDs",
+            )
+        return False, ConditionReason.AS_EXPECTED, ""
 
     def _flows(self) -> dict[str, int]:
         """Flows that SNAT ports allow: about 15 a bucket for each pair of SNAT address and backend at 4,096 buckets."""
@@ -860,7 +879,13 @@ def _engine_status(raw: Raw | None) -> PacketEngineStatus:
 
 
 def _set(
-    conditions: dict[str, Condition], world: World, kind: str, value: bool | None, reason: str, message: str, now: float
+    conditions: dict[str, Condition],
+    world: World,
+    kind: str,
+    value: bool | None,
+    reason: ConditionReason,
+    message: str,
+    now: float,
 ) -> None:
     """`value`: None if it is not known."""
     was, status = conditions.get(kind), "Unknown" if value is None else str(value)
@@ -869,7 +894,7 @@ def _set(
         {
             "type": kind,
             "status": status,
-            "reason": reason,
+            "reason": str(reason),
             "message": message,
             "lastTransitionTime": since,
             "observedGeneration": observing.generation(world.stack),
@@ -877,12 +902,23 @@ def _set(
     )
 
 
-def _firewall(said: str) -> tuple[bool | None, str, str]:
+def _said(text: str) -> Problem:
+    """Reason and message of what an agent reports, as in "AddressConflict: 192.0.2.10 belongs to stack default/web"."""
+    name, _, message = text.partition(": ")
+    for reason in ConditionReason:
+        if reason == name and message:
+            return reason, message
+    return ConditionReason.AGENT_PROBLEM, text
+
+
+def _firewall(said: str) -> tuple[bool | None, ConditionReason, str]:
     """Whether the node's packet filter lets packets pass, by what its agent says."""
-    reason, _, message = said.partition(": ")
     if not said:
-        return True, "NothingInTheWay", ""
-    return None if reason == "MayDropPackets" else False, reason, message
+        return True, ConditionReason.NOTHING_IN_THE_WAY, ""
+    reason, message = _said(said)
+    if reason is ConditionReason.MAY_DROP_PACKETS:
+        return None, reason, message
+    return False, ConditionReason.PACKETS_DROPPED, message
 
 
 def _status_write(world: World, status: PacketStackStatus) -> Write:
@@ -929,6 +965,14 @@ def _within(wanted: Any, present: Any) -> bool:
     return bool(wanted == present)
 
 
+_CANNOT_START = (
+    ConditionReason.CREATE_CONTAINER_CONFIG_ERROR,
+    ConditionReason.CREATE_CONTAINER_ERROR,
+    ConditionReason.RUN_CONTAINER_ERROR,
+)
+"""What the kubelet says of a container that it cannot start; the conditions have the same reasons."""
+
+
 def _unschedulable_since(pod: Raw) -> float | None:
     if observing.node_of(pod) is not None:
         return None
@@ -938,7 +982,7 @@ def _unschedulable_since(pod: Raw) -> float | None:
     return None
 
 
-def _obstacle(pod: Raw) -> tuple[str, str] | None:
+def _obstacle(pod: Raw) -> Problem | None:
     """What a pod that does not run waits for, if it is something that is missing."""
     name = pod["metadata"]["name"]
     status = pod.get("status", {})
@@ -951,40 +995,43 @@ def _obstacle(pod: Raw) -> tuple[str, str] | None:
         waiting = (c.get("state") or {}).get("waiting") or {}
         reason = waiting.get("reason")
         if reason in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull"):
-            return "ImagePullFailed", f"pod {name}: image {c.get('image')}: {waiting.get('message') or reason}"
-        if reason in ("CreateContainerConfigError", "CreateContainerError", "RunContainerError"):
-            return str(reason), f"pod {name}: {waiting.get('message') or reason}"
+            return (
+                ConditionReason.IMAGE_PULL_FAILED,
+                f"pod {name}: image {c.get('image')}: {waiting.get('message') or reason}",
+            )
+        if reason in _CANNOT_START:
+            return ConditionReason(reason), f"pod {name}: {waiting.get('message') or reason}"
     return None
 
 
-def _shortage(message: str) -> str:
+def _shortage(message: str) -> ConditionReason:
     """The reason in a scheduler's message."""
     lacking = re.findall(r"Insufficient ([\w./-]+)", message)
     for resource in lacking:
         resource = resource.rstrip(".")
         if resource.startswith("hugepages-"):
-            return "NoHugePages"
+            return ConditionReason.NO_HUGE_PAGES
         if "/" in resource:
-            return "NoFreeVF"
+            return ConditionReason.NO_FREE_VF
     if "cannot allocate all claims" in message or "resourceclaim" in message.lower():
-        return "NoFreeVF"
+        return ConditionReason.NO_FREE_VF
     if any(r.rstrip(".") == "cpu" for r in lacking):
-        return "NoExclusiveCPU"
+        return ConditionReason.NO_EXCLUSIVE_CPU
     if any(r.rstrip(".") == "memory" for r in lacking):
-        return "NoMemory"
-    return "Unschedulable"
+        return ConditionReason.NO_MEMORY
+    return ConditionReason.UNSCHEDULABLE
 
 
-def _admission(reason: str, message: str) -> str:
+def _admission(reason: str, message: str) -> ConditionReason:
     """The reason in a kubelet's refusal."""
     if reason == "TopologyAffinityError":
-        return "TopologyRejected"
+        return ConditionReason.TOPOLOGY_REJECTED
     if reason == "OutOfcpu" or (reason == "UnexpectedAdmissionError" and "cpu" in message.lower()):
-        return "NoExclusiveCPU"
+        return ConditionReason.NO_EXCLUSIVE_CPU
     if reason.startswith("OutOfhugepages"):
-        return "NoHugePages"
+        return ConditionReason.NO_HUGE_PAGES
     if reason.startswith("OutOf") and "/" in reason:
-        return "NoFreeVF"
+        return ConditionReason.NO_FREE_VF
     if reason == "UnexpectedAdmissionError":
-        return "DeviceNotReady"
-    return reason if re.fullmatch(r"[A-Z][A-Za-z]*", reason) and reason != "None" else "EngineFailed"
+        return ConditionReason.DEVICE_NOT_READY
+    return ConditionReason.NO_MEMORY if reason == "OutOfmemory" else ConditionReason.ENGINE_FAILED

@@ -16,6 +16,7 @@ import aiohttp
 import kopf
 
 from packetstack_core.backing_off import ANSWER_SECONDS, ENGINE_SECONDS, back_off
+from packetstack_core.reasons import ConditionReason
 from packetstack_operator import deciding, observing, pods, worlds
 from packetstack_operator.autoscaling import Autoscalers
 from packetstack_operator.loads import Loads
@@ -323,7 +324,7 @@ class Keeper:
         if error.status == 404 and not error.message:
             why = "the API server has no such kind; apply the CRDs of this operator's version"
         message = f"{write.kind} {write.name}: {why}; until then packets go by the flow table as it is"
-        refusal = Refusal(write.identity, _reason(error, "WriteRefused"), message[:1000])
+        refusal = Refusal(write.identity, _reason(error, ConditionReason.WRITE_REFUSED), message[:1000])
         self._memory = replace(self._memory, refused=refusal)
         decision = deciding.blocked(replace(world, memory=self._memory), self._all.clock.unix())
         for status in decision.writes:
@@ -346,7 +347,7 @@ class Keeper:
             memory,
             failures=memory.failures + 1,
             create_after=self._all.clock.unix() + back_off(memory.failures, ENGINE_SECONDS),
-            problem=(_reason(error, "PodRefused"), f"pod {write.name}: {error.message}"),
+            problem=(_reason(error, ConditionReason.POD_REFUSED), f"pod {write.name}: {error.message}"),
         )
         return True
 
@@ -362,8 +363,8 @@ class Keeper:
         return back_off(self._failures, ANSWER_SECONDS)
 
 
-def _reason(error: Refused, other: str) -> str:
-    return "QuotaExceeded" if "exceeded quota" in error.message else other
+def _reason(error: Refused, other: ConditionReason) -> ConditionReason:
+    return ConditionReason.QUOTA_EXCEEDED if "exceeded quota" in error.message else other
 
 
 def _rests(world: World, decision: Decision) -> bool:

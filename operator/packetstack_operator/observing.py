@@ -14,6 +14,7 @@ from packetstack_core.kinds import FlowTable, TableEngine, read
 from packetstack_core.limits import MAX_BACKENDS, MAX_SNAT_ADDRESSES
 from packetstack_core.planning import Move
 from packetstack_core.reading import ResourceError
+from packetstack_core.reasons import ConditionReason, Problem
 from packetstack_core.resources import Endpoint, Listener, PacketStack, Service
 from packetstack_operator import pods
 
@@ -78,7 +79,7 @@ class Refusal:
 
     write: tuple[str, str, str, str]
     """`outcome.Write.identity`."""
-    reason: str
+    reason: ConditionReason
     message: str
 
 
@@ -90,7 +91,7 @@ class Memory:
     """Engines in a row that could not be made."""
     create_after: float = 0.0
     """Unix time before which no other is made."""
-    problem: tuple[str, str] | None = None
+    problem: Problem | None = None
     """Reason and message of the last one."""
     counted: frozenset[str] = frozenset()
     """UIDs of pods that are in `failures`."""

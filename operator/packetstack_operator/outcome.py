@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from packetstack_core.reasons import Event
 from packetstack_operator.observing import Memory
 
 Kind = Literal["FlowTable", "Pod", "PacketEngine", "PodDisruptionBudget", "PacketStack"]
@@ -28,15 +29,6 @@ class Write:
     def identity(self) -> tuple[str, str, str, str]:
         """What it is about, whatever it says."""
         return self.verb, self.kind, self.name, self.subresource
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """A Kubernetes event of the stack, as `kubectl describe` shows it."""
-
-    kind: Literal["Normal", "Warning"]
-    reason: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,12 @@ import kopf
 
 from packetstack_core import rebalancing
 from packetstack_core.load import StackLoad, bucket_loads
+from packetstack_core.reasons import Event, EventReason
 from packetstack_core.rebalancing import BUCKETS, TELL_SECONDS, Decision, Memory
 from packetstack_operator import observing
 from packetstack_operator.loads import Key, LoadError, Loads
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import Proposal, Raw, World
-from packetstack_operator.outcome import Event
 from packetstack_operator.showing import Shown
 
 IDLE_SECONDS = 15.0
@@ -147,11 +147,11 @@ class Rebalancers:
         events = []
         for e in d.elephants:
             if e.bucket not in watched.elephants:
-                events.append(Event("Warning", "Elephant", str(e)))
+                events.append(Event(EventReason.ELEPHANT, str(e)))
         watched.elephants |= {e.bucket: now for e in d.elephants}
         if mode == "Advice" and d.moves and now - watched.advised >= TELL_SECONDS:
             watched.advised = now
-            events.append(Event("Normal", "RebalanceAdvice", f"would move {d}"))
+            events.append(Event(EventReason.REBALANCE_ADVICE, f"would move {d}"))
         watched.events.show(watched.body, events)
 
 

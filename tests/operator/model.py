@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 
 from packetstack_core import kinds
 from packetstack_core.kinds import FlowTable
+from packetstack_core.reasons import ConditionReason, EventReason, why_not
 from packetstack_operator import deciding, observing, pods
 from packetstack_operator.keeping import MAYBE_TAKEN
 from packetstack_operator.observing import Memory, World
@@ -23,6 +24,16 @@ NODE = "node-0"
 
 class Conflict(Exception):
     """Written from something older than what is there."""
+
+
+def check_reasons(decision):
+    """Each condition has a reason of the list that says what it means there; an event's type is that of its reason."""
+    for write in decision.writes:
+        for c in write.body.get("status", {}).get("conditions", ()):
+            problem = why_not(c["type"], c["status"], ConditionReason(c["reason"]))
+            assert not problem, problem
+    for event in decision.events:
+        assert isinstance(event.reason, EventReason | ConditionReason), event
 
 
 class Model:
@@ -224,6 +235,7 @@ class Model:
         """One look. With `most` it is killed after so many writes, and starts again with nothing in its mind."""
         decision = deciding.decide(copy.deepcopy(self.world()), self.now)
         self.memory = decision.memory
+        check_reasons(decision)
         write = None
         try:
             for n, write in enumerate(decision.writes):
