@@ -8,13 +8,14 @@ from pydantic import (
 )
 from pydantic.alias_generators import to_camel
 
-from packetstack_core.limits import MAX_METRICS, MAX_REPLICAS
+from packetstack_core.limits import MAX_METRICS, MAX_POLICIES, MAX_REPLICAS, MAX_SCHEDULES
 from packetstack_core.values import (
     PRINTABLE,
     QUALIFIED_NAME,
     Count,
     Items,
     Labels,
+    Length,
     Model,
     Name,
     Opaque,
@@ -167,6 +168,12 @@ class ScalingPolicy(Model):
     """How far back changes count."""
 
 
+Policies = Annotated[
+    Items[ScalingPolicy],
+    Length(1, MAX_POLICIES, "policies", "at least one policy, or leave it out for the default"),
+]
+
+
 class ScalingRules(Model):
     """As in autoscaling/v2. What is absent has the default of its direction."""
 
@@ -174,15 +181,13 @@ class ScalingRules(Model):
     """How long a recommendation is remembered."""
     select_policy: Literal["Max", "Min", "Disabled"] = "Max"
     """Which policy counts when several allow a change. `Disabled`: no scaling in this direction."""
-    policies: Items[ScalingPolicy] | None = None
+    policies: Policies | None = None
     """How fast. Absent: the default of the direction."""
     tolerance: Quantity | None = None
     """How far a metric may be off, as in "0.05"."""
 
     @model_validator(mode="after")
     def _checks(self) -> Self:
-        if self.policies is not None and not self.policies:
-            raise ValueError("has no policy; use at least one, or leave policies out for the default")
         if self.tolerance is not None and quantity(self.tolerance) < 0:
             raise ValueError(f'has tolerance "{self.tolerance}"; use a quantity of 0 or more')
         return self
@@ -244,7 +249,7 @@ class Autoscaling(Model):
     """Fewest engines."""
     max_replicas: Annotated[int, Whole(1, MAX_REPLICAS, "a number of engines")]
     """Most engines."""
-    metrics: Items[Metric] = ()
+    metrics: Annotated[Items[Metric], Length(0, MAX_METRICS, "metrics")] = ()
     """The one that asks for most engines counts."""
     behavior: Behavior | None = None
     sync_period_seconds: Annotated[int, Whole(1, 300, "a time in seconds")] = 15
@@ -252,15 +257,12 @@ class Autoscaling(Model):
     paused: bool = False
     """Decide, but change nothing."""
     panic: Panic | None = None
-    schedules: Items[Schedule] = ()
+    schedules: Annotated[Items[Schedule], Length(0, MAX_SCHEDULES, "schedules")] = ()
     """Other limits for some hours."""
     fallback: Fallback | None = None
 
     @model_validator(mode="after")
     def _limits(self) -> Self:
-        for what, found in (("metrics", self.metrics), ("schedules", self.schedules)):
-            if len(found) > MAX_METRICS:
-                raise ValueError(f"has {len(found)} {what}; use at most {MAX_METRICS}")
         _min_max(self.min_replicas, self.max_replicas)
         return self
 

@@ -5,7 +5,11 @@ MAX_NAME = 52
 MIN_BUCKETS, MAX_BUCKETS = 256, 8192
 MAX_CORES = 32
 MAX_METRICS = 32
-"""Of an autoscaler, and as many schedules: each is read, or looked up, at each decision."""
+"""Metrics of an autoscaler: each is read at each decision."""
+MAX_SCHEDULES = 32
+"""Schedules of an autoscaler: each is looked up at each decision."""
+MAX_POLICIES = 32
+"""Policies of one direction of an autoscaler."""
 MAX_QUEUES = 64
 MAX_REPLICAS = 1000
 MAX_LISTENERS = 256

@@ -60,6 +60,29 @@ class Whole:
 
 
 @dataclass(frozen=True)
+class Length:
+    """A list with a number of items from `low` to `high`; what they are called, and what to `use` instead of none."""
+
+    low: int
+    high: int
+    items: str
+    use: str = ""
+
+    def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), **({"minItems": self.low} if self.low else {}), "maxItems": self.high}
+
+    def _check(self, value: tuple[object, ...]) -> tuple[object, ...]:
+        if len(value) > self.high:
+            raise ValueError(f"has {len(value)} {self.items}; use at most {self.high}")
+        if len(value) < self.low:
+            raise ValueError(f"is empty; use {self.use}")
+        return value
+
+
+@dataclass(frozen=True)
 class Text:
     """A string that matches `pattern` and has at most `longest` characters; `what` it should be, and what to `use`."""
 

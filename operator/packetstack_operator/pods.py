@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from packetstack_core import kinds
+from packetstack_core.engines import Engine
 from packetstack_core.kinds import TableEngine
-from packetstack_core.resources import API_VERSION, KIND, Engine, PacketStack
+from packetstack_core.resources import API_VERSION, KIND, PacketStack
 from packetstack_core.values import quantity
 
 STACK = "packetstack.io/stack"

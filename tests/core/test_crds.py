@@ -1,12 +1,15 @@
 """The CustomResourceDefinitions: what Kubernetes demands of a schema, and that the written files are the models'."""
 
 import copy
+import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from packetstack_core import crds, kinds, resources
 
@@ -115,6 +118,82 @@ def test_the_defaults_are_those_of_the_models(protocol: str) -> None:
     assert whole["engine"]["interface"] == {"veth": {}}
     assert "healthCheck" not in whole["listeners"][0], "its type depends on the protocol"
     assert resources.Spec.model_validate(whole) == resources.Spec.model_validate(spec)
+
+
+# ---- bounds ------------------------------------------------------------------------------------------------------
+
+# What the server refuses and the model takes, since each item is compared with others there, which has its cost.
+NARROWER = {"Backends.endpoints", "Snat.addresses"}
+ITEMS: dict[str, Any] = {
+    "Spec.listeners": {"name": "web", "address": "192.0.2.10", "port": 443, "backends": {"endpoints": []}},
+    "Backends.endpoints": {"address": "10.1.0.5", "port": 8443},
+    "Listener.allowedSources": "192.0.2.0/24",
+    "Snat.addresses": "192.0.2.64/28",
+    "Autoscaling.metrics": {
+        "type": "Engine",
+        "engine": {"name": "ActiveFlows", "target": {"type": "AverageValue", "averageValue": "1"}},
+    },
+    "Autoscaling.schedules": {"name": "day", "cron": "0 8 * * *", "durationSeconds": 60},
+    "ScalingRules.policies": {"type": "Pods", "value": 1, "periodSeconds": 60},
+}
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, be it in a list or optional."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((m for a in getattr(annotation, "__args__", ()) if (m := model_in(a))), None)
+
+
+def fields(model: type[BaseModel], schema: dict[str, Any]) -> Iterator[tuple[str, FieldInfo, dict[str, Any]]]:
+    """Every field of a model and the models in it: its name, and what model and definition say of it."""
+    for field in model.model_fields.values():
+        node = schema["properties"][field.alias]
+        yield f"{model.__name__}.{field.alias}", field, node
+        below = model_in(field.annotation)
+        if below and "properties" in node.get("items", node):
+            yield from fields(below, node.get("items", node))
+
+
+EVERY = {name: (field, node) for name, field, node in fields(resources.Spec, root("PacketStack")["properties"]["spec"])}
+BOUNDED = [
+    pytest.param(name, *both, id=name)
+    for name, both in EVERY.items()
+    if both[1].keys() & {"minimum", "maximum", "minItems", "maxItems", "maxLength"}
+    # Values that may be numbers or strings are compared by a server alone.
+    and "x-kubernetes-int-or-string" not in both[1]
+]
+
+
+def takes(field: FieldInfo, value: Any) -> bool:
+    """Whether the model takes a value of this field."""
+    try:
+        TypeAdapter(
+            functools.reduce(lambda kind, more: Annotated[kind, more], field.metadata, field.annotation)
+        ).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("name", "field", "node"), BOUNDED)
+def test_the_server_takes_exactly_the_sizes_that_the_model_takes(
+    name: str, field: FieldInfo, node: dict[str, Any]
+) -> None:
+    for bound, beyond in (("minimum", -1), ("maximum", 1)):
+        if bound in node:
+            assert takes(field, node[bound])
+            assert not takes(field, node[bound] + beyond)
+    for bound, beyond in (("minItems", -1), ("maxItems", 1)):
+        if bound in node:
+            assert takes(field, [ITEMS[name]] * node[bound]), bound
+            assert takes(field, [ITEMS[name]] * (node[bound] + beyond)) == (name in NARROWER), bound
+    if "maxLength" in node:
+        assert not takes(field, "a" * (node["maxLength"] + 1))
+
+
+def test_every_list_of_a_stack_that_rules_go_through_is_bounded() -> None:
+    assert {name for name, (_, node) in EVERY.items() if "maxItems" in node} == ITEMS.keys()
 
 
 def test_reports_have_neither_defaults_nor_rules() -> None:

@@ -18,7 +18,7 @@ from tests.core.test_crds import ALL
 from tests.core.test_kinds import ENGINE, table
 from tests.core.test_resources import FULL, MINIMAL, WRONG, changed, document, two
 
-from packetstack_core import crds, kinds, limits, reading
+from packetstack_core import crd_rules, crds, kinds, limits, reading
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "crds"
@@ -143,7 +143,7 @@ MORE_WRONG: list[tuple[str, Any, str]] = [
     ("spec.autoscaling", engine_metric("ActiveFlows", type="AverageValue", averageValue="-5k"), "above 0"),
     ("spec.autoscaling", {"maxReplicas": 2, "metrics": [{"type": "Pods", "engine": {"name": "Utilization", "target": TARGET}}]},
      'has type "Pods" without pods; use the member that type names'),
-    ("spec.autoscaling", {"maxReplicas": 2, "behavior": {"scaleUp": {"policies": []}}}, "has no policy"),
+    ("spec.autoscaling", {"maxReplicas": 2, "behavior": {"scaleUp": {"policies": []}}}, "is empty; use at least one policy"),
     ("spec.autoscaling", {"maxReplicas": 2, "behavior": {"scaleUp": {"tolerance": "-0.1"}}}, "0 or more"),
     ("spec.autoscaling.schedules", [{"name": "day", "cron": "0 8 * * *", "durationSeconds": 60, "minReplicas": 5, "maxReplicas": 4}],
      "has minReplicas 5 above maxReplicas 4; use minReplicas <= maxReplicas"),
@@ -236,7 +236,7 @@ def largest(listeners: int) -> dict[str, Any]:
         for i in range(listeners)
     ]
     doc = changed("spec.listeners", named)
-    doc["spec"]["snat"]["addresses"] = [f"2001:db8:2::{i:x}0/124" for i in range(crds.MAX_SNAT_PREFIXES)]
+    doc["spec"]["snat"]["addresses"] = [f"2001:db8:2::{i:x}0/124" for i in range(crd_rules.MAX_SNAT_PREFIXES)]
     return doc
 
 
@@ -249,7 +249,7 @@ def largest(listeners: int) -> dict[str, Any]:
         pytest.param(changed("spec.engine", {"cores": 4, "memory": 2**29, "hugePages": {"size": 2**22}}), id="numbers"),
         pytest.param(changed("spec.listeners.0.address", "2001:DB8::10") | {"spec": {**document()["spec"], "snat": {"addresses": ["2001:db8::40/122", "192.0.2.64"]}}}, id="addresses"),
         pytest.param(largest(limits.MAX_LISTENERS), id="most listeners"),
-        pytest.param(largest(limits.MAX_BACKENDS // crds.MAX_LISTENER_ENDPOINTS), id="most backends of a listener"),
+        pytest.param(largest(limits.MAX_BACKENDS // crd_rules.MAX_LISTENER_ENDPOINTS), id="most backends of a listener"),
         *stacks_of_the_examples(),
     ],
 )  # fmt: skip

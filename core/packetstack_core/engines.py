@@ -1,0 +1,157 @@
+"""`spec.engine` of a stack: the shape of one engine."""
+
+import hashlib
+import json
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from packetstack_core.limits import (
+    MAX_CORES,
+    MAX_QUEUES,
+)
+from packetstack_core.values import (
+    DNS_NAME,
+    PRINTABLE,
+    QUALIFIED_NAME,
+    Items,
+    Labels,
+    Model,
+    Opaque,
+    Size,
+    Whole,
+    exactly_one,
+    quantity,
+)
+
+
+class DevicePlugin(Model):
+    """A virtual function that a Kubernetes device plugin hands out."""
+
+    resource_name: Annotated[str, QUALIFIED_NAME]
+    """Of the device plugin, as in "intel.com/sriov_vf"."""
+    network_attachment_definition: Annotated[str, QUALIFIED_NAME]
+    """What makes the device an interface of the pod: `name`, or `namespace/name`."""
+
+
+class ResourceClaim(Model):
+    """A virtual function by dynamic resource allocation."""
+
+    resource_claim_template_name: Annotated[str, DNS_NAME]
+    """A ResourceClaimTemplate in the stack's namespace."""
+
+
+class Attachment(Model):
+    """An interface that any CNI plugin makes; no device to allocate."""
+
+    network_attachment_definition: Annotated[str, QUALIFIED_NAME]
+    """What makes the interface: `name`, or `namespace/name`."""
+
+
+class Veth(Model):
+    """A veth pair that the agent makes."""
+
+
+class Interface(Model):
+    """What the engine takes packets from: exactly one kind."""
+
+    device_plugin: DevicePlugin | None = None
+    resource_claim: ResourceClaim | None = None
+    attachment: Attachment | None = None
+    veth: Veth | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        exactly_one(self, "device_plugin", "resource_claim", "attachment", "veth")
+        return self
+
+
+class HugePages(Model):
+    """Huge pages of an engine."""
+
+    page_size: Literal["2Mi", "1Gi"] = "2Mi"
+    """Of one page."""
+    size: Size
+    """Of all pages together; a multiple of `pageSize`."""
+
+    @model_validator(mode="after")
+    def _whole_pages(self) -> Self:
+        if quantity(self.size) % quantity(self.page_size):
+            raise ValueError(f'has size "{self.size}"; use a multiple of pageSize {self.page_size}')
+        return self
+
+
+class TemplateMetadata(Model):
+    """Labels and annotations that every engine pod gets."""
+
+    labels: Labels = Field(default_factory=dict)
+    """Beside PacketStack's own."""
+    annotations: Labels = Field(default_factory=dict)
+    """Beside PacketStack's own."""
+
+
+class PodTemplate(Model):
+    """Where engine pods may run. Without Kubernetes it has no effect."""
+
+    metadata: TemplateMetadata = TemplateMetadata()
+    """Labels and annotations that every engine pod gets."""
+    node_selector: Labels = Field(default_factory=dict)
+    """As of a pod."""
+    tolerations: Items[Opaque] = ()
+    """As of a pod."""
+    affinity: Opaque = Field(default_factory=dict)
+    """As of a pod."""
+    topology_spread_constraints: Items[Opaque] = ()
+    """As of a pod."""
+    priority_class_name: Annotated[str, DNS_NAME] | None = None
+    """As of a pod."""
+    service_account_name: Annotated[str, DNS_NAME] | None = None
+    """As of a pod; no token is mounted."""
+
+
+class Engine(Model):
+    """The shape of one engine."""
+
+    mode: Literal["AFXDP", "DPDK"] = "AFXDP"
+    """How packets reach user space. It cannot change later. `DPDK` is not built yet."""
+    image: Annotated[str, PRINTABLE] | None = None
+    """Absent: the operator's own."""
+    cores: Annotated[int, Whole(1, MAX_CORES, "a number of cores")] = 1
+    """Worker threads."""
+    cpu_policy: Literal["Exclusive", "Shared"] = "Shared"
+    """`Exclusive`: whole pinned cores that poll before they sleep. `Shared`: cores sleep when idle."""
+    queues_per_core: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")] = 4
+    """Receive queues of each core; with `cores` at most 64 in all."""
+    memory: Size = "512Mi"
+    """Limit of the engine's processes; rings and flows are the agent's."""
+    huge_pages: HugePages | None = None
+    interface: Interface = Interface(veth=Veth())
+    """What the engine takes packets from: exactly one kind. Absent: a veth pair."""
+    pod_template: PodTemplate = PodTemplate()
+
+    @model_validator(mode="after")
+    def _queues_fit(self) -> Self:
+        if self.queues > MAX_QUEUES:
+            raise ValueError(
+                f"has {self.cores} cores x {self.queues_per_core} queuesPerCore = {self.queues} queues; "
+                f"use at most {MAX_QUEUES}"
+            )
+        return self
+
+    @property
+    def queues(self) -> int:
+        """Receive queues of an engine."""
+        return self.cores * self.queues_per_core
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory limit of an engine, in bytes."""
+        return int(quantity(self.memory))
+
+    def template_hash(self) -> str:
+        """Ten hexadecimal digits that differ when engines must be replaced."""
+        text = json.dumps(self.model_dump(mode="json", by_alias=True), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:10]
