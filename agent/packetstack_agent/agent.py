@@ -6,37 +6,37 @@ every step may be repeated. The verbs below are what the CLI calls.
 
 import asyncio
 import contextlib
-import os
 import shutil
 import signal
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 from ipaddress import ip_address, ip_network
-from itertools import count, islice
 from typing import Any, TypeVar
-
-from pyroute2.netlink.exceptions import NetlinkError
 
 from packetstack_agent import engines, loading, namespaces, networks, nftables, processes
 from packetstack_agent.balancing import Balancers
+from packetstack_agent.counting import census
+from packetstack_agent.director import Director
+from packetstack_agent.engine_life import EngineLife, is_lost
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall, Mode, Obstacle
+from packetstack_agent.journal import Background, Journal
 from packetstack_agent.natives import call, constant, ffi, lib, packed, text
 from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.probes import Prober, Watched
 from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.shedding import Shedders
 from packetstack_agent.stacks import Managed, Stack
-from packetstack_agent.status import Status, add_drops, captures, census, explain
-from packetstack_core import abi, following, kinds, reading, reconciling
-from packetstack_core.backing_off import ENGINE_SECONDS, back_off
-from packetstack_core.kinds import FlowTable, FlowTableSpec, TableEngine
+from packetstack_agent.status import Status, explain
+from packetstack_agent.threads import to_the_end
+from packetstack_agent.watchdog import Watchdog
+from packetstack_core import following, kinds, reading, reconciling
+from packetstack_core.kinds import FlowTable, FlowTableSpec
 from packetstack_core.planning import Move, Owner, State
 from packetstack_core.reading import ResourceError
-from packetstack_core.reasons import EventReason, Reason
+from packetstack_core.reasons import EventReason
 from packetstack_core.reconciling import (
     ActivateEngine,
     AssignBuckets,
@@ -59,29 +59,9 @@ LOOK_SECONDS = 5.0
 """How often routes and programs are looked after when nothing tells that they changed."""
 RULES_SECONDS = 0.1
 """From the first change of the node's packet filter until it is looked at: changes come in showers."""
-WATCH_SECONDS = 0.1
-URGENT_SECONDS = 0.03
-"""The same while engines lose packets and it is being found out whose."""
-HANG_SECONDS = 0.5
-"""A core's loop turns at least every 0.1 s, also when it sleeps."""
-STARVED_SECONDS = 5.0
-"""The same for a core that is ready to run and gets no CPU: killing it would not help."""
-STALLS = 4
-"""Fences of 0.5 s in a row, not answered by an engine whose cores turn."""
-RESTART_SECONDS = 0.25
-"""Between two starts of an engine's init."""
-SILENT_SECONDS = 3.0
-"""How long init may take to bring a datapath."""
-AWAY_SECONDS = 10.0
-"""How long nobody may serve an engine that leaves before it is removed with what stands in its rings."""
-GONE_SECONDS = 0.5
-"""Without a datapath, before a pod is looked for; and between two looks."""
-PROBE_SECONDS, PROBE_LOOKS = 0.01, 50
-"""Between two looks for a probe packet, and how many until the next one is sent."""
 UPGRADE_SECONDS = 10.0
 REGAIN_SECONDS = 2.0
 """How long running datapaths may take to find a restarted agent."""
-EVENTS = 1000
 
 
 class Agent:
@@ -96,13 +76,17 @@ class Agent:
         self.stacks: dict[str, Managed] = {}
         self.unread: dict[str, str] = {}
         """Stacks of the record that cannot be read, and why. Their engines serve; nothing of them is touched."""
-        self.events: deque[dict[str, Any]] = deque(maxlen=EVENTS)
+        self.journal = Journal()
+        self.event, self.events = self.journal.event, self.journal.events
+        self.background = Background(self.journal)
         self.prober = Prober(self._health_changed)
         self.autoscalers = Autoscalers(self)
         self.balancers = Balancers(self)
         self.firewall = Firewall()
         self.shedders = Shedders(self)
-        self.director: Any = None
+        self._director = Director()
+        self.life = EngineLife(run, self.stacks, self.journal, self.background, self._director)
+        self.watchdog = Watchdog(self.stacks, self.journal, self.background, self.life)
         self.status: Status
         """There from `start` on."""
         self._attached: tuple[networks.Pair, dict[str, int]] | None = None
@@ -112,8 +96,6 @@ class Agent:
         self._own: Any = None
         """The node's own addresses, as the director knows them."""
         self._watches: list[asyncio.Task[None]] = []
-        self._background: set[asyncio.Task[None]] = set()
-        self._ending = False
         self._node = asyncio.Lock()
         """Held while routes, proxied addresses and attached programs are being changed."""
         self.applying = asyncio.Lock()
@@ -126,7 +108,7 @@ class Agent:
     async def start(self) -> None:
         """Load the programs, make the routed pair, go on with what an earlier agent left. AgentError if that cannot be."""
         if self.foreign:
-            self.event("-", EventReason.LAYOUT_MISMATCH, f"{self.foreign}; this agent stands by")
+            self.journal.event("-", EventReason.LAYOUT_MISMATCH, f"{self.foreign}; this agent stands by")
             return
         record, here = self.run.record, namespaces.own_inode()
         if record.documents and record.network != here:
@@ -135,8 +117,10 @@ class Agent:
             )
         record.network = here
         self.run.save(must=True)
-        self.director = await asyncio.to_thread(call, lib().ps_director_open, text(abi.NATIVE), text(self.run.pins))
-        self.status = Status(self.director, self.prober, self.autoscalers, self.balancers, self.shedders, self.firewall)
+        await asyncio.to_thread(self._director.open, self.run.pins)
+        self.status = Status(
+            self._director.handle, self.prober, self.autoscalers, self.balancers, self.shedders, self.firewall
+        )
         self.firewall.mode = Mode(record.firewall)
         await asyncio.to_thread(self._attach)
         await self._take_over()
@@ -144,7 +128,8 @@ class Agent:
             self._watch_node,
             self._watch_firewall,
             self._measure_rates,
-            self._watch_engines,
+            self.watchdog.run,
+            self.shedders.run,
             self.autoscalers.run,
             self.balancers.run,
         )
@@ -165,7 +150,7 @@ class Agent:
                 self._leave_unread(name, _unreadable(f"{type(e).__name__}: {e}"))
         for slot, known in list(record.engines.items()):
             if isinstance(known, dict) and known.get("stack") in self.stacks:
-                await self._regain(self.stacks[known["stack"]], int(slot), known)
+                await self.life.regain(self.stacks[known["stack"]], int(slot), known)
         if not self.stacks:
             return
         for watched in self._backends():
@@ -180,13 +165,13 @@ class Agent:
         for managed in self.stacks.values():
             for engine in list(managed.engines.values()):
                 if engine.view is None and engine.making is None:
-                    await self._rebuild(managed, engine, "no process has its descriptors any more")
+                    await self.life.rebuild(managed, engine, "no process has its descriptors any more")
             managed.stale = True
             await self._refresh(managed)
         await self._routes()
         for name, managed in self.stacks.items():
             managed.task = asyncio.create_task(self._keep(managed))
-            self.event(name, EventReason.AGENT_STARTED, f"took over {counted(len(managed.engines), 'engine')}")
+            self.journal.event(name, EventReason.AGENT_STARTED, f"took over {counted(len(managed.engines), 'engine')}")
 
     def _read(self, name: str) -> Managed:
         """A stack of the record. Any error if something is missing or has another form. Blocks."""
@@ -197,35 +182,19 @@ class Agent:
         if name in record.tables:
             table = kinds.read(FlowTable, record.tables[name])
             generation = int(record.tables[name]["metadata"]["generation"])
-        stack = Stack(name, resource, index, self.run.stack(name), self.director)
+        stack = Stack(name, resource, index, self.run.stack(name), self._director.handle)
         for slot, known in record.engines.items():
             if isinstance(known, dict) and known.get("stack") == name:
-                self._blueprint(stack, known), State(known["state"]), int(slot), tuple(known["init"])
+                self.life.blueprint(stack, known), State(known["state"]), int(slot), tuple(known["init"])
         return Managed(stack, pinned=pinned, table=table, generation=generation)
 
     def _leave_unread(self, name: str, why: str) -> None:
         self.unread[name] = why
-        self.event(name, EventReason.RECORD_UNREADABLE, f"{why}; it is left alone, its engines serve")
-
-    async def _regain(self, managed: Managed, slot: int, known: dict[str, Any]) -> None:
-        stack = managed.stack
-        engine = Engine(self._blueprint(stack, known), self.director)
-        engine.state = State(known["state"])
-        engine.probed = engine.state in (State.ACTIVE, State.DRAINING)  # it was, or it would not be
-        managed.engines[slot] = engine
-        if engine.state is State.PENDING:  # it was being made
-            await self._destroy(managed, engine)
-            return
-        try:
-            await asyncio.to_thread(engines.regain, engine, tuple(known["init"]))
-        except (AgentError, NetlinkError, OSError) as e:
-            await self._rebuild(managed, engine, str(e))
-        else:
-            self._attend(engine)
+        self.journal.event(name, EventReason.RECORD_UNREADABLE, f"{why}; it is left alone, its engines serve")
 
     async def stop(self) -> None:
         """Remove everything, in the order in which nothing is missed. What cannot be read stays, as with `leave`."""
-        self._ending = True
+        self.life.end()
         for name in list(self.stacks):
             await self._remove_stack(name)
         await self._halt()
@@ -234,7 +203,7 @@ class Agent:
 
     async def leave(self) -> None:
         """End, and leave all as it is: engines go on, and the next agent takes them over."""
-        self._ending = True
+        self.life.end()
         for managed in self.stacks.values():
             if managed.task is not None:
                 managed.task.cancel()
@@ -248,27 +217,18 @@ class Agent:
                     await engine.attachments.close()
 
     async def _halt(self) -> None:
-        await asyncio.gather(*self._background, return_exceptions=True)
         self.prober.close()
         async with self._node:  # so that no thread is using the director
             for task in self._watches:
                 task.cancel()
             await asyncio.gather(*self._watches, return_exceptions=True)
-        if self.director is not None:
-            lib().ps_director_close(self.director)
-            self.director = None
+        await self.background.ended()
+        self._director.close()
 
-    def event(self, stack: str, reason: Reason, message: str) -> None:
-        """Something a person may want to read later. `stack`: its name, or "-" for the node as a whole."""
-        what = {"stack": stack, "type": reason.kind, "reason": str(reason), "message": message}
-        for last in islice(reversed(self.events), 8):
-            if what.items() <= last.items():
-                self.events.remove(last)
-                self.events.append(last | {"time": time.time(), "count": last["count"] + 1})
-                return
-        self.events.append({"time": time.time(), **what, "count": 1})
-        with contextlib.suppress(OSError):  # the log's file system is full
-            print(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} {reason.kind} {stack} {reason}: {message}", flush=True)
+    @property
+    def director(self) -> Any:
+        """`struct ps_director *`, None while it is not open."""
+        return self._director.handle
 
     def _managed(self, name: str) -> Managed:
         try:
@@ -363,7 +323,7 @@ class Agent:
                     if self._roles().get(name) != role:
                         await to_the_end(self._attach_uplink, name, role)
             except (AgentError, ValueError) as e:
-                self.event(
+                self.journal.event(
                     "-", EventReason.UPLINK_FAILED, f"--uplink {uplink}: {e}; its packets come by the routed pair"
                 )
         async with self._node:
@@ -379,11 +339,11 @@ class Agent:
         if name.startswith((networks.ROUTED, networks.DIRECTOR)):
             raise AgentError(f"interface {name}: is the agent's own; name one that leads to the network")
         roles = self._roles()
-        networks.direct_uplinks(self.director, {**roles, name: role})
+        networks.direct_uplinks(self._director.handle, {**roles, name: role})
         try:
-            call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), _pin(name))
+            call(lib().ps_director_attach, self._director.handle, index, constant("PS_ROLE_UPLINK"), _pin(name))
         except AgentError:
-            networks.direct_uplinks(self.director, roles)
+            networks.direct_uplinks(self._director.handle, roles)
             raise
         self.run.record.uplinks = [networks.uplink_text(n, r) for n, r in {**roles, name: role}.items()]
         self.run.save(must=True)
@@ -394,13 +354,13 @@ class Agent:
         roles = self._roles()
         if name in roles:
             with contextlib.suppress(AgentError):
-                call(lib().ps_director_detach, self.director, _pin(name))
+                call(lib().ps_director_detach, self._director.handle, _pin(name))
             del roles[name]
             self.run.record.uplinks = [networks.uplink_text(n, r) for n, r in roles.items()]
             self.run.save()
             if self._attached is not None:
                 self._attached[1].pop(name, None)
-            networks.direct_uplinks(self.director, roles)
+            networks.direct_uplinks(self._director.handle, roles)
 
     def _direct_own(self) -> None:
         """Tell the director the node's own addresses. Blocks."""
@@ -410,19 +370,19 @@ class Agent:
         kinds = (constant("PS_OWN_NODE"), constant("PS_OWN_BROADCAST"))
         listed = [(packed(a), kind) for group, kind in zip(found, kinds, strict=True) for a in group]
         addresses, marks = b"".join(a for a, _ in listed), bytes(kind for _, kind in listed)
-        call(lib().ps_director_node, self.director, addresses, marks, len(listed))
+        call(lib().ps_director_node, self._director.handle, addresses, marks, len(listed))
         self._own = found
 
     def _attach(self) -> bool:
         """Pair and director on it and on the uplinks, whatever was taken away; returns whether something was. Blocks."""
         pair = networks.ensure_pair(self.run.owner)
         self._direct_own()
-        call(lib().ps_director_attach, self.director, pair.director, constant("PS_ROLE_ROUTED"), b"routed")
-        call(lib().ps_routed_attach, self.director, pair.routed, pair.routed_mac)
-        uplinks = networks.direct_uplinks(self.director, self._roles())
+        call(lib().ps_director_attach, self._director.handle, pair.director, constant("PS_ROLE_ROUTED"), b"routed")
+        call(lib().ps_routed_attach, self._director.handle, pair.routed, pair.routed_mac)
+        uplinks = networks.direct_uplinks(self._director.handle, self._roles())
         for name, index in uplinks.items():
             with contextlib.suppress(AgentError):  # packets come by the routed pair or not at all
-                call(lib().ps_director_attach, self.director, index, constant("PS_ROLE_UPLINK"), _pin(name))
+                call(lib().ps_director_attach, self._director.handle, index, constant("PS_ROLE_UPLINK"), _pin(name))
         changed = self._attached not in (None, (pair, uplinks))
         self._attached = pair, uplinks
         return changed
@@ -437,7 +397,7 @@ class Agent:
         self.run.record.indexes[name] = index
         # An agent may have been killed while it made a stack of this name, or ended one.
         await asyncio.to_thread(shutil.rmtree, self.run.stack(name), ignore_errors=True)
-        stack = await asyncio.to_thread(Stack, name, resource, index, self.run.stack(name), self.director)
+        stack = await asyncio.to_thread(Stack, name, resource, index, self.run.stack(name), self._director.handle)
         managed = Managed(stack, table=table)
         self.stacks[name] = managed
         try:
@@ -452,7 +412,7 @@ class Agent:
             await self._remove_stack(name)
             raise
         managed.task = asyncio.create_task(self._keep(managed))
-        self.event(name, EventReason.CREATED, f"{counted(resource.spec.replicas, 'engine')} wanted")
+        self.journal.event(name, EventReason.CREATED, f"{counted(resource.spec.replicas, 'engine')} wanted")
         return managed
 
     async def _change_stack(self, managed: Managed, resource: PacketStack) -> str:
@@ -466,7 +426,7 @@ class Agent:
                 raise
         managed.settled = False
         managed.changed.set()
-        self.event(managed.stack.name, EventReason.CHANGED, "the resource was changed")
+        self.journal.event(managed.stack.name, EventReason.CHANGED, "the resource was changed")
         notes = []
         if gone:
             names = ", ".join(f"{protocol} {address} port {port}" for address, port, protocol in sorted(gone, key=str))
@@ -474,7 +434,7 @@ class Agent:
         if used := {a: n for a, n in managed.stack.leaving.items() if n}:
             shown = ", ".join(f"{a} ({counted(used[a], 'flow')})" for a in sorted(used, key=packed))
             notes.append(f"SNAT address {shown} takes no new flows, and leaves when those end")
-            self.event(managed.stack.name, EventReason.ADDRESS_LEAVING, notes[-1])
+            self.journal.event(managed.stack.name, EventReason.ADDRESS_LEAVING, notes[-1])
         return "; ".join(notes)
 
     async def _become(self, managed: Managed, resource: PacketStack) -> None:
@@ -503,7 +463,7 @@ class Agent:
                     continue
                 gone = await to_the_end(managed.stack.settle, list(managed.engines.values()))
                 if gone:
-                    self.event(
+                    self.journal.event(
                         name,
                         EventReason.ADDRESS_RELEASED,
                         f"SNAT address {', '.join(map(str, gone))}: no flow has it any more",
@@ -558,16 +518,16 @@ class Agent:
         put_back, self.firewall.put_back = self.firewall.put_back, []
         if put_back:
             message = f"{', '.join(put_back)}: rules of ours were gone and are there again"
-            self.event("-", EventReason.FIREWALL_RESTORED, message)
+            self.journal.event("-", EventReason.FIREWALL_RESTORED, message)
         before, self._obstacles = self._obstacles, self.firewall.obstacles
         for found in self._obstacles:
             message = f"{found.message}; {found.remedy}"
             if found not in before and found.sure:
-                self.event("-", EventReason.FIREWALL_IN_THE_WAY, message)
+                self.journal.event("-", EventReason.FIREWALL_IN_THE_WAY, message)
             elif found not in before:
-                self.event("-", EventReason.FIREWALL_UNCLEAR, message)
+                self.journal.event("-", EventReason.FIREWALL_UNCLEAR, message)
         if before and not self._obstacles:
-            self.event("-", EventReason.FIREWALL_OPEN, "the node's packet filter lets packets of stacks pass")
+            self.journal.event("-", EventReason.FIREWALL_OPEN, "the node's packet filter lets packets of stacks pass")
 
     async def follow(self, name: str, table: FlowTable, generation: int) -> None:
         """Make packets see this flow table, from now on. AgentError or ResourceError if that cannot be."""
@@ -599,7 +559,7 @@ class Agent:
         """End a stack: its addresses, engines and flows."""
         live = self._managed(name).stack.live()
         await self._remove_stack(name)
-        self.event(name, EventReason.DELETED, f"{live} live flows ended")
+        self.journal.event(name, EventReason.DELETED, f"{live} live flows ended")
 
     async def _remove_stack(self, name: str) -> None:
         managed = self._managed(name)
@@ -609,7 +569,7 @@ class Agent:
                 await managed.task
         async with managed.busy:
             for engine in list(managed.engines.values()):
-                await self._destroy(managed, engine)
+                await self.life.destroy(managed, engine)
             managed.stack.close()
             del self.stacks[name]
         self._watch_backends()
@@ -622,7 +582,7 @@ class Agent:
         try:
             await self._routes()
         except Exception as e:  # the stack is gone all the same
-            self.event(name, EventReason.ROUTES_FAILED, str(e))
+            self.journal.event(name, EventReason.ROUTES_FAILED, str(e))
         shutil.rmtree(self.run.stack(name), ignore_errors=True)
 
     # ---- backends --------------------------------------------------------------------------------------------
@@ -650,7 +610,7 @@ class Agent:
         ]
         said = "answers the probes" if healthy else "does not answer the probes and gets no new flows"
         reason = EventReason.BACKEND_HEALTHY if healthy else EventReason.BACKEND_UNHEALTHY
-        self.event(name, reason, f"{place[0]} port {place[1]} {said} of listener {', '.join(listeners)}")
+        self.journal.event(name, reason, f"{place[0]} port {place[1]} {said} of listener {', '.join(listeners)}")
         managed.stale = True
         managed.changed.set()
         self.run.record.unhealthy = [
@@ -674,18 +634,7 @@ class Agent:
                 managed.stale = True
                 if not isinstance(e, AgentError):
                     raise
-                self.event(managed.stack.name, EventReason.FAILED, f"{e}; it is tried again")
-
-    def _spawn(self, work: Any) -> None:
-        task = asyncio.create_task(work)
-        self._background.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._background.discard(task)
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            self.event("-", EventReason.FAILED, f"{type(error).__name__}: {error}")
+                self.journal.event(managed.stack.name, EventReason.FAILED, f"{e}; it is tried again")
 
     # ---- keeping a stack -------------------------------------------------------------------------------------
 
@@ -695,9 +644,9 @@ class Agent:
             try:
                 await self._step(managed)
             except AgentError as e:
-                self.event(managed.stack.name, EventReason.FAILED, str(e))
+                self.journal.event(managed.stack.name, EventReason.FAILED, str(e))
             except Exception as e:  # a bug: the next round may do better, the other stacks go on
-                self.event(managed.stack.name, EventReason.INTERNAL_ERROR, f"{type(e).__name__}: {e}")
+                self.journal.event(managed.stack.name, EventReason.INTERNAL_ERROR, f"{type(e).__name__}: {e}")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await managed.changed.wait()
@@ -732,7 +681,7 @@ class Agent:
                 engine = next((e for e in managed.engines.values() if e.blueprint.id == wanted.id), None)
                 state = State(wanted.state)
                 if engine is not None and State.PENDING not in (engine.state, state) and engine.state is not state:
-                    self._become_state(engine, state)
+                    self.life.become(engine, state)
             stack = managed.stack
             steps = following.follow(
                 table, _attached(managed), stack.owners(), stack.open_fences(), stack.shard_slots()
@@ -743,39 +692,17 @@ class Agent:
             for step in steps:
                 match step:
                     case following.Attach(wanted):
-                        self._attach_engine(managed, wanted)
+                        self.life.attach(managed, wanted)
                     case following.Assign(moves):
                         again |= bool((await self._transfer(managed, moves, "by the flow table"))["moved"])
                     case following.Detach(slot):
-                        self._let_go_of(managed, slot)
+                        self.life.remove(managed, slot)
             if not again:
                 break
         managed.settled = not managed.stack.open_fences() and following.settled(
             table, _attached(managed), managed.stack.owners()
         )
         self.followed(managed)
-
-    def _attach_engine(self, managed: Managed, wanted: TableEngine) -> None:
-        stack = managed.stack
-        slot = self.run.next_slot()
-        known = {
-            "stack": stack.name,
-            "slot": slot,
-            "template": wanted.template,
-            "queues": wanted.queues,
-            "cores": wanted.cores,
-            "cpu_policy": wanted.cpu_policy,
-            "cpus": (),
-            "memory_bytes": 0,  # the kubelet limits it
-            "namespace": "",
-            "id": wanted.id,
-            "pod": wanted.name,
-            "pod_uid": wanted.pod_uid,
-            "interface": wanted.interface,
-        }
-        engine = Engine(self._blueprint(stack, known), self.director)
-        self.run.record.leaving.pop(engine.blueprint.directory.name, None)
-        self._begin(managed, engine)
 
     def _observe(self, managed: Managed) -> Observed:
         stack = managed.stack
@@ -784,7 +711,7 @@ class Agent:
         seen = [
             reconciling.Engine(
                 e.slot, e.state, e.ready, e.blueprint.template, e.blueprint.queues, flows.get(e.slot, 0),
-                holds=0 if _is_lost(e, now) else held[e.slot], load=loads.get(e.slot, 0.0),
+                holds=0 if is_lost(e, now) else held[e.slot], load=loads.get(e.slot, 0.0),
             )
             for e in managed.engines.values()
             if not e.removing
@@ -808,250 +735,21 @@ class Agent:
         name = managed.stack.name
         match action:
             case CreateEngine():
-                self._create(managed, action)
+                self.life.create(managed, action)
                 return True
             case ActivateEngine(slot):
                 if engine := managed.engines.get(slot):  # else it has gone since it was observed
-                    self.event(name, EventReason.ENGINE_ACTIVE, f"engine {slot} was {engine.state}")
-                    self._become_state(engine, State.ACTIVE)
+                    self.journal.event(name, EventReason.ENGINE_ACTIVE, f"engine {slot} was {engine.state}")
+                    self.life.become(engine, State.ACTIVE)
             case DrainEngine(slot):
                 if engine := managed.engines.get(slot):
-                    self._become_state(engine, State.DRAINING)
-                    self.event(name, EventReason.ENGINE_DRAINING, f"engine {slot} hands its buckets over")
+                    self.life.become(engine, State.DRAINING)
+                    self.journal.event(name, EventReason.ENGINE_DRAINING, f"engine {slot} hands its buckets over")
             case AssignBuckets(moves):
                 await self._transfer(managed, moves)
             case RemoveEngine(slot):
-                self._let_go_of(managed, slot)
+                self.life.remove(managed, slot)
         return False
-
-    def _let_go_of(self, managed: Managed, slot: int) -> None:
-        """Begin to remove an engine; one that has gone since it was observed is no fault."""
-        engine = managed.engines.get(slot)
-        if engine is not None and not engine.removing:
-            engine.removing = True
-            self._spawn(self._remove(managed, engine))
-
-    def _become_state(self, engine: Engine, state: State) -> None:
-        engine.state = state
-        self._note(engine)
-
-    def _note(self, engine: Engine, must: bool = False) -> None:
-        """Write down what the next agent must know about the engine."""
-        init = engine.init
-        self.run.record.engines[str(engine.slot)] = engine.blueprint.record() | {
-            "state": str(engine.state),
-            "init": [init.pid, init.started] if init is not None else [0, 0],
-        }
-        self.run.save(must)
-
-    def _create(self, managed: Managed, action: CreateEngine) -> None:
-        stack = managed.stack
-        shape = stack.resource.spec.engine
-        slot = self.run.next_slot()
-        cpus: tuple[int, ...] = ()
-        if shape.cpu_policy == "Exclusive":
-            taken = {c for m in self.stacks.values() for e in m.engines.values() for c in e.blueprint.cpus}
-            free = sorted(os.sched_getaffinity(0) - taken)
-            if len(free) < shape.cores:
-                self._failed(managed, slot, f"NoExclusiveCPU: {len(free)} CPUs are free, it needs {shape.cores}")
-                return
-            cpus = tuple(free[: shape.cores])
-        known = {
-            "stack": stack.name,
-            "slot": slot,
-            "template": action.template,
-            "queues": action.queues,
-            "cores": shape.cores,
-            "cpu_policy": shape.cpu_policy,
-            "cpus": cpus,
-            "memory_bytes": shape.memory_bytes,
-            "namespace": self.run.namespace(stack.name, slot),
-        }
-        engine = Engine(self._blueprint(stack, known), self.director)
-        self._begin(managed, engine)
-
-    def _begin(self, managed: Managed, engine: Engine) -> None:
-        """Make it, when it has been written down that there is such an engine."""
-        slot = engine.slot
-        try:
-            self._note(engine, must=True)
-        except AgentError as e:
-            self.run.record.engines.pop(str(slot))
-            self._failed(managed, slot, str(e))
-            return
-        managed.engines[slot] = engine
-        engine.making = asyncio.create_task(self._make(managed, engine))
-
-    def _blueprint(self, stack: Stack, known: dict[str, Any]) -> engines.Blueprint:
-        kept = {name: value for name, value in known.items() if name not in ("state", "init", "cpus")}
-        return engines.Blueprint(
-            **kept,
-            cpus=tuple(known["cpus"]),
-            owner=self.run.owner,
-            directory=self.run.engine(
-                kinds.pod_directory(stack.resource.metadata.namespace, known["pod"])
-                if known.get("pod")
-                else known["slot"]
-            ),
-            arena=stack.arena_path,
-            config=stack.config_path,
-        )
-
-    async def _make(self, managed: Managed, engine: Engine) -> None:
-        b = engine.blueprint
-        try:
-            await asyncio.to_thread(engines.make, engine)
-        except Exception as e:
-            managed.engines.pop(b.slot, None)
-            self.run.record.engines.pop(str(b.slot), None)
-            if b.pod:
-                self.run.record.leaving[b.directory.name] = b.pod_uid
-            self.run.save()
-            self._failed(managed, b.slot, str(e))
-            managed.changed.set()
-            return
-        if engine.removing:
-            return
-        if engine.state is State.PENDING:
-            engine.state = State.STARTING
-        self._note(engine)
-        self._attend(engine)
-
-    def _attend(self, engine: Engine) -> None:
-        engine.silent_since = engine.unserved_since = time.monotonic()
-        engines.attend(engine, lambda what: self._engine_changed(engine, what))
-
-    async def _rebuild(self, managed: Managed, engine: Engine, why: str) -> None:
-        """Make the engine again in its slot. It keeps its buckets and their flows, which are in the arena."""
-        self.event(managed.stack.name, EventReason.ENGINE_LOST, f"engine {engine.slot}: {why}; it is made again")
-        async with managed.busy:
-            if managed.engines.get(engine.slot) is not engine or engine.removing:
-                return
-            await self._tear_down(managed, engine)
-            fresh = managed.engines[engine.slot] = Engine(engine.blueprint, self.director)
-            fresh.state = engine.state
-        fresh.making = asyncio.create_task(self._make(managed, fresh))
-        await asyncio.wait([fresh.making])
-        managed.changed.set()
-
-    def _failed(self, managed: Managed, slot: int, problem: str) -> None:
-        """An engine could not be made: say why, and wait longer each time before the next try."""
-        managed.problem = problem
-        pause = back_off(managed.failures, ENGINE_SECONDS)
-        managed.failures += 1
-        managed.create_after = time.monotonic() + pause
-        message = f"engine {slot}: {problem}; next try in {pause:g} s"
-        self.event(managed.stack.name, EventReason.ENGINE_FAILED, message)
-
-    def _engine_changed(self, engine: Engine, what: str) -> None:
-        managed = self.stacks.get(engine.blueprint.stack)
-        if managed is None or engine.removing:
-            return
-        name, slot = managed.stack.name, engine.slot
-        if what == "resumed":
-            try:
-                if engine.view is None:
-                    engines.complete(engine)
-            except AgentError as e:
-                self._spawn(self._rebuild(managed, engine, str(e)))
-                return
-        if what in ("ready", "resumed"):
-            call(lib().ps_director_engine, self.director, slot, engine.ifindex)
-            managed.failures, managed.problem = 0, ""
-            engine.beats.clear()
-            engine.silent_since = engine.unserved_since = 0.0
-            engine.stalls = 0
-            self.event(name, EventReason.ENGINE_READY, f"engine {slot}: datapath {engine.pid} serves its queues")
-            if engine.blueprint.pod and not engine.probed:
-                self._spawn(self._probe(managed, engine))
-            if engine.orphans:
-                engine.orphans = False
-                self._spawn(asyncio.to_thread(engines.end_orphans, engine))
-        elif what == "died":
-            engine.silent_since = engine.unserved_since = time.monotonic()
-            self.event(name, EventReason.DATAPATH_DIED, f"engine {slot}: its init starts another")
-        elif what == "lost":
-            self._spawn(self._rebuild(managed, engine, "no process has its descriptors any more"))
-        else:
-            self.event(name, EventReason.DATAPATH_REFUSED, f"engine {slot}: {what}")
-        managed.changed.set()
-
-    async def _probe(self, managed: Managed, engine: Engine) -> None:
-        """Send packets through the engine until they come by: only then is it ready for others' packets."""
-        before = -1
-        for look in count():
-            async with managed.busy:  # its memory stays meanwhile
-                if not engine.ready or engine.removing or self._ending:
-                    return
-                came = engine.counters()["markers"]
-                if before >= 0 and came - before >= engine.blueprint.queues:
-                    engine.probed = True
-                    break
-                if look % PROBE_LOOKS == 0:
-                    before = came
-                    try:
-                        await to_the_end(engines.probe, engine)
-                    except AgentError as e:  # the next one may get through
-                        self.event(managed.stack.name, EventReason.FAILED, f"{e}; it is tried again")
-            await asyncio.sleep(PROBE_SECONDS)
-        managed.changed.set()
-
-    async def _remove(self, managed: Managed, engine: Engine) -> None:
-        """Remove an engine that owns no bucket. One that cannot be removed, or not yet, is planned for again."""
-        if engine.making is not None:
-            await asyncio.wait([engine.making])
-        async with managed.busy:
-            if managed.engines.get(engine.slot) is not engine:
-                return  # the whole stack was removed meanwhile
-            if self._must_stay(managed, engine):  # since it was observed, a fence may have been opened, and not closed
-                engine.removing = False
-                return
-            await self._destroy(managed, engine)
-        self.event(managed.stack.name, EventReason.ENGINE_REMOVED, f"engine {engine.slot} is not wanted any more")
-        managed.changed.set()
-
-    def _must_stay(self, managed: Managed, engine: Engine) -> bool:
-        """Whether packets of a bucket stand in its rings, or may come to it still."""
-        stack = managed.stack
-        if managed.table is not None:
-            return engine.ready and engine.slot in stack.shard_slots()
-        owns = any(o is not None and o.slot == engine.slot for o in stack.owners())
-        return owns or (engine.slot in stack.shard_slots() and not _is_lost(engine, time.monotonic()))
-
-    async def _destroy(self, managed: Managed, engine: Engine) -> None:
-        """End it and remove all of it. If that fails it is there as before, for whoever comes next to try again."""
-        engine.removing = True
-        try:
-            if engine.making is not None:
-                await asyncio.wait([engine.making])
-            await self._tear_down(managed, engine)
-        except BaseException:
-            engine.removing = False
-            raise
-        if engine.blueprint.pod:
-            self.run.record.leaving[engine.blueprint.directory.name] = engine.blueprint.pod_uid
-        managed.engines.pop(engine.slot, None)
-        self.run.record.engines.pop(str(engine.slot), None)
-        self.run.save()
-
-    async def _tear_down(self, managed: Managed, engine: Engine) -> None:
-        if engine.attachments is not None:
-            if engine.blueprint.pod:  # its processes are not ours to start, but nobody may serve from now on
-                await engine.attachments.end()
-            await engine.attachments.close()
-            engine.attachments = None
-        if engine.view is not None:
-            add_drops(engine, managed.gone["engine"], managed.gone["kernel"])
-        engine.view = None  # nothing here may read it from now on: its memory goes
-        await to_the_end(engines.destroy, engine)
-
-    async def _lose(self, managed: Managed, engine: Engine, why: str) -> None:
-        """An engine whose pod is gone. Its buckets go to others when the table says so; their flows are in the arena."""
-        self.event(managed.stack.name, EventReason.ENGINE_LOST, f"engine {engine.slot}: {why}")
-        async with managed.busy:
-            if managed.engines.get(engine.slot) is engine and not engine.removing:
-                await self._destroy(managed, engine)
-        managed.changed.set()
 
     async def _transfer(self, managed: Managed, moves: Sequence[Move], why: str = "as planned") -> dict[str, Any]:
         async with managed.busy:
@@ -1062,21 +760,18 @@ class Agent:
         if report.moved:
             buckets = counted(report.moved, "bucket")
             message = f"{buckets} by {counted(report.fences, 'fence')}, the longest {longest:.2f} ms"
-            self.event(managed.stack.name, EventReason.BUCKETS_MOVED, message)
+            self.journal.event(managed.stack.name, EventReason.BUCKETS_MOVED, message)
             self.balancers.of(managed).note(buckets, why)
         engine = managed.engines.get(report.stalled)
         if report.stalled:
-            self.event(
+            self.journal.event(
                 managed.stack.name, EventReason.ENGINE_DOES_NOT_ANSWER,
                 f"engine {report.stalled} has not answered its markers; nothing is released until it does",
             )  # fmt: skip
-            if engine is not None and turns(engine, time.monotonic()):  # else it is the watchdog's, or starves
-                engine.stalls += 1
-                if engine.stalls >= STALLS and engine.ready:
-                    self._kill(engine, f"has not answered {engine.stalls} fences")
+            if engine is not None:
+                self.watchdog.fence_missed(engine, time.monotonic())
         else:
-            for engine in managed.engines.values():
-                engine.stalls = 0
+            self.watchdog.fences_answered(managed.engines.values())
         return {
             "moved": report.moved,
             "fences": report.fences,
@@ -1122,13 +817,13 @@ class Agent:
                     used = {e.blueprint.directory.name for m in self.stacks.values() for e in m.engines.values()}
                     await to_the_end(self._forget_pods, used)
                 except Exception as e:
-                    self.event("-", EventReason.ROUTES_FAILED, str(e))
+                    self.journal.event("-", EventReason.ROUTES_FAILED, str(e))
                 else:
                     self._tell_of_firewall()
                     if attached:
-                        self.event("-", EventReason.DIRECTOR_ATTACHED, "a link came, went or was made anew")
+                        self.journal.event("-", EventReason.DIRECTOR_ATTACHED, "a link came, went or was made anew")
                     if added:
-                        self.event("-", EventReason.ROUTES_RESTORED, ", ".join(str(p) for p in added))
+                        self.journal.event("-", EventReason.ROUTES_RESTORED, ", ".join(str(p) for p in added))
         finally:
             watcher.close()
 
@@ -1158,7 +853,7 @@ class Agent:
                         await to_the_end(self._open_firewall)
                         took = time.monotonic() - began
                 except Exception as e:
-                    self.event("-", EventReason.FIREWALL_FAILED, str(e))
+                    self.journal.event("-", EventReason.FIREWALL_FAILED, str(e))
                 else:
                     self._tell_of_firewall()
 
@@ -1175,75 +870,6 @@ class Agent:
                 leaving.pop(name)
         self.run.save()
 
-    async def _watch_engines(self) -> None:
-        """Engines that hang, have too much to do, or whose init or interface is gone."""
-        urgent = False
-        while True:
-            await asyncio.sleep(URGENT_SECONDS if urgent else WATCH_SECONDS)
-            now, urgent = time.monotonic(), False
-            for managed in list(self.stacks.values()):
-                try:
-                    urgent |= self.shedders.look(managed)
-                except Exception as e:
-                    message = f"shedding: {type(e).__name__}: {e}"
-                    self.event(managed.stack.name, EventReason.INTERNAL_ERROR, message)
-                for engine in list(managed.engines.values()):
-                    if engine.removing or engine.view is None or (engine.making and not engine.making.done()):
-                        continue
-                    try:
-                        await self._look_at(managed, engine, now)
-                    except Exception as e:
-                        self.event(managed.stack.name, EventReason.FAILED, f"engine {engine.slot}: {e}")
-
-    async def _look_at(self, managed: Managed, engine: Engine, now: float) -> None:
-        b = engine.blueprint
-        if not networks.is_there(engine.ifindex):
-            if b.pod:
-                await self._lose(managed, engine, f"interface {engine.device} is gone")
-            else:
-                await self._rebuild(managed, engine, f"interface {engine.device} is gone")
-            return
-        if b.pod:  # the kubelet starts what ends in it
-            if engine.silent_since and now - engine.silent_since > GONE_SECONDS:
-                engine.silent_since = now
-                if not await asyncio.to_thread(processes.of_pod, b.pod_uid):
-                    await self._lose(managed, engine, f"pod {b.pod} is gone")
-                    return
-        elif engine.init is None or not engine.init.alive():
-            if now - engine.restarted > RESTART_SECONDS:
-                await self._start_again(managed, engine, "its init has ended")
-        elif engine.silent_since and now - engine.silent_since > SILENT_SECONDS:
-            await self._start_again(managed, engine, f"no datapath has come for {SILENT_SECONDS:g} s")
-        if engine.view.captured > engine.captured:
-            engine.captured = int(engine.view.captured)
-            last = captures(engine)[-1]
-            self.event(
-                managed.stack.name, EventReason.PACKET_DROPPED,
-                f"engine {b.slot}: a packet of bucket {last['bucket']} ended the datapath twice; it is dropped, and shown by "
-                f"packetstack get {managed.stack.name} -o yaml",
-            )  # fmt: skip
-        elif engine.ready and (core := hung(engine, now)) is not None:
-            self._kill(engine, f"its core {core} has not turned for {HANG_SECONDS:g} s")
-
-    async def _start_again(self, managed: Managed, engine: Engine, why: str) -> None:
-        """Init and all it starts, in the namespace that is there: the next datapath takes the queues over."""
-        self.event(managed.stack.name, EventReason.ENGINE_RESTARTED, f"engine {engine.slot}: {why}")
-        engine.orphans, engine.restarted = True, time.monotonic()
-        engine.silent_since = 0.0 if engine.ready else time.monotonic()
-        async with managed.busy:
-            if not engine.removing and engine.view is not None:
-                await to_the_end(engines.start_again, engine)
-                self._note(engine)
-
-    def _kill(self, engine: Engine, why: str) -> None:
-        """End a datapath that hangs. Its init starts another, which adopts the queues."""
-        serving = engine.attachments.serving if engine.attachments is not None else None
-        if serving is not None:
-            self.event(engine.blueprint.stack, EventReason.ENGINE_HUNG, f"engine {engine.slot}: {why}; killed")
-            engine.beats.clear()
-            engine.stalls = 0
-            serving.kill()
-
     async def _measure_rates(self) -> None:
         told = ""
         while True:
@@ -1252,14 +878,14 @@ class Agent:
             if self.run.unsaved != told:
                 told = self.run.unsaved
                 message = told or "is written again"
-                self.event("-", EventReason.RECORD_NOT_WRITTEN if told else EventReason.RECORD_WRITTEN, message)
+                self.journal.event("-", EventReason.RECORD_NOT_WRITTEN if told else EventReason.RECORD_WRITTEN, message)
             for managed in self.stacks.values():
                 try:
                     managed.history.add(loading.snapshot(managed), time.time())
                 except AgentError:
                     pass  # an engine is going: the next look does without it
                 except Exception as e:
-                    self.event(managed.stack.name, EventReason.INTERNAL_ERROR, f"load: {type(e).__name__}: {e}")
+                    self.journal.event(managed.stack.name, EventReason.INTERNAL_ERROR, f"load: {type(e).__name__}: {e}")
             await asyncio.sleep(1.0)
 
     # ---- verbs -----------------------------------------------------------------------------------------------
@@ -1274,7 +900,7 @@ class Agent:
         managed = self.planned(name)
         was, note = self.set_replicas(managed, replicas), ""
         if was != replicas:
-            self.event(name, EventReason.SCALED, f"from {was} to {counted(replicas, 'engine')}")
+            self.journal.event(name, EventReason.SCALED, f"from {was} to {counted(replicas, 'engine')}")
             if self.autoscalers.step_aside(managed, "packetstack scale"):
                 note = "its autoscaler changes nothing any more; packetstack explain says how to give the size back"
         return {"from": was, "to": replicas, "note": note}
@@ -1325,7 +951,7 @@ class Agent:
             self._active(managed, slot)
             await to_the_end(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
         self.balancers.of(managed).note(f"queue {queue} of {loading.name(engine)} to core {core}", "by hand")
-        self.event(
+        self.journal.event(
             name, EventReason.QUEUE_MOVED, f"queue {queue} of engine {slot} to core {core} in {took[0] / 1000:.0f} us"
         )
         return {"microseconds": took[0] / 1000}
@@ -1347,7 +973,7 @@ class Agent:
             why = attachments.refused or f"no new datapath came within {UPGRADE_SECONDS:g} s"
             raise AgentError(f"engine {slot}: {why}; process {old} goes on; see packetstack logs {slot}")
         pause = attachments.pause_seconds * 1000
-        self.event(
+        self.journal.event(
             name,
             EventReason.ENGINE_UPGRADED,
             f"engine {slot}: datapath {engine.pid} follows {old} after {pause:.2f} ms",
@@ -1422,11 +1048,6 @@ def _loads(managed: Managed) -> dict[int, float]:
     return {e.id: round(sum(e.cores), 1) for e in load.engines} if load is not None else {}
 
 
-def _is_lost(engine: Engine, now: float) -> bool:
-    """Whether nobody is expected any more to handle what stands in its rings."""
-    return not engine.ready and bool(engine.unserved_since) and now - engine.unserved_since > AWAY_SECONDS
-
-
 def _attached(managed: Managed) -> list[following.Attached]:
     return [
         following.Attached(e.blueprint.id, e.slot, e.blueprint.pod_uid, e.ready and e.probed)
@@ -1442,16 +1063,6 @@ def was_unhealthy(record: Sequence[Sequence[Any]], watched: Watched) -> bool:
     return any(list(entry) == wanted[: len(entry)] for entry in record if len(entry) in (2, 4))
 
 
-async def to_the_end(work: Callable[..., T], *arguments: Any) -> T:
-    """In a worker thread; a caller that is cancelled meanwhile waits for its end, so locks it holds stay true."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
-
-
 def _unreadable(why: str) -> str:
     return f"its entry in state.json cannot be read ({why}); start the agent that wrote it"
 
@@ -1463,27 +1074,3 @@ def _is_ready(engine: Engine) -> bool:
 def _pin(uplink: str) -> bytes:
     """Name of the pin of an uplink's program. Dots, as of VLANs, are not allowed in it."""
     return text(f"uplink_{uplink}".replace(".", "_"))
-
-
-def turns(engine: Engine, now: float) -> bool:
-    """Whether each core's loop was seen to turn within the limit."""
-    return all(now - since <= HANG_SECONDS for _, since, _ in engine.beats.values())
-
-
-def hung(engine: Engine, now: float) -> int | None:
-    """The first core whose loop has not turned for too long, by itself: one that gets no CPU has more time."""
-    for c in range(engine.blueprint.cores):
-        core = engine.core(c)
-        beat, thread = int(core.heartbeat), int(core.thread)
-        last, since, ran = engine.beats.get(c, (-1, now, None))
-        if beat != last:
-            engine.beats[c] = (beat, now, None)
-        elif now - since > HANG_SECONDS / 2 and ran is None:
-            engine.beats[c] = (beat, since, processes.run_time(engine.pid, thread))
-        elif (
-            now - since > HANG_SECONDS
-            and ran is not None
-            and (now - since > STARVED_SECONDS or not processes.starved(engine.pid, thread, ran))
-        ):
-            return c
-    return None

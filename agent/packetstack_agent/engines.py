@@ -122,20 +122,16 @@ class Engine:
     listener: socket.socket | None = None
     files: list[int] = field(default_factory=list)
     """Arena, configuration, marker socket."""
-    beats: dict[int, tuple[int, float, tuple[int, ...] | None]] = field(default_factory=dict)
-    """Core -> (heartbeat, when it was first seen, the thread's run time some time later)."""
+    processes: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while its processes are begun or ended."""
     silent_since: float = 0.0
     """No datapath serves it since then, or since its init was started again; 0 = one does."""
     unserved_since: float = 0.0
     """No datapath serves it since then, however often its init was started again; 0 = one does."""
     restarted: float = 0.0
     """When its init was last started again."""
-    captured: int = 0
-    """Captures that have been told of."""
     orphans: bool = False
     """Its namespace has processes of an init that has ended."""
-    stalls: int = 0
-    """Fences in a row that it has not answered in time."""
     probed: bool = False
     """It has answered a probe packet."""
     device: str = ""

@@ -4,6 +4,7 @@ What is let through is decided in packetstack_core.shedding, and kept by the dir
 rings are and how busy the cores, and listeners are not watched.
 """
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,9 @@ from packetstack_core.shedding import AT_REST, Sample, State
 if TYPE_CHECKING:
     from packetstack_agent.agent import Agent
 
+LOOK_SECONDS = 0.1
+URGENT_SECONDS = 0.03
+"""The same while engines lose packets and it is being found out whose."""
 KNOWN_SECONDS = 1.0
 """Between two looks at which flows are known, while listeners are watched."""
 QUIET_SECONDS = 3.0
@@ -93,6 +97,15 @@ class Shedders:
     def forget(self, name: str) -> None:
         """The stack is gone, and its listeners with it."""
         self._known.pop(name, None)
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            urgent = False
+            for managed in list(self._agent.stacks.values()):
+                with self._agent.journal.going_on(managed.stack.name, "shedding"):
+                    urgent |= self.look(managed)
+            await asyncio.sleep(URGENT_SECONDS if urgent else LOOK_SECONDS)
 
     def look(self, managed: Managed) -> bool:
         """At one stack; the director does from here on what was decided. Returns whether the next look should come soon."""

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource, turns
 
-from packetstack_agent import agent as agents
-from packetstack_agent import engines, networks
-from packetstack_agent.agent import AWAY_SECONDS, HANG_SECONDS, STALLS, Agent
+from packetstack_agent import engine_life, engines, networks
+from packetstack_agent.agent import Agent
+from packetstack_agent.engine_life import AWAY_SECONDS
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.node import RunDirectory
@@ -27,7 +27,7 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agent:
     """An agent that has begun nothing."""
     destroyed: list[int] = []
     monkeypatch.setattr(engines, "destroy", lambda engine: destroyed.append(engine.slot))
-    monkeypatch.setattr(agents, "add_drops", lambda *_: None)
+    monkeypatch.setattr(engine_life, "add_drops", lambda *_: None)
     return Agent(RunDirectory(tmp_path))
 
 
@@ -49,7 +49,7 @@ async def settle(agent: Agent, one: Managed, steps: int) -> None:
     for _ in range(steps):
         await agent._step(one)
         await turns()
-        await asyncio.gather(*agent._background)
+        await agent.background.ended()
 
 
 async def test_an_engine_that_leaves_is_removed_when_it_has_handed_its_buckets_over(agent: Agent) -> None:
@@ -77,11 +77,10 @@ async def test_a_removal_that_waited_for_the_flow_table_looks_again_what_the_eng
     engine = one.engines[1]
     engine.state = State.DRAINING
     stack.table = [Owner(2, 0)] * len(stack.table)
-    engine.removing = True
     async with one.busy:
-        removal = asyncio.create_task(agent._remove(one, engine))
+        agent.life.remove(one, 1)
         await turns()
-    await removal
+    await agent.background.ended()
     assert 1 in one.engines
     assert not engine.removing, "the planner sees it again, and removes it when it may go"
 
@@ -95,7 +94,7 @@ async def test_an_engine_that_nobody_serves_any_more_is_waited_for_only_so_long(
     assert isinstance(gone, PlayedEngine)
     gone.serves, gone.unserved_since = False, 1000.0
     now = 1000.0 + AWAY_SECONDS - 1
-    monkeypatch.setattr(agents.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     await settle(agent, one, 2)
     assert len(one.engines) == 2, "its successor takes over what stands in the rings"
     now += 2
@@ -118,41 +117,10 @@ async def test_an_engine_whose_removal_fails_is_removed_later(agent: Agent, monk
     for _ in range(3):
         await agent._step(one)
         await turns()
-        await asyncio.gather(*agent._background, return_exceptions=True)
+        await agent.background.ended()
         await turns()
     assert "Failed" in reasons(agent)
     assert len(one.engines) == 1
-
-
-@pytest.mark.parametrize(("turning", "killed"), [(True, True), (False, False)])
-async def test_fences_that_are_not_answered_are_a_reason_to_kill_only_while_the_cores_turn(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch, turning: bool, killed: bool
-) -> None:
-    _, one = leaving(agent, mute=True)
-    kills: list[int] = []
-    monkeypatch.setattr(agent, "_kill", lambda engine, _why: kills.append(engine.slot))
-    now = time.monotonic()
-    for engine in one.engines.values():
-        engine.beats = {0: (7, now if turning else now - 2 * HANG_SECONDS, None)}
-    await settle(agent, one, STALLS + 1)
-    assert bool(kills) == killed
-
-
-async def test_fences_that_were_answered_between_make_the_count_begin_anew(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stack, one = leaving(agent, mute=True)
-    kills: list[int] = []
-    monkeypatch.setattr(agent, "_kill", lambda engine, _why: kills.append(engine.slot))
-    for _ in range(3):
-        stack.mute = {1, 2}
-        stack.table = [Owner(2, 0)] * len(stack.table)
-        stack.shards = [Owner(1, 0)] * len(stack.table)
-        for _ in range(STALLS - 1):
-            await agent._transfer(one, ())
-        stack.mute = set()
-        await agent._transfer(one, ())
-    assert not kills
 
 
 async def test_a_plan_about_an_engine_that_has_gone_meanwhile_does_no_harm(agent: Agent) -> None:
@@ -240,3 +208,13 @@ async def test_stacks_are_never_counted_off_in_a_thread_beside_the_loop(
     await agent._routes()
     assert routed == [set(stack.resource.prefixes())]
     assert [r["result"] for r in await agent.apply([stack.resource.document()], ())] == ["unchanged"]
+
+
+async def test_inits_of_one_stack_are_started_again_side_by_side_also_while_its_flow_table_changes(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, one = leaving(agent, mute=False)
+    both = threading.Barrier(2, timeout=5)
+    monkeypatch.setattr(engines, "start_again", lambda _: both.wait())
+    async with one.busy:
+        await asyncio.gather(*(agent.life.start_again(one, e, "its init has ended") for e in one.engines.values()))

@@ -15,6 +15,7 @@ from typing import Any
 
 from packetstack_agent.engines import Blueprint, Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.natives import ffi
 from packetstack_agent.stacks import Managed, Report, Stack
 from packetstack_core import reading
 from packetstack_core.planning import NOBODY, Move, Owner, State
@@ -138,12 +139,23 @@ class PlayedEngine(Engine):
         )  # fmt: skip
         self.state = state
         self.serves = True
-        self.view = object()
+        self.view = ffi.new("struct ps_engine *")
         self.probed = True
+        self.turning = ffi.new("struct ps_core *", {"thread": 1})
+        """Its core. It turns when its heartbeat grows."""
+        self.process = slot
 
     @property
     def ready(self) -> bool:
         return self.serves
+
+    @property
+    def pid(self) -> int:
+        return self.process if self.serves else 0
+
+    def core(self, index: int) -> Any:
+        assert index == 0
+        return self.turning
 
     def counters(self) -> dict[str, int]:
         return {}

@@ -1,0 +1,200 @@
+"""Finds engines that hang, or whose init, pod or interface is gone, and has them mended.
+
+One look at all engines every 0.1 s reads shared memory and never waits: what takes time (a new init, a new engine, the
+processes of a pod) is a task of that engine alone, so that no engine waits for another one's.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from packetstack_agent import networks, processes
+from packetstack_agent.counting import captures
+from packetstack_agent.engines import Engine
+from packetstack_agent.journal import Background, Journal
+from packetstack_agent.stacks import Managed
+from packetstack_core.reasons import EventReason
+
+WATCH_SECONDS = 0.1
+HANG_SECONDS = 0.5
+"""A core's loop turns at least every 0.1 s, also when it sleeps."""
+STARVED_SECONDS = 5.0
+"""The same for a core that is ready to run and gets no CPU: killing it would not help."""
+STALLS = 4
+"""Fences of 0.5 s in a row, not answered by an engine whose cores turn."""
+RESTART_SECONDS = 0.25
+"""Between two starts of an engine's init."""
+SILENT_SECONDS = 3.0
+"""How long init may take to bring a datapath."""
+GONE_SECONDS = 0.5
+"""Without a datapath, before a pod is looked for; and between two looks."""
+
+
+class Repairs(Protocol):
+    """What can be done for an engine. Each returns when it is done, and may find that it is not needed any more."""
+
+    async def rebuild(self, managed: Managed, engine: Engine, why: str) -> None:
+        """Make it again in its slot."""
+
+    async def lose(self, managed: Managed, engine: Engine, why: str) -> None:
+        """Let go of one that cannot be had again."""
+
+    async def start_again(self, managed: Managed, engine: Engine, why: str) -> None:
+        """Start another init in its namespace."""
+
+
+@dataclass
+class Beat:
+    """A core's loop, as it was seen."""
+
+    count: int
+    since: float
+    """When that count was first seen."""
+    ran: tuple[int, ...] | None = None
+    """The thread's run time some time later."""
+
+
+@dataclass
+class Watch:
+    """What is known of one engine."""
+
+    pid: int = 0
+    """Of the datapath that the rest is about."""
+    beats: dict[int, Beat] = field(default_factory=dict)
+    """By core."""
+    stalls: int = 0
+    """Fences in a row that it has not answered in time, though its cores turned."""
+    captured: int = 0
+    """Captures that have been told of."""
+    pod_seen: float = 0.0
+    """When it was last looked whether its pod is there."""
+    mending: asyncio.Task[None] | None = None
+
+
+class Watchdog:
+    """Watches the engines of `stacks`."""
+
+    def __init__(
+        self, stacks: Mapping[str, Managed], journal: Journal, background: Background, repairs: Repairs
+    ) -> None:
+        self._stacks = stacks
+        self._journal = journal
+        self._background = background
+        self._repairs = repairs
+        self._watched: WeakKeyDictionary[Engine, Watch] = WeakKeyDictionary()
+
+    async def run(self) -> None:
+        """Look again and again, until cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            self.look(time.monotonic())
+
+    def look(self, now: float) -> None:
+        """At each engine that has been made."""
+        for managed in list(self._stacks.values()):
+            for engine in list(managed.engines.values()):
+                if engine.removing or engine.view is None or (engine.making and not engine.making.done()):
+                    continue
+                with self._journal.going_on(managed.stack.name, f"engine {engine.slot}"):
+                    self._check(managed, engine, now)
+
+    def fence_missed(self, engine: Engine, now: float) -> None:
+        """It did not answer a fence in time. One that has missed several, though its cores turn, is killed."""
+        watch = self._of(engine)
+        if any(now - beat.since > HANG_SECONDS for beat in watch.beats.values()):
+            return  # it hangs, or starves: that is told by its cores
+        watch.stalls += 1
+        if watch.stalls >= STALLS and engine.ready:
+            self._kill(engine, f"has not answered {watch.stalls} fences")
+
+    def fences_answered(self, engines: Iterable[Engine]) -> None:
+        """All fences were answered in time."""
+        for engine in engines:
+            self._of(engine).stalls = 0
+
+    def _of(self, engine: Engine) -> Watch:
+        """What is known of the engine; of another datapath process nothing is."""
+        watch = self._watched.setdefault(engine, Watch())
+        if watch.pid != engine.pid:
+            watch.pid, watch.stalls = engine.pid, 0
+            watch.beats.clear()
+        return watch
+
+    def _check(self, managed: Managed, engine: Engine, now: float) -> None:
+        watch = self._of(engine)
+        if watch.mending is None or watch.mending.done():
+            mend = self._needed(managed, engine, watch, now)
+            watch.mending = self._background.spawn(managed.stack.name, mend) if mend is not None else None
+        if engine.view.captured > watch.captured:
+            watch.captured = int(engine.view.captured)
+            self._tell_of_capture(managed, engine)
+        elif engine.ready and (core := hung(engine, watch.beats, now)) is not None:
+            self._kill(engine, f"its core {core} has not turned for {HANG_SECONDS:g} s")
+
+    def _needed(self, managed: Managed, engine: Engine, watch: Watch, now: float) -> Coroutine[Any, Any, None] | None:
+        """What has to be done for the engine, if anything."""
+        b, repairs = engine.blueprint, self._repairs
+        if not networks.is_there(engine.ifindex):
+            mend = repairs.lose if b.pod else repairs.rebuild
+            return mend(managed, engine, f"interface {engine.device} is gone")
+        silent = now - engine.silent_since if engine.silent_since else 0.0
+        if b.pod:  # the kubelet starts what ends in it
+            if silent > GONE_SECONDS and now - watch.pod_seen > GONE_SECONDS:
+                watch.pod_seen = now
+                return self._look_for_pod(managed, engine)
+        elif engine.init is None or not engine.init.alive():
+            if now - engine.restarted > RESTART_SECONDS:
+                return repairs.start_again(managed, engine, "its init has ended")
+        elif silent > SILENT_SECONDS:
+            return repairs.start_again(managed, engine, f"no datapath has come for {SILENT_SECONDS:g} s")
+        return None
+
+    async def _look_for_pod(self, managed: Managed, engine: Engine) -> None:
+        b = engine.blueprint
+        if not await asyncio.to_thread(processes.of_pod, b.pod_uid):
+            await self._repairs.lose(managed, engine, f"pod {b.pod} is gone")
+
+    def _tell_of_capture(self, managed: Managed, engine: Engine) -> None:
+        name, last = managed.stack.name, captures(engine)[-1]
+        self._journal.event(
+            name, EventReason.PACKET_DROPPED,
+            f"engine {engine.slot}: a packet of bucket {last['bucket']} ended the datapath twice; it is dropped, and shown "
+            f"by packetstack get {name} -o yaml",
+        )  # fmt: skip
+
+    def _kill(self, engine: Engine, why: str) -> None:
+        """End a datapath that hangs. Its init starts another, which adopts the queues."""
+        serving = engine.attachments.serving if engine.attachments is not None else None
+        if serving is not None:
+            self._journal.event(engine.blueprint.stack, EventReason.ENGINE_HUNG, f"engine {engine.slot}: {why}; killed")
+            watch = self._of(engine)
+            watch.beats.clear()
+            watch.stalls = 0
+            serving.kill()
+
+
+def hung(engine: Engine, beats: dict[int, Beat], now: float) -> int | None:
+    """The first core whose loop has not turned for too long, by itself: one that gets no CPU has more time.
+
+    `beats` are what was seen before, and are brought up to now.
+    """
+    for c in range(engine.blueprint.cores):
+        core = engine.core(c)
+        count, thread = int(core.heartbeat), int(core.thread)
+        beat = beats.get(c)
+        if beat is None or beat.count != count:
+            beats[c] = Beat(count, now)
+            continue
+        still = now - beat.since
+        if still > HANG_SECONDS / 2 and beat.ran is None:
+            beat.ran = processes.run_time(engine.pid, thread)
+        elif (
+            still > HANG_SECONDS
+            and beat.ran is not None
+            and (still > STARVED_SECONDS or not processes.starved(engine.pid, thread, beat.ran))
+        ):
+            return c
+    return None

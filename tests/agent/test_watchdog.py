@@ -1,0 +1,218 @@
+"""What the watchdog sees and has mended. Engines, their processes and time are played."""
+
+import asyncio
+import socket
+from collections.abc import Callable
+
+import pytest
+from tests.model.node import PlayedEngine, PlayedStack, managed, resource, turns
+
+from packetstack_agent import networks, processes
+from packetstack_agent.attachments import Attachments, Link
+from packetstack_agent.engines import Engine
+from packetstack_agent.journal import Background, Journal
+from packetstack_agent.processes import Process
+from packetstack_agent.stacks import Managed
+from packetstack_agent.watchdog import HANG_SECONDS, STALLS, STARVED_SECONDS, WATCH_SECONDS, Watchdog
+
+
+class Slow:
+    """Repairs that end when they are told to."""
+
+    def __init__(self) -> None:
+        self.begun: list[tuple[str, int, str]] = []
+        self.go_on = asyncio.Event()
+
+    async def rebuild(self, managed: Managed, engine: Engine, why: str) -> None:
+        await self._mend("rebuild", engine, why)
+
+    async def lose(self, managed: Managed, engine: Engine, why: str) -> None:
+        await self._mend("lose", engine, why)
+
+    async def start_again(self, managed: Managed, engine: Engine, why: str) -> None:
+        await self._mend("start again", engine, why)
+
+    async def _mend(self, what: str, engine: Engine, why: str) -> None:
+        self.begun.append((what, engine.slot, why))
+        await self.go_on.wait()
+
+
+class Init(Process):
+    """An engine's init."""
+
+    def __init__(self) -> None:
+        self.lives = True
+
+    def alive(self) -> bool:
+        return self.lives
+
+
+class Served(Attachments):
+    """Somebody serves; who is killed is noted."""
+
+    def __init__(self, killed: Callable[[], None]) -> None:
+        class Serving(Link):
+            def kill(self) -> None:
+                killed()
+
+        self.serving = Serving(1, -1, 1, socket.socket())
+        self.serving.connection.close()
+        self._ending = None
+
+
+class World:
+    """A watchdog over engines that turn unless a test says otherwise."""
+
+    def __init__(self, count: int) -> None:
+        self.now = 100.0
+        self.stack = PlayedStack(resource(replicas=count), owners=range(1, count + 1))
+        self.engines = {slot: PlayedEngine(slot, self.stack.resource) for slot in range(1, count + 1)}
+        self.inits = {slot: Init() for slot in self.engines}
+        self.still: set[int] = set()
+        """Slots of engines whose core does not turn."""
+        self.killed: list[tuple[float, int]] = []
+        for slot, engine in self.engines.items():
+            engine.init = self.inits[slot]
+            engine.attachments = Served(lambda slot=slot: self.killed.append((self.now, slot)))  # type: ignore[misc]
+        self.repairs = Slow()
+        self.journal = Journal()
+        self.background = Background(self.journal)
+        self.stacks = {"web": managed(self.stack, *self.engines.values())}
+        self.watchdog = Watchdog(self.stacks, self.journal, self.background, self.repairs)
+
+    async def live(self, seconds: float) -> None:
+        for _ in range(round(seconds / WATCH_SECONDS)):
+            self.now += WATCH_SECONDS
+            for slot, engine in self.engines.items():
+                engine.turning.heartbeat += slot not in self.still
+            self.watchdog.look(self.now)
+            await turns(3)
+
+    async def end(self) -> None:
+        self.repairs.go_on.set()
+        await self.background.ended()
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
+    monkeypatch.setattr(networks, "is_there", lambda _: True)
+    monkeypatch.setattr(processes, "run_time", lambda *_: (1, 1))
+    monkeypatch.setattr(processes, "starved", lambda *_: False)
+    return World
+
+
+async def test_engines_that_turn_are_left_alone(world: Callable[[int], World]) -> None:
+    w = world(3)
+    await w.live(20)
+    assert not w.killed
+    assert not w.repairs.begun
+    assert not w.journal.events
+
+
+async def test_a_core_that_does_not_turn_is_killed_after_the_limit_and_only_once(world: Callable[[int], World]) -> None:
+    w = world(2)
+    await w.live(1)
+    w.still, began = {2}, w.now
+    await w.live(0.9)
+    [(when, slot)] = w.killed
+    assert slot == 2
+    assert HANG_SECONDS < when - began < HANG_SECONDS + 3 * WATCH_SECONDS
+
+
+async def test_a_core_that_gets_no_cpu_has_more_time(
+    world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = world(1)
+    monkeypatch.setattr(processes, "starved", lambda *_: True)
+    w.still = {1}
+    await w.live(STARVED_SECONDS - 0.5)
+    assert not w.killed
+    await w.live(1)
+    assert len(w.killed) == 1
+
+
+async def test_an_engine_that_is_being_mended_keeps_nobody_from_seeing_that_another_one_hangs(
+    world: Callable[[int], World],
+) -> None:
+    w = world(6)
+    await w.live(1)
+    for slot in range(1, 6):
+        w.inits[slot].lives = False
+    w.still, began = {6}, w.now
+    await w.live(1)
+    assert sorted(slot for _, slot, _ in w.repairs.begun) == [1, 2, 3, 4, 5], "all at once, each once"
+    [(when, slot)] = w.killed
+    assert slot == 6
+    assert when - began < HANG_SECONDS + 3 * WATCH_SECONDS
+    await w.end()
+
+
+async def test_an_engine_that_is_being_mended_is_killed_when_it_hangs(world: Callable[[int], World]) -> None:
+    w = world(1)
+    await w.live(1)
+    w.inits[1].lives = False
+    await w.live(0.2)
+    w.still = {1}
+    await w.live(0.9)
+    assert [slot for _, slot in w.killed] == [1]
+    await w.end()
+
+
+async def test_a_repair_that_fails_is_told_and_tried_again(world: Callable[[int], World]) -> None:
+    w = world(1)
+
+    async def fails(_managed: Managed, engine: Engine, why: str) -> None:
+        w.repairs.begun.append(("start again", engine.slot, why))
+        raise OSError("no more processes")
+
+    w.repairs.start_again = fails  # type: ignore[method-assign]
+    w.inits[1].lives = False
+    await w.live(1)
+    assert len(w.repairs.begun) > 1
+    assert [e["reason"] for e in w.journal.events] == ["Failed"]
+
+
+async def test_an_interface_that_is_gone_is_a_reason_to_make_the_engine_again_or_to_lose_it(
+    world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = world(2)
+    w.engines[2].blueprint.pod = "web-2"
+    monkeypatch.setattr(networks, "is_there", lambda _: False)
+    await w.live(0.2)
+    assert {(what, slot) for what, slot, _ in w.repairs.begun} == {("rebuild", 1), ("lose", 2)}
+    await w.end()
+
+
+@pytest.mark.parametrize(("turning", "killed"), [(True, True), (False, False)])
+async def test_fences_that_are_not_answered_are_a_reason_to_kill_only_while_the_cores_turn(
+    world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch, turning: bool, killed: bool
+) -> None:
+    w = world(1)
+    monkeypatch.setattr(processes, "starved", lambda *_: True)
+    await w.live(1)
+    w.still = set() if turning else {1}
+    for _ in range(STALLS + 1):
+        await w.live(0.6)
+        w.watchdog.fence_missed(w.engines[1], w.now)
+    assert bool(w.killed) == killed
+
+
+async def test_fences_that_were_answered_between_make_the_count_begin_anew(world: Callable[[int], World]) -> None:
+    w = world(1)
+    for _ in range(3):
+        for _ in range(STALLS - 1):
+            w.watchdog.fence_missed(w.engines[1], w.now)
+        w.watchdog.fences_answered(w.engines.values())
+    assert not w.killed
+
+
+async def test_what_was_seen_of_one_process_says_nothing_about_the_next(world: Callable[[int], World]) -> None:
+    w = world(1)
+    for _ in range(STALLS - 1):
+        w.watchdog.fence_missed(w.engines[1], w.now)
+    w.still = {1}
+    await w.live(HANG_SECONDS)
+    w.engines[1].process = 77
+    w.watchdog.fence_missed(w.engines[1], w.now)
+    await w.live(HANG_SECONDS)
+    assert not w.killed
