@@ -38,6 +38,7 @@ from packetstack_core.autoscaling.numbers import approximate
 from packetstack_core.autoscaling.settings import Settings, Tolerances
 from packetstack_core.autoscaling.spec import Metric, Spec, Target
 from packetstack_core.autoscaling.status import Decision, MetricStatus, Status
+from packetstack_core.reasons import ConditionReason, EventReason, why_not
 
 Case = Mapping[str, Any]
 Found = tuple[str, Any, Any]
@@ -447,11 +448,11 @@ def reconcile(
 def selector_error(tick: Case, pods: tuple[Pod, ...]) -> controller.SelectorError | None:
     selector = tick["scale"].get("selector")
     if selector == "":
-        return controller.SelectorError("SelectorRequired", "selector is required")
+        return controller.SelectorError(EventReason.SELECTOR_REQUIRED, "selector is required")
     if selector is not None:
-        return controller.SelectorError("InvalidSelector", f"selector {selector!r} cannot be parsed")
+        return controller.SelectorError(ConditionReason.INVALID_SELECTOR, f"selector {selector!r} cannot be parsed")
     if tick.get("otherSelectors") and pods:
-        return controller.SelectorError("AmbiguousSelector", "pods are controlled by multiple HPAs")
+        return controller.SelectorError(ConditionReason.AMBIGUOUS_SELECTOR, "pods are controlled by multiple HPAs")
     return None
 
 
@@ -478,6 +479,8 @@ def timeline_reading(asked: Metric, answer: Case) -> Reading:
 
 def show_tick(decision: Decision, wrote: bool) -> Case:
     status = decision.status
+    problems = [why_not(c.type, c.status, c.reason) for c in status.conditions]
+    assert not any(problems), problems
     rescaled = [e.message for e in decision.events if e.reason == "SuccessfulRescale"]
     shown: dict[str, Any] = {
         "currentReplicas": status.current_replicas,
@@ -492,7 +495,7 @@ def show_tick(decision: Decision, wrote: bool) -> Case:
         ]
         or None,
         "currentMetrics": [show_metric(m) for m in status.current_metrics] or None,
-        "events": [f"{e.type} {e.reason}" for e in decision.events] or None,
+        "events": [f"{e.kind} {e.reason}" for e in decision.events] or None,
         "rescaleReason": (rescaled[0].split("reason: ", 1)[1] or None) if rescaled else None,
         "error": decision.error or None,
     }

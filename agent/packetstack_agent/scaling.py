@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 from packetstack_agent import loading
 from packetstack_agent.errors import AgentError
 from packetstack_agent.stacks import Managed
-from packetstack_core import kinds, reasons
+from packetstack_core import kinds
 from packetstack_core.autoscaling import rounds
 from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.metrics import MetricError, Pod
 from packetstack_core.autoscaling.options import State
-from packetstack_core.autoscaling.status import Event
 from packetstack_core.kinds import AutoscalingStatus
 from packetstack_core.planning import State as EngineState
-from packetstack_core.reasons import EventReason
+from packetstack_core.reasons import Event, EventReason
 
 if TYPE_CHECKING:
     from packetstack_agent.agent import Agent
@@ -150,7 +149,7 @@ class Autoscalers:
 
     def _tell(self, name: str, events: Iterable[Event]) -> None:
         for event in events:
-            self._agent.event(name, reasons.named(event.reason), event.message)
+            self._agent.event(name, event.reason, event.message)
 
 
 def _scale(managed: Managed) -> Scale:

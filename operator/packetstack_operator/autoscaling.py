@@ -25,7 +25,6 @@ from packetstack_core.autoscaling.options import State
 from packetstack_core.backing_off import ANSWER_SECONDS, back_off
 from packetstack_core.kinds import AutoscalingStatus, Condition
 from packetstack_core.load import StackLoad
-from packetstack_core.reasons import Event, named
 from packetstack_operator import observing, pods
 from packetstack_operator.applying import APPLY_TYPE
 from packetstack_operator.loads import Key, LoadError, Loads
@@ -185,7 +184,7 @@ class Autoscalers:
         scaled.state = done.state
         scaled.ours = wrote or MANAGER in replica_writers(raw)
         self._metrics.autoscalers.known[key] = done
-        scaled.events.show(scaled.body, [Event(named(e.reason), e.message) for e in done.decision.events])
+        scaled.events.show(scaled.body, done.decision.events)
         fresh = rounds.show(done, shown, now), rounds.conditions(done.state, observing.generation(raw))
         if fresh[0] != shown or {c.type: c for c in fresh[1]} != {c.type: c for c in conditions}:
             await self._apply(key, {"autoscaling": fresh[0].document(), "conditions": [c.document() for c in fresh[1]]})

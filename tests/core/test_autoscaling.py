@@ -25,6 +25,7 @@ from packetstack_core.autoscaling.numbers import approximate, milli
 from packetstack_core.autoscaling.settings import Settings, Tolerances
 from packetstack_core.autoscaling.spec import Metric, Spec, Target, spec_of
 from packetstack_core.autoscaling.status import Decision, Status
+from packetstack_core.reasons import ConditionReason
 from packetstack_core.values import quantity
 
 VECTORS = sorted((Path(__file__).parent / "hpa_vectors").glob("*.json"))
@@ -401,7 +402,7 @@ def test_the_record_says_what_each_step_did():
 def test_events_and_conditions_use_the_words_of_the_hpa():
     spec = Spec(10, (BUSY,))
     decision, _ = step(spec, Memory(), Status(), 2, [samples([900, 900])], now=7.0)
-    assert [(e.type, e.reason, e.message) for e in decision.events] == [
+    assert [(e.kind, e.reason, e.message) for e in decision.events] == [
         ("Normal", "SuccessfulRescale", "New size: 3; reason: engine metric Utilization above target")
     ]
     assert [(c.type, c.status, c.reason, c.last_transition) for c in decision.status.conditions] == [
@@ -437,7 +438,7 @@ def test_a_scale_that_cannot_be_read_keeps_what_is_known():
 
 
 def test_pods_that_cannot_be_told_apart_stop_scaling():
-    error = SelectorError("AmbiguousSelector", "pods are selected by two autoscalers")
+    error = SelectorError(ConditionReason.AMBIGUOUS_SELECTOR, "pods are selected by two autoscalers")
     spec = Spec(10, (BUSY,))
     decision = decide(spec, SETTINGS, Memory(), Status(), Scale(3, 3), engines(3), [{}], 0.0, error)
     assert (decision.write, condition(decision, "ScalingActive")) == (None, ("False", "AmbiguousSelector"))

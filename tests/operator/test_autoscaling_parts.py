@@ -11,6 +11,7 @@ from packetstack_core.autoscaling.options import State
 from packetstack_core.autoscaling.status import Condition, Status
 from packetstack_core.load import EngineLoad, StackLoad
 from packetstack_core.reading import parse
+from packetstack_core.reasons import ConditionReason
 from packetstack_operator.applying import Refused
 from packetstack_operator.autoscaling import MANAGER, knows_all, other_writer, replica_writers
 from packetstack_operator.metrics import Metrics
@@ -67,7 +68,9 @@ def raw(*writers, replicas=3, **autoscaling):
 
 def left(replicas, reason="ValidMetricFound"):
     """The state after a round that left so many."""
-    return State(status=Status(2, replicas, 1.0, (Condition("ScalingActive", "True", reason, "", 0.0),)))
+    return State(
+        status=Status(2, replicas, 1.0, (Condition("ScalingActive", "True", ConditionReason(reason), "", 0.0),))
+    )
 
 
 def who(stack, state, *, ours=True, first=False):

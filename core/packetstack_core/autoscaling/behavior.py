@@ -7,6 +7,7 @@ from typing import Literal
 
 from packetstack_core.autoscaling.numbers import _MAX_INT32, _saturated, ceil32, int32
 from packetstack_core.autoscaling.settings import Settings, Tolerances
+from packetstack_core.reasons import ConditionReason
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,26 +94,32 @@ class Bounded:
     """Replicas after a step, with the words for the condition."""
 
     replicas: int
-    reason: str
+    reason: ConditionReason
     message: str
     by: str = ""
     """What changed the number, for people; empty when nothing did."""
 
 
-READY = ("ReadyForNewScale", "recommended size matches current size")
+READY = (ConditionReason.READY_FOR_NEW_SCALE, "recommended size matches current size")
 _DOWN_STABILIZED = (
-    "ScaleDownStabilized",
+    ConditionReason.SCALE_DOWN_STABILIZED,
     "recent recommendations were higher than current one, applying the highest recent recommendation",
 )
 _UP_STABILIZED = (
-    "ScaleUpStabilized",
+    ConditionReason.SCALE_UP_STABILIZED,
     "recent recommendations were lower than current one, applying the lowest recent recommendation",
 )
-_WITHIN = ("DesiredWithinRange", "the desired count is within the acceptable range")
-_TOO_FEW = ("TooFewReplicas", "the desired replica count is less than the minimum replica count")
-_TOO_MANY = ("TooManyReplicas", "the desired replica count is more than the maximum replica count")
-_UP_LIMIT = ("ScaleUpLimit", "the desired replica count is increasing faster than the maximum scale rate")
-_DOWN_LIMIT = ("ScaleDownLimit", "the desired replica count is decreasing faster than the maximum scale rate")
+_WITHIN = (ConditionReason.DESIRED_WITHIN_RANGE, "the desired count is within the acceptable range")
+_TOO_FEW = (ConditionReason.TOO_FEW_REPLICAS, "the desired replica count is less than the minimum replica count")
+_TOO_MANY = (ConditionReason.TOO_MANY_REPLICAS, "the desired replica count is more than the maximum replica count")
+_UP_LIMIT = (
+    ConditionReason.SCALE_UP_LIMIT,
+    "the desired replica count is increasing faster than the maximum scale rate",
+)
+_DOWN_LIMIT = (
+    ConditionReason.SCALE_DOWN_LIMIT,
+    "the desired replica count is decreasing faster than the maximum scale rate",
+)
 
 
 def _remember(

@@ -46,7 +46,6 @@ from packetstack_core.autoscaling.status import (
     Conditions,
     Decision,
     Error,
-    Event,
     MetricStatus,
     Proposal,
     Record,
@@ -54,6 +53,7 @@ from packetstack_core.autoscaling.status import (
     set_condition,
     without_condition,
 )
+from packetstack_core.reasons import ConditionReason, Event, EventReason
 
 WRITE_ATTEMPTS = 5
 """How often a write of `/scale` is tried when it conflicts; `retry.DefaultRetry` of client-go."""
@@ -63,7 +63,11 @@ class SelectorError(Exception):
     """A selector of the scale by which pods cannot be found. `event` is the reason of the event."""
 
     def __init__(
-        self, event: Literal["SelectorRequired", "InvalidSelector", "AmbiguousSelector"], message: str
+        self,
+        event: Literal[
+            EventReason.SELECTOR_REQUIRED, ConditionReason.INVALID_SELECTOR, ConditionReason.AMBIGUOUS_SELECTOR
+        ],
+        message: str,
     ) -> None:
         super().__init__(message)
         self.event = event
@@ -140,7 +144,7 @@ def _invalid_target(metric: Metric) -> str:
     return f"invalid resource metric source: {names}"
 
 
-def _explained(metric: Metric, error: MetricError) -> tuple[str, str, str]:
+def _explained(metric: Metric, error: MetricError) -> tuple[ConditionReason, str, str]:
     """Reason and message of the event and the condition, and the error with what it was about."""
     text = str(error)
     api = error.kind in ("api_error", "api_empty")
@@ -168,16 +172,16 @@ def _explained(metric: Metric, error: MetricError) -> tuple[str, str, str]:
                 text = f"failed to get external metric {name}: {text}"
             about = f"{name} external"
         case _:
-            return "InvalidMetricSourceType", text, text
-    return f"FailedGet{metric.type}Metric", text, f"failed to get {about} metric value: {text}"
+            return ConditionReason.INVALID_METRIC_SOURCE_TYPE, text, text
+    return ConditionReason(f"FailedGet{metric.type}Metric"), text, f"failed to get {about} metric value: {text}"
 
 
 def no_scale(memory: Memory, status: Status, message: str, now: float, error: Error = "get_scale_failed") -> Decision:
     """The outcome when the target or its scale cannot be read."""
     text = f"the HPA controller was unable to get the target's current scale: {message}"
-    conditions = set_condition(status.conditions, "AbleToScale", "False", "FailedGetScale", text, now)
+    conditions = set_condition(status.conditions, "AbleToScale", "False", ConditionReason.FAILED_GET_SCALE, text, now)
     record = Record(status.current_replicas, status.desired_replicas, why=f"the scale cannot be read: {message}")
-    event = Event("Warning", "FailedGetScale", message)
+    event = Event(ConditionReason.FAILED_GET_SCALE, message)
     return Decision(memory, replace(status, conditions=conditions), record, events=(event,), error=error)
 
 
@@ -201,7 +205,7 @@ def _read_metrics(spec: Spec, conditions: Conditions, view: View, readings: Sequ
     replicas, winner = 0, ""
     statuses: list[MetricStatus | None] = []
     proposals: list[Proposal] = []
-    failures: list[tuple[str, str, str]] = []
+    failures: list[tuple[ConditionReason, str, str]] = []
     for metric, reading in zip(spec.metrics, readings, strict=True):
         title = metric.title()
         try:
@@ -218,7 +222,7 @@ def _read_metrics(spec: Spec, conditions: Conditions, view: View, readings: Sequ
         proposals.append(Proposal(title, metric.target, found.replicas, found.usage, found.utilization, found.missing))
         if replicas == 0 or found.replicas > replicas:
             replicas, winner = found.replicas, title
-    events = tuple(Event("Warning", reason, message) for reason, message, _ in failures)
+    events = tuple(Event(reason, message) for reason, message, _ in failures)
     error = ""
     if failures:
         first = failures[0][2]
@@ -227,7 +231,9 @@ def _read_metrics(spec: Spec, conditions: Conditions, view: View, readings: Sequ
     usable = len(failures) < len(spec.metrics) and not (failures and replicas < view.scale.spec_replicas)
     if usable:
         message = f"the HPA was able to successfully calculate a replica count from {winner}"
-        conditions = set_condition(conditions, "ScalingActive", "True", "ValidMetricFound", message, now)
+        conditions = set_condition(
+            conditions, "ScalingActive", "True", ConditionReason.VALID_METRIC_FOUND, message, now
+        )
     elif failures:
         reason, text, _ = failures[0]
         message = f"the HPA was unable to compute the replica count: {text}"
@@ -237,9 +243,10 @@ def _read_metrics(spec: Spec, conditions: Conditions, view: View, readings: Sequ
 
 def _bad_selector(conditions: Conditions, error: SelectorError, now: float) -> _Metrics:
     text = str(error)
-    event = Event("Warning", error.event, text)
-    reason = "AmbiguousSelector" if error.event == "AmbiguousSelector" else "InvalidSelector"
-    message = "the HPA target's scale is missing a selector" if error.event == "SelectorRequired" else text
+    event = Event(error.event, text)
+    reason, message = ConditionReason.INVALID_SELECTOR, "the HPA target's scale is missing a selector"
+    if error.event is not EventReason.SELECTOR_REQUIRED:
+        reason, message = error.event, text
     conditions = set_condition(conditions, "ScalingActive", "False", reason, message, now)
     return _Metrics(None, "", conditions, (), (), (event,), text)
 
@@ -296,7 +303,9 @@ def decide(
     """
     current = scale.spec_replicas
     message = "the HPA controller was able to get the target's current scale"
-    conditions = set_condition(status.conditions, "AbleToScale", "True", "SucceededGetScale", message, now)
+    conditions = set_condition(
+        status.conditions, "AbleToScale", "True", ConditionReason.SUCCEEDED_GET_SCALE, message, now
+    )
     if not memory.recommendations:
         # So that a controller that has just started does not scale down at once.
         memory = replace(memory, recommendations=(Recommendation(current, now),))
@@ -305,7 +314,7 @@ def decide(
 
     if current == 0 and not (from_zero and (spec.minimum != 0 or spec.scales_to_zero())):
         message = "scaling is disabled since the replica count of the target is zero"
-        conditions = set_condition(conditions, "ScalingActive", "False", "ScalingDisabled", message, now)
+        conditions = set_condition(conditions, "ScalingActive", "False", ConditionReason.SCALING_DISABLED, message, now)
         if not settings.scale_to_zero:
             conditions = without_condition(conditions, "ScaledToZero")
         shown = replace(shown, desired_replicas=0, conditions=conditions)
@@ -325,7 +334,7 @@ def decide(
         shown = replace(shown, conditions=metrics.conditions, current_metrics=metrics.statuses)
         why = f"not scaled: {metrics.error}"
         record = Record(current, current, metrics.proposals, metrics.winner, why=why)
-        events = (*metrics.events, Event("Warning", "FailedComputeMetricsReplicas", metrics.error))
+        events = (*metrics.events, Event(EventReason.FAILED_COMPUTE, metrics.error))
         return Decision(memory, shown, record, events=events, error="compute_failed")
 
     proposed = max(0, metrics.replicas)
@@ -354,16 +363,20 @@ def written(decision: Decision, spec: Spec, settings: Settings, now: float) -> D
     current, replicas = decision.record.current, _to_write(decision)
     message = f"the HPA controller was able to update the target scale to {replicas}"
     status = decision.status
-    conditions = set_condition(status.conditions, "AbleToScale", "True", "SucceededRescale", message, now)
+    conditions = set_condition(
+        status.conditions, "AbleToScale", "True", ConditionReason.SUCCEEDED_RESCALE, message, now
+    )
     if not settings.scale_to_zero:
         conditions = without_condition(conditions, "ScaledToZero")
     elif current > 0 and replicas == 0 and spec.minimum == 0 and spec.scales_to_zero():
         message = "the HPA controller scaled the workload to zero"
-        conditions = set_condition(conditions, "ScaledToZero", "True", "ScaledToZero", message, now)
+        conditions = set_condition(conditions, "ScaledToZero", "True", ConditionReason.SCALED_TO_ZERO, message, now)
     else:
         message = "the HPA controller did not scale the workload to zero"
-        conditions = set_condition(conditions, "ScaledToZero", "False", "NotScaledToZero", message, now)
-    event = Event("Normal", "SuccessfulRescale", f"New size: {replicas}; reason: {decision.reason}")
+        conditions = set_condition(
+            conditions, "ScaledToZero", "False", ConditionReason.NOT_SCALED_TO_ZERO, message, now
+        )
+    event = Event(EventReason.SUCCESSFUL_RESCALE, f"New size: {replicas}; reason: {decision.reason}")
     return replace(
         decision,
         memory=remember_event(decision.memory, spec.behavior, current, replicas, now),
@@ -376,8 +389,10 @@ def refused(decision: Decision, message: str, now: float) -> Decision:
     """The outcome when `/scale` could not be written, for the reason `message`."""
     replicas = _to_write(decision)
     text = f"the HPA controller was unable to update the target scale: {message}"
-    conditions = set_condition(decision.status.conditions, "AbleToScale", "False", "FailedUpdateScale", text, now)
-    event = Event("Warning", "FailedRescale", f"New size: {replicas}; reason: {decision.reason}; error: {message}")
+    conditions = set_condition(
+        decision.status.conditions, "AbleToScale", "False", ConditionReason.FAILED_UPDATE_SCALE, text, now
+    )
+    event = Event(EventReason.FAILED_RESCALE, f"New size: {replicas}; reason: {decision.reason}; error: {message}")
     return replace(
         decision,
         status=replace(decision.status, conditions=conditions),

@@ -20,7 +20,8 @@ from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.metrics import Pod, Reading
 from packetstack_core.autoscaling.settings import Settings
 from packetstack_core.autoscaling.spec import Spec, spec_of
-from packetstack_core.autoscaling.status import Decision, Event, Status
+from packetstack_core.autoscaling.status import Decision, Status
+from packetstack_core.reasons import Event, EventReason
 
 _CHANGE = timedelta(hours=3)
 """More than any clock is ever changed by."""
@@ -108,7 +109,7 @@ def hold(decision: Decision) -> Decision:
         record=replace(decision.record, desired=current, why=why),
         write=None,
         reason="",
-        events=(*decision.events, Event("Normal", "AutoscalingPaused", f"{current} engines stay; {why}")),
+        events=(*decision.events, Event(EventReason.AUTOSCALING_PAUSED, f"{current} engines stay; {why}")),
     )
 
 

@@ -28,14 +28,14 @@ from packetstack_core.autoscaling.options import State, settled, with_schedule
 from packetstack_core.autoscaling.options import reconcile as _reconcile
 from packetstack_core.autoscaling.settings import Settings
 from packetstack_core.autoscaling.spec import Metric, Spec, Target, spec_of
-from packetstack_core.autoscaling.status import Condition, Decision, Event, Proposal, Record, Status, set_condition
+from packetstack_core.autoscaling.status import Condition, Decision, Proposal, Record, Status, set_condition
 from packetstack_core.kinds import AutoscalingStatus
 from packetstack_core.load import StackLoad
 from packetstack_core.planning import State as EngineState
+from packetstack_core.reasons import AUTOSCALER, ConditionReason, Event
 
-CONDITIONS = ("AbleToScale", "ScalingActive", "ScalingLimited", "ScaledToZero")
+CONDITIONS = AUTOSCALER
 """Types that are the autoscaler's."""
-EXTERNAL = "ExternallyScaled"
 SAMPLE_SECONDS = 15.0
 """A sample is never too old before."""
 DRIFT_SECONDS = 1.0
@@ -187,12 +187,14 @@ def _at(state: State, other: Callable[[float], float]) -> State:
 
 def _invalid(state: State, scale: Scale, problem: str, now: float) -> Decision:
     message = f"spec.autoscaling.schedules: {problem}"
-    conditions = set_condition(state.status.conditions, "ScalingActive", "False", "InvalidSchedule", message, now)
+    conditions = set_condition(
+        state.status.conditions, "ScalingActive", "False", ConditionReason.INVALID_SCHEDULE, message, now
+    )
     current = scale.spec_replicas
     status = replace(
         state.status, current_replicas=current, desired_replicas=current, current_metrics=(), conditions=conditions
     )
-    event = Event("Warning", "InvalidSchedule", message)
+    event = Event(ConditionReason.INVALID_SCHEDULE, message)
     return Decision(state.memory, status, Record(current, current, why=message), events=(event,))
 
 
@@ -201,7 +203,9 @@ def _invalid(state: State, scale: Scale, problem: str, now: float) -> Decision:
 
 def is_external(state: State) -> bool:
     """Whether the autoscaler has stepped aside."""
-    return any(c.type == "ScalingActive" and c.reason == EXTERNAL for c in state.status.conditions)
+    return any(
+        c.type == "ScalingActive" and c.reason is ConditionReason.EXTERNALLY_SCALED for c in state.status.conditions
+    )
 
 
 def is_changed_by_other(stack: resources.Spec, state: State, scale: Scale) -> bool:
@@ -221,9 +225,11 @@ def step_aside(stack: resources.Spec, state: State, scale: Scale, who: str, now:
         f"{who} set spec.replicas to {scale.spec_replicas}, so the autoscaler changes it no more; to give it back, set "
         "spec.autoscaling.paused to true and then to false"
     )
-    conditions = set_condition(state.status.conditions, "ScalingActive", "False", EXTERNAL, message, now)
+    conditions = set_condition(
+        state.status.conditions, "ScalingActive", "False", ConditionReason.EXTERNALLY_SCALED, message, now
+    )
     state = State(status=replace(state.status, conditions=conditions))
-    decision = replace(_aside(state, scale), events=(Event("Warning", EXTERNAL, message),))
+    decision = replace(_aside(state, scale), events=(Event(ConditionReason.EXTERNALLY_SCALED, message),))
     try:
         spec, schedule = with_schedule(spec_of(wanted), wanted.schedules, datetime.fromtimestamp(now, UTC))
     except ValueError:
@@ -257,7 +263,7 @@ def conditions(state: State, generation: int = 0) -> tuple[kinds.Condition, ...]
             {
                 "type": c.type,
                 "status": c.status,
-                "reason": c.reason,
+                "reason": str(c.reason),
                 "message": _cut(c.message),
                 "lastTransitionTime": timestamp(c.last_transition),
                 "observedGeneration": generation,
@@ -302,14 +308,19 @@ def show(done: Round, before: AutoscalingStatus | None, now: float) -> Autoscali
     return fresh.model_copy(update={"decision_time": timestamp(now)})
 
 
+def _reason(name: str) -> ConditionReason | None:
+    """The reason of this name; None if another version wrote one that this one has not."""
+    return next((reason for reason in ConditionReason if reason == name), None)
+
+
 def resume(shown: AutoscalingStatus | None, known: Iterable[kinds.Condition]) -> State:
     """The state of an autoscaler that starts anew; `known`: the stack's conditions."""
     if shown is None:
         return State()
     kept = tuple(
-        Condition(c.type, c.status, c.reason, c.message, _seconds(c.last_transition_time))
+        Condition(c.type, c.status, reason, c.message, _seconds(c.last_transition_time))
         for c in known
-        if c.type in CONDITIONS and c.status != "Unknown"
+        if c.type in CONDITIONS and c.status != "Unknown" and (reason := _reason(c.reason)) is not None
     )
     last = None if shown.last_scale_time is None else _seconds(shown.last_scale_time)
     return State(status=Status(shown.current_replicas, shown.desired_replicas, last, kept))

@@ -5,6 +5,7 @@ from typing import Literal
 
 from packetstack_core.autoscaling.behavior import Memory
 from packetstack_core.autoscaling.spec import Target
+from packetstack_core.reasons import ConditionReason, Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,7 @@ class Condition:
 
     type: str
     status: Literal["True", "False"]
-    reason: str
+    reason: ConditionReason
     message: str
     last_transition: float
 
@@ -22,7 +23,12 @@ Conditions = tuple[Condition, ...]
 
 
 def set_condition(
-    conditions: Conditions, type_: str, status: Literal["True", "False"], reason: str, message: str, now: float
+    conditions: Conditions,
+    type_: str,
+    status: Literal["True", "False"],
+    reason: ConditionReason,
+    message: str,
+    now: float,
 ) -> Conditions:
     """With the condition in its place, or at the end; its time changes with its status only."""
     new = Condition(type_, status, reason, message, now)
@@ -57,15 +63,6 @@ class Status:
     conditions: Conditions = ()
     current_metrics: tuple[MetricStatus | None, ...] = ()
     """In the order of the spec; None for one that failed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Event:
-    """For the people who look at the stack."""
-
-    type: Literal["Normal", "Warning"]
-    reason: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)
