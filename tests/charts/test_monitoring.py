@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.charts.conftest import CHART, ROOT, Render
+from tests.house.exported import of_the_agent, of_the_operator
 
 from packetstack_core import abi
 from packetstack_core.planning import State
@@ -26,34 +27,12 @@ def expressions() -> list[tuple[str, str]]:
     return found + [(panel["title"], target["expr"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
 
 
-def exported() -> dict[str, set[str]]:
-    """Name of each sample that a program exports -> its labels."""
-    found: dict[str, set[str]] = {}
-    family = re.compile(
-        r"(Counter|Gauge|Histogram)(?:MetricFamily)?\(\s*\"(packetstack_\w+)\",\s*(?:f?\"[^\"]*\"\s*)+"
-        r"(?:,\s*(?:labels=)?[\[(]([^\])]*)[\])])?"
-    )
-    for component in ("agent", "operator"):
-        for source in (ROOT / component / f"packetstack_{component}").glob("metrics.py"):
-            for kind, name, labels in family.findall(source.read_text()):
-                names = {
-                    "Counter": [f"{name.removesuffix('_total')}_total"],
-                    "Gauge": [name],
-                    "Histogram": [f"{name}_{part}" for part in ("bucket", "sum", "count")],
-                }[kind]
-                for sample in names:
-                    found.setdefault(sample, set()).update(re.findall(r'"(\w+)"', labels))
-                    if "names" in labels:
-                        found[sample] |= {"namespace", "stack"}
-    return found
-
-
 LABELS_OF_THE_TARGET = {"job", "instance", "le"}
 
 
 @pytest.mark.parametrize(("place", "expression"), expressions(), ids=[place for place, _ in expressions()])
 def test_every_metric_and_label_that_is_asked_for_exists(place: str, expression: str) -> None:
-    known = exported()
+    known = of_the_agent() | of_the_operator()
     used = re.findall(r"\b(packetstack_\w+)\{([^}]*)\}", expression)
     assert used or "up{" in expression
     assert len(re.findall(r"\bpacketstack_\w+\{?", expression)) == len(used), "each metric is asked for with its job"
@@ -75,15 +54,6 @@ def test_every_metric_and_label_that_is_asked_for_exists(place: str, expression:
 def drops(enum: str) -> set[str]:
     """Reasons of an enum of counters."""
     return {n.split("DROP_", 1)[1].lower() for n in abi.enum_names(enum).values() if "DROP_" in n}
-
-
-def test_every_metric_of_the_operator_is_documented() -> None:
-    text = (ROOT / "docs/metrics.md").read_text().partition("## The operator")[2]
-    source = (ROOT / "operator/packetstack_operator/metrics.py").read_text()
-    families = re.findall(r"(Counter|Gauge|Histogram)(?:MetricFamily)?\(\s*\"(packetstack_\w+)\"", source)
-    assert len(families) > 5
-    for kind, name in families:
-        assert f"`{name}{'_total' if kind == 'Counter' else ''}`" in text, name
 
 
 # ---- alerts ----------------------------------------------------------------------------------------------------
