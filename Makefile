@@ -92,7 +92,7 @@ fuzz: build/.packages
 	ninja --quiet -C build/fuzz
 	FUZZ_SECONDS=$(FUZZ_SECONDS) tests/fuzz/run build/fuzz
 
-# deploy/install.yaml from the charts.
+# What is made of other files: CRDs of the models, tables of the list of reasons, deploy/install.yaml of the charts.
 manifests: setup
 	$(BIN)/python -m packetstack_core.crds charts/packetstack-crds/templates
 	$(BIN)/python -m packetstack_core.reasons docs/troubleshoot.md
