@@ -29,16 +29,16 @@ from packetstack_core.values import (
 
 
 class MetricTarget(Model):
-    """What a metric shall be: the member that `type` names."""
+    """The value that the autoscaler keeps a metric at. Above it engines are added, below it they are removed."""
 
     type: Literal["Utilization", "Value", "AverageValue"]
-    """Names the member that is given."""
+    """Which of `averageUtilization`, `value` and `averageValue` is given; the other two are absent."""
     average_utilization: Annotated[int, Whole(1, 10_000, "a percentage")] | None = None
-    """Percent."""
+    """Mean over the engines in percent: of busy cycles for an `Engine` metric, of the pod's request for cpu or memory."""
     average_value: Quantity | None = None
-    """Per engine."""
+    """Sum of the metric divided by the number of engines, as a quantity: "500m" is 0.5."""
     value: Quantity | None = None
-    """In all."""
+    """The metric as a whole, whatever the number of engines, as a quantity."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -54,19 +54,19 @@ class MetricTarget(Model):
 
 
 class LabelSelector(Model):
-    """As in Kubernetes."""
+    """Labels that a series of the metrics API must have. Absent: any series of that name."""
 
     match_labels: Labels = Field(default_factory=dict)
-    """All of these."""
+    """Label -> value; the series has all of them."""
     match_expressions: Items[Opaque] = ()
-    """As in Kubernetes."""
+    """Conditions with `key`, `operator` (In, NotIn, Exists, DoesNotExist) and `values`; the series fulfils all of them."""
 
 
 class MetricIdentifier(Model):
-    """A metric of an external or custom metrics API."""
+    """A metric of the custom or the external metrics API, by its name and labels."""
 
     name: Annotated[str, PRINTABLE]
-    """As the metrics API calls it."""
+    """Name of the metric in that API."""
     selector: LabelSelector | None = None
 
 
@@ -86,7 +86,10 @@ class EngineMetric(Model):
 
 
 class ResourceMetric(Model):
-    """As in autoscaling/v2."""
+    """CPU or memory of the engines' pods, all containers together, from the resource metrics API (metrics-server).
+
+    A core that polls always shows a whole CPU: use type `Engine` for load.
+    """
 
     name: Annotated[str, QUALIFIED_NAME]
     """`cpu` or `memory`."""
@@ -94,35 +97,38 @@ class ResourceMetric(Model):
 
 
 class ContainerResourceMetric(Model):
-    """As in autoscaling/v2."""
+    """CPU or memory of one container of the engines' pods, from the resource metrics API (metrics-server)."""
 
     container: Name
-    """Of the engine pods."""
+    """Name of the container in the engines' pods."""
     name: Annotated[str, QUALIFIED_NAME]
     """`cpu` or `memory`."""
     target: MetricTarget
 
 
 class PodsMetric(Model):
-    """As in autoscaling/v2."""
+    """A metric that the custom metrics API has for each engine's pod; its mean is compared with the target."""
 
     metric: MetricIdentifier
     target: MetricTarget
 
 
 class ObjectReference(Model):
-    """As in autoscaling/v2."""
+    """An object of the stack's namespace."""
 
     api_version: Annotated[str, PRINTABLE] | None = None
-    """As in autoscaling/v2."""
+    """API group and version of its kind, for example networking.k8s.io/v1. Absent: v1."""
     kind: Annotated[str, PRINTABLE]
-    """As in autoscaling/v2."""
+    """Kind of the object, for example Ingress."""
     name: Annotated[str, PRINTABLE]
-    """As in autoscaling/v2."""
+    """Name of the object."""
 
 
 class ObjectMetric(Model):
-    """As in autoscaling/v2."""
+    """A metric that the custom metrics API has for one object, for example requests a second of an Ingress.
+
+    It can be read without an engine, so that `minReplicas: 0` is possible with it.
+    """
 
     described_object: ObjectReference
     metric: MetricIdentifier
@@ -130,17 +136,20 @@ class ObjectMetric(Model):
 
 
 class ExternalMetric(Model):
-    """As in autoscaling/v2."""
+    """A metric of the external metrics API that belongs to no object of the cluster, for example the length of a queue.
+
+    All series that match are added up. It can be read without an engine, so that `minReplicas: 0` is possible with it.
+    """
 
     metric: MetricIdentifier
     target: MetricTarget
 
 
 class Metric(Model):
-    """One metric: `type` and the member of that name."""
+    """One metric with its target: `type`, and the member that it names."""
 
     type: Literal["Engine", "Resource", "ContainerResource", "Pods", "Object", "External"]
-    """Names the member that is given."""
+    """Which member is given: engine, resource, containerResource, pods, object or external."""
     engine: EngineMetric | None = None
     resource: ResourceMetric | None = None
     container_resource: ContainerResourceMetric | None = None
@@ -158,14 +167,14 @@ class Metric(Model):
 
 
 class ScalingPolicy(Model):
-    """As in autoscaling/v2."""
+    """How much the number of engines may change within a period."""
 
     type: Literal["Pods", "Percent"]
-    """Whether `value` counts engines or percent."""
+    """Unit of `value`: engines, or percent of the engines at the beginning of the period."""
     value: Annotated[int, Whole(1, 2**31 - 1, "a positive number")]
-    """How much may change within the period."""
+    """Most engines, or percent, that may be added or removed within the period."""
     period_seconds: Annotated[int, Whole(1, 1800, "a number of seconds")]
-    """How far back changes count."""
+    """Length of the period in seconds: changes of the last so many seconds count."""
 
 
 Policies = Annotated[
@@ -175,16 +184,19 @@ Policies = Annotated[
 
 
 class ScalingRules(Model):
-    """As in autoscaling/v2. What is absent has the default of its direction."""
+    """How fast the number of engines may change in one direction. What is absent has the default of the direction."""
 
     stabilization_window_seconds: Annotated[int, Whole(0, 3600, "a number of seconds")] | None = None
-    """How long a recommendation is remembered."""
+    """Window in seconds: engines are added to the fewest, or removed to the most, that were asked for within it.
+
+    Absent: 0 when scaling up, 300 when scaling down.
+    """
     select_policy: Literal["Max", "Min", "Disabled"] = "Max"
-    """Which policy counts when several allow a change. `Disabled`: no scaling in this direction."""
+    """Which policy counts if several allow a change: the largest or the smallest change. `Disabled`: none in this direction."""
     policies: Policies | None = None
-    """How fast. Absent: the default of the direction."""
+    """Limits of a change. Absent: 100 % in 15 s, and when scaling up also 4 engines in 15 s."""
     tolerance: Quantity | None = None
-    """How far a metric may be off, as in "0.05"."""
+    """Deviation from the target that changes nothing, as a share of it: "0.05" is 5 %. Absent: 0.1."""
 
     @model_validator(mode="after")
     def _checks(self) -> Self:
@@ -194,10 +206,12 @@ class ScalingRules(Model):
 
 
 class Behavior(Model):
-    """As in autoscaling/v2."""
+    """How fast the number of engines may change. Absent: the defaults of both directions."""
 
     scale_up: ScalingRules | None = None
+    """When engines are added. Absent: at once, at most 4 engines or 100 % in 15 s, whichever is more."""
     scale_down: ScalingRules | None = None
+    """When engines are removed. Absent: to the most that were asked for within 300 s, at most 100 % in 15 s."""
 
 
 class Panic(Model):

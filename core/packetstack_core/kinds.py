@@ -299,38 +299,38 @@ class PacketEngine(Model):
 
 
 class MetricValue(Model):
-    """As in autoscaling/v2: the members that the kind of metric has."""
+    """A value of a metric; which member is there depends on the type of its target."""
 
     average_utilization: int | None = None
-    """Percent."""
+    """Mean over the engines in percent."""
     average_value: str | None = None
-    """Per engine."""
+    """Sum divided by the number of engines, as a quantity."""
     value: str | None = None
-    """In all."""
+    """The metric as a whole, as a quantity."""
 
 
 class MetricReading(Model):
     """A metric of the autoscaler, as it was last read."""
 
     type: str
-    """As in the spec."""
+    """Type of the metric in `spec.autoscaling.metrics`."""
     name: str
-    """As in the spec."""
+    """Name of the metric."""
     target: MetricValue
-    """What it shall be."""
+    """Its target."""
     current: MetricValue
-    """What it is."""
+    """Its value when it was last read."""
 
 
 class ScalingProposal(Model):
     """What one metric asked for."""
 
     metric: str
-    """What it is called in reasons and conditions."""
+    """The metric, as reasons and conditions name it."""
     target: MetricValue
-    """What it shall be."""
+    """Its target."""
     value: MetricValue
-    """What it was."""
+    """Its value when it was read."""
     replicas: int | None = None
     """Absent when the metric failed."""
     missing: int = 0

@@ -415,7 +415,7 @@ def test_events_and_conditions_use_the_words_of_the_hpa():
     assert after == 3
     assert [e.reason for e in decision.events] == ["FailedGetEngineMetric", "FailedComputeMetricsReplicas"]
     assert next(c for c in decision.status.conditions if c.type == "ScalingActive").message == (
-        "the HPA was unable to compute the replica count: unable to get metric Utilization: the operator has no load yet"
+        "no number of engines can be computed, so it stays: unable to get metric Utilization: the operator has no load yet"
     )
 
 

@@ -100,25 +100,25 @@ class Bounded:
     """What changed the number, for people; empty when nothing did."""
 
 
-READY = (ConditionReason.READY_FOR_NEW_SCALE, "recommended size matches current size")
+READY = (ConditionReason.READY_FOR_NEW_SCALE, "nothing holds a change of spec.replicas back")
 _DOWN_STABILIZED = (
     ConditionReason.SCALE_DOWN_STABILIZED,
-    "recent recommendations were higher than current one, applying the highest recent recommendation",
+    "more engines were asked for within the scale-down window; the most of that time stay",
 )
 _UP_STABILIZED = (
     ConditionReason.SCALE_UP_STABILIZED,
-    "recent recommendations were lower than current one, applying the lowest recent recommendation",
+    "fewer engines were asked for within the scale-up window; no more than the fewest of that time are added",
 )
-_WITHIN = (ConditionReason.DESIRED_WITHIN_RANGE, "the desired count is within the acceptable range")
-_TOO_FEW = (ConditionReason.TOO_FEW_REPLICAS, "the desired replica count is less than the minimum replica count")
-_TOO_MANY = (ConditionReason.TOO_MANY_REPLICAS, "the desired replica count is more than the maximum replica count")
+_WITHIN = (ConditionReason.DESIRED_WITHIN_RANGE, "the number of engines is within its limits")
+_TOO_FEW = (ConditionReason.TOO_FEW_REPLICAS, "the load needs fewer engines than minReplicas")
+_TOO_MANY = (ConditionReason.TOO_MANY_REPLICAS, "the load needs more engines than maxReplicas")
 _UP_LIMIT = (
     ConditionReason.SCALE_UP_LIMIT,
-    "the desired replica count is increasing faster than the maximum scale rate",
+    "the load needs more engines sooner than the policies of behavior allow",
 )
 _DOWN_LIMIT = (
     ConditionReason.SCALE_DOWN_LIMIT,
-    "the desired replica count is decreasing faster than the maximum scale rate",
+    "the load needs fewer engines sooner than the policies of behavior allow",
 )
 
 

@@ -178,7 +178,7 @@ def _explained(metric: Metric, error: MetricError) -> tuple[ConditionReason, str
 
 def no_scale(memory: Memory, status: Status, message: str, now: float, error: Error = "get_scale_failed") -> Decision:
     """The outcome when the target or its scale cannot be read."""
-    text = f"the HPA controller was unable to get the target's current scale: {message}"
+    text = f"spec.replicas cannot be read, so the number of engines stays: {message}"
     conditions = set_condition(status.conditions, "AbleToScale", "False", ConditionReason.FAILED_GET_SCALE, text, now)
     record = Record(status.current_replicas, status.desired_replicas, why=f"the scale cannot be read: {message}")
     event = Event(ConditionReason.FAILED_GET_SCALE, message)
@@ -230,13 +230,13 @@ def _read_metrics(spec: Spec, conditions: Conditions, view: View, readings: Sequ
     # Never fewer replicas on a part of the data.
     usable = len(failures) < len(spec.metrics) and not (failures and replicas < view.scale.spec_replicas)
     if usable:
-        message = f"the HPA was able to successfully calculate a replica count from {winner}"
+        message = f"the number of engines follows {winner}"
         conditions = set_condition(
             conditions, "ScalingActive", "True", ConditionReason.VALID_METRIC_FOUND, message, now
         )
     elif failures:
         reason, text, _ = failures[0]
-        message = f"the HPA was unable to compute the replica count: {text}"
+        message = f"no number of engines can be computed, so it stays: {text}"
         conditions = set_condition(conditions, "ScalingActive", "False", reason, message, now)
     return _Metrics(replicas if usable else None, winner, conditions, tuple(statuses), tuple(proposals), events, error)
 
@@ -244,7 +244,10 @@ def _read_metrics(spec: Spec, conditions: Conditions, view: View, readings: Sequ
 def _bad_selector(conditions: Conditions, error: SelectorError, now: float) -> _Metrics:
     text = str(error)
     event = Event(error.event, text)
-    reason, message = ConditionReason.INVALID_SELECTOR, "the HPA target's scale is missing a selector"
+    reason, message = (
+        ConditionReason.INVALID_SELECTOR,
+        "the scale of the stack names no selector, so its engines cannot be counted",
+    )
     if error.event is not EventReason.SELECTOR_REQUIRED:
         reason, message = error.event, text
     conditions = set_condition(conditions, "ScalingActive", "False", reason, message, now)
@@ -302,7 +305,7 @@ def decide(
     Raises ValueError or TypeError only for readings that do not belong to the spec.
     """
     current = scale.spec_replicas
-    message = "the HPA controller was able to get the target's current scale"
+    message = "spec.replicas was read"
     conditions = set_condition(
         status.conditions, "AbleToScale", "True", ConditionReason.SUCCEEDED_GET_SCALE, message, now
     )
@@ -313,7 +316,7 @@ def decide(
     shown = replace(status, current_replicas=current, current_metrics=(), conditions=conditions)
 
     if current == 0 and not (from_zero and (spec.minimum != 0 or spec.scales_to_zero())):
-        message = "scaling is disabled since the replica count of the target is zero"
+        message = "spec.replicas is 0, so the autoscaler rests; to have it work, set spec.replicas to 1 or more"
         conditions = set_condition(conditions, "ScalingActive", "False", ConditionReason.SCALING_DISABLED, message, now)
         if not settings.scale_to_zero:
             conditions = without_condition(conditions, "ScaledToZero")
@@ -361,7 +364,7 @@ def decide(
 def written(decision: Decision, spec: Spec, settings: Settings, now: float) -> Decision:
     """The outcome after `/scale` was written."""
     current, replicas = decision.record.current, _to_write(decision)
-    message = f"the HPA controller was able to update the target scale to {replicas}"
+    message = f"spec.replicas was set to {replicas}"
     status = decision.status
     conditions = set_condition(
         status.conditions, "AbleToScale", "True", ConditionReason.SUCCEEDED_RESCALE, message, now
@@ -369,10 +372,10 @@ def written(decision: Decision, spec: Spec, settings: Settings, now: float) -> D
     if not settings.scale_to_zero:
         conditions = without_condition(conditions, "ScaledToZero")
     elif current > 0 and replicas == 0 and spec.minimum == 0 and spec.scales_to_zero():
-        message = "the HPA controller scaled the workload to zero"
+        message = "the autoscaler removed all engines, since nothing asks for one"
         conditions = set_condition(conditions, "ScaledToZero", "True", ConditionReason.SCALED_TO_ZERO, message, now)
     else:
-        message = "the HPA controller did not scale the workload to zero"
+        message = "the autoscaler keeps an engine"
         conditions = set_condition(
             conditions, "ScaledToZero", "False", ConditionReason.NOT_SCALED_TO_ZERO, message, now
         )
@@ -388,7 +391,7 @@ def written(decision: Decision, spec: Spec, settings: Settings, now: float) -> D
 def refused(decision: Decision, message: str, now: float) -> Decision:
     """The outcome when `/scale` could not be written, for the reason `message`."""
     replicas = _to_write(decision)
-    text = f"the HPA controller was unable to update the target scale: {message}"
+    text = f"spec.replicas cannot be written, so the number of engines stays: {message}"
     conditions = set_condition(
         decision.status.conditions, "AbleToScale", "False", ConditionReason.FAILED_UPDATE_SCALE, text, now
     )
