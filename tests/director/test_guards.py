@@ -4,7 +4,6 @@ The kernel of a node would refuse most of this; on an uplink the director is the
 knows how the kernel was set up.
 """
 
-import os
 import struct
 from collections.abc import Iterator
 from ipaddress import ip_address
@@ -43,8 +42,6 @@ from tests.director.frames import (
     options_header,
     transport,
 )
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loading BPF programs needs root")
 
 WAYS = pytest.mark.parametrize("uplink", [False, True], ids=["routed", "uplink"])
 PORT = {TCP: 80, UDP: 53}

@@ -1,12 +1,11 @@
 """Packets to a listener that is watched: who is a stranger, what is counted, what is dropped."""
 
-import os
 import struct
 from collections.abc import Iterator
 from ipaddress import ip_address
 
 import pytest
-from tests.director.test_stamps import (
+from tests.director.frames import (
     CLIENT,
     DROP,
     ONE,
@@ -23,8 +22,6 @@ from tests.director.test_stamps import (
 )
 
 from packetstack_core import abi
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loading BPF programs needs root")
 
 NUMBER = 5
 OPENERS, STRAYS = 0, 1

@@ -3,7 +3,6 @@
 The stamp is held against packetstack_core.hashing, the other implementation.
 """
 
-import os
 import random
 import socket
 import struct
@@ -41,9 +40,6 @@ from tests.director.frames import (
 )
 
 from packetstack_core import abi
-
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="loading BPF programs needs root")
-
 
 # ---- forward and back --------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from functools import cache
@@ -16,33 +17,25 @@ from packetstack_core import abi
 from .endpoint import SYN, Flag, Segment
 
 LIBRARY = Path(__file__).parents[2] / "build/meson/tests/libpacketstack-engine-test.so"
-DECLARATIONS = """
-struct engine;
-struct engine_flow {
-    uint32_t state, udp, client, vip, snat, backend, client_port, vip_port, snat_port, backend_port, bucket, idle;
-};
-struct engine *engine_new(uint32_t entries, uint32_t index_slots);
-void engine_free(struct engine *e);
-int engine_handle(struct engine *e, uint8_t *frame, uint32_t length);
-void engine_advance(struct engine *e, uint32_t ticks);
-uint32_t engine_flows(const struct engine *e, struct engine_flow *out, uint32_t most);
-const char *engine_unsound(struct engine *e);
-uint32_t engine_bucket(const struct engine *e, uint32_t client, uint16_t client_port, uint16_t vip_port);
-uint32_t engine_timeout(const struct engine *e, uint32_t state);
-uint64_t engine_counter(const struct engine *e, uint32_t counter);
-void engine_keep(struct engine *e);
-void engine_restore(struct engine *e);
-void engine_flood(struct engine *e, uint32_t bucket, uint16_t vip_port, uint8_t protocol, uint32_t openers);
-void engine_crowd(struct engine *e, uint32_t bucket, uint16_t vip_port, uint32_t clients);
-"""
+SOURCE = Path(__file__).parents[1] / "c/engine_lib.c"
 ENTRIES = 16
 """Flows that a bucket has room for."""
 TICKS = 10
 """Of a second."""
 TCP, UDP = 6, 17
 
+
+def declarations() -> str:
+    """What the library declares at the head of its source, for the outside."""
+    text = SOURCE.read_text()
+    flow = re.search(r"^struct engine_flow \{.*?^\};$", text, re.DOTALL | re.MULTILINE)
+    functions = re.findall(r"^(?!static)[a-z].*\);$", text, re.MULTILINE)
+    assert flow, f"{SOURCE}: declares no struct engine_flow"
+    return "\n".join(("struct engine;", flow[0], *functions))
+
+
 ffi = cffi.FFI()
-ffi.cdef(DECLARATIONS)
+ffi.cdef(declarations())
 
 
 @cache
