@@ -64,9 +64,10 @@ test: setup build lint
 	$(BIN)/python -m pytest -m alone $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
-# What is long, at full size or random: an hour. The suite has a small copy of each, with fixed seeds.
+# What is long, at full size or random: an hour and a half. The suite has a small copy of each, with fixed seeds.
 soak: setup build
 	$(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
+	$(MAKE) fuzz FUZZ_SECONDS=600
 
 lint: setup
 	$(BIN)/ruff check $(CODE)
