@@ -6,25 +6,21 @@ Queues of every stack; buckets of those that the agent plans for. In a cluster t
 import asyncio
 import statistics
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from packetstack_agent import loading
 from packetstack_agent.engines import Engine
-from packetstack_agent.errors import AgentError
+from packetstack_agent.journal import Journal
+from packetstack_agent.managed import Managed
 from packetstack_agent.natives import ffi, lib
-from packetstack_agent.stacks import Managed
 from packetstack_core import rebalancing
 from packetstack_core.load import KEEP_SECONDS, Snapshot, bucket_loads, stack_load
-from packetstack_core.planning import State
+from packetstack_core.planning import Move, State
 from packetstack_core.reasons import EventReason
 from packetstack_core.rebalancing import HOLD_SECONDS, TELL_SECONDS, Decision, Memory
 from packetstack_core.wording import counted
-
-if TYPE_CHECKING:
-    from packetstack_agent.agent import Agent
 
 LOOK_SECONDS = 1.0
 CLOSE_LOOK_SECONDS = 0.1
@@ -32,7 +28,6 @@ CLOSE_LOOK_SECONDS = 0.1
 WINDOW_SECONDS = 0.3
 """Over which a close look takes the load: a core that sleeps counts its cycles only when it wakes."""
 BUCKET_SECONDS = rebalancing.BUCKETS.period_seconds
-LAST_MOVES = 20
 
 Cycles = tuple[list[int], list[tuple[int, int]]]
 """Of each core all cycles so far; of each queue the core that serves it, and the busy cycles spent on it."""
@@ -54,24 +49,19 @@ class Balance:
     decision: Decision | None = None
     """The last one about buckets."""
     told: dict[str, float] = field(default_factory=dict)
-    last: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LAST_MOVES))
-    """Moves of buckets and queues, whoever wanted them."""
+    """When what was told of last."""
     moved_buckets: int = 0
     moved_queues: int = 0
 
-    def note(self, what: str, why: str) -> None:
-        """Something was moved."""
-        self.last.append({"time": time.time(), "what": what, "why": why})
-
-    def document(self, mode: str) -> dict[str, Any]:
+    def document(self, managed: Managed) -> dict[str, Any]:
         """Its part of the stack's status."""
         d = self.decision
         return {
-            "mode": mode,
+            "mode": managed.stack.resource.spec.rebalance.mode,
             "maxOverMean": round(d.before, 3) if d is not None else None,
             "bucketsMoved": self.moved_buckets,
             "queuesMoved": self.moved_queues,
-            "lastMoves": list(self.last),
+            "lastMoves": list(managed.last_moves),
             "elephants": [
                 {"bucket": e.bucket, "engine": e.owner.slot, "queue": e.owner.queue, "load": round(e.load, 3)}
                 for e in (d.elephants if d is not None else ())
@@ -79,11 +69,29 @@ class Balance:
         }
 
 
+class Mover(Protocol):
+    """Who moves buckets."""
+
+    async def rebalance(self, managed: Managed, moves: Sequence[Move], why: str) -> int:
+        """Move buckets for the load's sake. Returns how many were moved; AgentError if it cannot be written down."""
+
+    def even_out(self, managed: Managed) -> None:
+        """Engines shall have equally many buckets again."""
+
+
 class Balancers:
     """One for each stack."""
 
-    def __init__(self, agent: "Agent", clock: Callable[[], float] = time.monotonic) -> None:
-        self._agent = agent
+    def __init__(
+        self,
+        stacks: Mapping[str, Managed],
+        journal: Journal,
+        mover: Mover,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stacks = stacks
+        self._journal = journal
+        self._mover = mover
         self._clock = clock
         self._known: dict[str, Balance] = {}
 
@@ -99,14 +107,9 @@ class Balancers:
         """Look again and again, until cancelled."""
         while True:
             close = False
-            for managed in list(self._agent.stacks.values()):
-                try:
+            for managed in list(self._stacks.values()):
+                with self._journal.going_on(managed.stack.name, "rebalancer"):
                     close |= await self.look(managed)
-                except AgentError as e:  # as when the record cannot be written
-                    self._agent.event(managed.stack.name, EventReason.FAILED, f"rebalancer: {e}")
-                except Exception as e:  # a bug, or an engine that is going: the other stacks go on
-                    message = f"rebalancer: {type(e).__name__}: {e}"
-                    self._agent.event(managed.stack.name, EventReason.INTERNAL_ERROR, message)
             await asyncio.sleep(CLOSE_LOOK_SECONDS if close else LOOK_SECONDS)
 
     async def look(self, managed: Managed) -> bool:
@@ -114,10 +117,8 @@ class Balancers:
         one, now = self.of(managed), self._clock()
         mode = managed.stack.resource.spec.rebalance.mode
         if mode == "Off":
-            self._known[managed.stack.name] = Balance(
-                last=one.last, moved_buckets=one.moved_buckets, moved_queues=one.moved_queues
-            )
-            self._agent.even_out(managed)
+            self._known[managed.stack.name] = Balance(moved_buckets=one.moved_buckets, moved_queues=one.moved_queues)
+            self._mover.even_out(managed)
             return False
         if managed.stack.resource.spec.paused:
             return False
@@ -158,10 +159,10 @@ class Balancers:
         error, took = ffi.new("struct ps_error *"), ffi.new("uint64_t *")
         for queue, core in moves.items():
             lib().ps_queue_to_core(engine.fence, queue, core, 0, took, error)
-            one.note(f"queue {queue} of {loading.name(engine)} to core {core}", "load")
+            managed.note_move(f"queue {queue} of {loading.name(engine)} to core {core}", "load")
         one.moved_queues += len(moves)
         name = managed.stack.name
-        self._agent.event(
+        self._journal.event(
             name, EventReason.QUEUES_REBALANCED, f"engine {engine.slot}: its cores share its queues by load"
         )
 
@@ -193,18 +194,18 @@ class Balancers:
             return
         if mode == "Advice":
             if self._due(one, "advice", now):
-                self._agent.event(managed.stack.name, EventReason.REBALANCE_ADVICE, f"would move {d}")
+                self._journal.event(managed.stack.name, EventReason.REBALANCE_ADVICE, f"would move {d}")
             return
         one.buckets = d.memory
-        moved = await self._agent.rebalance(managed, d.moves, d.why)
+        moved = await self._mover.rebalance(managed, d.moves, d.why)
         one.moved_buckets += moved
         if moved:  # what was asked for may be overtaken by an engine that goes
-            self._agent.event(managed.stack.name, EventReason.REBALANCED, f"{counted(moved, 'bucket')}: {d.why}")
+            self._journal.event(managed.stack.name, EventReason.REBALANCED, f"{counted(moved, 'bucket')}: {d.why}")
 
     def _tell_of_elephants(self, managed: Managed, one: Balance, d: Decision, now: float) -> None:
         for e in d.elephants:
             if self._due(one, f"bucket {e.bucket}", now):
-                self._agent.event(managed.stack.name, EventReason.ELEPHANT, str(e))
+                self._journal.event(managed.stack.name, EventReason.ELEPHANT, str(e))
 
     def _due(self, one: Balance, what: str, now: float) -> bool:
         one.told = {k: when for k, when in one.told.items() if now - when < TELL_SECONDS}

@@ -21,8 +21,8 @@ from packetstack_agent.agent import Agent
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall
+from packetstack_agent.managed import Managed
 from packetstack_agent.natives import constant
-from packetstack_agent.stacks import Managed
 from packetstack_agent.status import firewall_condition
 from packetstack_core import kinds
 from packetstack_core.backing_off import CONNECT_SECONDS, back_off
@@ -81,11 +81,10 @@ class Follower:
         self._changed = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._api: client.CustomObjectsApi | None = None
-        agent.followed = self._followed
 
     def start(self) -> None:
         """Begin to watch and to report."""
-        for work in (self._watch, self._act):
+        for work in (self._watch, self._act, self._hear):
             self._tasks.append(asyncio.create_task(work()))
 
     async def close(self) -> None:
@@ -212,8 +211,11 @@ class Follower:
     def _later(self, name: str, seconds: float) -> None:
         asyncio.get_running_loop().call_later(seconds, self._touch, name)
 
-    def _followed(self, managed: Managed) -> None:
-        self._touch(managed.stack.name)
+    async def _hear(self) -> None:
+        """Whatever the agent has done for a stack, or could not do, is reported."""
+        while True:
+            for name in await self._agent.news.next():
+                self._touch(name)
 
     # ---- following and answering -----------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ lock. Its processes begin and end under the engine's own lock, so that engines o
 
 import asyncio
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from itertools import count
@@ -13,15 +14,16 @@ from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
-from packetstack_agent import engines
+from packetstack_agent import engines, processes
 from packetstack_agent.counting import add_drops
 from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.journal import Background, Journal
+from packetstack_agent.managed import Managed
 from packetstack_agent.natives import call, lib
 from packetstack_agent.node import RunDirectory
-from packetstack_agent.stacks import Managed, Stack
+from packetstack_agent.stacks import Stack
 from packetstack_agent.threads import to_the_end
 from packetstack_core import kinds
 from packetstack_core.backing_off import ENGINE_SECONDS, back_off
@@ -32,6 +34,8 @@ from packetstack_core.reconciling import CreateEngine
 
 AWAY_SECONDS = 10.0
 """How long nobody may serve an engine that leaves before it is removed with what stands in its rings."""
+FORGET_SECONDS = 5.0
+"""Between two looks for pods that have gone."""
 PROBE_SECONDS, PROBE_LOOKS = 0.01, 50
 """Between two looks for a probe packet, and how many until the next one is sent."""
 
@@ -345,6 +349,22 @@ class EngineLife:
                 add_drops(engine, managed.gone["engine"], managed.gone["kernel"])
             engine.view = None  # nothing here may read it from now on: its memory goes
             await to_the_end(engines.destroy, engine)
+
+    async def forget_pods(self) -> None:
+        """Remove the directories of pods that have gone, until cancelled: such a directory is mounted in its pod."""
+        while True:
+            with self._journal.going_on("-", "directories of pods"):
+                used = {e.blueprint.directory.name for m in self._stacks.values() for e in m.engines.values()}
+                await to_the_end(self._forget, used)
+            await asyncio.sleep(FORGET_SECONDS)
+
+    def _forget(self, used: set[str]) -> None:
+        leaving = self._run.record.leaving
+        for name, uid in list(leaving.items()):
+            if name not in used and not processes.of_pod(uid) and leaving.get(name) == uid:
+                shutil.rmtree(self._run.engine(name), ignore_errors=True)
+                leaving.pop(name)
+        self._run.save()
 
 
 def is_lost(engine: Engine, now: float) -> bool:

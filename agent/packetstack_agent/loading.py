@@ -1,10 +1,26 @@
 """Reads the counters of a stack's engines, for whoever decides by load. Changes nothing."""
 
+import asyncio
 import time
+from collections.abc import Mapping
+from contextlib import suppress
 
 from packetstack_agent.engines import Engine
-from packetstack_agent.stacks import Managed
+from packetstack_agent.errors import AgentError
+from packetstack_agent.journal import Journal
+from packetstack_agent.managed import Managed
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
+
+MEASURE_SECONDS = 1.0
+
+
+async def measure(stacks: Mapping[str, Managed], journal: Journal) -> None:
+    """Keep what the counters of each stack's engines say, once a second, until cancelled."""
+    while True:
+        for managed in stacks.values():
+            with journal.going_on(managed.stack.name, "load"), suppress(AgentError):  # an engine is going
+                managed.history.add(snapshot(managed), time.time())
+        await asyncio.sleep(MEASURE_SECONDS)
 
 
 def name(engine: Engine) -> str:

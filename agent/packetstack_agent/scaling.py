@@ -2,13 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from packetstack_agent import loading
 from packetstack_agent.errors import AgentError
-from packetstack_agent.stacks import Managed
+from packetstack_agent.journal import Journal
+from packetstack_agent.managed import Managed
+from packetstack_agent.node import RunDirectory
 from packetstack_core import kinds
 from packetstack_core.autoscaling import rounds
 from packetstack_core.autoscaling.calculator import Scale
@@ -16,10 +18,7 @@ from packetstack_core.autoscaling.metrics import MetricError, Pod
 from packetstack_core.autoscaling.options import State
 from packetstack_core.kinds import AutoscalingStatus
 from packetstack_core.planning import State as EngineState
-from packetstack_core.reasons import Event, EventReason
-
-if TYPE_CHECKING:
-    from packetstack_agent.agent import Agent
+from packetstack_core.reasons import Event
 
 LOOK_SECONDS = 0.5
 """How often it is looked for stacks whose time has come."""
@@ -59,12 +58,29 @@ class Autoscaler:
         return Autoscaler(rounds.resume(shown, known), shown, known)
 
 
+class Resizer(Protocol):
+    """Who writes spec.replicas."""
+
+    def resize(self, managed: Managed, replicas: int) -> int:
+        """Make it this number; returns what it was. AgentError if it cannot be."""
+
+
 class Autoscalers:
     """One for each stack that has `spec.autoscaling` and follows no flow table."""
 
-    def __init__(self, agent: "Agent", clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        run: RunDirectory,
+        stacks: Mapping[str, Managed],
+        journal: Journal,
+        resizer: Resizer,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         """`clock`: that of the samples' times."""
-        self._agent = agent
+        self._run = run
+        self._stacks = stacks
+        self._journal = journal
+        self._resizer = resizer
         self._clock = clock
         self._known: dict[str, Autoscaler] = {}
 
@@ -72,17 +88,14 @@ class Autoscalers:
         """Decide each time that it is due, until cancelled."""
         while True:
             now = asyncio.get_running_loop().time()
-            for managed in list(self._agent.stacks.values()):
-                try:
+            for managed in list(self._stacks.values()):
+                with self._journal.going_on(managed.stack.name, "autoscaler"):
                     self._look(managed, now)
-                except Exception as e:  # a bug: the other stacks go on
-                    message = f"autoscaler: {type(e).__name__}: {e}"
-                    self._agent.event(managed.stack.name, EventReason.INTERNAL_ERROR, message)
             await asyncio.sleep(LOOK_SECONDS)
 
     def of(self, managed: Managed) -> Autoscaler | None:
         """A stack's autoscaler, if it has one. One that was not seen before is resumed from the agent's record."""
-        name, record = managed.stack.name, self._agent.run.record.autoscaling
+        name, record = managed.stack.name, self._run.record.autoscaling
         if managed.table is not None or managed.stack.resource.spec.autoscaling is None:
             self.forget(name)
             return None
@@ -93,7 +106,7 @@ class Autoscalers:
     def forget(self, name: str) -> None:
         """The stack has none any more; should it get one again, that begins anew."""
         self._known.pop(name, None)
-        self._agent.run.record.autoscaling.pop(name, None)
+        self._run.record.autoscaling.pop(name, None)
 
     def step_aside(self, managed: Managed, who: str) -> bool:
         """`who` wrote spec.replicas: the stack's autoscaler does it no more. False without one, or if it is paused."""
@@ -133,7 +146,7 @@ class Autoscalers:
         done = rounds.reconcile(spec, one.state, _scale(managed), active, measured, now, answers)
         if done.decision.write is not None:
             try:
-                self._agent.set_replicas(managed, done.decision.write)
+                self._resizer.resize(managed, done.decision.write)
             except AgentError as e:
                 done = rounds.refused(done, str(e), now)
             else:
@@ -144,12 +157,12 @@ class Autoscalers:
         one.state = done.state
         one.shown, one.conditions = rounds.show(done, one.shown, now), rounds.conditions(done.state)
         self._tell(managed.stack.name, done.decision.events)
-        self._agent.run.record.autoscaling[managed.stack.name] = one.document()
-        self._agent.run.save()
+        self._run.record.autoscaling[managed.stack.name] = one.document()
+        self._run.save()
 
     def _tell(self, name: str, events: Iterable[Event]) -> None:
         for event in events:
-            self._agent.event(name, event.reason, event.message)
+            self._journal.event(name, event.reason, event.message)
 
 
 def _scale(managed: Managed) -> Scale:

@@ -6,19 +6,19 @@ rings are and how busy the cores, and listeners are not watched.
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
+from packetstack_agent.journal import Journal
+from packetstack_agent.managed import Managed
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, wire
-from packetstack_agent.stacks import Listening, Managed
+from packetstack_agent.stacks import Listening
 from packetstack_core import shedding
 from packetstack_core.reasons import EventReason
 from packetstack_core.shedding import AT_REST, Sample, State
-
-if TYPE_CHECKING:
-    from packetstack_agent.agent import Agent
 
 LOOK_SECONDS = 0.1
 URGENT_SECONDS = 0.03
@@ -83,8 +83,16 @@ class Shedder:
 class Shedders:
     """One for each stack."""
 
-    def __init__(self, agent: "Agent", clock: Callable[[], float] = time.monotonic) -> None:
-        self._agent = agent
+    def __init__(
+        self,
+        stacks: Mapping[str, Managed],
+        journal: Journal,
+        director: Director,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._stacks = stacks
+        self._journal = journal
+        self._director = director
         self._clock = clock
         self._known: dict[str, Shedder] = {}
         self._half = 0
@@ -102,8 +110,8 @@ class Shedders:
         """Look again and again, until cancelled."""
         while True:
             urgent = False
-            for managed in list(self._agent.stacks.values()):
-                with self._agent.journal.going_on(managed.stack.name, "shedding"):
+            for managed in list(self._stacks.values()):
+                with self._journal.going_on(managed.stack.name, "shedding"):
                     urgent |= self.look(managed)
             await asyncio.sleep(URGENT_SECONDS if urgent else LOOK_SECONDS)
 
@@ -154,11 +162,11 @@ class Shedders:
 
     def _direct(self, place: Listening, number: int) -> None:
         address, port, protocol = place
-        call(lib().ps_director_watch, self._agent.director, packed(address), wire(port), PROTOCOLS[protocol], number)
+        call(lib().ps_director_watch, self._director.handle, packed(address), wire(port), PROTOCOLS[protocol], number)
 
     @property
     def _watches(self) -> Any:
-        return lib().ps_director_watches(self._agent.director)
+        return lib().ps_director_watches(self._director.handle)
 
     def _allow(self, one: Shedder) -> None:
         for number in one.numbers.values():
@@ -166,11 +174,11 @@ class Shedders:
 
     def _know(self, one: Shedder, now: float) -> None:
         """Write the known flows of all stacks that are watched into the half that is not in use, and use it."""
-        half, director = self._half ^ 1, self._agent.director
+        half, director = self._half ^ 1, self._director.handle
         lib().ps_director_forget(director, half)
         for name, other in self._known.items():
-            if (other is one or other.numbers) and name in self._agent.stacks:
-                lib().ps_director_know(director, half, self._agent.stacks[name].stack.arena)
+            if (other is one or other.numbers) and name in self._stacks:
+                lib().ps_director_know(director, half, self._stacks[name].stack.arena)
                 other.known = now
         self._half = half
         for other in self._known.values():
@@ -182,7 +190,7 @@ class Shedders:
         offered: dict[object, float] | None = {}
         out = ffi.new("struct ps_watched *")
         for place, number in one.numbers.items():
-            call(lib().ps_director_watched, self._agent.director, number, out)
+            call(lib().ps_director_watched, self._director.handle, number, out)
             values = tuple(int(n) for n in (*out.offered, *out.shed))
             when, before = one.counted.get(place, (now, values))
             one.counted[place] = (now, values)
@@ -217,7 +225,7 @@ class Shedders:
                 continue
             what = f"listener {names[place]} ({place[2]} {place[0]} port {place[1]})"
             if shed.since == now:
-                self._agent.event(
+                self._journal.event(
                     managed.stack.name, EventReason.FLOOD_SHED,
                     f"{what}: {shed.offered:,.0f} {kind} a second come, more than its share; about {one.state.level or 0:,.0f} "
                     "are let through, so that known flows and other listeners are served. If these are users, add engines",
@@ -226,7 +234,7 @@ class Shedders:
                 lost, seconds = shed.dropped - shed.before, shed.last - shed.since
                 shed.since = 0.0
                 message = f"{what}: all {kind} are let through again; {lost:,} packets were dropped in {seconds:.0f} s"
-                self._agent.event(managed.stack.name, EventReason.FLOOD_ENDED, message)
+                self._journal.event(managed.stack.name, EventReason.FLOOD_ENDED, message)
 
 
 def _step(one: Shedder) -> list[int]:

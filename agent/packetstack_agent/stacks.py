@@ -9,7 +9,7 @@ import os
 import secrets
 import time
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -24,8 +24,6 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
 from packetstack_agent.probes import Checked, Place
 from packetstack_core import hashing, maglev, slow_start
-from packetstack_core.kinds import FlowTable
-from packetstack_core.load import History
 from packetstack_core.planning import NOBODY, Move, Owner
 from packetstack_core.resources import Listener, PacketStack
 from packetstack_core.values import Address, Network
@@ -509,37 +507,6 @@ class Stack:
             self._words[self._offset + b] = 0
         lib().ps_unmap(self.arena)
         lib().ps_unmap(self.config)
-
-
-@dataclass
-class Managed:
-    """A stack with its engines and its task."""
-
-    stack: Stack
-    engines: dict[int, Engine] = field(default_factory=dict)
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-    task: asyncio.Task[None] | None = None
-    failures: int = 0
-    create_after: float = 0.0
-    problem: str = ""
-    """Why the last engine could not be made, empty when it could."""
-    pinned: dict[int, int] = field(default_factory=dict)
-    """Bucket -> slot, where a person put it; kept while that engine stays."""
-    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while the flow table or the configuration is being changed."""
-    settled: bool = False
-    stale: bool = False
-    """More is known, of its resource or its backends, than its configuration says: its task writes it, until that is done."""
-    gone: dict[str, dict[str, int]] = field(default_factory=lambda: {"engine": {}, "kernel": {}})
-    """Drops counted by engines that have left."""
-    holds_ns: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
-    moved: int = 0
-    history: History = field(default_factory=History)
-    """What its engines' counters said, once a second."""
-    table: FlowTable | None = None
-    """What the stack follows in a cluster. None: the agent plans for it."""
-    generation: int = 0
-    """Of the table."""
 
 
 def _uses(engine: Engine, generation: int) -> bool:

@@ -7,14 +7,16 @@ from typing import Any
 from packetstack_agent import loading, networks
 from packetstack_agent.balancing import Balancers
 from packetstack_agent.counting import add_drops, captures, link_drops
+from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall
+from packetstack_agent.health import Health
+from packetstack_agent.managed import Managed
 from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
-from packetstack_agent.probes import Prober
 from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.shedding import Shedders, listener_names
-from packetstack_agent.stacks import Managed, Stack
+from packetstack_agent.stacks import Stack
 from packetstack_core import abi
 from packetstack_core.load import EngineLoad
 from packetstack_core.planning import State
@@ -22,19 +24,19 @@ from packetstack_core.reasons import ConditionReason
 
 
 class Status:
-    """What the agent shows. `director`: `struct ps_director *`."""
+    """What the agent shows."""
 
     def __init__(
         self,
-        director: Any,
-        prober: Prober,
+        director: Director,
+        health: Health,
         autoscalers: Autoscalers,
         balancers: Balancers,
         shedders: Shedders,
         firewall: Firewall,
     ) -> None:
         self._director = director
-        self._prober = prober
+        self._health = health
         self._autoscalers = autoscalers
         self._balancers = balancers
         self._shedders = shedders
@@ -75,7 +77,7 @@ class Status:
             "drops": self._drops(managed),
             "backends": self._backends(managed),
             "capacity": capacity(managed),
-            "rebalance": self._balancers.of(managed).document(stack.resource.spec.rebalance.mode),
+            "rebalance": self._balancers.of(managed).document(managed),
             "shedding": self._shedders.of(managed).document(listener_names(managed)),
             "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
         }
@@ -104,20 +106,20 @@ class Status:
     def director_counters(self) -> dict[str, int]:
         """All counters of the node's director."""
         out = ffi.new("uint64_t[]", constant("PS_D_COUNTERS"))
-        call(lib().ps_director_counters, self._director, out)
+        call(lib().ps_director_counters, self._director.handle, out)
         names = abi.enum_names("ps_director_counter")
         return {names[i].removeprefix("PS_D_").lower(): int(out[i]) for i in range(len(out))}
 
     def host_counters(self) -> dict[str, int]:
         """What became of the engines' transmissions on this node."""
         out = ffi.new("uint64_t[]", constant("PS_H_COUNTERS"))
-        call(lib().ps_host_counters, self._director, out)
+        call(lib().ps_host_counters, self._director.handle, out)
         names = abi.enum_names("ps_host_counter")
         return {names[i].removeprefix("PS_H_").lower(): int(out[i]) for i in range(len(out))}
 
     def _backends(self, managed: Managed) -> list[dict[str, Any]]:
         stack = managed.stack
-        unwell = {place for (place, _), well in self._prober.healthy(stack.name).items() if not well}
+        unwell = {place for (place, _), well in self._health.of(stack.name).items() if not well}
         weights = {
             (e.address, e.port): e.weight for li in stack.resource.spec.listeners for e in li.backends.endpoints or ()
         }

@@ -15,7 +15,7 @@ from packetstack_agent import networks, processes
 from packetstack_agent.counting import captures
 from packetstack_agent.engines import Engine
 from packetstack_agent.journal import Background, Journal
-from packetstack_agent.stacks import Managed
+from packetstack_agent.managed import Managed
 from packetstack_core.reasons import EventReason
 
 WATCH_SECONDS = 0.1

@@ -1,23 +1,24 @@
 """The agent's rebalancers: when they look, what they move, what they tell. Time and counters are played."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tests.lab.node import stack
-from tests.model.node import PlayedEngine, PlayedStack, managed
+from tests.model.node import PlayedEngine, PlayedJournal, PlayedStack, managed, resource
 
 from packetstack_agent import balancing, loading
 from packetstack_agent.agent import Agent
 from packetstack_agent.balancing import BUCKET_SECONDS, TELL_SECONDS, Balancers
 from packetstack_agent.errors import AgentError
+from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
 from packetstack_core import reading
+from packetstack_core.kinds import FlowTable
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
-from packetstack_core.planning import Owner, State, moved
+from packetstack_core.planning import Move, Owner
 from packetstack_core.reconciling import Desired, plan
 
 CYCLES = 1_000_000
@@ -25,53 +26,43 @@ CYCLES = 1_000_000
 
 
 class World:
-    """Stands in for an agent with one stack of engines of one core. `loads`: share of a core by bucket."""
+    """One stack of engines of one core, whose buckets move at once. `loads`: share of a core by bucket."""
 
     def __init__(self, mode: str, loads: dict[int, float], engines: int = 2, **spec: Any) -> None:
         self.now = 100.0
         self.loads = loads
-        self.owners: list[Owner | None] = [Owner(b % engines + 1, 0) for b in range(256)]
-        self.events: list[tuple[float, str, str]] = []
+        self.stack = PlayedStack(resource(rebalance={"mode": mode}, **spec), range(1, engines + 1), 256)
+        self.managed = managed(self.stack, *(PlayedEngine(slot, self.stack.resource) for slot in range(1, engines + 1)))
+        self.managed.settled = True
+        self.journal = PlayedJournal(lambda: self.now)
         self.moves: list[int] = []
         self.rebalanced = False
-        self.run = SimpleNamespace(record=SimpleNamespace())
-        blueprint = SimpleNamespace(cores=1, queues=1)
-        self.managed: Any = SimpleNamespace(
-            stack=SimpleNamespace(
-                name="web",
-                resource=reading.parse(stack(rebalance={"mode": mode}, **spec)),
-                owners=lambda: list(self.owners),
-                open_fences=frozenset,
-            ),
-            engines={
-                slot: SimpleNamespace(slot=slot, state=State.ACTIVE, ready=True, removing=False, blueprint=blueprint)
-                for slot in range(1, engines + 1)
-            },
-            busy=asyncio.Lock(),
-            settled=True,
-            pinned={},
-            holds_ns=[],
-            table=None,
-        )
-        self.stacks = {"web": self.managed}
-        self.balancers = Balancers(self, lambda: self.now)  # type: ignore[arg-type]
+        self.full = False
+        """No space is left for the record."""
+        self.balancers = Balancers({"web": self.managed}, self.journal, self, lambda: self.now)
         self.spent = dict.fromkeys(range(1, engines + 1), 0.0)
         self.packets = dict.fromkeys(range(256), 0.0)
 
-    def event(self, _stack: str, reason: str, message: str) -> None:
-        self.events.append((self.now, reason, message))
+    @property
+    def events(self) -> list[tuple[float, str, str]]:
+        return self.journal.told
 
     def reasons(self) -> list[str]:
-        return [reason for _, reason, _ in self.events]
+        return self.journal.reasons()
 
-    async def rebalance(self, _managed: Any, moves: Any, why: str) -> int:
+    async def rebalance(self, managed: Managed, moves: Sequence[Move], why: str) -> int:
+        assert managed is self.managed
         assert "of the mean" in why
+        if self.full:
+            raise AgentError("state.json: cannot be written: No space left on device")
         self.rebalanced = True
         self.moves += [m.bucket for m in moves]
-        self.owners = moved(self.owners, moves)
+        for move in moves:
+            self.stack.table[move.bucket] = self.stack.shards[move.bucket] = move.to
         return len(moves)
 
-    def even_out(self, _managed: Any) -> None:
+    def even_out(self, managed: Managed) -> None:
+        assert managed is self.managed
         self.rebalanced = False
 
     def snapshot(self, _managed: Any, with_buckets: bool = False) -> Snapshot:
@@ -89,8 +80,7 @@ class World:
         """Packets of 100 cycles each."""
         self.now += 1
         for bucket, load in self.loads.items():
-            owner = self.owners[bucket]
-            assert owner is not None
+            owner = self.stack.table[bucket]
             self.spent[owner.slot] += load * CYCLES
             self.packets[bucket] += load * CYCLES / 100
 
@@ -122,7 +112,7 @@ async def test_auto_moves_buckets_of_the_busy_engine_once_and_then_rests(world: 
     assert w.reasons() == ["Rebalanced"]
     assert 0 < len(w.moves) <= 3, "one to the other, and two exchanged"
     assert "busiest core 1.60 -> 1." in w.events[0][2]
-    shown = w.balancers.of(w.managed).document("Auto")
+    shown = w.balancers.of(w.managed).document(w.managed)
     assert shown["mode"] == "Auto"
     assert shown["maxOverMean"] < 1.1
     assert shown["bucketsMoved"] == len(w.moves)
@@ -134,7 +124,7 @@ async def test_advice_only_tells_and_not_at_every_look(world: Callable[..., Worl
     assert not w.moves
     assert set(w.reasons()) == {"RebalanceAdvice"}
     assert 2 <= len(w.events) <= 4
-    assert w.balancers.of(w.managed).document("Advice")["maxOverMean"] == pytest.approx(1.6, abs=0.01)
+    assert w.balancers.of(w.managed).document(w.managed)["maxOverMean"] == pytest.approx(1.6, abs=0.01)
 
 
 async def test_off_does_nothing_and_makes_numbers_even_again(world: Callable[..., World]) -> None:
@@ -167,9 +157,9 @@ async def test_while_the_stack_is_paused_nothing_moves_and_the_mark_stays(world:
 async def test_after_a_pause_what_was_before_says_nothing(world: Callable[..., World]) -> None:
     w = world("Auto", SKEWED)
     await w.live(1)
-    w.managed.stack.resource = reading.parse(stack(rebalance={"mode": "Auto"}, paused=True))
+    w.stack.resource = resource(rebalance={"mode": "Auto"}, paused=True)
     await w.live(600)
-    w.managed.stack.resource = reading.parse(stack(rebalance={"mode": "Auto"}))
+    w.stack.resource = resource(rebalance={"mode": "Auto"})
     w.loads = {1: 0.1}
     await w.live(30)
     assert not w.moves
@@ -189,12 +179,12 @@ async def test_an_elephant_is_told_of_but_not_at_every_look(world: Callable[...,
     assert set(w.reasons()) == {"Elephant"}
     assert len(w.events) <= 3
     assert "bucket 0 of engine 1 takes 90% of a core" in w.events[0][2]
-    assert w.balancers.of(w.managed).document("Auto")["elephants"][0]["bucket"] == 0
+    assert w.balancers.of(w.managed).document(w.managed)["elephants"][0]["bucket"] == 0
 
 
 async def test_in_a_cluster_buckets_are_the_operators(world: Callable[..., World]) -> None:
     w = world("Auto", SKEWED)
-    w.managed.table = object()
+    w.managed.table = FlowTable.model_construct()
     await w.live(60)
     assert not w.moves
 
@@ -202,13 +192,13 @@ async def test_in_a_cluster_buckets_are_the_operators(world: Callable[..., World
 class Lib:
     """libpacketstack, as far as queues are moved: the engine does at once what is asked."""
 
-    def __init__(self, serves: list[int]) -> None:
-        self.serves = serves
+    def __init__(self, engine: PlayedEngine) -> None:
+        self.engine = engine
         self.moves: list[tuple[int, int]] = []
 
     def ps_queue_to_core(self, _fence: Any, queue: int, core: int, *_: Any) -> int:
         self.moves.append((queue, core))
-        self.serves[queue] = core
+        self.engine.queues[queue].cur = core + 1
         return 0
 
 
@@ -216,51 +206,50 @@ class Lib:
 async def test_hot_queues_of_one_core_are_parted_and_stay_where_they_are(
     world: Callable[..., World], monkeypatch: pytest.MonkeyPatch, mode: str
 ) -> None:
-    w, busy, turned, spent = world(mode, {}, engines=1), [0.4, 0.4, 0.0, 0.01], [0.0, 0.0], [0.0] * 4
-    lib = Lib([0, 0, 1, 1])
-    monkeypatch.setattr(balancing, "lib", lambda: lib)
+    w = world(mode, {}, engines=1, engine={"cores": 2, "queuesPerCore": 2, "cpuPolicy": "Shared"})
     engine = w.managed.engines[1]
-    engine.blueprint = SimpleNamespace(cores=2, queues=4, name="web-1", pod="")
-    engine.fence = None
-    engine.core = lambda c: SimpleNamespace(total_cycles=turned[c])
-    engine.queue = lambda q: SimpleNamespace(cur=lib.serves[q] + 1, cycles=spent[q])
-    w.managed.table = object()  # also in a cluster
+    assert isinstance(engine, PlayedEngine)
+    busy, lib = [0.4, 0.4, 0.0, 0.01], Lib(engine)
+    for q, core in enumerate((0, 0, 1, 1)):
+        engine.queues[q].cur = core + 1
+    monkeypatch.setattr(balancing, "lib", lambda: lib)
+    w.managed.table = FlowTable.model_construct()  # also in a cluster
     looks = []
     for _ in range(30):
         w.now += 0.1
-        for c in (0, 1):
-            turned[c] += 0.1 * CYCLES
+        for core in engine.cores:
+            core.total_cycles += round(0.1 * CYCLES)
         for q, share in enumerate(busy):
-            spent[q] += 0.1 * CYCLES * share
+            engine.queues[q].cycles += round(0.1 * CYCLES * share)
         looks.append(await w.balancers.look(w.managed))
     if mode != "Auto":
         assert not lib.moves
         return
     assert len(lib.moves) == 1
-    assert sorted(lib.serves[:2]) == [0, 1]
+    assert sorted(engine.queues[q].cur for q in (0, 1)) == [1, 2]
     assert looks[1], "a busy engine that is uneven is looked at closely"
     assert not looks[-1], "and no more when it is even"
     assert w.reasons() == ["QueuesRebalanced"]
     queue, core = lib.moves[0]
-    [last] = w.balancers.of(w.managed).document(mode)["lastMoves"]
+    [last] = w.balancers.of(w.managed).document(w.managed)["lastMoves"]
     assert (last["what"], last["why"]) == (f"queue {queue} of web-1 to core {core}", "load")
 
 
 async def test_one_hot_queue_that_no_move_helps_is_not_looked_at_closely(
     world: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    w, spent = world("Auto", {}, engines=1), [0.0, 0.0]
-    lib = Lib([0, 1])
-    monkeypatch.setattr(balancing, "lib", lambda: lib)
+    w = world("Auto", {}, engines=1, engine={"cores": 2, "queuesPerCore": 1, "cpuPolicy": "Shared"})
     engine = w.managed.engines[1]
-    engine.blueprint = SimpleNamespace(cores=2, queues=2, name="web-1", pod="")
-    engine.core = lambda c: SimpleNamespace(total_cycles=(w.now - 100) * CYCLES)
-    engine.queue = lambda q: SimpleNamespace(cur=lib.serves[q] + 1, cycles=spent[q])
-    w.managed.table = object()
+    assert isinstance(engine, PlayedEngine)
+    lib = Lib(engine)
+    monkeypatch.setattr(balancing, "lib", lambda: lib)
+    w.managed.table = FlowTable.model_construct()
     looks = []
     for _ in range(10):
         w.now += 1
-        spent[0] += 0.9 * CYCLES
+        for core in engine.cores:
+            core.total_cycles += CYCLES
+        engine.queues[0].cycles += round(0.9 * CYCLES)
         looks.append(await w.balancers.look(w.managed))
     assert not lib.moves
     assert not any(looks)
@@ -270,10 +259,7 @@ async def test_one_hot_queue_that_no_move_helps_is_not_looked_at_closely(
 async def test_moves_that_cannot_be_recorded_are_told_and_the_next_look_follows(world: Callable[..., World]) -> None:
     w = world("Auto", SKEWED)
 
-    async def refuse(*_: Any) -> int:
-        raise AgentError("state.json: cannot be written: No space left on device")
-
-    w.rebalance = refuse  # type: ignore[method-assign]
+    w.full = True
     looking = asyncio.create_task(w.balancers.run())
     for _ in range(80):
         w.second()
@@ -294,7 +280,7 @@ def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(
     one = managed(played, PlayedEngine(1, played.resource), PlayedEngine(2, played.resource))
     agent = Agent(RunDirectory(tmp_path))
     agent.run.record.rebalanced = {"web": True} if rebalanced else {}
-    actions = plan(Desired.of(played.resource), agent._observe(one), 0.0)
+    actions = plan(Desired.of(played.resource), agent.keeper.observe(one), 0.0)
     assert bool(actions) != (rebalanced and mode != "Off")
 
 

@@ -21,6 +21,7 @@ from packetstack_agent import cluster
 from packetstack_agent.cluster import Follower
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall, Obstacle
+from packetstack_agent.keeping import News
 from packetstack_core import crds
 from packetstack_core.backing_off import CONNECT_SECONDS
 from packetstack_core.kinds import FlowTable
@@ -43,7 +44,7 @@ class PlayedAgent:
         self.deleted: list[str] = []
         self.refuses = ""
         self.firewall = Firewall()
-        self.followed: Callable[[Any], None] = lambda _: None
+        self.news = News()
 
     def event(self, stack: str, reason: str, message: str) -> None:
         del message
@@ -201,14 +202,14 @@ async def test_a_report_is_written_only_when_it_says_something_new(place: Place)
         managed = agent.stacks[place.stack]
         for flows in range(1000, 1020):  # the same power of two, and then another one: both may wait
             managed.stack.flows_by_slot = lambda flows=flows: {1: flows}
-            agent.followed(managed)
+            agent.news.tell(managed.stack.name)
             await asyncio.sleep(0.01)
         managed.stack.flows_by_slot = lambda: {1: 5000}
-        agent.followed(managed)
+        agent.news.tell(managed.stack.name)
         await asyncio.sleep(0.5)
         assert (await place.get())["metadata"]["resourceVersion"] == written
         managed.settled = True
-        agent.followed(managed)
+        agent.news.tell(managed.stack.name)
 
         async def settled() -> bool:
             return bool((await place.report()).get("settled"))

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource, turns
 
+from packetstack_agent import agent as agents
 from packetstack_agent import engine_life, engines, networks
 from packetstack_agent.agent import Agent
 from packetstack_agent.engine_life import AWAY_SECONDS
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.node import RunDirectory
-from packetstack_agent.stacks import Managed
 from packetstack_core.planning import Owner, State
 from packetstack_core.reconciling import ActivateEngine, DrainEngine, RemoveEngine
 from packetstack_core.values import Network
@@ -47,7 +48,7 @@ def reasons(agent: Agent) -> list[str]:
 
 async def settle(agent: Agent, one: Managed, steps: int) -> None:
     for _ in range(steps):
-        await agent._step(one)
+        await agent.keeper.step(one)
         await turns()
         await agent.background.ended()
 
@@ -115,7 +116,7 @@ async def test_an_engine_whose_removal_fails_is_removed_later(agent: Agent, monk
 
     monkeypatch.setattr(engines, "destroy", refuse)
     for _ in range(3):
-        await agent._step(one)
+        await agent.keeper.step(one)
         await turns()
         await agent.background.ended()
         await turns()
@@ -126,7 +127,7 @@ async def test_an_engine_whose_removal_fails_is_removed_later(agent: Agent, monk
 async def test_a_plan_about_an_engine_that_has_gone_meanwhile_does_no_harm(agent: Agent) -> None:
     _, one = leaving(agent, mute=False)
     for action in (ActivateEngine(7), DrainEngine(7), RemoveEngine(7)):
-        await agent._act(one, action)
+        await agent.keeper.act(one, action)
     assert set(one.engines) == {1, 2}
 
 
@@ -135,11 +136,11 @@ async def test_a_backends_death_that_engines_could_not_be_told_of_is_told_later(
     stack, one = leaving(agent, mute=False)
     [listener] = stack.resource.spec.listeners
     dead = ((ip_address("10.0.0.1"), 8080), listener.health_check)
-    keeping = asyncio.create_task(agent._keep(one))
+    keeping = asyncio.create_task(agent.keeper._keep(one))
     await asyncio.sleep(1.5)
     stack.busy = True
-    agent.prober.expect_unhealthy(("web", *dead))
-    agent._health_changed(("web", *dead), False)
+    agent.health._prober.expect_unhealthy(("web", *dead))
+    agent.health._changed(("web", *dead), False)
     await asyncio.sleep(5)
     assert not any(dead in told for told in stack.configured)
     assert "Failed" in reasons(agent)
@@ -156,7 +157,7 @@ async def test_a_backends_death_that_engines_could_not_be_told_of_is_told_later(
 async def test_engines_that_take_no_configuration_do_not_keep_the_stack_from_what_else_it_needs(agent: Agent) -> None:
     stack, one = leaving(agent, mute=False)
     stack.busy = one.stale = True
-    keeping = asyncio.create_task(agent._keep(one))
+    keeping = asyncio.create_task(agent.keeper._keep(one))
     await asyncio.sleep(5)
     assert len(one.engines) == 1
     keeping.cancel()
@@ -166,19 +167,19 @@ async def test_a_change_that_could_neither_be_made_nor_taken_back_is_worked_off_
     stack, one = leaving(agent, mute=False)
     stack.busy = True
     with pytest.raises(AgentError):
-        await agent._change_stack(one, resource(replicas=1, backends=("10.0.0.2",)))
+        await agent._applier._change_stack(one, resource(replicas=1, backends=("10.0.0.2",)))
     assert one.stale
     stack.busy = False
-    await agent._step(one)
+    await agent.keeper.step(one)
     assert stack.configured
     assert not one.stale
 
 
-class LoopsOwn(dict[str, Managed]):
+class LoopsOwn(Stacks):
     """Whoever reads it in another thread may find that it changes meanwhile."""
 
-    def __init__(self, stacks: dict[str, Managed]) -> None:
-        super().__init__(stacks)
+    def __init__(self) -> None:
+        super().__init__()
         self.owner = threading.get_ident()
 
     def items(self) -> ItemsView[str, Managed]:
@@ -195,17 +196,18 @@ class LoopsOwn(dict[str, Managed]):
 
 
 async def test_stacks_are_never_counted_off_in_a_thread_beside_the_loop(
-    agent: Agent, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(agents, "Stacks", LoopsOwn)
+    agent = Agent(RunDirectory(tmp_path))
     stack, _ = leaving(agent, mute=False)
-    agent.stacks = LoopsOwn(agent.stacks)
     routed: list[set[Network]] = []
     monkeypatch.setattr(networks, "ensure_routes", lambda prefixes, keep: routed.append(prefixes) or [])
     monkeypatch.setattr(networks, "on_link", lambda _: {})
     monkeypatch.setattr(networks, "check_forwarding", lambda _: None)
     monkeypatch.setattr(networks, "check_not_local", lambda _: None)
-    monkeypatch.setattr(agent, "_open_firewall", lambda: None)
-    await agent._routes()
+    monkeypatch.setattr(agent.underlay, "_open_firewall", lambda: None)
+    await agent.underlay.route()
     assert routed == [set(stack.resource.prefixes())]
     assert [r["result"] for r in await agent.apply([stack.resource.document()], ())] == ["unchanged"]
 

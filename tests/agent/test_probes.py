@@ -9,7 +9,9 @@ import pytest
 from tests.model.node import PlayedStack, managed, resource
 
 from packetstack_agent import probes
-from packetstack_agent.agent import Agent, was_unhealthy
+from packetstack_agent.health import Health, was_unhealthy
+from packetstack_agent.journal import Journal
+from packetstack_agent.managed import Stacks
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.probes import Place, Prober, Verdict, Watched
 from packetstack_core.resources import HealthCheck
@@ -111,17 +113,17 @@ async def test_a_backend_that_is_down_stays_so_when_its_check_is_changed_until_i
 @pytest.mark.looptime
 async def test_the_next_agent_knows_whose_check_had_failed(silent: set[Place], tmp_path: Path) -> None:
     silent.add(DNS)
-    agent = Agent(RunDirectory(tmp_path))
-    fast, slow = check(), check(up=100)
+    stacks = Stacks()
+    health = Health(RunDirectory(tmp_path), stacks, Journal())
+    fast, slow = check(), check(down=5, up=100)
     for name, wanted in (("one", fast), ("other", slow)):
         checked = wanted.model_dump(mode="json", by_alias=True)
-        made = PlayedStack(resource(name, listeners=[listening("TCP", healthCheck=checked)]))
-        agent.stacks[name] = managed(made)
-    agent._watch_backends()
-    await asyncio.sleep(1)
-    agent.prober.watch(w for w in agent._backends() if w[0] == "one")  # the other one's verdict is not known any more
-    agent._health_changed(("one", DNS, fast), False)
-    agent.prober.close()
+        stacks[name] = managed(PlayedStack(resource(name, listeners=[listening("TCP", healthCheck=checked)])))
+    health.watch()
+    await asyncio.sleep(2)
+    assert stacks["one"].stale
+    assert not stacks["other"].stale
+    health.close()
     record = RunDirectory(tmp_path).record.unhealthy
     assert was_unhealthy(record, ("one", DNS, fast))
     assert not was_unhealthy(record, ("other", DNS, slow))

@@ -2,16 +2,21 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from types import SimpleNamespace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import looptime
 import pytest
-from tests.lab.node import stack
+from tests.model.node import PlayedEngine, PlayedJournal, PlayedStack, managed, resource
 
+from packetstack_agent.engines import Engine
+from packetstack_agent.managed import Managed
+from packetstack_agent.node import RunDirectory
 from packetstack_agent.scaling import Autoscalers
 from packetstack_core import reading
-from packetstack_core.load import CoreCounters, EngineCounters, History, Snapshot
+from packetstack_core.kinds import FlowTable
+from packetstack_core.load import CoreCounters, EngineCounters, Snapshot
 from packetstack_core.planning import State
 
 BEGIN = 1_000_000_000.0
@@ -23,48 +28,55 @@ QUEUED = {"type": "External", "external": {"metric": {"name": "q"}, "target": {"
 
 
 class World:
-    """Stands in for an agent with one stack, whose engines are as busy as `work` makes them."""
+    """One stack, whose engines are as busy as `work` makes them."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, autoscaling: dict[str, Any] | None, replicas: int = 1) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        directory: Path,
+        autoscaling: dict[str, Any] | None,
+        replicas: int = 1,
+    ) -> None:
         self.loop = loop
         self.work = 0.5
-        self.events: list[tuple[float, str, str]] = []
-        self.run = SimpleNamespace(record=SimpleNamespace(autoscaling={}), save=lambda: None)
+        self.run = RunDirectory(directory)
+        self.journal = PlayedJournal(loop.time)
         self.sizes: list[tuple[float, int]] = []
         self.cycles: dict[int, int] = {}
-        self.managed: Any = SimpleNamespace(
-            stack=SimpleNamespace(name="web"), engines={}, history=History(), table=None
-        )
+        self.stack = PlayedStack(resource(replicas=replicas))
+        self.managed = managed(self.stack)
         self.stacks = {"web": self.managed}
         self.become(autoscaling, replicas)
         self._engines(replicas)
-        self.autoscalers = Autoscalers(self, self.clock)  # type: ignore[arg-type]
+        self.autoscalers = self.another()
         self.ahead = 0.0
         """Of the wall clock."""
+
+    def another(self) -> Autoscalers:
+        """As the next agent has it."""
+        return Autoscalers(self.run, self.stacks, self.journal, self, self.clock)
+
+    @property
+    def events(self) -> list[tuple[float, str, str]]:
+        return self.journal.told
 
     def clock(self) -> float:
         return BEGIN + self.loop.time() + self.ahead
 
     def become(self, autoscaling: dict[str, Any] | None, replicas: int | None = None, **changes: Any) -> None:
-        replicas = self.managed.stack.resource.spec.replicas if replicas is None else replicas
+        replicas = self.stack.resource.spec.replicas if replicas is None else replicas
         parts = {"autoscaling": autoscaling} if autoscaling is not None else {}
-        self.managed.stack.resource = reading.parse(stack(replicas=replicas, **parts, **changes))
+        self.stack.resource = resource(replicas=replicas, **parts, **changes)
 
-    def set_replicas(self, managed: Any, replicas: int) -> int:
-        was: int = managed.stack.resource.spec.replicas
+    def resize(self, managed: Managed, replicas: int) -> int:
+        was = managed.stack.resource.spec.replicas
         managed.stack.resource = reading.with_replicas(managed.stack.resource, replicas)
         self.sizes.append((self.loop.time(), replicas))
         return was
 
-    def event(self, _stack: str, reason: str, message: str) -> None:
-        self.events.append((self.loop.time(), reason, message))
-
     def _engines(self, replicas: int) -> None:
         for slot in range(replicas):
-            blueprint = SimpleNamespace(name=f"web-{slot}", pod="")
-            self.managed.engines.setdefault(
-                slot, SimpleNamespace(state=State.ACTIVE, removing=False, blueprint=blueprint)
-            )
+            self.managed.engines.setdefault(slot, PlayedEngine(slot, self.stack.resource))
         for slot in [s for s in self.managed.engines if s >= replicas]:
             del self.managed.engines[slot]
 
@@ -84,7 +96,7 @@ class World:
             self._engines(self.managed.stack.resource.spec.replicas)
 
     def reasons(self) -> list[str]:
-        return [reason for _, reason, _ in self.events]
+        return self.journal.reasons()
 
     def shown(self) -> dict[str, Any]:
         one = self.autoscalers.of(self.managed)
@@ -105,7 +117,8 @@ def run(wanted: dict[str, Any] | None, story: Callable[[World], Awaitable[None]]
     """Let time pass in a world as `story` says."""
     loop = looptime.new_event_loop()
     loop.set_exception_handler(lambda _, context: pytest.fail(str(context)))
-    world = World(loop, wanted, replicas)
+    directory = TemporaryDirectory()
+    world = World(loop, Path(directory.name), wanted, replicas)
 
     async def main() -> None:
         tasks = [asyncio.create_task(world.live()), asyncio.create_task(world.autoscalers.run())]
@@ -120,6 +133,7 @@ def run(wanted: dict[str, Any] | None, story: Callable[[World], Awaitable[None]]
         loop.run_until_complete(main())
     finally:
         loop.close()
+        directory.cleanup()
     return world
 
 
@@ -237,7 +251,7 @@ def test_the_next_agent_goes_on_and_takes_no_engine_at_once() -> None:
         before = world.shown()
         world.work = 0.3
         tasks = world.run.record.autoscaling
-        fresh = Autoscalers(world, world.clock)  # type: ignore[arg-type]
+        fresh = world.another()
         one = fresh.of(world.managed)
         assert one is not None
         assert one.document() == before == tasks["web"]
@@ -294,7 +308,7 @@ def test_metrics_of_kubernetes_are_refused_and_take_no_engine() -> None:
 
 def test_a_stack_that_follows_a_flow_table_is_left_alone() -> None:
     async def story(world: World) -> None:
-        world.managed.table = object()
+        world.managed.table = FlowTable.model_construct()
         world.work = 3.0
         await asyncio.sleep(30)
         assert not world.sizes
@@ -313,10 +327,22 @@ def test_an_engine_that_starts_or_leaves_is_not_counted() -> None:
     run(autoscaling(), story, replicas=2)
 
 
+class Broken(Managed):
+    """A stack whose engines cannot be looked at."""
+
+    @property
+    def engines(self) -> dict[int, Engine]:
+        raise LookupError("no engine")
+
+    @engines.setter
+    def engines(self, _: dict[int, Engine]) -> None:
+        """They are none."""
+
+
 def test_a_bug_in_one_autoscaler_does_not_end_the_others() -> None:
     async def story(world: World) -> None:
-        broken: Any = SimpleNamespace(stack=SimpleNamespace(name="broken"), table=None)
-        world.stacks = {"broken": broken, "web": world.managed}
+        broken = Broken(PlayedStack(resource("broken", autoscaling=autoscaling())))
+        world.stacks |= {"broken": broken, "web": world.stacks.pop("web")}
         world.work = 2.0
         await asyncio.sleep(11)
         assert "InternalError" in world.reasons()

@@ -1,14 +1,16 @@
 """The agent's shedders: when listeners are watched, what the director is told, what people are. Engines are played."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tests.lab.node import listener, stack
+from tests.lab.node import listener
+from tests.model.node import PlayedEngine, PlayedJournal, PlayedStack, managed, resource
 
 from packetstack_agent import shedding
+from packetstack_agent.director import Director
+from packetstack_agent.natives import ffi
 from packetstack_agent.shedding import Shedders
-from packetstack_core import abi, reading
+from packetstack_core import abi
 from packetstack_core.shedding import QUIET_LOOKS
 
 WEB, LATE = (listener(n, "192.0.2.10", ("10.71.5.1",), port=p) for n, p in (("web", 80), ("late", 81)))
@@ -16,11 +18,11 @@ DNS = listener("dns", "192.0.2.10", ("10.71.5.1",), port=53) | {"protocol": "UDP
 CAPACITY, RING, LOOK = 20_000, 2048, 0.1
 
 
-class Director:
+class Library:
     """Stands in for libpacketstack."""
 
     def __init__(self) -> None:
-        self.watches = [SimpleNamespace(next_ns=[0, 0], step_ns=[0, 0], half=0) for _ in range(1024)]
+        self.watches = ffi.new("struct ps_watch[1024]")
         self.numbers: dict[bytes, int] = {}
         self.offered: dict[int, list[int]] = {}
         self.shed: dict[int, list[int]] = {}
@@ -30,7 +32,7 @@ class Director:
         self.numbers[bytes(address) + bytes([protocol])] = number
         return 0
 
-    def ps_director_watches(self, _d: Any) -> list[Any]:
+    def ps_director_watches(self, _d: Any) -> Any:
         return self.watches
 
     def ps_director_watched(self, _d: Any, number: int, out: Any, _e: Any) -> int:
@@ -52,25 +54,18 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.waiting, self.openers = 100.0, 0.0, 0.0
-        self.lib = Director()
-        self.director = None
-        self.events: list[tuple[str, str]] = []
-        self.core_ = SimpleNamespace(busy_cycles=0, total_cycles=0)
-        self.queue_ = SimpleNamespace(depth=0, received=0)
-        self.engine = SimpleNamespace(
-            slot=1, ready=True, removing=False, view=SimpleNamespace(rx_slots=RING),
-            blueprint=SimpleNamespace(cores=1, queues=1), core=lambda _c: self.core_, queue=lambda _q: self.queue_,
-        )  # fmt: skip
-        resource = reading.parse(stack(listeners=[WEB, DNS]))
-        self.managed: Any = SimpleNamespace(
-            stack=SimpleNamespace(name="web", resource=resource, arena=None), engines={1: self.engine}
-        )
-        self.stacks = {"web": self.managed}
+        self.lib = Library()
+        wanted = resource(listeners=[WEB, DNS])
+        self.engine = PlayedEngine(1, wanted)
+        self.engine.view.rx_slots = RING
+        self.managed = managed(PlayedStack(wanted), self.engine)
+        self.journal = PlayedJournal(lambda: self.now)
         monkeypatch.setattr(shedding, "lib", lambda: self.lib)
-        self.shedders = Shedders(self, lambda: self.now)  # type: ignore[arg-type]
+        self.shedders = Shedders({"web": self.managed}, self.journal, Director(), lambda: self.now)
 
-    def event(self, _stack: str, reason: str, message: str) -> None:
-        self.events.append((reason, message))
+    @property
+    def events(self) -> list[tuple[str, str]]:
+        return [(reason, message) for _, reason, message in self.journal.told]
 
     def live(self, looks: int) -> None:
         for _ in range(looks):
@@ -87,9 +82,11 @@ class World:
                 shed[0] += round(come - passed)
             done = min(self.waiting + 2 * passed, CAPACITY * LOOK)
             self.waiting = min(RING, self.waiting + 2 * passed - done)
-            self.queue_.depth, self.queue_.received = round(self.waiting), self.queue_.received + round(done)
-            self.core_.total_cycles += 1000
-            self.core_.busy_cycles += round(1000 * done / (CAPACITY * LOOK))
+            [queue], [core] = self.engine.queues, self.engine.cores
+            queue.depth = round(self.waiting)
+            queue.received += round(done)
+            core.total_cycles += 1000
+            core.busy_cycles += round(1000 * done / (CAPACITY * LOOK))
             self.shedders.look(self.managed)
 
     def web(self) -> Any:
@@ -140,7 +137,7 @@ def test_known_flows_are_looked_for_before_a_packet_is_dropped_and_once_a_second
     world.openers = 2 * CAPACITY
     while not world.lib.known:
         world.live(1)
-    assert all(w.step_ns == [0, 0] for w in world.lib.watches)
+    assert all(list(w.step_ns) == [0, 0] for w in world.lib.watches)
     world.live(30)
     assert 3 <= world.lib.known <= 5
     assert len({w.half for w in world.lib.watches[1:3]}) == 1
@@ -149,7 +146,7 @@ def test_known_flows_are_looked_for_before_a_packet_is_dropped_and_once_a_second
 def test_a_listener_that_comes_meanwhile_gets_the_level_too(world: World) -> None:
     world.openers = 2 * CAPACITY
     world.live(30)
-    world.managed.stack.resource = reading.parse(stack(listeners=[WEB, DNS, LATE]))
+    world.managed.stack.resource = resource(listeners=[WEB, DNS, LATE])
     world.live(1)
     numbers = world.shedders.of(world.managed).numbers
     assert len(numbers) == 3
@@ -158,7 +155,7 @@ def test_a_listener_that_comes_meanwhile_gets_the_level_too(world: World) -> Non
 
 def test_an_engine_that_stands_still_is_no_flood(world: World) -> None:
     world.live(5)
-    world.queue_.depth = RING
+    world.engine.queues[0].depth = RING
     for _ in range(20):
         world.now += LOOK
         world.shedders.look(world.managed)
@@ -175,4 +172,4 @@ def test_the_places_of_a_stack_that_is_gone_are_free_again(world: World) -> None
 
 
 def test_places_are_as_many_as_the_director_has() -> None:
-    assert len(Director().watches) == abi.lib().PS_MAX_WATCHED
+    assert len(Library().watches) == abi.lib().PS_MAX_WATCHED

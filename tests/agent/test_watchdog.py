@@ -11,8 +11,8 @@ from packetstack_agent import networks, processes
 from packetstack_agent.attachments import Attachments, Link
 from packetstack_agent.engines import Engine
 from packetstack_agent.journal import Background, Journal
+from packetstack_agent.managed import Managed
 from packetstack_agent.processes import Process
-from packetstack_agent.stacks import Managed
 from packetstack_agent.watchdog import HANG_SECONDS, STALLS, STARVED_SECONDS, WATCH_SECONDS, Watchdog
 
 
@@ -84,7 +84,7 @@ class World:
         for _ in range(round(seconds / WATCH_SECONDS)):
             self.now += WATCH_SECONDS
             for slot, engine in self.engines.items():
-                engine.turning.heartbeat += slot not in self.still
+                engine.cores[0].heartbeat += slot not in self.still
             self.watchdog.look(self.now)
             await turns(3)
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from packetstack_agent.engines import Blueprint, Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.journal import Journal
+from packetstack_agent.managed import Managed
 from packetstack_agent.natives import ffi
-from packetstack_agent.stacks import Managed, Report, Stack
+from packetstack_agent.stacks import Report, Stack
 from packetstack_core import reading
 from packetstack_core.planning import NOBODY, Move, Owner, State
+from packetstack_core.reasons import Reason
 from packetstack_core.resources import PacketStack
 
 BUCKETS = 16
@@ -56,6 +59,7 @@ class PlayedStack(Stack):
         self.healthy = {}
         self.due = math.inf
         self.leaving = {}
+        self.arena = None
         self.table = [Owner(owners[b % len(owners)], 0) if owners else NOBODY for b in range(buckets)]
         self.shards = list(self.table)
         self.mute: set[int] = set()
@@ -126,7 +130,7 @@ class PlayedStack(Stack):
 
 
 class PlayedEngine(Engine):
-    """An engine of one core and one queue."""
+    """An engine with the cores and queues that the stack's resource says."""
 
     def __init__(self, slot: int, stack: PacketStack, state: State = State.ACTIVE) -> None:
         shape = stack.spec.engine
@@ -141,8 +145,9 @@ class PlayedEngine(Engine):
         self.serves = True
         self.view = ffi.new("struct ps_engine *")
         self.probed = True
-        self.turning = ffi.new("struct ps_core *", {"thread": 1})
-        """Its core. It turns when its heartbeat grows."""
+        self.cores = [ffi.new("struct ps_core *", {"thread": 1}) for _ in range(shape.cores)]
+        """They turn when their heartbeats grow."""
+        self.queues = [ffi.new("struct ps_queue *", {"cur": q % shape.cores + 1}) for q in range(shape.queues)]
         self.process = slot
 
     @property
@@ -154,14 +159,32 @@ class PlayedEngine(Engine):
         return self.process if self.serves else 0
 
     def core(self, index: int) -> Any:
-        assert index == 0
-        return self.turning
+        return self.cores[index]
+
+    def queue(self, index: int) -> Any:
+        return self.queues[index]
 
     def counters(self) -> dict[str, int]:
         return {}
 
     def kernel_drops(self) -> dict[str, int]:
         return {}
+
+
+class PlayedJournal(Journal):
+    """Tells each event each time, and when."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        super().__init__()
+        self._clock = clock
+        self.told: list[tuple[float, str, str]] = []
+        """Time, reason, message."""
+
+    def event(self, stack: str, reason: Reason, message: str) -> None:
+        self.told.append((self._clock(), str(reason), message))
+
+    def reasons(self) -> list[str]:
+        return [reason for _, reason, _ in self.told]
 
 
 def managed(stack: PlayedStack, *engines: PlayedEngine) -> Managed:

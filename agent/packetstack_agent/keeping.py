@@ -1,0 +1,350 @@
+"""Keeps each stack as its resource or its flow table says: observes, asks the pure planner, acts.
+
+One task a stack, woken by changes and once a second; every step may be repeated. Whoever wants something else of a stack
+disturbs it; what becomes of it is decided here alone.
+"""
+
+import asyncio
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Protocol
+
+from packetstack_agent.engine_life import AWAY_SECONDS, is_lost
+from packetstack_agent.engines import Engine
+from packetstack_agent.errors import AgentError
+from packetstack_agent.journal import Journal
+from packetstack_agent.managed import Managed, Stacks
+from packetstack_agent.node import RunDirectory
+from packetstack_agent.probes import Checked
+from packetstack_agent.stacks import Report
+from packetstack_agent.threads import to_the_end
+from packetstack_core import following, reading, reconciling
+from packetstack_core.kinds import FlowTableSpec, TableEngine
+from packetstack_core.planning import Move, State
+from packetstack_core.reasons import EventReason
+from packetstack_core.reconciling import (
+    ActivateEngine,
+    AssignBuckets,
+    CreateEngine,
+    Desired,
+    DrainEngine,
+    Observed,
+    RemoveEngine,
+)
+from packetstack_core.wording import counted
+
+TICK_SECONDS = 1.0
+LOAD_SECONDS = 5.0
+"""Over which load is taken when an engine has to go."""
+SETTLE_SECONDS = 5.0
+"""Between two looks whether what only older configurations name is nobody's any more."""
+ROUNDS = 8
+"""Of observing and acting in a step, as long as each changes something at once."""
+
+
+class Engines(Protocol):
+    """Who makes and removes engines. All of it is begun here and ends later; what stands against it is told there."""
+
+    def create(self, managed: Managed, action: CreateEngine) -> None:
+        """Make one in a namespace of its own."""
+
+    def attach(self, managed: Managed, wanted: TableEngine) -> None:
+        """Make rings for one in a pod."""
+
+    def become(self, engine: Engine, state: State) -> None:
+        """It is in this state from now on."""
+
+    def remove(self, managed: Managed, slot: int) -> None:
+        """Remove one that owns no bucket."""
+
+
+class Fences(Protocol):
+    """Who draws conclusions from fences that are not answered."""
+
+    def fence_missed(self, engine: Engine, now: float) -> None:
+        """It did not answer in time."""
+
+    def fences_answered(self, engines: Iterable[Engine]) -> None:
+        """All did."""
+
+
+class Verdicts(Protocol):
+    """Who knows which backends are healthy."""
+
+    def of(self, stack: str) -> Mapping[Checked, bool]:
+        """Verdicts of a stack's backends."""
+
+
+class Routes(Protocol):
+    """Who routes addresses to this node."""
+
+    async def route(self) -> None:
+        """Those of the stacks as they are now."""
+
+
+class News:
+    """Stacks that were brought nearer to their flow table, or could not be. For one reader."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._some = asyncio.Event()
+
+    def tell(self, name: str) -> None:
+        """Something about this stack is new."""
+        self._names.add(name)
+        self._some.set()
+
+    async def next(self) -> set[str]:
+        """Wait for news; the names since the last call."""
+        await self._some.wait()
+        self._some.clear()
+        names, self._names = self._names, set()
+        return names
+
+
+class Keeper:
+    """Carries out what is wanted of the stacks."""
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        stacks: Stacks,
+        journal: Journal,
+        engines: Engines,
+        fences: Fences,
+        verdicts: Verdicts,
+        routes: Routes,
+    ) -> None:
+        self._run = run
+        self._stacks = stacks
+        self._journal = journal
+        self._engines = engines
+        self._fences = fences
+        self._verdicts = verdicts
+        self._routes = routes
+        self.news = News()
+
+    def begin(self, managed: Managed) -> None:
+        """Keep the stack from now on."""
+        managed.task = asyncio.create_task(self._keep(managed))
+
+    async def end(self, managed: Managed) -> None:
+        """Keep it no more; what is being done for it ends first."""
+        if managed.task is not None:
+            managed.task.cancel()
+            await asyncio.gather(managed.task, return_exceptions=True)
+
+    async def _keep(self, managed: Managed) -> None:
+        settle = 0.0
+        while True:
+            managed.changed.clear()
+            with self._journal.going_on(managed.stack.name):
+                await self.step(managed)
+            if time.monotonic() >= settle:
+                settle = time.monotonic() + SETTLE_SECONDS
+                with self._journal.going_on(managed.stack.name):
+                    await self._let_go(managed)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(TICK_SECONDS):
+                    await managed.changed.wait()
+
+    async def step(self, managed: Managed) -> None:
+        """Observe, plan, act; once more while that changes something at once."""
+        if managed.table is not None:
+            await self._follow(managed, managed.table.spec)
+            return
+        for _ in range(ROUNDS):
+            await self._prepare(managed)
+            actions = reconciling.plan(Desired.of(managed.stack.resource), self.observe(managed), time.monotonic())
+            managed.settled = not actions and not managed.stack.open_fences()
+            if not actions:
+                return
+            waiting = False
+            for action in actions:
+                waiting |= await self.act(managed, action)
+            if waiting and all(isinstance(a, CreateEngine) for a in actions):
+                return
+
+    async def _prepare(self, managed: Managed) -> None:
+        """What comes before anything new: cores know what is known, and handovers that were begun are ended."""
+        await self.refresh(managed)
+        if managed.stack.open_fences():  # an engine did not answer, or the agent was interrupted
+            await self.transfer(managed, ())
+
+    # ---- planning here ---------------------------------------------------------------------------------------
+
+    def observe(self, managed: Managed) -> Observed:
+        """What the planner is told of the stack."""
+        stack = managed.stack
+        flows, held = stack.flows_by_slot(), stack.held()
+        loads, now = _loads(managed), time.monotonic()
+        seen = [
+            reconciling.Engine(
+                e.slot, e.state, e.ready, e.blueprint.template, e.blueprint.queues, flows.get(e.slot, 0),
+                holds=0 if is_lost(e, now) else held[e.slot], load=loads.get(e.slot, 0.0),
+            )
+            for e in managed.engines.values()
+            if not e.removing
+        ]  # fmt: skip
+        stay = {e.slot for e in seen if e.state is State.ACTIVE}
+        if any(slot not in stay for slot in managed.pinned.values()):
+            self.pin(managed, {b: slot for b, slot in managed.pinned.items() if slot in stay})
+        fixed = managed.pinned if len(seen) <= stack.resource.spec.replicas else {}
+        by_load = stack.resource.spec.rebalance.mode != "Off" and self._run.record.rebalanced.get(stack.name, False)
+        moving = frozenset(fixed) | stack.open_fences()
+        return Observed(seen, stack.owners(), moving, managed.create_after, rebalanced=by_load)
+
+    async def act(self, managed: Managed, action: reconciling.Action) -> bool:
+        """Carry out one action; returns whether its effect comes later."""
+        name = managed.stack.name
+        match action:
+            case CreateEngine():
+                self._engines.create(managed, action)
+                return True
+            case ActivateEngine(slot):
+                if engine := managed.engines.get(slot):  # else it has gone since it was observed
+                    self._journal.event(name, EventReason.ENGINE_ACTIVE, f"engine {slot} was {engine.state}")
+                    self._engines.become(engine, State.ACTIVE)
+            case DrainEngine(slot):
+                if engine := managed.engines.get(slot):
+                    self._engines.become(engine, State.DRAINING)
+                    message = f"engine {slot} hands its buckets over"
+                    self._journal.event(name, EventReason.ENGINE_DRAINING, message)
+            case AssignBuckets(moves):
+                await self.transfer(managed, moves)
+            case RemoveEngine(slot):
+                self._engines.remove(managed, slot)
+        return False
+
+    def pin(self, managed: Managed, buckets: Mapping[int, int]) -> None:
+        """These buckets stay on these slots, where a person has put them, and no others do."""
+        managed.pinned = dict(buckets)
+        self._run.record.pinned[managed.stack.name] = {str(b): slot for b, slot in buckets.items()}
+        self._run.save()
+
+    def resize(self, managed: Managed, replicas: int) -> int:
+        """Make it spec.replicas; returns what it was."""
+        stack = managed.stack
+        was = stack.resource.spec.replicas
+        stack.resource = reading.with_replicas(stack.resource, replicas)
+        self._run.record.documents[stack.name] = stack.resource.document()
+        self._run.save()
+        managed.disturb()
+        return was
+
+    async def rebalance(self, managed: Managed, moves: Sequence[Move], why: str) -> int:
+        """Move buckets for the load's sake: from now on their numbers need not be even. Returns how many were moved."""
+        self._run.record.rebalanced[managed.stack.name] = True
+        self._run.save(must=True)  # else the next plan would move them back
+        return (await self.transfer(managed, moves, why)).moved
+
+    def even_out(self, managed: Managed) -> None:
+        """Engines shall have equally many buckets again."""
+        if self._run.record.rebalanced.pop(managed.stack.name, None):
+            self._run.save()
+            managed.disturb()
+
+    # ---- following a table -----------------------------------------------------------------------------------
+
+    async def _follow(self, managed: Managed, table: FlowTableSpec) -> None:
+        """Follow the flow table, as far as that is possible now."""
+        stack = managed.stack
+        for _ in range(ROUNDS):
+            await self._prepare(managed)
+            self._take_states(managed, table)
+            steps = following.follow(
+                table, _attached(managed), stack.owners(), stack.open_fences(), stack.shard_slots()
+            )
+            if time.monotonic() < managed.create_after:
+                steps = [s for s in steps if not isinstance(s, following.Attach)]
+            again = False
+            for step in steps:
+                match step:
+                    case following.Attach(wanted):
+                        self._engines.attach(managed, wanted)
+                    case following.Assign(moves):
+                        again |= (await self.transfer(managed, moves, "by the flow table")).moved > 0
+                    case following.Detach(slot):
+                        self._engines.remove(managed, slot)
+            if not again:
+                break
+        managed.settled = not stack.open_fences() and following.settled(table, _attached(managed), stack.owners())
+        self.news.tell(stack.name)
+
+    def _take_states(self, managed: Managed, table: FlowTableSpec) -> None:
+        there = {e.blueprint.id: e for e in managed.engines.values()}
+        for wanted in table.engines:
+            engine, state = there.get(wanted.id), State(wanted.state)
+            if engine is not None and State.PENDING not in (engine.state, state) and engine.state is not state:
+                self._engines.become(engine, state)
+
+    # ---- configuration and flow table ------------------------------------------------------------------------
+
+    async def refresh(self, managed: Managed) -> None:
+        """Write what has become known since the last configuration. What fails is told, and tried again in the next round."""
+        if not managed.stale and managed.stack.due > time.monotonic():  # a backend that starts slowly may get more
+            return
+        async with managed.busy:
+            stale, managed.stale = managed.stale, False  # it is set again by whoever learns more meanwhile
+            try:
+                managed.stack.healthy = self._verdicts.of(managed.stack.name)
+                await managed.stack.configure(list(managed.engines.values()))
+                if stale:
+                    managed.stack.direct()
+            except BaseException as e:
+                managed.stale = True
+                if not isinstance(e, AgentError):
+                    raise
+                self._journal.event(managed.stack.name, EventReason.FAILED, f"{e}; it is tried again")
+
+    async def transfer(self, managed: Managed, moves: Sequence[Move], why: str = "as planned") -> Report:
+        """Give buckets to other owners; without moves, end what was begun. An engine that does not answer is told of."""
+        async with managed.busy:
+            report = await to_the_end(managed.stack.transfer, list(managed.engines.values()), moves)
+        managed.moved += report.moved
+        managed.holds_ns.extend(report.hold_ns)
+        if report.moved:
+            buckets = counted(report.moved, "bucket")
+            longest = max(report.hold_ns, default=0) / 1e6
+            message = f"{buckets} by {counted(report.fences, 'fence')}, the longest {longest:.2f} ms"
+            self._journal.event(managed.stack.name, EventReason.BUCKETS_MOVED, message)
+            managed.note_move(buckets, why)
+        if not report.stalled:
+            self._fences.fences_answered(managed.engines.values())
+            return report
+        self._journal.event(
+            managed.stack.name, EventReason.ENGINE_DOES_NOT_ANSWER,
+            f"engine {report.stalled} has not answered its markers; nothing is released until it does, or nobody has served "
+            f"it for {AWAY_SECONDS:g} s",
+        )  # fmt: skip
+        if engine := managed.engines.get(report.stalled):
+            self._fences.fence_missed(engine, time.monotonic())
+        return report
+
+    async def _let_go(self, managed: Managed) -> None:
+        """What only older configurations name, and no flow any more, is nobody's from now on."""
+        stack = managed.stack
+        if not stack.unsettled or managed.busy.locked():
+            return
+        async with managed.busy:
+            gone = await to_the_end(stack.settle, list(managed.engines.values()))
+        if gone:
+            message = f"SNAT address {', '.join(map(str, gone))}: no flow has it any more"
+            self._journal.event(stack.name, EventReason.ADDRESS_RELEASED, message)
+            await self._routes.route()
+
+
+def _loads(managed: Managed) -> dict[int, float]:
+    """Cores' worth of load by slot, to a tenth, when one of the engines may have to go: less is chance."""
+    there = sum(e.state is not State.DRAINING for e in managed.engines.values())
+    load = managed.history.load(LOAD_SECONDS) if there > managed.stack.resource.spec.replicas else None
+    return {e.id: round(sum(e.cores), 1) for e in load.engines} if load is not None else {}
+
+
+def _attached(managed: Managed) -> list[following.Attached]:
+    return [
+        following.Attached(e.blueprint.id, e.slot, e.blueprint.pod_uid, e.ready and e.probed)
+        for e in managed.engines.values()
+        if not e.removing
+    ]

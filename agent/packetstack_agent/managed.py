@@ -1,0 +1,110 @@
+"""The stacks of this node: each with its engines, and what its parts must know of each other."""
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from packetstack_agent.engines import Engine
+from packetstack_agent.errors import AgentError
+from packetstack_agent.probes import Watched
+from packetstack_agent.stacks import Stack
+from packetstack_core.kinds import FlowTable
+from packetstack_core.load import History
+
+LAST_MOVES = 20
+
+
+@dataclass
+class Managed:
+    """A stack with its engines and its task."""
+
+    stack: Stack
+    engines: dict[int, Engine] = field(default_factory=dict)
+    """By slot. EngineLife puts them in and takes them out."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Its task shall look now."""
+    task: asyncio.Task[None] | None = None
+    """Of the keeper, from when the stack is whole."""
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the flow table or the configuration is being changed, and while an engine's memory goes."""
+    failures: int = 0
+    """Engines in a row that could not be made."""
+    create_after: float = 0.0
+    """No engine is made before, by the monotonic clock."""
+    problem: str = ""
+    """Why the last engine could not be made, empty when it could."""
+    pinned: dict[int, int] = field(default_factory=dict)
+    """Bucket -> slot, where a person put it; kept while that engine stays."""
+    settled: bool = False
+    """Its task has found nothing left to do since it was disturbed last."""
+    stale: bool = False
+    """More is known, of its resource or its backends, than its configuration says: its task writes it, until that is done."""
+    gone: dict[str, dict[str, int]] = field(default_factory=lambda: {"engine": {}, "kernel": {}})
+    """Drops counted by engines that have left."""
+    holds_ns: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
+    """How long each of the last fences took."""
+    moved: int = 0
+    """Buckets, since the agent began."""
+    last_moves: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LAST_MOVES))
+    """Of buckets and queues, whoever wanted them, as the status shows them."""
+    history: History = field(default_factory=History)
+    """What its engines' counters said, once a second."""
+    table: FlowTable | None = None
+    """What the stack follows in a cluster. None: the agent plans for it."""
+    generation: int = 0
+    """Of the table."""
+
+    def disturb(self) -> None:
+        """Something else is wanted: it is not settled until its task has looked again, which it does at once."""
+        self.settled = False
+        self.changed.set()
+
+    def note_move(self, what: str, why: str) -> None:
+        """Buckets or queues were moved."""
+        self.last_moves.append({"time": time.time(), "what": what, "why": why})
+
+
+class Stacks(dict[str, Managed]):
+    """By name. Read and changed on the event loop alone: a thread gets copies of what it needs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unread: dict[str, str] = {}
+        """Stacks of the record that cannot be read, and why. Their engines serve; nothing of them is touched."""
+        self.foreign = ""
+        """Why the agent stands by: another build made what is there, and nothing of it is touched."""
+
+    def find(self, name: str) -> Managed:
+        """The stack of this name; AgentError that says which there are."""
+        try:
+            return self[name]
+        except KeyError:
+            if self.foreign:
+                raise AgentError(self.foreign) from None
+            self.check_read(name)
+            known = ", ".join(sorted(self)) or "none"
+            raise AgentError(f"stack {name}: not found; stacks of this agent: {known}") from None
+
+    def check_read(self, name: str) -> None:
+        """AgentError for a stack that cannot be read."""
+        if name in self.unread:
+            raise AgentError(f"stack {name}: is left alone, its engines serve: {self.unread[name]}")
+
+    def planned(self, name: str) -> Managed:
+        """A stack that the agent plans for; AgentError for one that follows a table."""
+        managed = self.find(name)
+        if managed.table is not None:
+            raise AgentError(
+                f"stack {name}: follows its FlowTable; change the PacketStack resource, as with kubectl scale"
+            )
+        return managed
+
+    def backends(self) -> Iterator[Watched]:
+        """All backends, and how listeners want them to be checked."""
+        for name, managed in self.items():
+            for listener in managed.stack.resource.spec.listeners:
+                for endpoint in listener.backends.endpoints or ():
+                    yield name, (endpoint.address, endpoint.port), listener.health_check
