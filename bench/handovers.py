@@ -240,7 +240,7 @@ def joining(quick: bool) -> Iterator[Row]:
 def created(client: Client) -> dict[int, int]:
     """Flows created, by engine."""
     found = {}
-    for line in client.call("metrics").splitlines():
+    for line in client.metrics().splitlines():
         if line.startswith("packetstack_engine_packets_total{") and 'event="flows_created"' in line:
             labels, _, value = line.rpartition(" ")
             found[int(labels.split('engine="')[1].split('"')[0])] = int(float(value))

@@ -5,7 +5,6 @@ event loop, and what blocks runs in worker threads.
 """
 
 import asyncio
-from collections.abc import Callable
 
 from packetstack_agent import loading, namespaces
 from packetstack_agent.applying import Applying
@@ -39,8 +38,6 @@ class Agent:
         self.run = run
         self.stacks = Stacks()
         self.stacks.foreign = foreign
-        self.begin_anew: Callable[[], None] = lambda: None
-        """End, and begin again without what another build has made."""
         self.journal = Journal()
         self.director = Director()
         self.firewall = Firewall()

@@ -7,6 +7,7 @@ engines go on by the last tables, and a dead datapath is still followed.
 import asyncio
 import json
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -58,11 +59,15 @@ class Wanted:
 
 
 class Follower:
-    """Keeps `agent` after the tables of `node`. All methods run on the event loop."""
+    """Keeps `agent` after the tables of `node`. All methods run on the event loop.
 
-    def __init__(self, agent: Agent, node: str) -> None:
+    `begin_anew` is called when what another build has made is in nobody's way any more but the agent's.
+    """
+
+    def __init__(self, agent: Agent, node: str, begin_anew: Callable[[], None]) -> None:
         self._agent = agent
         self._node = node
+        self._begin_anew = begin_anew
         self._mine = f"spec.node={node}"
         self._wanted: dict[str, Wanted] = {}
         """Stack -> its table."""
@@ -257,7 +262,7 @@ class Follower:
         if self._unwanted_since is None:
             self._unwanted_since = now
         elif now - self._unwanted_since > ORPHAN_SECONDS:  # as for any table that is lost
-            self._agent.begin_anew()
+            self._begin_anew()
 
     async def _act_on(self, name: str) -> None:
         wanted = self._wanted.get(name)

@@ -141,6 +141,7 @@ class Keeper:
             managed.changed.clear()
             with self._journal.going_on(managed.stack.name):
                 await self.step(managed)
+            managed.note_step()
             if time.monotonic() >= settle:
                 settle = time.monotonic() + SETTLE_SECONDS
                 with self._journal.going_on(managed.stack.name):

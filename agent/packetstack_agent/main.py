@@ -4,29 +4,24 @@ import argparse
 import asyncio
 import fcntl
 import json
-import math
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from aiohttp import web
-
-from packetstack_agent import devices, layouts, loading
+from packetstack_agent import devices, layouts
 from packetstack_agent.agent import Agent
+from packetstack_agent.ending import Ending
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Mode, examine
-from packetstack_agent.metrics import render
 from packetstack_agent.node import DEFAULT_RUN_DIRECTORY, RunDirectory, clean
-from packetstack_agent.server import Server
+from packetstack_agent.web.app import Web
 from packetstack_core.abi import NativeError as NotBuilt
-from packetstack_core.load import to_json
 
-READ_SECONDS = 0.2
-"""Between two looks at the counters of a stack for those who ask over HTTP."""
+if TYPE_CHECKING:
+    from packetstack_agent.cluster import Follower
+
 LONGEST_PATH = 80
 """Bytes of the run directory's path: a unix socket's has 107 at most."""
 
@@ -130,80 +125,38 @@ async def _serve(run: RunDirectory, node: str | None, uplinks: list[str], foreig
     """Until it is told to end; whether it shall begin again and end the flows of another build."""
     first = not run.record.documents
     agent = Agent(run, foreign)
-    server = Server(agent)
-    agent.begin_anew = server.begin_anew
+    ending = Ending()
     loop = asyncio.get_running_loop()
     for sig in (signal.SIGTERM, signal.SIGINT):
         # Whatever ends the agent, it does not end the stacks: `packetstack down` does.
-        loop.add_signal_handler(sig, server.leave)
+        loop.add_signal_handler(sig, ending.leave)
     try:
         await agent.start()
-        follower = await _follow(agent, node, uplinks) if node else None
-        listen = run.record.metrics_listen
-        http = await _metrics(agent, listen, follower.healthy if follower else lambda: True) if listen else None
-        listener = await server.listen()
+        follower = await _follow(agent, node, uplinks, ending) if node else None
+        web = Web(agent, ending, follower.healthy if follower else lambda: True)
+        if run.record.metrics_listen:
+            await web.listen_tcp(run.record.metrics_listen)
+        await web.listen(run.socket)
     except BaseException:
         await (agent.stop() if first else agent.leave())
         raise
-    await server.stopped.wait()
-    listener.close()
+    await ending.said.wait()
+    await web.close()
     if follower is not None:
         await follower.close()
-    if http is not None:
-        await http.cleanup()
-    await (agent.leave() if server.leaving else agent.stop())
-    return server.anew
+    await (agent.leave() if ending.leaving else agent.stop())
+    return ending.anew
 
 
-async def _follow(agent: Agent, node: str, uplinks: list[str]) -> Any:
+async def _follow(agent: Agent, node: str, uplinks: list[str], ending: Ending) -> "Follower":
     # Heavy, and of no use without a cluster.
     from packetstack_agent.cluster import Follower
 
     if not agent.foreign:
         await agent.set_uplinks(uplinks)
-    follower = Follower(agent, node)
+    follower = Follower(agent, node, ending.begin_anew)
     follower.start()
     return follower
-
-
-async def _metrics(agent: Agent, listen: str, well: Callable[[], bool]) -> web.AppRunner:
-    async def answer(_: web.Request) -> web.Response:
-        return web.Response(text="" if agent.foreign else render(agent), content_type="text/plain")
-
-    async def healthy(_: web.Request) -> web.Response:
-        return web.Response(text="ok\n") if well() else web.Response(text="it follows no table\n", status=503)
-
-    read: dict[tuple[str, bool], tuple[float, bytes]] = {}
-    """Stack, and whether with its buckets -> when its load was read last, and the answer."""
-
-    async def load(request: web.Request) -> web.Response:
-        name, buckets = request.query.get("stack", ""), request.query.get("buckets") == "1"
-        managed, now = agent.stacks.get(name), time.monotonic()
-        if managed is None:
-            read.pop((name, buckets), None)
-            return web.Response(text="no such stack\n", status=404)
-        # Whoever asks more often gets what there is: reading takes time from what else the agent does.
-        if now - read.get((name, buckets), (-math.inf, b""))[0] > READ_SECONDS:
-            try:
-                read[name, buckets] = now, to_json(loading.snapshot(managed, with_buckets=buckets))
-            except AgentError as e:
-                return web.Response(text=f"{e}\n", status=503)
-        return web.Response(body=read[name, buckets][1], content_type="application/json")
-
-    address, _, port = listen.rpartition(":")
-    application = web.Application()
-    application.router.add_get("/metrics", answer)
-    application.router.add_get("/load", load)
-    application.router.add_get("/healthz", healthy)
-    runner = web.AppRunner(application)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, address.strip("[]"), int(port)).start()
-    except (OSError, ValueError) as e:
-        raise AgentError(
-            f"--metrics-listen {listen}: {e}; use an address and a free port, as in 127.0.0.1:9470"
-        ) from None
-    return runner
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ class Managed:
     """By slot. EngineLife puts them in and takes them out."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Its task shall look now."""
+    stepped: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set, and another put in its place, when its task has looked once more."""
     task: asyncio.Task[None] | None = None
     """Of the keeper, from when the stack is whole."""
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -61,6 +63,11 @@ class Managed:
         """Something else is wanted: it is not settled until its task has looked again, which it does at once."""
         self.settled = False
         self.changed.set()
+
+    def note_step(self) -> None:
+        """Its task has looked once more: whoever waits for that goes on."""
+        stepped, self.stepped = self.stepped, asyncio.Event()
+        stepped.set()
 
     def note_move(self, what: str, why: str) -> None:
         """Buckets or queues were moved."""

@@ -9,13 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from packetstack_cli.client import CliError
+from packetstack_cli.errors import CliError
+from packetstack_core.verbs import Json
 
 ANSWER_SECONDS = 30.0
 COMMAND_SECONDS = 60.0
 OWN_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-
-Json = dict[str, Any]
 
 
 class Refused(CliError):

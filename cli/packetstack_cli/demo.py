@@ -25,7 +25,8 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from packetstack_cli.client import Client, CliError
+from packetstack_cli.client import Client
+from packetstack_cli.errors import CliError
 from packetstack_cli.lab import NODE_UPLINK, Lab, LabError
 from packetstack_cli.outage import Outage, hang
 from packetstack_cli.traffic import Outcome, Servers, Traffic
@@ -91,7 +92,7 @@ class Show:
         """Keep the stack's status every quarter of a second."""
         while not until.wait(STATUS_INTERVAL_SECONDS):
             try:
-                status = self.client.call("get", name=STACK)[0]["status"]
+                status = self.client.get(STACK)[0]["status"]
             except CliError:
                 continue
             self.statuses.append((self.now(), status))
@@ -191,7 +192,7 @@ def _plan(lab: Lab, client: Client, outage: Outage) -> list[Step]:
         return lambda: lab.packetstack("scale", STACK, "--replicas", str(replicas))
 
     def engines() -> list[dict[str, Any]]:
-        status = client.call("get", name=STACK)[0]["status"]
+        status = client.get(STACK)[0]["status"]
         return [engine for engine in status["engines"] if engine["state"] == "Active"]
 
     def move_queue() -> str:
@@ -268,7 +269,7 @@ def _take(console: Console, show: Show, step: Step) -> None:
 
 def _drops(client: Client, lab: Lab) -> dict[str, int]:
     """Every named drop that is not zero, of stack and lab."""
-    status = client.call("get", name=STACK)[0]["status"]
+    status = client.get(STACK)[0]["status"]
     named = {f"{place} {reason}": n for place, reasons in status["drops"].items() for reason, n in reasons.items()}
     return {name: n for name, n in {**named, **lab.device_drops()}.items() if n}
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab, LabError, inside
+from packetstack_core.verbs import Explain
 
 EVERY_SECONDS = 0.001
 GIVE_UP_SECONDS = 20.0
@@ -82,10 +83,11 @@ class Outage:
             made.setblocking(False)
             made.connect(self._target)
             source, sport = made.getsockname()
-            found = self._client.call(
-                "explain", name=self._stack, protocol="udp", source=source, sport=sport,
+            flow = Explain(
+                name=self._stack, protocol="udp", source=source, sport=sport,
                 destination=self._target[0], dport=self._target[1],
             )  # fmt: skip
+            found = self._client.explain(flow)
             if found["owner"]["slot"] == slot:
                 self._sockets.append(made)
                 return made

@@ -15,7 +15,7 @@ from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
-from packetstack_cli.client import CliError, unreadable
+from packetstack_cli.errors import CliError, unreadable
 from packetstack_core.autoscalers import Autoscaling
 from packetstack_core.autoscaling import rounds
 from packetstack_core.autoscaling.calculator import Scale

@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from packetstack_cli.preflight import Check
+from packetstack_cli.checks import Check
 from packetstack_cli.simulate import Tick
 from packetstack_core.values import quantity
 from packetstack_core.wording import counted

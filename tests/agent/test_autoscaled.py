@@ -49,7 +49,7 @@ def test_a_stack_follows_its_flows_until_a_person_takes_its_size_over(node: Node
         assert "engine metric ActiveFlows above target" in events[-1]["message"]
         for verb in ("explain", "describe"):
             assert "engine metric ActiveFlows" in node.lab.packetstack(verb, "web")
-        text = node.client.call("metrics")
+        text = node.client.metrics()
         assert 'packetstack_node_autoscaler_limit{limit="max",stack="web"} 3.0' in text
         assert 'packetstack_node_autoscaler_decision{stack="web",step="desired"} 3.0' in text
 

@@ -9,13 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from typing import Any
 
 import pytest
 from tests.lab.node import BACKENDS, VIP, VIP6, Node, ask, listener, stack
 from tests.waiting import eventually
 
-from packetstack_cli.client import CliError
+from packetstack_cli.errors import CliError
 from packetstack_cli.lab import inside
 
 CHECK = {"type": "TCP", "intervalSeconds": 1, "timeoutSeconds": 1, "unhealthyThreshold": 1, "healthyThreshold": 1}
@@ -345,37 +346,32 @@ def test_routes_and_the_pair_itself_come_back(node: Node, talks: list[Talk]) -> 
 
 
 HOSTILE = [
-    b"\n", b"null\n", b"[]\n", b"1\n", b'"verb"\n', b"{}\n", b'{"verb": 1}\n', b'{"verb": ["get"]}\n', b"\xff\xfe\n",
-    b'{"verb": "nosuch"}\n', b"[" * 200_000 + b"\n", b'{"verb": "get", "name": {}}\n', b'{"verb": "scale"}\n',
-    b'{"verb": "scale", "name": "web", "replicas": "many"}\n', b'{"verb": "scale", "name": "web", "replicas": -1}\n',
-    b'{"verb": "scale", "name": "web", "replicas": 1e99}\n', b'{"verb": "scale", "name": "web", "replicas": null}\n',
-    b'{"verb": "apply", "documents": 7}\n', b'{"verb": "apply", "documents": [7]}\n', b'{"verb": "apply"}\n',
-    b'{"verb": "apply", "documents": [], "uplinks": [1]}\n', b'{"verb": "apply", "documents": [{}]}\n',
-    b'{"verb": "apply", "documents": [], "uplinks": ["../../etc"]}\n', b'{"verb": "delete", "name": "../.."}\n',
-    b'{"verb": "move_buckets", "name": "web", "buckets": "all", "slot": 1}\n',
-    b'{"verb": "move_buckets", "name": "web", "buckets": [1.5, true], "slot": 1}\n',
-    b'{"verb": "move_queue", "name": "web", "slot": 1, "queue": -1, "core": 99999999999}\n',
-    b'{"verb": "explain", "name": "web", "protocol": 6, "source": [], "sport": 1, "destination": 0, "dport": 0}\n',
+    ("nosuch", {}), ("../get", {}), ("scale", None), ("scale", []), ("scale", {}), ("delete", {"name": "../.."}),
+    ("scale", {"name": "web", "replicas": "many"}), ("scale", {"name": "web", "replicas": -1}),
+    ("scale", {"name": "web", "replicas": 1e99}), ("scale", {"name": "web", "replicas": None}),
+    ("scale", {"name": "web", "replicas": 10**30}), ("scale", {"name": {}, "replicas": 2}),
+    ("apply", {"documents": 7}), ("apply", {"documents": [7]}), ("apply", {}), ("apply", {"documents": [{}]}),
+    ("apply", {"documents": [], "uplinks": [1]}), ("apply", {"documents": [], "uplinks": ["../../etc"]}),
+    ("move_buckets", {"name": "web", "buckets": "all", "slot": 1}),
+    ("move_buckets", {"name": "web", "buckets": [1.5, True], "slot": 1}),
+    ("move_buckets", {"name": "web", "buckets": [10**30], "slot": 1}),
+    ("move_queue", {"name": "web", "slot": 1, "queue": -1, "core": 99999999999}),
+    ("move_queue", {"name": "web", "slot": 10**30, "queue": 0, "core": 0}), ("upgrade", {"name": "web", "slot": -1}),
+]  # fmt: skip
+HOSTILE_QUERIES = [
+    "explain?name=web&protocol=6&source=&sport=1&destination=0&dport=0", "explain?name=web", "get?name=", "census?name=no",
+    "explain?name=web&protocol=tcp&source=10.0.0.1&sport=-1&destination=192.0.2.10&dport=80", "wait?names=web&seconds=x",
 ]  # fmt: skip
 
 
 def test_hostile_requests_do_not_hurt_the_agent(node: Node, talks: list[Talk]) -> None:
+    """Those that no command makes; bytes that are no HTTP are in test_web.py."""
     before = node.status()
-    for request in HOSTILE:
-        with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(5)
-            connection.connect(str(node.lab.run_directory / "agent.sock"))
-            connection.sendall(request)
-            with connection.makefile("rb") as answers:
-                answer = json.loads(answers.readline())
-        assert "error" in answer, request
-        assert len(answer["error"]) < 500
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(str(node.lab.run_directory / "agent.sock"))
-        with contextlib.suppress(OSError):
-            for _ in range(12):
-                connection.sendall(b"x" * (1 << 20))
-            assert connection.recv(1) == b""
+    asked = [("POST", f"/v1/{verb}", json.dumps(body).encode()) for verb, body in HOSTILE]
+    for method, target, body in (*asked, *(("GET", f"/v1/{query}", b"") for query in HOSTILE_QUERIES)):
+        status, answer = request(node, method, target, body)
+        assert 400 <= status < 500, (target, body, answer)
+        assert 0 < len(json.loads(answer)["error"]["message"]) < 500
     after = node.status()
     assert (after["flowTableGeneration"], pids(node)) == (
         before["flowTableGeneration"], [e["pid"] for e in before["engines"]],
@@ -383,6 +379,18 @@ def test_hostile_requests_do_not_hurt_the_agent(node: Node, talks: list[Talk]) -
     assert not [e for e in node.client.call("events") if e["reason"] == "InternalError"]
     with pytest.raises(CliError, match="stack nosuch: not found; stacks of this agent: web"):
         node.client.call("get", name="nosuch")
+
+
+def request(node: Node, method: str, target: str, body: bytes) -> tuple[int, bytes]:
+    """Status and body of what the agent's socket answers."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(10)
+        connection.connect(str(node.lab.run_directory / "agent.sock"))
+        http = HTTPConnection("agent")
+        http.sock = connection
+        http.request(method, target, body or None, {"Connection": "close"})
+        answer = http.getresponse()
+        return answer.status, answer.read()
 
 
 def test_an_engine_in_a_slot_of_before_has_answered_no_fence(node: Node) -> None:

@@ -151,7 +151,7 @@ async def connections_end() -> AsyncIterator[None]:
 async def following(node: str, agent: PlayedAgent | None = None) -> AsyncIterator[tuple[PlayedAgent, Follower]]:
     """A Follower at work."""
     agent = agent or PlayedAgent()
-    follower = Follower(agent, node)  # type: ignore[arg-type]
+    follower = Follower(agent, node, agent.begin_anew)  # type: ignore[arg-type]
     follower.start()
     try:
         yield agent, follower
@@ -278,7 +278,7 @@ class Writing:
 
 async def heard(agent: PlayedAgent, *items: dict[str, Any]) -> list[dict[str, Any]]:
     """What a node writes into the status of these tables, which come one after the other."""
-    follower, api = Follower(agent, "n1"), Writing()  # type: ignore[arg-type]
+    follower, api = Follower(agent, "n1", agent.begin_anew), Writing()  # type: ignore[arg-type]
     follower._api = api  # type: ignore[assignment]
     for one in items:
         follower._see(one)
@@ -307,7 +307,7 @@ async def test_an_agent_that_took_a_stack_over_answers_a_table_that_it_cannot_re
 async def test_a_table_that_cannot_be_read_stays_told_until_one_can() -> None:
     agent = PlayedAgent()
     agent.refuses = "AddressConflict: 192.0.2.10 belongs to stack shop.other"
-    follower, api = Follower(agent, "n1"), Writing()  # type: ignore[arg-type]
+    follower, api = Follower(agent, "n1", agent.begin_anew), Writing()  # type: ignore[arg-type]
     follower._api = api  # type: ignore[assignment]
     for table in (item(1), item(2, tunnels=[]), item(3, pairs=[])):
         follower._see(table)
@@ -330,7 +330,7 @@ async def test_an_agent_that_stands_by_does_not_end_the_flows_of_a_table_that_it
     agent = PlayedAgent()
     agent.foreign = "LayoutMismatch: another build"
     agent.run.record.tables["shop.web"] = {}
-    follower = Follower(agent, "n1")  # type: ignore[arg-type]
+    follower = Follower(agent, "n1", agent.begin_anew)  # type: ignore[arg-type]
     follower._listed = True
     follower._see(item(1, tunnels=[]))
     for _ in range(2):
@@ -348,7 +348,7 @@ async def test_a_stack_that_cannot_be_removed_with_its_table_is_removed_later(mo
     agent = PlayedAgent()
     await heard(agent, item(1))
     agent.run.record.tables["shop.web"] = {}
-    follower = Follower(agent, "n1")  # type: ignore[arg-type]
+    follower = Follower(agent, "n1", agent.begin_anew)  # type: ignore[arg-type]
     remove, agent.delete = agent.delete, AsyncMock(side_effect=AgentError("an engine does not end"))  # type: ignore[method-assign]
     follower._gone("shop.web")
     await asyncio.sleep(0.01)
@@ -363,7 +363,7 @@ async def test_a_watch_that_is_too_old_is_begun_anew_by_a_list_and_misses_nothin
     await place.create()
     follower_lists: list[float] = []
     agent = PlayedAgent()
-    follower = Follower(agent, place.node)  # type: ignore[arg-type]
+    follower = Follower(agent, place.node, agent.begin_anew)  # type: ignore[arg-type]
     real = follower._list
 
     async def listed(api: Any) -> str:
@@ -410,7 +410,7 @@ async def test_a_server_that_cannot_be_reached_is_told_once_and_asked_ever_less_
     nowhere.write_text(json.dumps(config))
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(nowhere))
     agent = PlayedAgent()
-    follower = Follower(agent, "node-0")  # type: ignore[arg-type]
+    follower = Follower(agent, "node-0", agent.begin_anew)  # type: ignore[arg-type]
     real, asked = follower._list, []
 
     async def listed(api: Any) -> str:

@@ -156,6 +156,25 @@ def test_end_flows_lets_this_build_serve_the_same_stacks(node: Node, old: Old, h
     assert not node.lab.run_directory.exists()
 
 
+def test_this_build_ends_the_stacks_of_the_previous(node: Node, old: Old) -> None:
+    line = "the agent is of an earlier build, which this command cannot ask"
+    assert line in node.refused("get")
+    assert line in node.refused("scale", "web", "--replicas", "3")
+    said = node.command("down")
+    assert said.returncode == 0, said.stderr
+    assert said.stderr == "the agent is of an earlier build; all flows of web will end\n"
+    assert not node.lab.run_directory.exists()
+    assert not node.traces()["processes"]
+
+
+def test_a_command_of_the_previous_build_is_told_to_use_this_one(node: Node, old: Old) -> None:
+    assert node.command("upgrade", "--agent", "--end-flows").returncode == 0
+    said = old.command("get")
+    assert said.returncode == 1
+    assert said.stderr.startswith("this packetstack command is of an earlier build than the agent")
+    assert said.stderr.count("\n") == 1
+
+
 def test_an_agent_of_a_cluster_stands_by_until_it_is_told_to_end_flows(node: Node, old: Old, held: list[Any]) -> None:
     os.kill(node.client.agent_pid(), signal.SIGTERM)  # as the kubelet does
     eventually(lambda: not node.client.alive())

@@ -17,8 +17,9 @@ import yaml
 from click.testing import CliRunner, Result
 from tests.cluster.control_plane import ControlPlane
 
-from packetstack_cli import cluster, preflight
-from packetstack_cli.main import Target, main
+from packetstack_cli import cluster, preflight_cluster
+from packetstack_cli.main import main
+from packetstack_cli.target import Target
 from packetstack_core import crds
 
 Json = dict[str, Any]
@@ -377,7 +378,7 @@ def test_preflight_names_what_a_bare_cluster_lacks(space: Space) -> None:
 
 def test_preflight_asks_for_the_oldest_version_that_the_chart_takes() -> None:
     chart = yaml.safe_load((ROOT / "charts/packetstack/Chart.yaml").read_text())
-    assert chart["kubeVersion"] == f">={'.'.join(map(str, preflight.OLDEST_KUBERNETES))}.0-0"
+    assert chart["kubeVersion"] == f">={'.'.join(map(str, preflight_cluster.OLDEST_KUBERNETES))}.0-0"
 
 
 def test_preflight_names_a_kind_of_another_version(space: Space) -> None:

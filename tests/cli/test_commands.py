@@ -11,7 +11,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from packetstack_cli import preflight, views
+from packetstack_cli import preflight_host, views
 from packetstack_cli.lab import NODE_UPLINK, Lab
 from packetstack_cli.traffic import Servers, Traffic
 
@@ -228,10 +228,13 @@ def test_a_wrong_queue_core_or_bucket_is_named(lab: Lab) -> None:
     ],
     ids=" ".join,
 )
-def test_wrong_usage_is_exit_code_2_with_an_example(lab: Lab, command: tuple[str, ...]) -> None:
+def test_wrong_usage_is_exit_code_2_and_one_line(lab: Lab, command: tuple[str, ...]) -> None:
     code, text = said(lab, *command)
     assert code == 2
-    assert "Usage:" in text
+    assert "\n" not in text
+    verb = "" if command == ("nosuch",) else f" {command[0]}"
+    assert text.startswith(f"packetstack{verb}: ")
+    assert text.endswith(f"; see packetstack{verb} --help")
 
 
 def test_without_an_agent_it_says_how_to_start_one(lab: Lab, tmp_path: Path) -> None:
@@ -277,9 +280,9 @@ def test_preflight_finds_a_host_that_forwards_fit_and_one_that_does_not_unfit(la
 def test_preflight_names_a_kernel_whose_packet_handlers_can_be_interrupted(tmp_path: Path) -> None:
     (tmp_path / "sys/kernel").mkdir(parents=True)
     (tmp_path / "sys/kernel/realtime").write_text("1\n")
-    assert [c.result for c in preflight.host(root=tmp_path) if "PREEMPT_RT" in c.message] == ["missing"]
+    assert [c.result for c in preflight_host.examine(root=tmp_path) if "PREEMPT_RT" in c.message] == ["missing"]
     (tmp_path / "sys/kernel/realtime").unlink()
-    assert [c.result for c in preflight.host(root=tmp_path) if "PREEMPT_RT" in c.message] == ["ok"]
+    assert [c.result for c in preflight_host.examine(root=tmp_path) if "PREEMPT_RT" in c.message] == ["ok"]
 
 
 def test_logs_take_an_engine_by_its_name_too(lab: Lab) -> None:

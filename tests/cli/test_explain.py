@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from packetstack_cli import cluster
 from packetstack_cli import main as command
+from packetstack_cli import shapes
 from packetstack_cli.client import Client
 from packetstack_core import reading
 from packetstack_core.autoscaling import rounds
@@ -69,11 +69,11 @@ def explain(monkeypatch):
     """The command about a stack that an agent shows so."""
 
     def asking(item: dict[str, Any], *words: str) -> tuple[int, str]:
-        def call(_client: Client, verb: str, **arguments: Any) -> Any:
-            assert (verb, arguments) == ("get", {"name": "web"})
+        def get(_client: Client, name: str) -> Any:
+            assert name == "web"
             return [item]
 
-        monkeypatch.setattr(Client, "call", call)
+        monkeypatch.setattr(Client, "get", get)
         done = CliRunner().invoke(command.main, ["explain", "web", *words])
         return done.exit_code, done.output if done.exit_code == 0 else str(done.exception.code)
 
@@ -130,7 +130,7 @@ def test_the_data_is_that_of_the_status(explain):
 
 def test_of_a_cluster_it_says_the_same(explain):
     item = decided(0.6, 4000.0)
-    assert explain(cluster.shown(item, None, [])) == explain(item)
+    assert explain(shapes.shown(item, None, [])) == explain(item)
 
 
 def test_without_a_decision_it_says_so_in_one_line(explain):

@@ -32,7 +32,7 @@ FRAMES_OF_NEW_FLOWS = 300_000
 def metric(client: Client, name: str, label: str) -> Counter[str]:
     """Sums of a metric by one of its labels."""
     found: Counter[str] = Counter()
-    for line in client.call("metrics").splitlines():
+    for line in client.metrics().splitlines():
         if line.startswith(name + "{") and (value := re.search(rf'{label}="([^"]*)"', line)):
             found[value[1]] += int(float(line.split()[-1]))
     return found

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from tests.lab.pool import Load, load, pool
 
-from packetstack_cli.client import CliError, NoAgent
+from packetstack_cli.errors import CliError, NoAgent
 from packetstack_cli.lab import LabError
 
 SECONDS = float(os.environ.get("PACKETSTACK_CHAOS_SECONDS", "120"))

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner, Result
 from tests.kubernetes.conftest import VIP, Installed, stack
 
-from packetstack_cli.main import Target, main
+from packetstack_cli.main import main
+from packetstack_cli.target import Target
 from packetstack_cli.traffic import Servers, Traffic
 
 pytestmark = pytest.mark.slow

@@ -278,7 +278,7 @@ class Flooded:
     def metrics(self) -> dict[str, float]:
         """By name, and the values of the labels that tell samples apart, in the order of the labels' names."""
         found: dict[str, float] = {}
-        for family in text_string_to_metric_families(self.client.call("metrics")):
+        for family in text_string_to_metric_families(self.client.metrics()):
             for s in family.samples:
                 labels = ".".join(str(v) for k, v in s.labels.items() if k not in ("stack", "engine"))
                 found[f"{s.name}.{labels}"] = found.get(f"{s.name}.{labels}", 0.0) + s.value

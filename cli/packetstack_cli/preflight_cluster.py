@@ -1,127 +1,44 @@
-"""What a host or a cluster needs for stacks, what of it is there, and what to do about the rest. Changes nothing."""
+"""What a cluster needs for stacks, what of it is there, and what to do about the rest. Changes nothing."""
 
 import json
-import os
-import platform
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Protocol
 
-from packetstack_cli.api import CommandFailed
-from packetstack_cli.client import CliError
+from packetstack_cli.api import Api, CommandFailed
+from packetstack_cli.checks import Check, kernel, version_of
+from packetstack_cli.errors import CliError
 from packetstack_core import crds
 from packetstack_core.resources import API_VERSION
 from packetstack_core.values import quantity
+from packetstack_core.verbs import Json
 
-if TYPE_CHECKING:
-    from packetstack_cli.cluster import ClusterClient
-
-OLDEST_KERNEL = (6, 1)
 OLDEST_KUBERNETES = (1, 31)
 NETWORKS = "k8s.cni.cncf.io/v1"
 ENFORCE = "pod-security.kubernetes.io/enforce"
 COMPONENT = "app.kubernetes.io/name=packetstack,app.kubernetes.io/component="
 
-Result = Literal["ok", "warning", "missing", "unknown"]
-Json = dict[str, Any]
+
+class Examined(Protocol):
+    """What is asked of a cluster."""
+
+    @property
+    def api(self) -> Api:
+        """Its API server."""
+
+    @property
+    def namespace(self) -> str:
+        """Where stacks shall run."""
+
+    def ask_agent(self, pod: Json, *words: str) -> str:
+        """What `packetstack WORDS` prints in the pod of an agent. CliError."""
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding. `missing`: stacks cannot run. `warning`: some cannot, or not as well. `unknown`: we may not look."""
-
-    result: Result
-    where: str
-    """"cluster", "node NAME", "namespace NAME", "stack NAMESPACE/NAME" or "host"."""
-    message: str
-    remedy: str = ""
-
-    def document(self) -> dict[str, str]:
-        """As data."""
-        return asdict(self)
-
-
-# ---- one host ------------------------------------------------------------------------------------------------------
-
-
-def host(firewall: Sequence[Mapping[str, Any]] = (), root: Path = Path("/")) -> list[Check]:
-    """This one. `firewall`: what was found in its packet filter; `root`: where its /proc and /sys are."""
-    return [*_host(root), *(Check(f["result"], "host", f["message"], f["remedy"]) for f in firewall)]
-
-
-def _host(root: Path) -> Iterator[Check]:
-    def check(good: bool, message: str, lacking: str, remedy: str, otherwise: Result = "missing") -> Check:
-        return Check("ok", "host", message) if good else Check(otherwise, "host", lacking, remedy)
-
-    if os.geteuid() != 0:
-        yield Check("missing", "host", "you are not root", "an agent loads BPF programs: run packetstack as root")
-    release = platform.release()
-    oldest = ".".join(map(str, OLDEST_KERNEL))
-    yield check(_numbers(release) >= OLDEST_KERNEL, f"kernel {release}", f"kernel {release}", f"use {oldest} or newer")
-    yield check(
-        _text(root / "sys/kernel/realtime") != "1",
-        "the kernel is not PREEMPT_RT", "the kernel is PREEMPT_RT (/sys/kernel/realtime is 1)",
-        "use one that is not: a handover counts on packets being handled without interruption on a CPU",
-    )  # fmt: skip
-    yield check(
-        (root / "sys/kernel/btf/vmlinux").exists(),
-        "the kernel describes its types (BTF)", "no /sys/kernel/btf/vmlinux", "use a kernel with CONFIG_DEBUG_INFO_BTF",
-    )  # fmt: skip
-    mounts = [line.split() for line in _text(root / "proc/mounts").splitlines()]
-    yield check(
-        any(len(m) > 2 and m[1] == "/sys/fs/bpf" and m[2] == "bpf" for m in mounts),
-        "BPF file system at /sys/fs/bpf", "no BPF file system at /sys/fs/bpf",
-        "mount -t bpf bpf /sys/fs/bpf (needed in a cluster)", "warning",
-    )  # fmt: skip
-    forward = "net.ipv4.ip_forward"
-    yield check(
-        _text(root / "proc/sys/net/ipv4/ip_forward") == "1", f"{forward}=1", f"{forward}=0", f"sysctl -w {forward}=1"
-    )
-    forward = "net.ipv6.conf.all.forwarding"
-    yield check(
-        _text(root / "proc/sys/net/ipv6/conf/all/forwarding") == "1", f"{forward}=1", f"{forward} is not 1",
-        f"sysctl -w {forward}=1 for stacks with IPv6 addresses", "warning",
-    )  # fmt: skip
-    yield Check("ok", "host", f"{os.cpu_count()} CPUs, huge pages: {_huge_pages(root)}")
-    for card in sorted((root / "sys/class/net").glob("*/device/sriov_totalvfs")):
-        name, made = card.parts[-3], _text(card.with_name("sriov_numvfs"))
-        free = len(list(card.parent.glob("virtfn*/net/*")))
-        remedy = "" if made != "0" else f"for engines with VFs: echo N > /sys/class/net/{name}/device/sriov_numvfs"
-        yield Check("ok", "host", f"{name}: {made} of {_text(card)} VFs, {free} of them are nobody's", remedy)
-
-
-def _huge_pages(root: Path) -> str:
-    sizes = []
-    for directory in sorted((root / "sys/kernel/mm/hugepages").glob("hugepages-*kB")):
-        total = int(_text(directory / "nr_hugepages") or 0)
-        if total:
-            size = int(directory.name.removeprefix("hugepages-").removesuffix("kB")) // 1024
-            sizes.append(f"{total} of {size} MiB ({_text(directory / 'free_hugepages')} free)")
-    return ", ".join(sizes) or "none"
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _numbers(text: str) -> tuple[int, int]:
-    found = re.match(r"v?(\d+)\.(\d+)", text)
-    return (int(found[1]), int(found[2])) if found else (0, 0)
-
-
-# ---- a cluster -----------------------------------------------------------------------------------------------------
-
-
-def cluster(client: "ClusterClient") -> list[Check]:
+def examine(cluster: Examined) -> list[Check]:
     """All of it. CliError only if the API server cannot be reached."""
-    client.api.get("/version")
-    examined = _Cluster(client)
+    cluster.api.get("/version")
+    examined = _Cluster(cluster)
     parts = (
         examined.server, examined.kinds, examined.programs, examined.nodes, examined.namespaces, examined.needs
     )  # fmt: skip
@@ -132,8 +49,8 @@ def cluster(client: "ClusterClient") -> list[Check]:
 class _Cluster:
     """Each method is a part of the examination; what they need twice is read once."""
 
-    def __init__(self, client: "ClusterClient") -> None:
-        self.client, self.api = client, client.api
+    def __init__(self, cluster: Examined) -> None:
+        self.cluster, self.api = cluster, cluster.api
         self.hidden: list[Check] = []
         """What we may not look at."""
         self.all_nodes = self._list("/api/v1/nodes", "nodes") or []
@@ -154,7 +71,7 @@ class _Cluster:
     def server(self) -> Iterator[Check]:
         text = str(self.api.get("/version").get("gitVersion"))
         oldest = ".".join(map(str, OLDEST_KUBERNETES))
-        if _numbers(text) >= OLDEST_KUBERNETES:
+        if version_of(text) >= OLDEST_KUBERNETES:
             yield Check("ok", "cluster", f"Kubernetes {text}")
         else:
             yield Check("missing", "cluster", f"Kubernetes {text}", f"use {oldest} or newer")
@@ -236,7 +153,7 @@ class _Cluster:
             if pod is None and self.agents is not None:
                 remedy = "see agent.nodeSelector and agent.tolerations of the chart if engines shall run here"
                 info = node["status"].get("nodeInfo", {})
-                yield self._kernel(where, str(info.get("kernelVersion")))
+                yield kernel(where, str(info.get("kernelVersion")))
                 yield Check(
                     "warning", where, "no agent: what it has is not known, and engines cannot serve here", remedy
                 )
@@ -245,21 +162,16 @@ class _Cluster:
                 yield from self._ask(where, pod, str(node["status"].get("nodeInfo", {}).get("kernelVersion")))
             yield self._resources(where, node)
 
-    def _kernel(self, where: str, release: str) -> Check:
-        if _numbers(release) >= OLDEST_KERNEL:
-            return Check("ok", where, f"kernel {release}")
-        return Check("missing", where, f"kernel {release}", f"use {'.'.join(map(str, OLDEST_KERNEL))} or newer")
-
-    def _ask(self, where: str, pod: Json, kernel: str) -> Iterator[Check]:
+    def _ask(self, where: str, pod: Json, release: str) -> Iterator[Check]:
         """What the agent's pod sees of its node."""
         meta = pod["metadata"]
         if not _ready(pod):
-            yield self._kernel(where, kernel)
+            yield kernel(where, release)
             remedy = f"kubectl logs -n {meta['namespace']} {meta['name']}"
             yield Check("missing", where, f"the agent is not ready: {_waiting(pod)}", remedy)
             return
         try:
-            said = self.client.ask_agent(pod, "preflight", "-o", "json")
+            said = self.cluster.ask_agent(pod, "preflight", "-o", "json")
         except CommandFailed as e:  # so it ends where something is missing
             said = e.output or str(e)
         except CliError as e:
@@ -267,7 +179,7 @@ class _Cluster:
         try:
             yield from (Check(**(c | {"where": where})) for c in json.loads(said))
         except (ValueError, TypeError):
-            yield self._kernel(where, kernel)
+            yield kernel(where, release)
             yield Check("unknown", where, f"its agent cannot be asked: {said}")
 
     def _resources(self, where: str, node: Json) -> Check:
@@ -289,7 +201,7 @@ class _Cluster:
     # ---- namespaces and stacks
 
     def namespaces(self) -> Iterator[Check]:
-        whose = {s["metadata"]["namespace"]: "engines" for s in self.stacks} | {self.client.namespace: "engines"}
+        whose = {s["metadata"]["namespace"]: "engines" for s in self.stacks} | {self.cluster.namespace: "engines"}
         whose |= {p["metadata"]["namespace"]: "agents" for p in self.agents or ()}
         for name, who in sorted(whose.items()):
             where = f"namespace {name}"
@@ -358,7 +270,7 @@ class _Cluster:
             return Check("unknown", where, f"ResourceClaimTemplate {name} cannot be read: {e}")
         return Check("ok", where, f"ResourceClaimTemplate {name}")
 
-    def _allocatable(self, where: str, resource: str, least: Any, remedy: str) -> Check:
+    def _allocatable(self, where: str, resource: str, least: Decimal | int, remedy: str) -> Check:
         """Whether one node at least has enough for one engine."""
         has = {n["metadata"]["name"]: (n["status"].get("allocatable") or {}).get(resource) for n in self.all_nodes}
         enough = {name: text for name, text in has.items() if text is not None and quantity(text) >= least}
@@ -367,24 +279,24 @@ class _Cluster:
         return Check("missing", where, f"no node has {resource} enough for an engine", remedy)
 
 
-def _place(stack: Mapping[str, Any]) -> str:
+def _place(stack: Json) -> str:
     return f"{stack['metadata']['namespace']}/{stack['metadata']['name']}"
 
 
-def _engine(stack: Mapping[str, Any]) -> Json:
+def _engine(stack: Json) -> Json:
     return stack["spec"].get("engine") or {}
 
 
-def _version_of(pod: Mapping[str, Any]) -> str:
+def _version_of(pod: Json) -> str:
     return str((pod["metadata"].get("labels") or {}).get("app.kubernetes.io/version") or "")
 
 
-def _ready(pod: Mapping[str, Any]) -> bool:
+def _ready(pod: Json) -> bool:
     conditions: Sequence[Json] = pod["status"].get("conditions") or ()
     return any(c["type"] == "Ready" and c["status"] == "True" for c in conditions)
 
 
-def _waiting(pod: Mapping[str, Any]) -> str:
+def _waiting(pod: Json) -> str:
     """Why a pod is not ready, as far as its status says."""
     for c in pod["status"].get("containerStatuses") or ():
         state = c.get("state") or {}
