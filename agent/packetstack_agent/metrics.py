@@ -7,7 +7,10 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from packetstack_agent.agent import Agent
+from packetstack_agent.engines import Engine
+from packetstack_agent.managed import Managed
 from packetstack_core.planning import State
+from packetstack_core.verbs import Json
 
 
 class AgentCollector(Collector):
@@ -31,97 +34,120 @@ class AgentCollector(Collector):
         for name, count in agent.status.host_counters().items():
             host.add_metric([name], count)
         yield host
+        stacks = _StackFamilies()
+        for name, managed in sorted(agent.stacks.items()):
+            stacks.add(name, managed, agent.status.of(managed))
+        yield from stacks.all()
 
-        engines = GaugeMetricFamily("packetstack_node_engines", "Engines by state", labels=["stack", "state"])
-        replicas = GaugeMetricFamily("packetstack_node_desired_engines", "spec.replicas", labels=["stack"])
-        flows = GaugeMetricFamily("packetstack_flows", "Live flows", labels=["stack", "engine"])
-        buckets = GaugeMetricFamily("packetstack_buckets", "Buckets owned", labels=["stack", "engine"])
-        moved = CounterMetricFamily("packetstack_buckets_moved", "Changes of owner", labels=["stack"])
-        packets = CounterMetricFamily(
+
+class _StackFamilies:
+    """What is exported of each stack."""
+
+    def __init__(self) -> None:
+        self.engines = GaugeMetricFamily("packetstack_node_engines", "Engines by state", labels=["stack", "state"])
+        self.replicas = GaugeMetricFamily("packetstack_node_desired_engines", "spec.replicas", labels=["stack"])
+        self.flows = GaugeMetricFamily("packetstack_flows", "Live flows", labels=["stack", "engine"])
+        self.buckets = GaugeMetricFamily("packetstack_buckets", "Buckets owned", labels=["stack", "engine"])
+        self.moved = CounterMetricFamily("packetstack_buckets_moved", "Changes of owner", labels=["stack"])
+        self.packets = CounterMetricFamily(
             "packetstack_engine_packets", "Engine counters: frames, bytes, flows", labels=["stack", "engine", "event"]
         )
-        drops = CounterMetricFamily("packetstack_drops", "Frames dropped", labels=["stack", "stage", "reason"])
-        shed = CounterMetricFamily(
+        self.drops = CounterMetricFamily("packetstack_drops", "Frames dropped", labels=["stack", "stage", "reason"])
+        self.shed = CounterMetricFamily(
             "packetstack_shed_packets",
             "Packets of strangers dropped before the engines",
             labels=["stack", "listener", "kind"],
         )
-        busy = CounterMetricFamily(
+        self.busy = CounterMetricFamily(
             "packetstack_core_busy_cycles", "TSC cycles spent on packets", labels=["stack", "engine", "core"]
         )
-        cycles = CounterMetricFamily("packetstack_core_cycles", "TSC cycles", labels=["stack", "engine", "core"])
-        queue = CounterMetricFamily(
+        self.cycles = CounterMetricFamily("packetstack_core_cycles", "TSC cycles", labels=["stack", "engine", "core"])
+        self.queue = CounterMetricFamily(
             "packetstack_queue_packets", "Frames received", labels=["stack", "engine", "queue", "core"]
         )
-        depth = GaugeMetricFamily(
+        self.depth = GaugeMetricFamily(
             "packetstack_queue_depth", "Frames that wait in it, at the last look", labels=["stack", "engine", "queue"]
         )
-        queue_busy = CounterMetricFamily(
+        self.queue_busy = CounterMetricFamily(
             "packetstack_queue_busy_cycles", "TSC cycles spent on it", labels=["stack", "engine", "queue", "core"]
         )
-        steps = GaugeMetricFamily(
+        self.steps = GaugeMetricFamily(
             "packetstack_node_autoscaler_decision",
             "Engines after each step of the last decision",
             labels=["stack", "step"],
         )
-        limits = GaugeMetricFamily(
+        self.limits = GaugeMetricFamily(
             "packetstack_node_autoscaler_limit", "Fewest and most engines", labels=["stack", "limit"]
         )
-        rebalanced = CounterMetricFamily("packetstack_rebalanced", "Moves by load", labels=["stack", "what"])
-        uneven = GaugeMetricFamily("packetstack_load_max_over_mean", "Busiest core by the mean", labels=["stack"])
-        elephants = GaugeMetricFamily("packetstack_elephants", "Buckets that take most of a core", labels=["stack"])
-        hold = GaugeMetricFamily(
+        self.rebalanced = CounterMetricFamily("packetstack_rebalanced", "Moves by load", labels=["stack", "what"])
+        self.uneven = GaugeMetricFamily("packetstack_load_max_over_mean", "Busiest core by the mean", labels=["stack"])
+        self.elephants = GaugeMetricFamily(
+            "packetstack_elephants", "Buckets that take most of a core", labels=["stack"]
+        )
+        self.hold = GaugeMetricFamily(
             "packetstack_handover_hold_seconds", "Longest fence of the last transfers", labels=["stack"]
         )
-        backend = GaugeMetricFamily("packetstack_backend_flows", "Live flows", labels=["stack", "backend", "healthy"])
-        for name, managed in sorted(agent.stacks.items()):
-            status = agent.status.of(managed)
-            replicas.add_metric([name], status["spec"]["replicas"])
-            for state in State:
-                count = sum(e["state"] == state for e in status["status"]["engines"])
-                engines.add_metric([name, str(state)], count)
-            moved.add_metric([name], managed.moved)
-            hold.add_metric([name], max(managed.holds_ns, default=0) / 1e9)
-            balance = status["status"]["rebalance"]
-            rebalanced.add_metric([name, "buckets"], balance["bucketsMoved"])
-            rebalanced.add_metric([name, "queues"], balance["queuesMoved"])
-            elephants.add_metric([name], len(balance["elephants"]))
-            if balance["maxOverMean"] is not None:
-                uneven.add_metric([name], balance["maxOverMean"])
-            for b in status["status"]["backends"]:
-                backend.add_metric([name, f"{b['address']}|{b['port']}", str(b["healthy"]).lower()], b["flows"])
-            for stage, reasons in status["status"]["drops"].items():
-                if stage not in ("director", "host"):
-                    for reason, count in reasons.items():
-                        drops.add_metric([name, stage, reason], count)
-            for s in status["status"]["shedding"]:
-                shed.add_metric([name, s["listener"], s["kind"]], s["dropped"])
-            for e in status["status"]["engines"]:
-                engine = managed.engines[e["slot"]]
-                slot = str(engine.blueprint.id or e["slot"])  # in a cluster by the operator's number, as its pod
-                flows.add_metric([name, slot], e["flows"])
-                buckets.add_metric([name, slot], e["buckets"])
-                for core in e["cores"]:
-                    view = engine.core(core["core"])
-                    where = [name, slot, str(core["core"])]
-                    busy.add_metric(where, view.busy_cycles)
-                    cycles.add_metric(where, view.total_cycles)
-                    for q in core["queues"]:
-                        served = [name, slot, str(q["queue"]), str(core["core"])]
-                        queue.add_metric(served, q["received"])
-                        queue_busy.add_metric(served, engine.queue(q["queue"]).cycles)
-                        depth.add_metric(served[:3], q["depth"])
-                if engine.view is not None:
-                    for event, count in engine.counters().items():
-                        packets.add_metric([name, slot, event], count)
-            if decided := status["status"].get("autoscaling"):
-                for step in ("current", "proposed", "stabilized", "desired"):
-                    if step in decided["record"]:
-                        steps.add_metric([name, step], decided["record"][step])
-                limits.add_metric([name, "min"], decided["minReplicas"])
-                limits.add_metric([name, "max"], decided["maxReplicas"])
-        yield from (engines, replicas, flows, buckets, moved, packets, drops, shed, busy, cycles)
-        yield from (queue, queue_busy, depth, steps, limits, rebalanced, uneven, elephants, hold, backend)
+        self.backend = GaugeMetricFamily(
+            "packetstack_backend_flows", "Live flows", labels=["stack", "backend", "healthy"]
+        )
+
+    def all(self) -> tuple[Metric, ...]:
+        """Every one, also those that no stack has a value of."""
+        return tuple(vars(self).values())
+
+    def add(self, name: str, managed: Managed, shown: Json) -> None:
+        """One stack; `shown` is its resource with the status of now."""
+        status = shown["status"]
+        self.replicas.add_metric([name], shown["spec"]["replicas"])
+        for state in State:
+            count = sum(e["state"] == state for e in status["engines"])
+            self.engines.add_metric([name, str(state)], count)
+        self.moved.add_metric([name], managed.moved)
+        self.hold.add_metric([name], max(managed.holds_ns, default=0) / 1e9)
+        for b in status["backends"]:
+            self.backend.add_metric([name, f"{b['address']}|{b['port']}", str(b["healthy"]).lower()], b["flows"])
+        for stage, reasons in status["drops"].items():
+            if stage not in ("director", "host"):
+                for reason, count in reasons.items():
+                    self.drops.add_metric([name, stage, reason], count)
+        for s in status["shedding"]:
+            self.shed.add_metric([name, s["listener"], s["kind"]], s["dropped"])
+        for e in status["engines"]:
+            self._add_engine(name, managed.engines[e["slot"]], e)
+        self._add_decisions(name, status)
+
+    def _add_decisions(self, name: str, status: Json) -> None:
+        """What was decided by load."""
+        balance = status["rebalance"]
+        self.rebalanced.add_metric([name, "buckets"], balance["bucketsMoved"])
+        self.rebalanced.add_metric([name, "queues"], balance["queuesMoved"])
+        self.elephants.add_metric([name], len(balance["elephants"]))
+        if balance["maxOverMean"] is not None:
+            self.uneven.add_metric([name], balance["maxOverMean"])
+        if decided := status.get("autoscaling"):
+            for step in ("current", "proposed", "stabilized", "desired"):
+                if step in decided["record"]:
+                    self.steps.add_metric([name, step], decided["record"][step])
+            self.limits.add_metric([name, "min"], decided["minReplicas"])
+            self.limits.add_metric([name, "max"], decided["maxReplicas"])
+
+    def _add_engine(self, name: str, engine: Engine, shown: Json) -> None:
+        slot = str(engine.blueprint.id or engine.slot)  # in a cluster by the operator's number, as its pod
+        self.flows.add_metric([name, slot], shown["flows"])
+        self.buckets.add_metric([name, slot], shown["buckets"])
+        for core in shown["cores"]:
+            view = engine.core(core["core"])
+            where = [name, slot, str(core["core"])]
+            self.busy.add_metric(where, view.busy_cycles)
+            self.cycles.add_metric(where, view.total_cycles)
+            for q in core["queues"]:
+                served = [name, slot, str(q["queue"]), str(core["core"])]
+                self.queue.add_metric(served, q["received"])
+                self.queue_busy.add_metric(served, engine.queue(q["queue"]).cycles)
+                self.depth.add_metric(served[:3], q["depth"])
+        if engine.view is not None:
+            for event, count in engine.counters().items():
+                self.packets.add_metric([name, slot, event], count)
 
 
 def render(agent: Agent) -> str:
