@@ -132,7 +132,9 @@ static struct bpf_object *load(const char *objects, const char *file, const char
 			snprintf(path, sizeof(path), "%s%s", prefix, bpf_map__name(map));
 			bpf_map__set_pin_path(map, path);
 			if (bpf_map__type(map) == BPF_MAP_TYPE_DEVMAP && reuse_devices(map, path)) {
-				ps_fail(e, "%s: is a map of another version; bring that one down first", path);
+				ps_fail(e,
+					"%s: another version directs packets by this map; end that one first: packetstack down --all",
+					path);
 				bpf_object__close(o);
 				return NULL;
 			}
@@ -548,9 +550,10 @@ int ps_director_uplinks(struct ps_director *d, const struct ps_uplink *uplinks, 
 				place[i] = p;
 				used |= 1ull << p;
 			} else if (pass) {
-				return ps_fail(e,
-					       "interface %u: no place among the uplinks; packets take the routed pair",
-					       uplinks[i].ifindex);
+				return ps_fail(
+					e,
+					"interface %u: the director has no place for another uplink; leave it out of --uplink",
+					uplinks[i].ifindex);
 			}
 		}
 	}

@@ -68,8 +68,8 @@ static void *file_open(const char *path, int read_only, uint32_t magic, const ch
 		return NULL;
 	}
 	if (at[0] != magic || at[1] != PS_LAYOUT_VERSION) {
-		ps_fail(e, "LayoutMismatch: %s: magic %08x layout %u; this build reads magic %08x layout %d", path,
-			at[0], at[1], magic, PS_LAYOUT_VERSION);
+		ps_fail(e, "LayoutMismatch: %s: has memory layout %u, and this build reads %d (magic %08x, %08x)", path,
+			at[1], PS_LAYOUT_VERSION, at[0], magic);
 		munmap(at, (size_t)st.st_size);
 		return NULL;
 	}

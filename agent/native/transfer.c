@@ -417,9 +417,9 @@ static void *transfer_thread(void *argument)
 		CPU_SET(i, &t->cpus);
 	sched_setaffinity(0, sizeof(t->cpus), &t->cpus);
 	if (sched_getaffinity(0, sizeof(t->cpus), &t->cpus) || CPU_COUNT(&t->cpus) < online)
-		return (void *)(intptr_t)ps_fail(t->e,
-						 "the agent may run on %d of %ld CPUs; a fence must visit all of them",
-						 CPU_COUNT(&t->cpus), online);
+		return (void *)(intptr_t)ps_fail(
+			t->e, "the agent may run on %d of %ld CPUs, so no bucket can move: a fence must visit all",
+			CPU_COUNT(&t->cpus), online);
 	t->report->cpus = (uint32_t)CPU_COUNT(&t->cpus);
 	sched_setscheduler(0, SCHED_FIFO, &first); /* shorter holds; correct without it */
 	return (void *)(intptr_t)transfer_run(t);
@@ -471,9 +471,8 @@ int ps_queue_to_core(struct ps_fence_engine *f, uint32_t queue, uint32_t core, u
 	wake_engine(f);
 	while (LOAD(&q->cur) != want) {
 		if (clock_ns() - begun > limit_ms * 1000000ull)
-			return ps_fail(e,
-				       "engine %u: queue %u was not released within %u ms; its core %u does not answer",
-				       f->slot, queue, limit_ms, (LOAD(&q->cur) & 0xff) - 1);
+			return ps_fail(e, "engine %u: queue %u stays at core %u, which has not answered for %u ms",
+				       f->slot, queue, (LOAD(&q->cur) & 0xff) - 1, limit_ms);
 		pause_ns(20000);
 	}
 	*took_ns = clock_ns() - begun;

@@ -141,9 +141,10 @@ static int expect(int agent, uint32_t kind, struct ps_message *m, int *fds)
 	if (n >= 0 && m->kind == kind)
 		return n;
 	if (n >= 0 && m->kind == PS_MSG_REFUSED)
-		fprintf(stderr, "packetstack-datapath: the agent refused: %s\n", m->text);
+		fprintf(stderr, "packetstack-datapath: the agent does not let this process in: %s\n", m->text);
 	else
-		fprintf(stderr, "packetstack-datapath: the agent went away\n");
+		fprintf(stderr,
+			"packetstack-datapath: the agent ended before this process had the queues; init starts another\n");
 	exit(1);
 }
 
@@ -163,7 +164,9 @@ int main(int argc, char **argv)
 	name = enter_directory(argv[2]);
 	for (int i = 0; (agent = agent_connect(name)) < 0; i++) {
 		if (i == 100) {
-			fprintf(stderr, "packetstack-datapath: %s: no agent there: %s\n", name, strerror(errno));
+			fprintf(stderr,
+				"packetstack-datapath: %s: no agent answered for 10 s: %s; init starts another\n", name,
+				strerror(errno));
 			return 1;
 		}
 		usleep(100000);
@@ -190,7 +193,8 @@ int main(int argc, char **argv)
 				return 0;
 			}
 			if (order.kind == PS_MSG_REFUSED) {
-				fprintf(stderr, "packetstack-datapath: the agent refused: %s\n", order.text);
+				fprintf(stderr, "packetstack-datapath: the agent does not let this process in: %s\n",
+					order.text);
 				return 1;
 			}
 			continue;
