@@ -73,7 +73,9 @@ class Agent:
     async def start(self) -> None:
         """Load the programs, make the routed pair, go on with what an earlier agent left. AgentError if that cannot be."""
         if self.foreign:
-            self.journal.event("-", EventReason.LAYOUT_MISMATCH, f"{self.foreign}; this agent stands by")
+            self.journal.event(
+                "-", EventReason.LAYOUT_MISMATCH, f"{self.foreign}; this agent stands by and changes nothing"
+            )
             return
         record, here = self.run.record, namespaces.own_inode()
         if record.documents and record.network != here:
@@ -108,7 +110,9 @@ class Agent:
             if self.run.unsaved != told:
                 told = self.run.unsaved
                 reason = EventReason.RECORD_NOT_WRITTEN if told else EventReason.RECORD_WRITTEN
-                self.journal.event("-", reason, told or "is written again")
+                self.journal.event(
+                    "-", reason, told or "state.json is written again; changes are carried out as before"
+                )
             await asyncio.sleep(SAVE_SECONDS)
 
     async def stop(self) -> None:

@@ -157,7 +157,9 @@ class Attachments:
             hello = await _receive(connection, HELLO_SECONDS, fds)
             ours = hello is not None and self._may_serve(pid, uid, int(hello.generation))
             if not ours or hello.kind != constant("PS_MSG_HELLO"):
-                self._changed(f"refused process {pid}: not a datapath")
+                self._changed(
+                    f"process {pid} of user {uid} was not let in at its socket: it is no datapath of this engine, which goes on"
+                )
                 return
             if hello.layout != constant("PS_LAYOUT_VERSION"):
                 reason = f"LayoutMismatch: datapath has layout {hello.layout}, agent {constant('PS_LAYOUT_VERSION')}"
@@ -283,7 +285,9 @@ async def _until_stopped(link: Link) -> None:
         async with asyncio.timeout(ANSWER_SECONDS):
             await link.stopped.wait()
     except TimeoutError:
-        raise AgentError(f"datapath {link.pid}: was killed and does not end; see its state in ps") from None
+        raise AgentError(
+            f"datapath {link.pid}: was killed and has not ended, so that no other may have its queues; see its state in ps"
+        ) from None
 
 
 def _is_xdp(fd: int) -> bool:

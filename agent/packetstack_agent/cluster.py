@@ -127,7 +127,11 @@ class Follower:
             except Exception as e:  # whatever came instead of an answer, also half a line: this task must go on
                 problem = f"{type(e).__name__}: {e}"
             if failures == 0 and not problem.startswith("410 "):  # "too long ago" is how watches end
-                self._agent.event("-", EventReason.API_SERVER_LOST, f"{problem}; packets go on by the last flow tables")
+                message = (
+                    f"the API server does not answer ({problem}); packets go on by the last flow tables, and nothing is resized "
+                    "until it does"
+                )
+                self._agent.event("-", EventReason.API_SERVER_LOST, message)
             await asyncio.sleep(back_off(failures, CONNECT_SECONDS))
             failures += 1
 

@@ -223,7 +223,11 @@ class EngineLife:
             self._served(managed, engine)
         elif what == "died":
             engine.silent_since = engine.unserved_since = time.monotonic()
-            self._journal.event(name, EventReason.DATAPATH_DIED, f"engine {slot}: its init starts another")
+            self._journal.event(
+                name,
+                EventReason.DATAPATH_DIED,
+                f"engine {slot}: its datapath ended; its init starts another, which goes on with its queues and flows",
+            )
         elif what == "lost":
             self._background.spawn(name, self.rebuild(managed, engine, "no process has its descriptors any more"))
         else:
@@ -267,7 +271,7 @@ class EngineLife:
 
     async def rebuild(self, managed: Managed, engine: Engine, why: str) -> None:
         """Make the engine again in its slot. It keeps its buckets and their flows, which are in the arena."""
-        message = f"engine {engine.slot}: {why}; it is made again"
+        message = f"engine {engine.slot}: {why}; it is made again with its buckets and flows, whose packets are lost until it serves"
         self._journal.event(managed.stack.name, EventReason.ENGINE_LOST, message)
         async with managed.busy:
             if managed.engines.get(engine.slot) is not engine or engine.removing:
@@ -281,7 +285,10 @@ class EngineLife:
 
     async def start_again(self, managed: Managed, engine: Engine, why: str) -> None:
         """Init and all it starts, in the namespace that is there: the next datapath takes the queues over."""
-        self._journal.event(managed.stack.name, EventReason.ENGINE_RESTARTED, f"engine {engine.slot}: {why}")
+        message = (
+            f"engine {engine.slot}: {why}; another init starts a datapath, which goes on with its queues and flows"
+        )
+        self._journal.event(managed.stack.name, EventReason.ENGINE_RESTARTED, message)
         async with engine.processes:
             if engine.removing or engine.view is None:
                 return
@@ -292,7 +299,10 @@ class EngineLife:
 
     async def lose(self, managed: Managed, engine: Engine, why: str) -> None:
         """An engine whose pod is gone. Its buckets go to others when the table says so; their flows are in the arena."""
-        self._journal.event(managed.stack.name, EventReason.ENGINE_LOST, f"engine {engine.slot}: {why}")
+        message = (
+            f"engine {engine.slot}: {why}; packets of its buckets are lost until the operator gives them to others"
+        )
+        self._journal.event(managed.stack.name, EventReason.ENGINE_LOST, message)
         async with managed.busy:
             if managed.engines.get(engine.slot) is engine and not engine.removing:
                 await self.destroy(managed, engine)

@@ -205,7 +205,11 @@ class Keeper:
                 return True
             case ActivateEngine(slot):
                 if engine := managed.engines.get(slot):  # else it has gone since it was observed
-                    self._journal.event(name, EventReason.ENGINE_ACTIVE, f"engine {slot} was {engine.state}")
+                    self._journal.event(
+                        name,
+                        EventReason.ENGINE_ACTIVE,
+                        f"engine {slot} gets its share of the buckets; it was {engine.state}",
+                    )
                     self._engines.become(engine, State.ACTIVE)
             case DrainEngine(slot):
                 if engine := managed.engines.get(slot):
@@ -316,8 +320,8 @@ class Keeper:
             return report
         self._journal.event(
             managed.stack.name, EventReason.ENGINE_DOES_NOT_ANSWER,
-            f"engine {report.stalled} has not answered its markers; nothing is released until it does, or nobody has served "
-            f"it for {AWAY_SECONDS:g} s",
+            f"engine {report.stalled} does not answer a fence: packets of the buckets that it hands over wait until it does, or "
+            f"nobody has served it for {AWAY_SECONDS:g} s; see packetstack logs {report.stalled}",
         )  # fmt: skip
         if engine := managed.engines.get(report.stalled):
             self._fences.fence_missed(engine, time.monotonic())

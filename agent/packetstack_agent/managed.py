@@ -98,7 +98,7 @@ class Stacks(dict[str, Managed]):
     def check_read(self, name: str) -> None:
         """AgentError for a stack that cannot be read."""
         if name in self.unread:
-            raise AgentError(f"stack {name}: is left alone, its engines serve: {self.unread[name]}")
+            raise AgentError(f"stack {name}: cannot be changed, its engines serve: {self.unread[name]}")
 
     def planned(self, name: str) -> Managed:
         """A stack that the agent plans for; AgentError for one that follows a table."""

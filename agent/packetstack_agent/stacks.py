@@ -254,11 +254,12 @@ class Stack:
         """
         generation = int(self.config.generation)
         deadline = time.monotonic() + 2
-        while any(e.ready and not _uses(e, generation) for e in engines):
+        while late := [e.slot for e in engines if e.ready and not _uses(e, generation)]:
             wake(engines)
             if time.monotonic() > deadline:
                 raise AgentError(
-                    f"stack {self.name}: an engine does not take the configuration; see packetstack describe"
+                    f"engine {late[0]}: has not taken the last configuration for 2 s, so all engines of stack {self.name} keep "
+                    f"theirs (listeners, backends); see packetstack logs {late[0]}"
                 )
             await asyncio.sleep(0.002)
         self._write(self.config.buffer[(generation + 1) & 1], generation + 1, time.monotonic())

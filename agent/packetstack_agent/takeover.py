@@ -95,7 +95,11 @@ class Takeover:
 
     def _leave_unread(self, name: str, why: str) -> None:
         self._stacks.unread[name] = why
-        self._journal.event(name, EventReason.RECORD_UNREADABLE, f"{why}; it is left alone, its engines serve")
+        self._journal.event(
+            name,
+            EventReason.RECORD_UNREADABLE,
+            f"{why}; its engines serve meanwhile, and nothing follows them if they die",
+        )
 
 
 def _unreadable(why: str) -> str:

@@ -257,13 +257,19 @@ class Underlay:
                 attached = await to_the_end(self._attach)
                 added = await to_the_end(self._route, *self._wanted())
         except Exception as e:
-            self._journal.event("-", EventReason.ROUTES_FAILED, str(e))
+            self._journal.event("-", EventReason.ROUTES_FAILED, f"{e}; packets come by uplinks alone until it works")
             return
         self._tell_of_firewall()
         if attached:
-            self._journal.event("-", EventReason.DIRECTOR_ATTACHED, "a link came, went or was made anew")
+            self._journal.event(
+                "-",
+                EventReason.DIRECTOR_ATTACHED,
+                "the director runs where it should again: a link had come, gone or been made anew",
+            )
         if added:
-            self._journal.event("-", EventReason.ROUTES_RESTORED, ", ".join(str(p) for p in added))
+            prefixes = ", ".join(str(p) for p in added)
+            message = f"routes to {prefixes} were missing and are there again; meanwhile packets came by uplinks alone"
+            self._journal.event("-", EventReason.ROUTES_RESTORED, message)
 
     async def watch_firewall(self) -> None:
         """Rules are flushed and loaded anew by their owners at any time; `watch` looks in between too."""

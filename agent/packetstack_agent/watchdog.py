@@ -108,7 +108,7 @@ class Watchdog:
             return  # it hangs, or starves: that is told by its cores
         watch.stalls += 1
         if watch.stalls >= STALLS and engine.ready:
-            self._kill(engine, f"has not answered {watch.stalls} fences")
+            self._kill(engine, f"it has not answered {watch.stalls} fences")
 
     def fences_answered(self, engines: Iterable[Engine]) -> None:
         """All fences were answered in time."""
@@ -161,15 +161,19 @@ class Watchdog:
         name, last = managed.stack.name, captures(engine)[-1]
         self._journal.event(
             name, EventReason.PACKET_DROPPED,
-            f"engine {engine.slot}: a packet of bucket {last['bucket']} ended the datapath twice; it is dropped, and shown "
-            f"by packetstack get {name} -o yaml",
+            f"engine {engine.slot}: a packet of bucket {last['bucket']} ended the datapath twice, so it was dropped; the engine goes "
+            f"on. That is a bug: report it with the captures of packetstack get {name} -o yaml",
         )  # fmt: skip
 
     def _kill(self, engine: Engine, why: str) -> None:
         """End a datapath that hangs. Its init starts another, which adopts the queues."""
         serving = engine.attachments.serving if engine.attachments is not None else None
         if serving is not None:
-            self._journal.event(engine.blueprint.stack, EventReason.ENGINE_HUNG, f"engine {engine.slot}: {why}; killed")
+            self._journal.event(
+                engine.blueprint.stack,
+                EventReason.ENGINE_HUNG,
+                f"engine {engine.slot}: {why}, so its datapath was killed; the next one goes on with its queues and flows",
+            )
             watch = self._of(engine)
             watch.beats.clear()
             watch.stalls = 0

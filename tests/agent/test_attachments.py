@@ -125,7 +125,7 @@ async def test_no_successor_is_let_in_while_the_one_before_it_may_live(place: Pl
     third = place.datapath()
     await third.prepare()
     assert await third.waits()
-    assert any("does not end" in what for what in place.said)
+    assert any("has not ended" in what for what in place.said)
     assert place.view.generation == 1
     first.die()
     await third.let_in()
@@ -165,5 +165,5 @@ async def test_nobody_is_let_in_after_the_end(place: Place) -> None:
 
 async def test_an_end_that_does_not_come_is_an_error(place: Place) -> None:
     await place.serving()
-    with pytest.raises(AgentError, match="does not end"):
+    with pytest.raises(AgentError, match="has not ended"):
         await place.attachments.end()
