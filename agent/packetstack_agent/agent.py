@@ -55,15 +55,13 @@ class Agent:
             run, self.stacks, self.journal, self.director, self.life, self.keeper, self.health, self.underlay,
             (self.autoscalers, self.balancers, self.shedders),
         )  # fmt: skip
-        verbs = Verbs(self.stacks, self.journal, self.keeper, self.autoscalers, self.status)
+        self.verbs = Verbs(self.stacks, self.journal, self.keeper, self.autoscalers, self.status)
         self._tasks: list[asyncio.Task[None]] = []
         # What the web application, the follower of flow tables and the metrics ask for.
         self.event, self.events, self.news = self.journal.event, self.journal.events, self.keeper.news
         self.applying, self.apply, self.follow = self._applier.lock, self._applier.apply, self._applier.follow
         self.delete, self.planned = self._applier.delete, self.stacks.planned
         self.set_uplinks, self.set_firewall = self.underlay.set_uplinks, self.underlay.set_firewall
-        self.get, self.scale, self.explain, self.census = verbs.get, verbs.scale, verbs.explain, verbs.census
-        self.move_buckets, self.move_queue, self.upgrade = verbs.move_buckets, verbs.move_queue, verbs.upgrade
 
     @property
     def foreign(self) -> str:

@@ -53,7 +53,7 @@ class Wanted:
     generation: int
     """The last one that could be read, or that of `unreadable` if none could."""
     table: kinds.FlowTable | None
-    """The same. None: the stack goes on, if the agent has it, by what an earlier agent has recorded."""
+    """The table of that generation. None: no generation could be read, and a stack that an earlier agent has left goes on as it was recorded."""
     unreadable: str = ""
     """Why the newest generation cannot be read, empty when it can."""
 

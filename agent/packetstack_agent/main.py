@@ -103,7 +103,7 @@ def _alone(run: RunDirectory) -> Path:
 
 
 def _meet(run: RunDirectory, end_flows: bool, stand_by: bool) -> str:
-    """See whether another build has made what is there. Why the agent has to stand by, empty if it need not.
+    """Look for stacks that another build has made. Returns why the agent has to stand by; empty if it need not.
 
     LayoutMismatch if it may neither stand by nor end flows.
     """
@@ -122,7 +122,7 @@ def _meet(run: RunDirectory, end_flows: bool, stand_by: bool) -> str:
 
 
 async def _serve(run: RunDirectory, node: str | None, uplinks: list[str], foreign: str) -> bool:
-    """Until it is told to end; whether it shall begin again and end the flows of another build."""
+    """Run the agent until it is told to end. Returns whether it shall begin again and end the flows of another build."""
     first = not run.record.documents
     agent = Agent(run, foreign)
     ending = Ending()

@@ -18,7 +18,7 @@ STOP_SECONDS = 60
 
 
 class AgentProcess:
-    """Of one run directory. `answers`: whether an agent answers there."""
+    """The agent of one run directory. `answers` says whether one answers there."""
 
     def __init__(self, run_directory: Path, answers: Callable[[], bool]) -> None:
         self._directory = run_directory

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from packetstack_cli.errors import CliError, EarlierAgent, NoAgent
 from packetstack_core.values import Model
-from packetstack_core.verbs import Verb
+from packetstack_core.verbs import MAX_REQUEST_BYTES, Verb
 
 ANSWER_SECONDS = 60
 
@@ -67,6 +67,10 @@ class AgentSocket:
         return sorted(p.name for p in (self._directory / "stacks").glob("*"))
 
     def _request(self, method: str, target: str, body: bytes) -> tuple[int, bytes]:
+        if len(body) > MAX_REQUEST_BYTES:
+            raise CliError(
+                f"request of {len(body):,} bytes: an agent reads at most {MAX_REQUEST_BYTES:,}; use smaller files"
+            )
         connection = _Connection(self._path)
         try:
             connection.request(method, target, body or None, {"Connection": "close"})
@@ -78,15 +82,16 @@ class AgentSocket:
             raise CliError(
                 f"{self._path}: the agent has not answered for {ANSWER_SECONDS} s; see {self._directory / 'agent.log'}"
             ) from None
-        except http.client.RemoteDisconnected:
-            raise NoAgent(f"{self._path}: the agent went away; see {self._directory / 'agent.log'}") from None
+        except (http.client.RemoteDisconnected, http.client.IncompleteRead):
+            raise NoAgent(
+                f"{self._path}: the agent ended before it answered, and may have done what it was asked; "
+                f"see {self._directory / 'agent.log'}"
+            ) from None
         except http.client.BadStatusLine:
             raise EarlierAgent(
                 f"{self._path}: the agent is of an earlier build, which this command cannot ask; "
                 "let one of this build follow it, no connection breaks: packetstack upgrade --agent"
             ) from None
-        except http.client.IncompleteRead:
-            raise NoAgent(f"{self._path}: the agent went away; see {self._directory / 'agent.log'}") from None
         except (FileNotFoundError, ConnectionError):
             raise self._nobody() from None
         finally:

@@ -62,13 +62,13 @@ class Backend(Protocol):
         """One stack or all, as resources with their status."""
 
     def live(self, name: str | None) -> Live:
-        """The same with numbers of this moment."""
+        """Stacks as `get` gives them, with the numbers of this moment."""
 
     def wait(self, names: Sequence[str], seconds: float) -> list[Json]:
         """Until all these stacks are as their resources say, or the time is over: those that are not."""
 
     def removal(self, name: str | None, everything: bool) -> Removal:
-        """Of this stack, of the only one, or of all."""
+        """What ending this stack, the only one, or all of them means, and how to do it."""
 
     def scale(self, name: str, replicas: int) -> Json:
         """Engines `from` and `to`, perhaps a `note`."""
@@ -95,7 +95,7 @@ class Backend(Protocol):
         """Oldest first."""
 
     def metrics(self) -> str:
-        """As Prometheus reads them."""
+        """Metrics of the agents, as Prometheus reads them."""
 
     def log(self, engine: str | None) -> str:
         """What an engine, or the agent, has written."""

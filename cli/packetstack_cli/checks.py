@@ -20,7 +20,7 @@ class Check:
     remedy: str = ""
 
     def document(self) -> dict[str, str]:
-        """As data."""
+        """The finding as JSON or YAML would hold it."""
         return asdict(self)
 
 

@@ -52,7 +52,7 @@ class Client:
         return True
 
     def agent_pid(self) -> int:
-        """Of the agent of this directory."""
+        """Process id of this directory's agent."""
         return self._process.pid()
 
     # ---- stacks ----------------------------------------------------------------------------------------------
@@ -102,28 +102,28 @@ class Client:
                 return waiting
 
     def scale(self, name: str, replicas: int) -> Json:
-        """See `Backend`."""
+        """Returns at once; `wait` says when the engines are there."""
         return self._socket.ask(verbs.SCALE, verbs.Scale(name=name, replicas=replicas))
 
     def move_buckets(self, name: str, buckets: Sequence[int], slot: int, queue: int | None) -> Json:
-        """See `Backend`."""
+        """Returns when the engine owns them."""
         asked = verbs.MoveBuckets(name=name, buckets=tuple(buckets), slot=slot, queue=queue)
         return self._socket.ask(verbs.MOVE_BUCKETS, asked)
 
     def move_queue(self, name: str, slot: int, queue: int, core: int) -> Json:
-        """See `Backend`."""
+        """Returns when the core serves it."""
         return self._socket.ask(verbs.MOVE_QUEUE, verbs.MoveQueue(name=name, slot=slot, queue=queue, core=core))
 
     def explain(self, question: verbs.Explain) -> Json:
-        """See `Backend`."""
+        """Where a flow goes now, and why."""
         return self._socket.ask(verbs.EXPLAIN, question)
 
     def events(self, name: str | None) -> list[Json]:
-        """See `Backend`."""
+        """The agent remembers the last 1,000."""
         return self._socket.ask(verbs.EVENTS, verbs.OneOrAll(name=name))
 
     def metrics(self) -> str:
-        """See `Backend`."""
+        """Metrics of the agent, as Prometheus reads them."""
         return self._socket.read("/metrics")
 
     def log(self, engine: str | None) -> str:
@@ -141,13 +141,13 @@ class Client:
             raise unreadable(path, e) from None
 
     def preflight(self) -> list[Check]:
-        """Of this host."""
+        """What this host has and lacks."""
         return preflight_host.examine(self._process.examine_firewall())
 
     # ---- ending ----------------------------------------------------------------------------------------------
 
     def removal(self, name: str | None, everything: bool) -> Removal:
-        """Of stacks; with the last one the agent goes too. Without an agent, of all that one has left."""
+        """Ends stacks, and with the last one the agent. Without an agent it ends all that one has left."""
         try:
             stacks = self.get()
         except (NoAgent, EarlierAgent) as e:
@@ -166,7 +166,7 @@ class Client:
         return Removal(f"{flows:,} live flows will end" if flows else "", carry_out)
 
     def _removal_without_agent(self, name: str | None, everything: bool, why: CliError) -> Removal:
-        """Of all that an agent has left that is gone, or that cannot be asked: then it has to end first."""
+        """Ends all that an agent has left. One of an earlier build, which cannot be asked, is told to leave first."""
         if not self.run_directory.exists():
             if not everything:
                 raise why

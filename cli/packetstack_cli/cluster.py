@@ -110,7 +110,7 @@ class ClusterClient:
         ]
 
     def scale(self, name: str, replicas: int) -> Json:
-        """See `Backend`."""
+        """By the scale subresource; the operator makes it so."""
         was = int(self._stack(name)["spec"]["replicas"])
         query = {"fieldManager": MANAGER}
         body = {"spec": {"replicas": replicas}}
@@ -196,7 +196,7 @@ class ClusterClient:
             time.sleep(POLL_SECONDS)
 
     def removal(self, name: str | None, everything: bool) -> Removal:
-        """Of stacks; never of one that nobody has named. Agents stay."""
+        """Ends stacks that somebody has named, by name or with --all. Agents stay."""
         if name is None and not everything:
             there = ", ".join(name_of(s) for s in self.get())
             raise CliError(f"name a stack, or use --all for all of namespace {self.namespace}: {there}")
@@ -223,7 +223,7 @@ class ClusterClient:
         return [f"stack {name}: removed" for name in names]
 
     def log(self, engine: str | None) -> str:
-        """Of an engine's pod; without one, of all agents."""
+        """What an engine's pod has written; without an engine, what all agents have."""
         if engine is not None:
             namespace, pod = self._place(engine)
             return self.api.text(f"/api/v1/namespaces/{namespace}/pods/{pod}/log", container="engine")
@@ -275,7 +275,7 @@ class ClusterClient:
         return self.api.execute(meta["namespace"], meta["name"], "agent", ["packetstack", *words])
 
     def _ask(self, node: str, *words: str) -> Any:
-        """The same as data, of the agent of a node."""
+        """The answer of a node's agent to `packetstack WORDS`, as data. CliError."""
         pod = next((p for p in self._agents() if p["spec"].get("nodeName") == node), None)
         if pod is None:
             raise NotAnswered(f"node {node or 'none'}: no agent runs there; see packetstack preflight")
@@ -329,7 +329,7 @@ class ClusterClient:
         return result
 
     def metrics(self) -> str:
-        """Of all agents."""
+        """Metrics of all agents, each under a comment that names its node."""
         pods = self._agents()
         texts = [self.ask_agent(pod, "metrics") for pod in pods]
         if len(pods) == 1:

@@ -36,7 +36,7 @@ class Examined(Protocol):
 
 
 def examine(cluster: Examined) -> list[Check]:
-    """All of it. CliError only if the API server cannot be reached."""
+    """All findings about a cluster. CliError only if the API server cannot be reached."""
     cluster.api.get("/version")
     examined = _Cluster(cluster)
     parts = (
@@ -222,7 +222,7 @@ class _Cluster:
                 yield Check("missing", where, why, remedy)
 
     def needs(self) -> Iterator[Check]:
-        """Of each stack: networks, devices, claims, huge pages."""
+        """Networks, devices, claims and huge pages that the stacks ask for."""
         for stack in self.stacks:
             yield from self._needs(stack)
 

@@ -59,7 +59,7 @@ class Tick:
     conditions: Conditions
 
     def document(self) -> dict[str, Any]:
-        """As data."""
+        """The decision as JSON or YAML would hold it."""
         return {
             "seconds": self.seconds,
             "load": {name: None if value is None else float(value) for name, value in self.load.items()},

@@ -94,7 +94,7 @@ class WrongUsage(click.UsageError):
 
 
 def in_one_line(error: click.UsageError) -> click.UsageError:
-    """The same error. Without any words the help is shown, as it is."""
+    """The error, to be shown in one line; a command without any words shows its help as before."""
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         return error
     return WrongUsage(error.format_message(), error.ctx)

@@ -36,7 +36,7 @@ class Outcome:
     longest_gap_ms: float
     """Longest time from a request's turn to its answer."""
     report: dict[str, Any]
-    """All of it, as the generator wrote it."""
+    """The outcome as the generator wrote it."""
 
     @staticmethod
     def of(report: dict[str, Any]) -> Outcome:

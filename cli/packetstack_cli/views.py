@@ -23,7 +23,7 @@ console = Console(highlight=False, width=None if sys.stdout.isatty() else 200)
 
 
 def data(value: Any, form: str) -> str:
-    """As JSON or YAML."""
+    """A value as JSON or YAML."""
     if form == "json":
         return json.dumps(value, indent=2)
     return yaml.safe_dump(value, sort_keys=False).rstrip()

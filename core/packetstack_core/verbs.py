@@ -21,7 +21,7 @@ A = TypeVar("A")
 
 MAX_REQUEST_BYTES = 8 << 20
 LONGEST_WAIT_SECONDS = 20.0
-"""Of one `wait`; whoever waits longer asks again."""
+"""The longest that one `wait` takes; whoever waits longer asks again."""
 
 Port = Annotated[int, Whole(0, 65535, "a port")]
 
@@ -158,11 +158,11 @@ class Wait(Model):
 
 
 APPLY: Verb[Apply, list[Json]] = Verb("apply", Apply, changes=True)
-"""Of each stack its name as `stack`, the `result` (created, changed, unchanged), perhaps a `note`."""
+"""For each stack its name as `stack`, the `result` (created, changed, unchanged), perhaps a `note`."""
 GET: Verb[OneOrAll, list[Json]] = Verb("get", OneOrAll, changes=False, standing_by=True)
 """Stacks as resources with their `status`."""
 WAIT: Verb[Wait, list[Json]] = Verb("wait", Wait, changes=False)
-"""As soon as all are ready, or after the time: those that are not, as `GET`."""
+"""Answered as soon as all are ready, or after the time, with those that are not, in the form of `GET`."""
 DELETE: Verb[Named, None] = Verb("delete", Named, changes=True)
 SCALE: Verb[Scale, Json] = Verb("scale", Scale, changes=True)
 """Engines `from` and `to`, perhaps a `note`."""

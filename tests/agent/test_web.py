@@ -39,9 +39,10 @@ class PlayedAgent:
         self.applying = asyncio.Lock()
         self.managed = Managed(SimpleNamespace(name="web"), settled=True)  # type: ignore[arg-type]
         self.stacks = {"web": self.managed}
+        self.verbs = self
         self.ready = True
         self.shown = 0
-        self.events: list[dict[str, Any]] = []
+        self.happened: list[dict[str, Any]] = []
         self.told: list[tuple[Any, ...]] = []
         self.slow = asyncio.Event()
 
@@ -54,7 +55,10 @@ class PlayedAgent:
         return [{"metadata": {"name": "web"}, "spec": {"replicas": 2}, "status": status}]
 
     def event(self, stack: str, reason: str, message: str) -> None:
-        self.events.append({"stack": stack, "reason": reason, "message": message})
+        self.happened.append({"stack": stack, "reason": reason, "message": message})
+
+    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+        return [e for e in self.happened if name in (None, e["stack"])]
 
     async def apply(self, documents: Any, uplinks: Any) -> list[dict[str, str]]:
         for document in documents:
@@ -167,7 +171,7 @@ async def test_a_refusal_has_a_code_and_names_the_field(
     said = answer["error"]["message"]
     assert message in said
     assert len(said) < 500
-    assert [e["reason"] for e in served.agent.events] == (["InternalError"] if status == 500 else [])
+    assert [e["reason"] for e in served.agent.happened] == (["InternalError"] if status == 500 else [])
     assert await served.ask(lambda: served.client.get()), "it goes on"
 
 
@@ -241,7 +245,7 @@ async def test_a_request_that_never_ends_does_not_keep_the_agent_from_ending(
     while not other.agent.told:
         await asyncio.sleep(0.01)
     await asyncio.wait_for(other.web.close(), 5)
-    with pytest.raises(NoAgent, match="the agent went away"):
+    with pytest.raises(NoAgent, match="the agent ended before it answered"):
         await told
 
 
@@ -261,7 +265,7 @@ async def test_bytes_that_are_no_request_do_not_hurt(served: Served) -> None:
     ):
         await served.line(data + b"\r\n\r\n")
     assert await served.ask(lambda: served.client.get())
-    assert served.agent.events == []
+    assert served.agent.happened == []
 
 
 async def test_an_agent_of_an_earlier_build_is_told_apart(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ class Answers:
         self._ending = ending
 
     def table(self) -> list[Answered[Any, Any]]:
-        """All of them."""
+        """Every verb with its handler, in the order of `verbs.TABLE`."""
         return [
             Answered(verbs.APPLY, self._apply),
             Answered(verbs.GET, self._get),
@@ -55,7 +55,7 @@ class Answers:
             return [dict(done) for done in await self._agent.apply(r.documents, r.uplinks)]
 
     async def _get(self, r: verbs.OneOrAll) -> list[Json]:
-        return self._agent.get(r.name)
+        return self._agent.verbs.get(r.name)
 
     async def _wait(self, r: verbs.Wait) -> list[Json]:
         loop = asyncio.get_running_loop()
@@ -66,7 +66,9 @@ class Answers:
             moving = next((m for m in found if m is not None and not m.settled), None)
             over = loop.time() >= until or self._ending.said.is_set()
             if moving is None or over:
-                waiting = [item for name in r.names for item in self._agent.get(name) if not item["status"]["ready"]]
+                waiting = [
+                    item for name in r.names for item in self._agent.verbs.get(name) if not item["status"]["ready"]
+                ]
                 if not waiting or over:
                     return waiting
                 moving = self._agent.stacks[waiting[0]["metadata"]["name"]]
@@ -86,28 +88,25 @@ class Answers:
             await self._agent.delete(self._agent.planned(r.name).stack.name)
 
     async def _scale(self, r: verbs.Scale) -> Json:
-        return await self._agent.scale(r.name, r.replicas)
+        return await self._agent.verbs.scale(r.name, r.replicas)
 
     async def _move_buckets(self, r: verbs.MoveBuckets) -> Json:
-        return await self._agent.move_buckets(r.name, r.buckets, r.slot, r.queue)
+        return await self._agent.verbs.move_buckets(r.name, r.buckets, r.slot, r.queue)
 
     async def _move_queue(self, r: verbs.MoveQueue) -> Json:
-        return await self._agent.move_queue(r.name, r.slot, r.queue, r.core)
+        return await self._agent.verbs.move_queue(r.name, r.slot, r.queue, r.core)
 
     async def _upgrade(self, r: verbs.Upgrade) -> Json:
-        return await self._agent.upgrade(r.name, r.slot)
+        return await self._agent.verbs.upgrade(r.name, r.slot)
 
     async def _explain(self, r: verbs.Explain) -> Json:
-        return self._agent.explain(r.name, r.protocol, r.source, r.sport, r.destination, r.dport)
+        return self._agent.verbs.explain(r.name, r.protocol, r.source, r.sport, r.destination, r.dport)
 
     async def _events(self, r: verbs.OneOrAll) -> list[Json]:
-        found = [e for e in self._agent.events if r.name in (None, e["stack"])]
-        if r.name is not None and not found:
-            self._agent.get(r.name)  # or it is not found; of a stack that has gone there are events for a while
-        return found
+        return self._agent.verbs.events(r.name)
 
     async def _census(self, r: verbs.Named) -> Json:
-        return {str(slot): counts for slot, counts in self._agent.census(r.name).items()}
+        return {str(slot): counts for slot, counts in self._agent.verbs.census(r.name).items()}
 
     async def _stop(self, _: verbs.Nothing) -> None:
         async with self._agent.applying:

@@ -26,7 +26,7 @@ class Reading:
         """Stack, and whether with its buckets -> when its load was read last, and the answer."""
 
     def routes(self) -> list[web.RouteDef]:
-        """All of it."""
+        """The three paths."""
         return [
             web.get("/metrics", self._metrics),
             web.get("/load", self._load),
