@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent import namespaces, networks, processes
+from packetstack_agent import cgroups, namespaces, networks, processes
 from packetstack_agent.attachments import NOBODY, Attachments, Changed, Shared
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
@@ -370,7 +370,7 @@ def _listen(path: Path) -> socket.socket:
 
 def spawn(b: Blueprint) -> Process:
     """Start the engine's init in its namespace, in a session of its own: the agent's end is not its end. Blocks."""
-    cgroup = _limited(b)
+    cgroup = cgroups.limited(b.namespace, b.memory_bytes)
     namespace = os.open(namespaces.NAMESPACES / b.namespace, os.O_RDONLY | os.O_CLOEXEC)
 
     def prepare() -> None:
@@ -463,7 +463,7 @@ def destroy(engine: Engine) -> None:
         return
     namespaces.remove(namespaces.NAMESPACES / b.namespace)
     shutil.rmtree(b.directory, ignore_errors=True)
-    remove_cgroups(b.namespace)
+    cgroups.remove(b.namespace)
 
 
 def _close(engine: Engine) -> None:
@@ -474,44 +474,3 @@ def _close(engine: Engine) -> None:
         with suppress(OSError):
             os.close(fd)
     engine.files.clear()
-
-
-# ---- memory limit -----------------------------------------------------------------------------------------------
-
-_CGROUP1 = Path("/sys/fs/cgroup/memory")
-_CGROUP2 = Path("/sys/fs/cgroup")
-
-
-def _limited(b: Blueprint) -> Path | None:
-    """A memory cgroup for the engine, v1 or v2; None where there is none. The shared rings are the agent's, not counted."""
-    if (_CGROUP1 / "memory.limit_in_bytes").exists():
-        group, limit = _CGROUP1 / "packetstack" / b.namespace, "memory.limit_in_bytes"
-    elif "memory" in _read(_CGROUP2 / "cgroup.controllers").split():
-        group, limit = _CGROUP2 / "packetstack" / b.namespace, "memory.max"
-        with suppress(OSError):
-            group.parent.mkdir(exist_ok=True)
-            (_CGROUP2 / "cgroup.subtree_control").write_text("+memory")
-            (group.parent / "cgroup.subtree_control").write_text("+memory")
-    else:
-        return None
-    try:
-        group.mkdir(parents=True, exist_ok=True)
-        (group / limit).write_text(str(b.memory_bytes))
-    except OSError:
-        return None
-    return group
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
-
-
-def remove_cgroups(name: str) -> None:
-    """Remove an engine's cgroup, and the parent when it is the last."""
-    for root in (_CGROUP1, _CGROUP2):
-        for group in (root / "packetstack" / name, root / "packetstack"):
-            with suppress(OSError):
-                group.rmdir()

@@ -12,7 +12,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent import devices, engines, firewall, namespaces, networks, processes
+from packetstack_agent import cgroups, devices, firewall, namespaces, neighbours, networks, processes
 from packetstack_agent.errors import AgentError
 from packetstack_agent.namespaces import NAMESPACES
 from packetstack_core.kinds import pod_directory
@@ -180,10 +180,10 @@ def detach(run: RunDirectory) -> list[str]:
         if name := engine.get("namespace"):  # else its pod is the kubelet's
             processes.clear(NAMESPACES / name)
             namespaces.remove(NAMESPACES / name)
-            engines.remove_cgroups(name)
+            cgroups.remove(name)
         removed.append(f"engine {slot}")
     for device, addresses in record.proxied.items():
-        networks.answer_no_more(device, [ip_address(a) for a in addresses])
+        neighbours.answer_no_more(device, [ip_address(a) for a in addresses])
     for name, value in record.sysctls.items():
         with suppress(OSError):
             devices.set_sysctl(name, value)

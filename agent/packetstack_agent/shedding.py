@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from packetstack_agent.directing import Listening
 from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
 from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, wire
-from packetstack_agent.stacks import Listening
 from packetstack_core import shedding
 from packetstack_core.reasons import EventReason
 from packetstack_core.shedding import AT_REST, Sample, State

@@ -6,7 +6,6 @@ Functions here block briefly; they are called from worker threads or where a few
 import asyncio
 import math
 import os
-import secrets
 import time
 from array import array
 from collections import Counter
@@ -19,23 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from packetstack_agent import processes
+from packetstack_agent.directing import Directions, Listening
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.hash_keys import hash_key
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
 from packetstack_agent.probes import Checked, Place
 from packetstack_core import hashing, maglev, slow_start
 from packetstack_core.planning import NOBODY, Move, Owner
 from packetstack_core.resources import Listener, PacketStack
 from packetstack_core.values import Address, Network
-from packetstack_core.wording import counted
 
 BATCH = 512
 """Buckets of one fence: what arrives for them meanwhile must fit into a quarter of a park ring."""
 FENCE_LIMIT_MS = 500
-SECRET_BYTES = 16
 
-Listening = tuple[Address, int, str]
-"""Address, port and protocol of a listener."""
 
 BALANCING = {"Maglev": "PS_MAGLEV", "RoundRobin": "PS_ROUND_ROBIN", "LeastFlows": "PS_LEAST_FLOWS"}
 
@@ -86,10 +83,6 @@ class Stack:
         """SNAT addresses that are not the resource's any more, and how many flows had each at the last look."""
         self._settled = 0
         """Generation of the configuration that every core has been seen to use."""
-        self._listeners: set[Listening] = set()
-        self._snat: set[Address] = set()
-        self._allowed: dict[Listening, frozenset[Network]] = {}
-        """Sources of listeners that take packets of these alone."""
         self._offset = index * constant("PS_MAX_BUCKETS")
         directory.mkdir(parents=True, exist_ok=True)
         self.arena_path, self.config_path = directory / "arena", directory / "config"
@@ -98,7 +91,7 @@ class Stack:
             self.arena = call(lib().ps_arena_open, text(self.arena_path), 0)
         else:
             self.arena = call(lib().ps_arena_create, text(self.arena_path), table.buckets, table.max_flows)
-        self.key = _secret(directory / "secret", self.live())
+        self.key = hash_key(directory / "secret", self.live())
         if self.config_path.exists():
             self.config = call(lib().ps_config_open, text(self.config_path), 0)
         else:
@@ -106,6 +99,7 @@ class Stack:
         flows = self.snat_flows()
         self._begin_to_leave({*flows, *self._configured_snat()})
         self.leaving = {a: flows.get(a, 0) for a in self.leaving}
+        self._directions = Directions(director, self.key, self._offset, self.buckets, index)
         self._words = lib().ps_director_words(director)
         self._egress = lib().ps_director_egress(director)
 
@@ -118,75 +112,8 @@ class Stack:
 
     def direct(self) -> None:
         """Make the director's listeners and SNAT addresses those of the resource; addresses that leave stay for now."""
-        target = ffi.new(
-            "struct ps_target *",
-            {
-                "key0": self.key[0],
-                "key1": self.key[1],
-                "offset": self._offset,
-                "mask": self.buckets - 1,
-                "stack": self.index,
-            },
-        )
-        listeners = self.resource.listening()
-        self._begin_to_leave(self._snat)
-        snat = {*self.resource.snat_addresses(), *self.leaving}
-        allowed: dict[Listening, frozenset[Network]] = {
-            (li.address, li.port, li.protocol): frozenset(li.allowed_sources)
-            for li in self.resource.spec.listeners
-            if li.allowed_sources
-        }
-        for address in snat - self._snat:
-            call(lib().ps_director_snat, self.director, packed(address), target)
-        left = self._sources() if allowed.keys() - self._allowed.keys() else {}  # by an earlier agent
-        for place in listeners:
-            if place not in self._listeners or self._allowed.get(place) != allowed.get(place):
-                had = self._allowed.pop(place, None) or left.get(place, frozenset())
-                self._direct(place, target, had, allowed.get(place, frozenset()))
-        self._withdraw(self._listeners - listeners, self._snat - snat)
-        self._listeners, self._snat = listeners, snat
-
-    def _direct(self, place: Listening, target: Any, had: frozenset[Network], allowed: frozenset[Network]) -> None:
-        """Who may send before and after may always: sources come before their listener asks for them, and go after."""
-        for source in allowed - had:
-            self._allow(place, source, True)
-        target.flags = constant("PS_TARGET_ALLOWED") if allowed else 0
-        self._listen(place, target)
-        for source in had - allowed:
-            self._allow(place, source, False)
-        if allowed:
-            self._allowed[place] = allowed
-
-    def _listen(self, place: Listening, target: Any) -> None:
-        address, port, protocol = place
-        call(lib().ps_director_listener, self.director, packed(address), wire(port), PROTOCOLS[protocol], target)
-
-    def _allow(self, place: Listening, source: Network, allow: bool) -> None:
-        entry = ffi.new("struct ps_allowed *", {"port": wire(place[1]), "protocol": PROTOCOLS[place[2]]})
-        ffi.memmove(entry.address, packed(place[0]), 16)
-        ffi.memmove(entry.source, packed(source.network_address), 16)
-        entry.prefix = source.prefixlen
-        call(lib().ps_director_allow, self.director, entry, allow)
-
-    def _sources(self) -> dict[Listening, frozenset[Network]]:
-        """Allowed sources by listener, as the director has them: of all stacks."""
-        entries = ffi.new("struct ps_allowed[]", 1 << 16)
-        names = {number: name for name, number in PROTOCOLS.items()}
-        found: dict[Listening, set[Network]] = {}
-        for i in range(lib().ps_director_allowed(self.director, entries, len(entries))):
-            entry = entries[i]
-            place = (unpacked(bytes(entry.address)), wire(entry.port), names[entry.protocol])
-            source = ip_network(f"{unpacked(bytes(entry.source))}/{entry.prefix}")
-            found.setdefault(place, set()).add(source)
-        return {place: frozenset(sources) for place, sources in found.items()}
-
-    def _withdraw(self, listeners: Iterable[Listening], snat: Iterable[Address]) -> None:
-        for place in listeners:
-            self._listen(place, ffi.NULL)
-            for source in self._allowed.pop(place, frozenset()):
-                self._allow(place, source, False)
-        for address in snat:
-            call(lib().ps_director_snat, self.director, packed(address), ffi.NULL)
+        self._begin_to_leave(self._directions.snat)
+        self._directions.become(self.resource, {*self.resource.snat_addresses(), *self.leaving})
 
     def addresses(self) -> set[Address]:
         """All that packets must reach the stack by: the resource's, and SNAT addresses that leave."""
@@ -241,8 +168,7 @@ class Stack:
             lib().ps_arena_used(self.arena, ffi.addressof(self.config.buffer[generation & 1]))
         self.count_leaving()
         gone = sorted((a for a, n in self.leaving.items() if not n), key=packed)
-        self._withdraw((), gone)
-        self._snat -= set(gone)
+        self._directions.let_go(gone)
         for address in gone:
             del self.leaving[address]
         return gone
@@ -502,8 +428,7 @@ class Stack:
     def close(self) -> None:
         """Withdraw from the director and let the shared memory go. Files stay."""
         with suppress(AgentError):
-            self._withdraw(self._listeners, self._snat)
-        self._listeners, self._snat = set(), set()
+            self._directions.withdraw()
         for b in range(self.buckets):
             self._words[self._offset + b] = 0
         lib().ps_unmap(self.arena)
@@ -524,37 +449,6 @@ def wake(engines: Iterable[Engine]) -> None:
             for c in range(engine.blueprint.cores):
                 with suppress(BlockingIOError):
                     os.eventfd_write(engine.fds.events[c], 1)
-
-
-def _secret(path: Path, flows: int) -> tuple[int, int]:
-    """The stack's hash key, made once: another one would move every flow, so with `flows` it is not made anew."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        data = b""
-    if len(data) != SECRET_BYTES:
-        if flows:
-            raise AgentError(
-                f"{path}: has {len(data)} bytes instead of {SECRET_BYTES}, and {counted(flows, 'live flow')} of the stack "
-                "cannot be found with another secret; put the file back, or end the stack with packetstack down"
-            )
-        data = secrets.token_bytes(SECRET_BYTES)
-        _write_whole(path, data)
-    return int.from_bytes(data[:8], "little"), int.from_bytes(data[8:], "little")
-
-
-def _write_whole(path: Path, data: bytes) -> None:
-    """The file has this content or is as it was, whatever happens meanwhile. For root alone to read."""
-    fresh = path.with_suffix(".new")
-    try:
-        with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    except OSError as e:
-        fresh.unlink(missing_ok=True)
-        raise AgentError(f"{path}: cannot be written: {e.strerror}") from None
 
 
 def _listening(listener: Listener) -> Listening:

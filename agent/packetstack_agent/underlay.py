@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from ipaddress import ip_address, ip_network
 
-from packetstack_agent import networks, nftables
+from packetstack_agent import neighbours, networks, nftables
 from packetstack_agent.director import Director
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall, Mode, Obstacle
@@ -182,18 +182,18 @@ class Underlay:
         keep = bool(self._stacks.unread)
         added = networks.ensure_routes(prefixes, keep=keep)
         record = self._run.record
-        wanted = networks.on_link(addresses) if addresses else {}
+        wanted = neighbours.on_link(addresses) if addresses else {}
         for device, found in wanted.items():
             every = sorted({*record.proxied.get(device, []), *(str(a) for a in found)})
             if record.proxied.get(device) != every:
                 record.proxied[device] = every
                 self._run.save()
-            networks.answer_for(device, found, record.sysctls)
+            neighbours.answer_for(device, found, record.sysctls)
         for device, names in list(record.proxied.items()):
             stay = {str(a) for a in wanted.get(device, [])}
             if stay == set(names) or keep:
                 continue
-            networks.answer_no_more(device, [ip_address(a) for a in names if a not in stay])
+            neighbours.answer_no_more(device, [ip_address(a) for a in names if a not in stay])
             record.proxied[device] = sorted(stay)
             if not stay:
                 del record.proxied[device]

@@ -11,7 +11,7 @@ import pytest
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource, turns
 
 from packetstack_agent import agent as agents
-from packetstack_agent import engine_life, engines, networks
+from packetstack_agent import engine_life, engines, neighbours, networks
 from packetstack_agent.agent import Agent
 from packetstack_agent.engine_life import AWAY_SECONDS
 from packetstack_agent.engines import Engine
@@ -203,7 +203,7 @@ async def test_stacks_are_never_counted_off_in_a_thread_beside_the_loop(
     stack, _ = leaving(agent, mute=False)
     routed: list[set[Network]] = []
     monkeypatch.setattr(networks, "ensure_routes", lambda prefixes, keep: routed.append(prefixes) or [])
-    monkeypatch.setattr(networks, "on_link", lambda _: {})
+    monkeypatch.setattr(neighbours, "on_link", lambda _: {})
     monkeypatch.setattr(networks, "check_forwarding", lambda _: None)
     monkeypatch.setattr(networks, "check_not_local", lambda _: None)
     monkeypatch.setattr(agent.underlay, "_open_firewall", lambda: None)
