@@ -30,6 +30,7 @@ from packetstack_cli.errors import CliError
 from packetstack_cli.lab import NODE_UPLINK, Lab, LabError
 from packetstack_cli.outage import Outage, hang
 from packetstack_cli.traffic import Outcome, Servers, Traffic
+from packetstack_core.verbs import Json
 
 STACK = "demo"
 TARGETS = ("192.0.2.10:80", "[2001:db8:1::10]:80")
@@ -81,7 +82,7 @@ class Show:
     steps: list[Step]
     began: float = field(default_factory=time.monotonic)
     phase: str = "connections open"
-    statuses: list[tuple[float, dict[str, Any]]] = field(default_factory=list)
+    statuses: list[tuple[float, Json]] = field(default_factory=list)
     """Seconds since the traffic began, status of the stack."""
 
     def now(self) -> float:
@@ -191,7 +192,7 @@ def _plan(lab: Lab, client: Client, outage: Outage) -> list[Step]:
     def scale(replicas: int) -> Callable[[], str]:
         return lambda: lab.packetstack("scale", STACK, "--replicas", str(replicas))
 
-    def engines() -> list[dict[str, Any]]:
+    def engines() -> list[Json]:
         status = client.get(STACK)[0]["status"]
         return [engine for engine in status["engines"] if engine["state"] == "Active"]
 
@@ -360,7 +361,7 @@ def _outage(show: Show, kind: Kind) -> float | None:
     return round(statistics.median(found), 1) if found else None
 
 
-def _report(show: Show, outcome: Outcome, drops: dict[str, int]) -> dict[str, Any]:
+def _report(show: Show, outcome: Outcome, drops: dict[str, int]) -> Json:
     return {
         "connections": outcome.connections,
         "broken": outcome.broken,

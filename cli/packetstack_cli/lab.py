@@ -28,6 +28,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
+from packetstack_core.verbs import Json
+
 Room = Literal["client", "node", "server"]
 ROOMS: tuple[Room, ...] = ("client", "node", "server")
 
@@ -264,9 +266,9 @@ class Lab:
         """The real command with the lab's own run directory, for `run` and `start`."""
         return [*_PACKETSTACK, "--run-dir", str(self.run_directory), *words]
 
-    def status(self, stack: str) -> dict[str, Any]:
+    def status(self, stack: str) -> Json:
         """The `status` of a stack, as `packetstack get STACK -o json` shows it."""
-        status: dict[str, Any] = json.loads(self.packetstack("get", stack, "-o", "json"))["status"]
+        status: Json = json.loads(self.packetstack("get", stack, "-o", "json"))["status"]
         return status
 
     def wait_for_listener(

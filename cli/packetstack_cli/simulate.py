@@ -24,6 +24,7 @@ from packetstack_core.autoscaling.options import State, is_active
 from packetstack_core.autoscaling.spec import Metric, spec_of
 from packetstack_core.autoscaling.status import Conditions, Record
 from packetstack_core.resources import PacketStack
+from packetstack_core.verbs import Json
 
 MAX_TICKS = 100_000
 NOT_IN_SERIES = MetricError("api_empty", "no value at this time")
@@ -58,7 +59,7 @@ class Tick:
     record: Record
     conditions: Conditions
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> Json:
         """The decision as JSON or YAML would hold it."""
         return {
             "seconds": self.seconds,

@@ -8,10 +8,10 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from packetstack_cli.lab import Lab
 from packetstack_core.abi import native
+from packetstack_core.verbs import Json
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Outcome:
     """Datagrams lost because the generator's own sockets were full."""
     longest_gap_ms: float
     """Longest time from a request's turn to its answer."""
-    report: dict[str, Any]
+    report: Json
     """The outcome as the generator wrote it."""
 
     @staticmethod
-    def of(report: dict[str, Any]) -> Outcome:
+    def of(report: Json) -> Outcome:
         """Read the generator's report."""
         long, short, datagrams = report["connections"], report["short_connections"], report["datagrams"]
         return Outcome(
@@ -79,11 +79,11 @@ class Servers:
         )
         lab.wait_for_listener("server", port, server=self._process)
 
-    def stop(self) -> dict[str, Any]:
+    def stop(self) -> Json:
         """End the servers; returns their own counts."""
         self._process.terminate()
         self._process.wait(10)
-        counts: dict[str, Any] = json.loads(self._report.read_text())
+        counts: Json = json.loads(self._report.read_text())
         return counts
 
 
@@ -115,7 +115,7 @@ class Traffic:
         name: str = "traffic",
     ) -> None:
         """`name`: another one for each that runs at the same time in a lab."""
-        self.samples: list[dict[str, Any]] = []
+        self.samples: list[Json] = []
         self._report = lab.directory / f"{name}.json"
         self._report.unlink(missing_ok=True)
         self._timeout_seconds = timeout_seconds
@@ -152,7 +152,7 @@ class Traffic:
             self.samples.append(json.loads(line))
 
     @property
-    def latest(self) -> dict[str, Any]:
+    def latest(self) -> Json:
         """The newest sample; empty before the first."""
         return self.samples[-1] if self.samples else {}
 

@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import yaml
@@ -14,6 +14,7 @@ from rich.text import Text
 from packetstack_cli.checks import Check
 from packetstack_cli.simulate import Tick
 from packetstack_core.values import quantity
+from packetstack_core.verbs import Json
 from packetstack_core.wording import counted
 
 HOTTEST = 8
@@ -51,7 +52,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def stacks(items: Sequence[Mapping[str, Any]]) -> Table:
+def stacks(items: Sequence[Json]) -> Table:
     """One line a stack."""
     table = _table("NAME", "READY", "DRAINING", "FLOWS", "BACKENDS", "ADDRESSES")
     for item in items:
@@ -71,7 +72,7 @@ def stacks(items: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def engines(item: Mapping[str, Any]) -> Table:
+def engines(item: Json) -> Table:
     """One line an engine."""
     table = _table("ENGINE", "STATE", "BUCKETS", "FLOWS", "PACKETS/S", "BUSY", "PID")
     for engine in item["status"]["engines"]:
@@ -87,7 +88,7 @@ def engines(item: Mapping[str, Any]) -> Table:
     return table
 
 
-def top(items: Sequence[Mapping[str, Any]]) -> Group:
+def top(items: Sequence[Json]) -> Group:
     """Engines, cores and queues, live."""
     parts: list[RenderableType] = []
     for item in items:
@@ -114,7 +115,7 @@ def top(items: Sequence[Mapping[str, Any]]) -> Group:
     return Group(*parts)
 
 
-def _hot_queues(engines: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+def _hot_queues(engines: Sequence[Json]) -> list[RenderableType]:
     """Those that take most of a core, the hottest first."""
     found = [(e["slot"], c["core"], q) for e in engines for c in e["cores"] for q in c["queues"] if q["busy"] > 0]
     found.sort(key=lambda x: (-x[2]["busy"], -x[2]["packetsPerSecond"], x[0]))
@@ -125,7 +126,7 @@ def _hot_queues(engines: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     return [table, Text()] if found else []
 
 
-def _rebalance(status: Mapping[str, Any], most: int) -> list[RenderableType]:
+def _rebalance(status: Json, most: int) -> list[RenderableType]:
     """Moves, newest first, and what no move helps."""
     parts: list[RenderableType] = []
     for e in status["elephants"]:
@@ -137,7 +138,7 @@ def _rebalance(status: Mapping[str, Any], most: int) -> list[RenderableType]:
     return [*parts, table, Text()] if table.row_count else parts
 
 
-def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> Group:
+def describe(item: Json, happened: Sequence[Json]) -> Group:
     """Everything about a stack."""
     status, spec = item["status"], item["spec"]
     capacity = status["capacity"]
@@ -203,7 +204,7 @@ def describe(item: Mapping[str, Any], happened: Sequence[Mapping[str, Any]]) -> 
     return Group(*parts)
 
 
-def _shedding(sheds: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
+def _shedding(sheds: Sequence[Json]) -> list[RenderableType]:
     """Listeners that got more packets of strangers than there was time for."""
     table = _table("SHED LISTENER", "KIND", "COME/S", "LET THROUGH/S", "DROPPED")
     for s in sheds:
@@ -213,7 +214,7 @@ def _shedding(sheds: Sequence[Mapping[str, Any]]) -> list[RenderableType]:
     return [table, Text()] if table.row_count else []
 
 
-def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:
+def autoscaling(item: Json, decided: Json) -> Group:
     """Why a stack has as many engines as it has: each metric's proposal, what cut it, limits, conditions."""
     status, record = decided["autoscaling"], decided["autoscaling"].get("record") or {}
     current, desired = (
@@ -257,7 +258,7 @@ def autoscaling(item: Mapping[str, Any], decided: Mapping[str, Any]) -> Group:
     return Group(*parts, Text(), _conditions(decided["conditions"]))
 
 
-def _metric(kind: str, values: Mapping[str, Any]) -> str:
+def _metric(kind: str, values: Json) -> str:
     """The member `kind` of a MetricValue, for people."""
     if kind not in values:
         return "-"
@@ -266,7 +267,7 @@ def _metric(kind: str, values: Mapping[str, Any]) -> str:
     return f"{float(quantity(values[kind])):,g}"
 
 
-def _conditions(known: Sequence[Mapping[str, Any]]) -> Table:
+def _conditions(known: Sequence[Json]) -> Table:
     table = _table("CONDITION", "STATUS", "REASON", "MESSAGE")
     table.columns[-1].no_wrap = False
     for c in known:
@@ -274,7 +275,7 @@ def _conditions(known: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def events(items: Sequence[Mapping[str, Any]]) -> Table:
+def events(items: Sequence[Json]) -> Table:
     """One line an event."""
     table = _table("TIME", "TYPE", "STACK", "REASON", "MESSAGE")
     table.columns[-1].no_wrap = False
