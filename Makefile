@@ -12,6 +12,8 @@ BENCH_ARGS ?=
 IMAGE ?= localhost/packetstack:dev
 FUZZ_SECONDS ?= 30
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Byte code is kept: tests start hundreds of commands and agents, and pytest rewrites each of its files.
+unexport PYTHONDONTWRITEBYTECODE
 
 DEBIAN := clang libclang-rt-dev bpftool gcc libbpf-dev libelf-dev zlib1g-dev libc6-dev linux-libc-dev meson ninja-build pkg-config python3 \
 	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables iptables nginx-light iperf3 wrk curl util-linux buildah mmdebstrap prometheus \

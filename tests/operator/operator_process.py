@@ -110,7 +110,14 @@ class OperatorProcess:
 
     def writes(self) -> float:
         """Requests so far that changed something."""
-        lines = [line for line in self.metrics().splitlines() if line.startswith("packetstack_api_writes_total{")]
+        return self._total("packetstack_api_writes_total")
+
+    def looks(self) -> float:
+        """How often it has looked at a stack so far, whatever came of it."""
+        return self._total("packetstack_reconcile_duration_seconds_count")
+
+    def _total(self, metric: str) -> float:
+        lines = [line for line in self.metrics().splitlines() if line.startswith(f"{metric}{{")]
         return sum(float(line.split()[-1]) for line in lines)
 
     def said(self) -> str:

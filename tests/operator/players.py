@@ -11,12 +11,13 @@ import json
 import ssl
 import tempfile
 import threading
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 from tests.operator.counters import PlayedCounters
+from tests.waiting import POLL_SECONDS, eventually
 
 from packetstack_core import kinds
 
@@ -310,13 +311,6 @@ class PlayedNode:
         return set(self.words.get(stack, ())) - {0}
 
 
-def wait(condition: Any, seconds: float = 20.0, every: float = 0.05) -> Any:
-    """The first true value of `condition()`."""
-    deadline = time.monotonic() + seconds
-    while True:
-        value = condition()
-        if value:
-            return value
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s: {condition}")
-        time.sleep(every)
+def wait(condition: Callable[[], Any], seconds: float = 20.0, every: float = POLL_SECONDS) -> Any:
+    """`eventually`, with the patience that a control plane beside other work needs."""
+    return eventually(condition, seconds, every_seconds=every)

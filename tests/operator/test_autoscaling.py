@@ -54,7 +54,7 @@ class Scaled:
         self.place.settle()
         wait(lambda: (self.status["currentReplicas"], self.status["desiredReplicas"]) == (replicas, replicas))
 
-    def stays(self, replicas, rounds=4):
+    def stays(self, replicas, rounds=3):
         for _ in range(10 * rounds):
             assert self.replicas == replicas
             time.sleep(SYNC / 10)
@@ -112,20 +112,23 @@ def test_it_gives_engines_back_when_the_load_goes(scaled, operator):
 
 
 def test_engines_that_drain_are_in_no_average(scaled, place, counters):
-    stack = scaled().create(1.2, replicas=4)
+    stack = scaled().create(2.4, replicas=4)
     counters.drains[stack.name] = 1.0
-    wait(lambda: place.stack().get("status", {}).get("readyReplicas") == 4)
-    place.node.agent = False  # nobody takes the buckets of those that leave
+    stack.rests_at(4)
+    place.node.batch = 0  # nobody takes the buckets of those that leave
+    stack.load(1.2)
     wait(lambda: stack.replicas == 2)
     wait(lambda: place.stack()["status"]["drainingReplicas"] == 2)
     states = {p["metadata"]["labels"]["packetstack.io/engine-state"] for p in place.pods().values()}
     assert states == {"Active", "Draining"}
-    names = {n for n, p in place.pods().items() if p["metadata"]["labels"]["packetstack.io/engine-state"] == "Active"}
-    counters.attach(stack.name, {n: "Active" if n in names else "Draining" for n in place.pods()})
-    time.sleep(3 * SYNC)
+
+    def average():
+        return stack.status["record"]["proposals"][0]["value"]["averageUtilization"]
+
+    wait(lambda: average() in range(58, 63))  # at one of the next decisions, of the two that stay
     stack.stays(2)
-    assert stack.status["record"]["proposals"][0]["value"]["averageUtilization"] in range(58, 63)
-    place.node.agent = True
+    assert average() in range(58, 63)
+    place.node.batch = 150
     stack.rests_at(2)
 
 

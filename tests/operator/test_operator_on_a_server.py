@@ -41,15 +41,21 @@ def test_a_stack_lives_from_its_creation_to_its_deletion(operator, place):
         wait(lambda kind=kind: place.server.items(kind.format(place.namespace)) == [], 60)
 
 
+def looks_again(operator, place, times):
+    """Woken for nothing, until the operator has looked at the stack so often."""
+    for number in range(times):
+        before = operator.looks()
+        for pod in place.pods():
+            place.server.merge(place.path(PODS, pod), {"metadata": {"annotations": {"someone": str(number)}}})
+        wait(lambda before=before: operator.looks() > before)
+
+
 def test_at_rest_nothing_is_written(operator, place):
     place.create()
     place.settle()
-    time.sleep(0.5)
+    looks_again(operator, place, 1)
     before, seen = operator.writes(), place.stack()["metadata"]["resourceVersion"]
-    time.sleep(3)
-    for pod in place.pods():  # wakes the operator, for nothing
-        place.server.merge(place.path(PODS, pod), {"metadata": {"annotations": {"someone": "else"}}})
-    time.sleep(1)
+    looks_again(operator, place, 6)
     assert operator.writes() == before
     assert place.stack()["metadata"]["resourceVersion"] == seen
     assert "annotations" not in place.stack()["metadata"], "no copy of the spec is kept"
@@ -237,7 +243,7 @@ def test_names_that_others_have_taken_are_left_to_them_and_the_stack_serves(oper
         None,
     ]
     before = operator.writes()
-    time.sleep(2)
+    looks_again(operator, place, 3)
     assert operator.writes() == before
     assert budgets() == made
     events = place.server.items(f"/api/v1/namespaces/{place.namespace}/events")
@@ -296,7 +302,7 @@ def test_without_the_agents_answer_nothing_is_taken_away(operator, place):
     place.node.agent = False
     place.change(replicas=1)
     wait(lambda: place.stack()["status"]["drainingReplicas"] == 1)
-    time.sleep(1)
+    looks_again(operator, place, 3)
     assert len(place.pods()) == 2
     place.node.agent = True
     place.settle()
