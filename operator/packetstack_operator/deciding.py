@@ -50,6 +50,8 @@ from packetstack_operator.outcome import Decision, Kind, Write
 
 NODE_SECONDS = 30.0
 """So long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
+AGENT_LABEL = "app.kubernetes.io/component=agent"
+"""Of the agents' pods, as the chart makes them."""
 AGENT_SECONDS = 10.0
 """So long an agent may take to answer a flow table with engines of its node."""
 REUSE_SECONDS = 2.0
@@ -303,10 +305,11 @@ class _Deciding:
             if pod is None:
                 if entry.pod_uid:
                     del self.entries[entry.id]
-                    self._event(EventReason.ENGINE_LOST, f"engine {entry.id}: its pod {entry.name} is gone")
+                    message = f"engine {entry.id}: its pod {entry.name} is gone; its buckets go to other engines"
+                    self._event(EventReason.ENGINE_LOST, message)
                 elif ("Pod", entry.name) in self.world.strangers:
                     del self.entries[entry.id]
-                    message = f"engine {entry.id}: there is a pod {entry.name} of somebody else; it gets another number"
+                    message = f"engine {entry.id}: pod {entry.name} exists and is not of this stack; it is made under another number"
                     self._event(EventReason.NAME_TAKEN, message)
                 elif entry.template != self.template:  # and will never be: pods are made of the present template
                     del self.entries[entry.id]
@@ -356,7 +359,11 @@ class _Deciding:
         if self.now < at:
             self._wake(at)
             return
-        self._event(EventReason.NODE_LOST, f"node {self.node} takes no engine and has none; the stack goes elsewhere")
+        message = (
+            f"no pod of the stack could be scheduled on node {self.node} for {NODE_SECONDS:g} s, and none of its engines is left "
+            "there: the stack goes to another node, and its live flows end"
+        )
+        self._event(EventReason.NODE_LOST, message)
         for i, _ in refused:  # their pods name that node
             del self.entries[i]
         self.node = None
@@ -445,18 +452,24 @@ class _Deciding:
                     self._create(template, queues)
             case ActivateEngine(i):
                 if self.entries[i].state == "Starting":
-                    self._event(EventReason.ENGINE_ACTIVE, f"engine {i} joined the flow table")
+                    self._event(EventReason.ENGINE_ACTIVE, f"engine {i} serves and gets its share of the buckets")
                 else:
-                    self._event(EventReason.ENGINE_ACTIVE, f"engine {i} was draining and is wanted again")
+                    self._event(
+                        EventReason.ENGINE_ACTIVE,
+                        f"engine {i} was draining, is wanted again and gets its share of the buckets",
+                    )
                 self._change(self.entries[i], state="Active")
             case DrainEngine(i):
                 self._change(self.entries[i], state="Draining")
-                self._event(EventReason.ENGINE_DRAINING, f"engine {i} hands its buckets over")
+                self._event(
+                    EventReason.ENGINE_DRAINING,
+                    f"engine {i} hands its buckets over with their flows, and is removed then",
+                )
             case AssignBuckets(moves):
                 self.owners = moved(self.owners, moves)
             case RemoveEngine(i):
                 del self.entries[i]
-                self._event(EventReason.ENGINE_REMOVED, f"engine {i} owns no bucket any more")
+                self._event(EventReason.ENGINE_REMOVED, f"engine {i} owns no bucket any more and is removed")
 
     def _rebalance(self) -> None:
         """Buckets to other cores, when nothing else is to do and packets see the flow table that was looked at."""
@@ -800,7 +813,8 @@ class _Deciding:
                 return (
                     True,
                     ConditionReason.NO_AGENT,
-                    f"no agent of node {self.node} has answered; its DaemonSet must run there",
+                    f"the agent on {self.node} has not reported on this flow table for {AGENT_SECONDS:g} s: nothing is resized, packets "
+                    f"go on by the table that it had. See whether it runs: kubectl get pods -A -l {AGENT_LABEL} -o wide",
                 )
             self._wake(at)
         if self.doubles:
@@ -814,9 +828,7 @@ class _Deciding:
             )  # fmt: skip
         lame = [e for e in staying if e.state == "Active" and not self._ready(e)]
         if lame:
-            said = next((r.message for e in lame if (r := self.reported.get(e.id)) and r.message), "")
-            names = ", ".join(e.name for e in lame[:5])
-            return True, ConditionReason.ENGINE_NOT_READY, f"{names}: {said}" if said else names
+            return True, ConditionReason.ENGINE_NOT_READY, self._lame(lame)
         strays = [e for e in self.entries.values() if e.name in self.pods and self._leaves(e)]
         if strays and any(observing.terminating(self.pods[e.name]) for e in strays):
             names = ", ".join(e.name for e in strays[:5])
@@ -826,15 +838,26 @@ class _Deciding:
             return (
                 True,
                 ConditionReason.NAME_TAKEN,
-                f"disruption budget {name} is not of this stack, which has none; rename it",
+                f"PodDisruptionBudget {name} is not of this stack, so that nothing holds evictions of its engines back; rename it",
             )
         if self.world.outdated:
             return (
                 True,
                 ConditionReason.CRD_OUTDATED,
-                f"{self.world.outdated}: not of this operator's version; apply its CRDs",
+                f"{self.world.outdated}: the cluster's definition is not of this operator's version, so that new fields are lost; "
+                "apply the CRDs of its version",
             )
         return False, ConditionReason.AS_EXPECTED, ""
+
+    def _lame(self, engines: Sequence[TableEngine]) -> str:
+        """Which active engines do not serve, why, and how many buckets wait for them."""
+        said = next((r.message for e in engines if (r := self.reported.get(e.id)) and r.message), "")
+        numbers = {e.id for e in engines}
+        waiting = sum(o is not None and o.slot in numbers for o in self.owners)
+        return (
+            f"{', '.join(e.name for e in engines[:5])}: {said or 'no datapath is attached'}; {waiting} of "
+            f"{len(self.owners)} buckets get no service until one is"
+        )
 
     def _flows(self) -> dict[str, int]:
         """Flows that SNAT ports allow: about 15 a bucket for each pair of SNAT address and backend at 4,096 buckets."""

@@ -492,9 +492,20 @@ def test_a_node_without_an_agent_is_named():
         model.operator()
         model.kubelet()
         model.now += 1
-    assert model.condition("Degraded")["reason"] == "NoAgent"
+    degraded = model.condition("Degraded")
+    assert degraded["reason"] == "NoAgent"
+    assert degraded["message"].startswith(f"the agent on {NODE} has not reported on this flow table for 10 s")
     model.settle()
     model.check_goal()
+
+
+def test_an_engine_that_does_not_serve_is_named_with_the_buckets_that_wait_for_it():
+    model = settled(2)
+    model.change(("FlowTable", "edge"), lambda b: b["status"]["nodes"][0]["engines"][0].update(ready=False, message=""))
+    model.operator()
+    degraded = model.condition("Degraded")
+    assert (degraded["status"], degraded["reason"]) == ("True", "EngineNotReady")
+    assert degraded["message"] == "edge-1: no datapath is attached; 128 of 256 buckets get no service until one is"
 
 
 def test_the_time_of_a_condition_moves_only_with_its_status():
