@@ -306,6 +306,7 @@ class Keeper:
     async def transfer(self, managed: Managed, moves: Sequence[Move], why: str = "as planned") -> Report:
         """Give buckets to other owners; without moves, end what was begun. An engine that does not answer is told of."""
         async with managed.busy:
+            self._stacks.check_there(managed)
             report = await to_the_end(managed.stack.transfer, list(managed.engines.values()), moves)
         managed.moved += report.moved
         managed.holds_ns.extend(report.hold_ns)

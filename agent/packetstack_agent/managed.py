@@ -100,6 +100,12 @@ class Stacks(dict[str, Managed]):
         if name in self.unread:
             raise AgentError(f"stack {name}: cannot be changed, its engines serve: {self.unread[name]}")
 
+    def check_there(self, managed: Managed) -> None:
+        """AgentError for a stack that has been removed: its memory is gone. Asked again by whoever waited for `busy`."""
+        name = managed.stack.name
+        if self.get(name) is not managed:
+            raise AgentError(f"stack {name}: has been removed")
+
     def planned(self, name: str) -> Managed:
         """A stack that the agent plans for; AgentError for one that follows a table."""
         managed = self.find(name)

@@ -88,7 +88,7 @@ class Verbs:
                 raise AgentError(f"engine {slot}: has no {what} {number}; use 0 to {there - 1}")
         took = ffi.new("uint64_t *")
         async with managed.busy:  # the engine's memory stays while the thread looks into it
-            _active(managed, slot)
+            engine = _active(managed, slot)  # it may have been made again meanwhile, or have gone with its stack
             await to_the_end(call, lib().ps_queue_to_core, engine.fence, queue, core, 2000, took)
         managed.note_move(f"queue {queue} of {loading.name(engine)} to core {core}", "by hand")
         self._journal.event(
