@@ -42,8 +42,8 @@ class _Watched:
     look: Callable[[], World | None]
     """What the watches have brought."""
     memory: Memory = field(default_factory=Memory)
-    next: tuple[int, Memory] | None = None
-    """The memory from when another flow table follows the one of this generation: then the moves were made."""
+    proposed: tuple[Proposal, Memory] | None = None
+    """The last proposal with moves, and the memory from when they are made."""
     proposal: Proposal | None = None
     advised: float = -TELL_SECONDS
     elephants: dict[int, float] = field(default_factory=dict)
@@ -127,14 +127,21 @@ class Rebalancers:
             return None
         active = {e.id for e in table.spec.engines if e.state == "Active"}
         cores = {e.id: tuple(q.core for q in e.queues) for e in load.engines if e.id in active}
-        if watched.next is not None and watched.next[0] != generation:
-            watched.memory = watched.next[1]
+        if watched.proposed is not None and watched.proposed[0].generation != generation:
+            # Another table alone says nothing: it may be that of other backends, or of a resize.
+            if any(owners[m.bucket] == m.to for m in watched.proposed[0].moves):
+                watched.memory = watched.proposed[1]
+            watched.proposed = None
         now = asyncio.get_running_loop().time()
         d = rebalancing.decide(loads, owners, cores, now, watched.memory)
         self._tell(watched, mode_of(world.stack), d, now)
         moves = d.moves if mode_of(world.stack) == "Auto" else ()
-        watched.next = (generation, d.memory) if moves else None
-        return Proposal(generation, moves, d.why) if moves else None
+        if not moves:
+            watched.proposed = None
+            return None
+        proposal = Proposal(generation, moves, d.why)
+        watched.proposed = (proposal, d.memory)
+        return proposal
 
     def _with_elephants(self, watched: _Watched, proposal: Proposal | None) -> Proposal | None:
         """A proposal with what was seen of late: an elephant whose core is not busy for a moment has not gone."""

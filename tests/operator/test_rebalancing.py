@@ -91,6 +91,20 @@ async def test_moves_are_proposed_and_once_written_not_again(played):
     p.rebalancers.forget(KEY)
 
 
+async def test_buckets_rest_only_when_they_were_moved_whatever_else_changes_the_table(played):
+    p = played({})
+    one, two = on(p.model, 1), on(p.model, 2)
+    p.loads.shares = dict.fromkeys(one[:5], 0.15) | {two[0]: 0.15}
+    await asyncio.sleep(2 * IDLE_SECONDS)
+    proposed = {m.bucket for m in p.rebalancers.proposal(KEY).moves}
+    for _ in range(3):  # backends come and go faster than the operator writes moves
+        p.model.change(("FlowTable", "edge"), lambda b: b["spec"].update(lastEngine=b["spec"]["lastEngine"] + 1))
+        p.model.agent()
+        await asyncio.sleep(5)
+    assert {m.bucket for m in p.rebalancers.proposal(KEY).moves} == proposed
+    p.rebalancers.forget(KEY)
+
+
 async def test_a_stack_at_rest_is_asked_seldom_and_never_for_its_buckets(played):
     p = played({})
     await asyncio.sleep(600)
