@@ -157,7 +157,9 @@ class Keeper:
             return
         for _ in range(ROUNDS):
             await self._prepare(managed)
-            actions = reconciling.plan(Desired.of(managed.stack.resource), self.observe(managed), time.monotonic())
+            desired, observed, now = Desired.of(managed.stack.resource), self.observe(managed), time.monotonic()
+            actions = reconciling.plan(desired, observed, now)
+            managed.given_up = managed.given_up.after(desired, observed, now)
             managed.settled = not actions and not managed.stack.open_fences()
             if not actions:
                 return
@@ -184,6 +186,7 @@ class Keeper:
             reconciling.Engine(
                 e.slot, e.state, e.ready, e.blueprint.template, e.blueprint.queues, flows.get(e.slot, 0),
                 holds=0 if is_lost(e, now) else held[e.slot], load=loads.get(e.slot, 0.0),
+                down_since=None if e.ready else e.unserved_since or None,
             )
             for e in managed.engines.values()
             if not e.removing
@@ -194,7 +197,9 @@ class Keeper:
         fixed = managed.pinned if len(seen) <= stack.resource.spec.replicas else {}
         by_load = stack.resource.spec.rebalance.mode != "Off" and self._run.record.rebalanced.get(stack.name, False)
         moving = frozenset(fixed) | stack.open_fences()
-        return Observed(seen, stack.owners(), moving, managed.create_after, rebalanced=by_load)
+        return Observed(
+            seen, stack.owners(), moving, managed.create_after, rebalanced=by_load, given_up=managed.given_up
+        )
 
     async def act(self, managed: Managed, action: reconciling.Action) -> bool:
         """Carry out one action; returns whether its effect comes later."""

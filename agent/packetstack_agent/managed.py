@@ -13,6 +13,7 @@ from packetstack_agent.probes import Watched
 from packetstack_agent.stacks import Stack
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
+from packetstack_core.reconciling import GivenUp
 
 LAST_MOVES = 20
 
@@ -36,6 +37,8 @@ class Managed:
     """Engines in a row that could not be made."""
     create_after: float = 0.0
     """No engine is made before, by the monotonic clock."""
+    given_up: GivenUp = field(default_factory=GivenUp)
+    """Engines that did not serve for too long, by the monotonic clock."""
     problem: str = ""
     """Why the last engine could not be made, empty when it could."""
     pinned: dict[int, int] = field(default_factory=dict)

@@ -55,7 +55,7 @@ class EventReason(StrEnum):
     ENGINE_LOST = (
         "EngineLost", "Warning",
         "the engine's interface, or the descriptors of its queues, are gone. It is made again under its slot, with its buckets and flows. "
-        "In a cluster its pod is gone: the operator gives its buckets to others",
+        "In a cluster its pod is gone, or no datapath has served for `spec.repair.replaceAfterSeconds`: others take its buckets, and another engine is made",
         "find out who removed it")
     ENGINE_FAILED = (
         "EngineFailed", "Warning",

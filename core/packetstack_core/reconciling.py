@@ -4,15 +4,18 @@
 nothing, any action may fail or be repeated, and at the goal it returns nothing.
 
 Rules
-- An engine is removed only when it owns no bucket, and none is still on its way from it.
+- An engine is removed only when it owns no bucket, and none is still on its way from it. One that is given up cannot
+  hand over: what is on its way from it is taken over without it.
 - A bucket is given only to an engine that is ready and stays.
 - Which engines stay: active ones before draining before starting ones, and those with more load first, of equal
   ones those with more flows: what carries least is the cheapest to move. So those that never served go first, and a
   draining engine is taken back when it is wanted again.
 - Engines share the buckets evenly, unless these were moved by load: then in proportion to what they have.
 - An engine that is leaving does not stay; another is made for it while it can still hand its buckets over.
+- An engine with buckets that has not served for `replace_after` seconds is given up: it counts as leaving until it
+  serves again, and each such engine in a row makes the next wait twice as long. While paused none is given up.
 - Engines of another template are replaced: at most `max_surge` engines beyond `replicas` (draining ones are
-  not counted), and never fewer than `replicas - max_unavailable` that are ready.
+  not counted, but for those that are given up), and never fewer than `replicas - max_unavailable` that are ready.
 - `replicas` 0 takes the owner from every bucket and removes all engines. The flows stay in the arena and go
   on when an engine comes back before they time out.
 - While paused all engines stay as they are, and no other is made. Only buckets that no engine will serve, since
@@ -39,6 +42,8 @@ class Desired:
     max_surge: int = 1
     max_unavailable: int = 0
     paused: bool = False
+    replace_after: float = 0.0
+    """Seconds after which an engine that does not serve is given up; 0: never."""
 
     @classmethod
     def of(cls, stack: PacketStack) -> "Desired":
@@ -51,6 +56,7 @@ class Desired:
             max_surge=spec.update_strategy.surge(spec.replicas),
             max_unavailable=spec.update_strategy.unavailable(spec.replicas),
             paused=spec.paused,
+            replace_after=float(spec.repair.replace_after_seconds),
         )
 
 
@@ -72,6 +78,32 @@ class Engine:
     """Buckets that packets reach it for though `owners` says another: they are on their way."""
     load: float = 0.0
     """Of its cores, in cores; 0 if it is not known."""
+    down_since: float | None = None
+    """Since when its datapath does not serve, on the clock of `plan`'s `now`; None while it serves, or nobody knows."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Engines that were given up. One that fails again and again is not replaced again and again."""
+
+    slots: frozenset[int] = frozenset()
+    """Those that are still there, and have not served since."""
+    count: int = 0
+    """How many in a row."""
+    at: float = 0.0
+    """When the last one was, on the clock of `plan`'s `now`."""
+
+    def patience(self, desired: Desired) -> float:
+        """Seconds that the next one is given: twice as many for each one before it, up to 64 times."""
+        return float(desired.replace_after * (1 << min(self.count, MOST_DOUBLINGS)))
+
+    def after(self, desired: Desired, observed: "Observed", now: float) -> "GivenUp":
+        """The value for the next plan, after one for this world."""
+        slots = frozenset(given_up(desired, observed, now))
+        if fresh := slots - self.slots:
+            return GivenUp(slots, self.count + len(fresh), now)
+        calm = all(e.down_since is None for e in observed.engines) and now > self.at + 2 * self.patience(desired)
+        return GivenUp() if calm else GivenUp(slots, self.count, self.at)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +118,7 @@ class Observed:
     """No engine is created before this time, on the clock of `plan`'s `now`: back-off after failures."""
     rebalanced: bool = False
     """Buckets lie where the load wants them: see `planning.assign`."""
+    given_up: GivenUp = GivenUp()
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +159,7 @@ class RemoveEngine:
 
 Action = CreateEngine | ActivateEngine | DrainEngine | AssignBuckets | RemoveEngine
 
+MOST_DOUBLINGS = 6
 _KEEP = {State.ACTIVE: 0, State.DRAINING: 1, State.STARTING: 2, State.PENDING: 3}
 
 
@@ -135,7 +169,8 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
     `now`: seconds on the clock of `Observed.create_after`. O(engines x log + buckets).
     """
     owned = Counter(o.slot for o in observed.owners if o is not None and o != NOBODY)
-    alive = [e for e in observed.engines if e.state is not State.FAILED and not e.leaving]
+    lost = given_up(desired, observed, now)
+    alive = [e for e in observed.engines if e.state is not State.FAILED and not e.leaving and e.slot not in lost]
     kept = alive if desired.paused else _kept(desired, alive, owned)
     actions: list[Action] = []
 
@@ -156,7 +191,7 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
             actions.append(DrainEngine(engine.slot))
 
     missing = desired.replicas - sum(e.template == desired.template for e in kept)
-    room = desired.replicas + desired.max_surge - len(kept)
+    room = desired.replicas + desired.max_surge - len(kept) - len(lost)
     if now >= observed.create_after and not desired.paused:
         # With nobody to serve, one engine is made whatever the surge says.
         count = min(missing, max(room, 0 if kept else 1))
@@ -169,9 +204,29 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
         actions.append(AssignBuckets(tuple(moves)))
 
     for engine in leaving:
-        if not owned[engine.slot] and not engine.holds and engine.state is not State.ACTIVE:
+        hands_over = engine.holds and engine.slot not in lost
+        if not owned[engine.slot] and not hands_over and engine.state is not State.ACTIVE:
             actions.append(RemoveEngine(engine.slot))
     return actions
+
+
+def give_up_at(desired: Desired, observed: Observed, engine: Engine) -> float | None:
+    """When the engine is given up if it does not serve until then; None if it will not be, or is already."""
+    had_buckets = engine.state in (State.ACTIVE, State.DRAINING)
+    if not desired.replace_after or desired.paused or engine.down_since is None or not had_buckets:
+        return None
+    return None if engine.slot in observed.given_up.slots else engine.down_since + observed.given_up.patience(desired)
+
+
+def given_up(desired: Desired, observed: Observed, now: float) -> set[int]:
+    """Slots of the engines that have not served for so long that others take their place."""
+    found = {e.slot for e in observed.engines if e.down_since is not None and not desired.paused}
+    found &= observed.given_up.slots
+    for engine in observed.engines:
+        at = give_up_at(desired, observed, engine)
+        if at is not None and now >= at:
+            found.add(engine.slot)
+    return found
 
 
 def _kept(desired: Desired, alive: Sequence[Engine], owned: Counter[int]) -> list[Engine]:

@@ -253,6 +253,13 @@ class Rebalance(Model):
     """`Auto`: they are moved. `Advice`: it is only said what would be. `Off`: nothing; numbers of buckets are even."""
 
 
+class Repair(Model):
+    """What happens to an engine that does not serve any more."""
+
+    replace_after_seconds: Annotated[int, Whole(0, 86_400, "a number of seconds")] = 60
+    """Seconds without a datapath after which its buckets go to others and another engine is made for it. 0: never."""
+
+
 class UpdateStrategy(Model):
     """How engines of another shape replace the present ones."""
 
@@ -301,6 +308,7 @@ class Spec(Model):
     flow_table: FlowTable = FlowTable()
     handover: Handover = Handover()
     rebalance: Rebalance = Rebalance()
+    repair: Repair = Repair()
     update_strategy: UpdateStrategy = UpdateStrategy()
     autoscaling: Autoscaling | None = None
 

@@ -157,6 +157,7 @@ class _Deciding:
                 world.memory.create_after, now + back_off(max(0, world.memory.failures - 1), ENGINE_SECONDS)
             ),
             reuse_after=min(world.memory.reuse_after, now + REUSE_SECONDS),
+            given_up=replace(world.memory.given_up, at=min(world.memory.given_up.at, now)),
         )
         self.since: dict[str, float] = {}
         """What lasts, by a name -> since when."""
@@ -430,12 +431,20 @@ class _Deciding:
                 leaving=self._leaves(e),
                 holds=self._holds(e),
                 load=round(self.world.loads.get(e.id, 0.0), 1),
+                down_since=self._down_since(e),
             )
             for _, e in sorted(self.entries.items())
         ]
         desired = replace(Desired.of(self.stack), template=self.template)
-        observed = Observed(engines, self.owners, create_after=self.memory.create_after, rebalanced=self.rebalanced)
+        observed = Observed(
+            engines,
+            self.owners,
+            create_after=self.memory.create_after,
+            rebalanced=self.rebalanced,
+            given_up=self.memory.given_up,
+        )
         self.actions = reconciling.plan(desired, observed, self.now)
+        self._give_up(desired, observed)
         if self.memory.create_after > self.now:
             self._wake(self.memory.create_after)
         missing = desired.replicas > sum(e.state not in ("Draining", "Failed") for e in self.entries.values())
@@ -443,6 +452,30 @@ class _Deciding:
             self._forget_failures()
         for action in self.actions:
             self._act(action)
+
+    def _down_since(self, entry: TableEngine) -> float | None:
+        """Since when an engine with buckets does not serve; None while it does, or its agent has not said of late."""
+        what = f"engine {entry.id} does not serve"
+        if entry.state not in ("Active", "Draining") or self._ready(entry):
+            return None
+        if not self.current and what not in self.world.memory.since:
+            return None
+        since = self._since(what)
+        # An agent that is away is no fault of its engines: the clock goes on, nothing is done.
+        return since if self.current or entry.id in self.memory.given_up.slots else None
+
+    def _give_up(self, desired: Desired, observed: Observed) -> None:
+        """Remember which engines this plan gives up, and when the next one would be."""
+        former = self.memory.given_up
+        self.memory = replace(self.memory, given_up=former.after(desired, observed, self.now))
+        patience = former.patience(desired)
+        for i in sorted(self.memory.given_up.slots - former.slots):
+            message = f"engine {i}: no datapath has served for {patience:g} s; others take its buckets, another is made"
+            self._event(EventReason.ENGINE_LOST, message)
+        for engine in observed.engines:
+            at = reconciling.give_up_at(desired, observed, engine)
+            if at is not None and at > self.now:
+                self._wake(at)
 
     def _act(self, action: reconciling.Action) -> None:
         match action:

@@ -15,6 +15,7 @@ from packetstack_core.limits import MAX_BACKENDS, MAX_SNAT_ADDRESSES
 from packetstack_core.planning import Move
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import ConditionReason, Problem
+from packetstack_core.reconciling import GivenUp
 from packetstack_core.resources import Endpoint, Listener, PacketStack, Service
 from packetstack_operator import pods
 
@@ -103,6 +104,8 @@ class Memory:
     """UIDs of pods on a node whose interfaces were given to them."""
     reuse_after: float = 0.0
     """Unix time before which no pod is made that would be given the interface of one that has gone."""
+    given_up: GivenUp = field(default_factory=GivenUp)
+    """Engines in a row that were given up, on the wall clock."""
     refused: Refusal | None = None
     """What the API server refused last, but for pods, which are in `problem`."""
     since: Mapping[str, float] = field(default_factory=dict)

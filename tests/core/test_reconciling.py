@@ -17,8 +17,10 @@ from packetstack_core.reconciling import (
     Desired,
     DrainEngine,
     Engine,
+    GivenUp,
     Observed,
     RemoveEngine,
+    give_up_at,
     plan,
 )
 
@@ -50,7 +52,8 @@ class World:
                 self.change(slot, state=State.DRAINING)
             case RemoveEngine(slot):
                 assert all(o is None or o.slot != slot for o in self.owners), "never removes an owner"
-                assert not self.engines[slot].holds, "never removes an engine that still holds a bucket"
+                mute = self.engines[slot].down_since is not None
+                assert mute or not self.engines[slot].holds, "never removes an engine that still holds a bucket"
                 del self.engines[slot]
             case AssignBuckets(moves):
                 for move in moves:
@@ -436,3 +439,104 @@ def test_owners_given_by_another_shape_of_engine_are_respected():
     world = started(1)
     assert {o.queue for o in world.owners} == {0, 1}
     assert Owner(1, 0) in world.owners
+
+
+# ---- engines that do not serve any more --------------------------------------------------------------------------
+
+
+def down(world, slot, since=0.0, holds=5):
+    world.change(slot, ready=False, down_since=since, holds=holds)
+
+
+def test_an_engine_that_does_not_serve_for_long_hands_over_to_others_and_another_is_made():
+    world = started(3)
+    down(world, 2)
+    want = desired(3, replace_after=60.0)
+    assert plan(want, world.observed(), 59.9) == []
+    actions = plan(want, world.observed(), 60.0)
+    assert kinds(actions) == {"DrainEngine": 1, "CreateEngine": 1, "AssignBuckets": 1}
+    for action in actions:
+        world.do(action)
+    assert 2 not in {o.slot for o in world.owners}
+    assert RemoveEngine(2) in plan(want, world.observed(), 60.0), "it cannot hand over what it holds"
+
+
+def given_up_after(world, want, now, known=None):
+    """Plans and acts once. -> what the next plan is to know"""
+    known = known or GivenUp()
+    observed = replace(world.observed(), given_up=known)
+    for action in plan(want, observed, now):
+        world.do(action)
+    return known.after(want, observed, now)
+
+
+def test_the_only_engine_keeps_its_buckets_until_another_one_serves():
+    world = started(1)
+    down(world, 1)
+    want = desired(1, replace_after=60.0)
+    known = given_up_after(world, want, 60.0)
+    assert {o.slot for o in world.owners} == {1}
+    assert world.engines[1].state is State.DRAINING
+    assert plan(want, replace(world.observed(), given_up=known), 61.0) == []
+    world.change(2, state=State.STARTING, ready=True)
+    given_up_after(world, want, 62.0, known)
+    assert {o.slot for o in world.owners} == {2}
+
+
+def test_an_engine_that_serves_again_before_another_one_does_is_taken_back():
+    world = started(1)
+    down(world, 1)
+    want = desired(1, replace_after=60.0)
+    known = given_up_after(world, want, 60.0)
+    world.change(1, ready=True, down_since=None, holds=0)
+    actions = plan(want, replace(world.observed(), given_up=known), 70.0)
+    assert ActivateEngine(1) in actions
+    assert RemoveEngine(2) in actions
+
+
+def test_when_all_engines_do_not_serve_no_more_are_made_at_once_than_the_surge_says():
+    world = started(4)
+    for slot in list(world.engines):
+        down(world, slot)
+    actions = plan(desired(4, replace_after=60.0), world.observed(), 60.0)
+    assert kinds(actions) == {"DrainEngine": 4, "CreateEngine": 1}
+
+
+@pytest.mark.parametrize("want", [desired(3), desired(3, replace_after=60.0, paused=True)])
+def test_without_a_limit_or_while_paused_no_engine_is_given_up(want):
+    world = started(3)
+    down(world, 2)
+    assert plan(want, world.observed(), 1e6) == []
+
+
+def test_a_draining_engine_that_does_not_serve_is_given_up_too():
+    world = started(3)
+    down(world, 2)
+    world.change(2, state=State.DRAINING)
+    want = desired(2, replace_after=60.0)
+    assert not any(isinstance(a, RemoveEngine) for a in plan(want, world.observed(), 59.0))
+    known = given_up_after(world, want, 60.0)
+    given_up_after(world, want, 60.0, known)
+    assert set(world.engines) == {1, 3}
+
+
+def test_each_engine_in_a_row_that_is_given_up_is_given_twice_as_long():
+    want = desired(1, replace_after=60.0)
+    world, now, known = started(1), 0.0, GivenUp()
+    waits = []
+    for _ in range(9):
+        (slot,) = world.engines
+        down(world, slot, since=now)
+        at = give_up_at(want, replace(world.observed(), given_up=known), world.engines[slot])
+        waits.append(at - now)
+        now = at
+        while slot in world.engines:
+            known = given_up_after(world, want, now, known)
+            for engine in list(world.engines.values()):
+                if engine.state is State.PENDING:
+                    world.change(engine.slot, state=State.STARTING, ready=True)
+    assert waits == [60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 3840.0, 3840.0, 3840.0]
+    assert list(world.engines) == [10]
+    calm = replace(world.observed(), given_up=known)
+    assert known.after(want, calm, now + 7000).count == 9
+    assert known.after(want, calm, now + 7700) == GivenUp()

@@ -57,6 +57,9 @@ class Model:
         self.attached = {}
         """Engine -> UID of its pod."""
         self.stuck = set()
+        """Engines whose datapath does not serve."""
+        self.lost = set()
+        """Engines that were detached with their buckets, since they did not serve."""
         self.macs = {}
         """Engine -> MAC of its interface."""
         self.firewall = ""
@@ -178,7 +181,8 @@ class Model:
         if at[0] == "Pod":
             number = observing.number_of(old)
             if not observing.dead(old, self.now):
-                assert number not in self.words, "never deletes an engine that packets reach"
+                # What does not serve is detached at once, and others take its buckets then.
+                assert number not in self.words or number in self.lost, "never deletes an engine that packets reach"
                 assert number not in self.attached, "never deletes an engine that is attached"
             self.delete_pod(at[1])
         else:
@@ -196,7 +200,10 @@ class Model:
         for number, engine in before.items():
             pod = self.get("Pod", engine["name"])
             alive = pod is not None and not observing.dead(pod, self.now) and engine.get("podUid")
-            if number not in ids and alive and not self.ends and pod["spec"].get("nodeName") == NODE:
+            said = [e for n in old.get("status", {}).get("nodes", ()) for e in n["engines"] if e["id"] == number]
+            # One that does not serve cannot hand over; should it serve by now, the agent has it hand over first.
+            given_up = not any(e["ready"] for e in said) and number not in {o.slot for o in new.owner_ids()}
+            if number not in ids and alive and not self.ends and not given_up and pod["spec"].get("nodeName") == NODE:
                 assert number not in self.words, "never takes an engine away that packets reach"
         for owner in new.owner_ids():
             if owner.slot in ids:
@@ -321,14 +328,18 @@ class Model:
         for bucket, owner in enumerate(spec.owner_ids()):
             if owner.slot == self.words[bucket]:
                 continue
-            possible = owner.slot in ready or (not owner.slot and not staying)
+            mute = self.words[bucket] in self.attached and self.words[bucket] not in ready  # it cannot hand over
+            possible = not mute and (owner.slot in ready or (not owner.slot and not staying))
             if not possible or moved == batch:
                 settled = False
                 continue
             self.words[bucket] = owner.slot
             moved += 1
         named = {e.id for e in spec.engines}
-        self.attached = {i: uid for i, uid in self.attached.items() if i in named or i in self.words}
+        serving = {i for i in self.attached if i not in self.stuck}
+        kept = {i: u for i, u in self.attached.items() if i in named or (i in serving and i in self.words)}
+        self.lost |= set(self.attached) - set(kept)
+        self.attached = kept
         counts = Counter(self.words)
         report = {
             "node": spec.node,

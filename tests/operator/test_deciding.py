@@ -13,7 +13,7 @@ from tests.operator.model import BUCKETS, NODE, Model
 
 from packetstack_core.kinds import encode_owners
 from packetstack_core.planning import Move, Owner
-from packetstack_operator import deciding
+from packetstack_operator import deciding, observing
 from packetstack_operator.observing import Holder, Memory, Proposal
 
 
@@ -1009,3 +1009,84 @@ def test_the_engine_with_the_least_load_goes_and_the_load_alone_is_no_reason_to_
     model.set_spec(replicas=2)
     model.operator()
     assert [e.id for e in model.table().spec.engines if e.state == "Draining"] == [2]
+
+
+# ---- engines that do not serve any more --------------------------------------------------------------------------
+
+
+def pass_seconds(model, seconds):
+    for _ in range(seconds):
+        model.operator()
+        model.kubelet()
+        model.agent()
+        model.now += 1
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+def test_an_active_engine_whose_datapath_does_not_come_back_is_replaced(replicas):
+    model = settled(replicas)
+    model.stuck = {1}
+    pass_seconds(model, 55)
+    assert len(model.of("Pod")) == replicas
+    assert model.condition("Degraded")["reason"] == "EngineNotReady"
+    pass_seconds(model, 30)
+    assert 1 not in model.words
+    assert model.get("Pod", "edge-1") is None
+    assert reasons(model).count("EngineLost") == 1
+    model.settle()
+    model.check_goal()
+
+
+def test_an_operator_at_rest_wakes_when_an_engine_is_to_be_given_up():
+    model = settled(2)
+    model.stuck = {1}
+    model.agent()
+    began = model.now
+    decision = model.operator()
+    assert decision.wake_at == began + 60
+
+
+def test_an_engine_that_comes_back_in_time_keeps_its_buckets():
+    model = settled(3)
+    before = list(model.words)
+    for _ in range(3):
+        model.stuck = {1}
+        pass_seconds(model, 50)
+        model.stuck = set()
+        pass_seconds(model, 5)
+    assert model.words == before
+    assert len(model.of("Pod")) == 3
+
+
+def test_replace_after_0_leaves_an_engine_that_does_not_serve_to_a_person():
+    model = settled(3, repair={"replaceAfterSeconds": 0})
+    model.stuck = {1}
+    for _ in range(60):
+        pass_seconds(model, 1)
+        model.now += 59
+    assert 1 in model.words
+    assert len(model.of("Pod")) == 3
+
+
+def test_an_agent_that_does_not_answer_is_no_reason_to_replace_an_engine():
+    model = settled(3)
+    model.stuck = {1}
+    model.agent()
+    model.operator()
+    model.set_spec(unknownFlow="Reset")  # another generation of the table, which nobody answers
+    for _ in range(300):
+        model.operator()
+        model.kubelet()
+        model.now += 1
+    assert len(model.of("Pod")) == 3
+
+
+def test_engines_that_fail_again_and_again_are_replaced_ever_more_seldom():
+    model = settled(1)
+    last = 0
+    for _ in range(900):
+        model.stuck = set(model.attached) if 1 in {len(model.attached)} and model.words[0] in model.attached else set()
+        pass_seconds(model, 1)
+        model.now += 3
+        last = max([last, *(observing.number_of(p) for p in model.of("Pod"))])
+    assert 3 <= last <= 8
