@@ -22,7 +22,7 @@ from packetstack_agent.natives import constant, ffi
 
 NOBODY = 65534
 AF_XDP = 44
-"""Of <linux/socket.h>; Python's socket module does not know it."""
+"""From <linux/socket.h>; Python's socket module does not have it."""
 HELLO_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
 """For mapping the shared memory, or starting the cores, on a busy machine."""
@@ -71,7 +71,7 @@ class Shared:
     view: Any
     """`struct ps_engine *`."""
     pod_uid: str = ""
-    """Of the pod whose processes alone may serve it; empty: processes that the agent has started."""
+    """UID of the pod whose processes alone may serve it; empty: processes that the agent has started."""
 
 
 class Attachments:

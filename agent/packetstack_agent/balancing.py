@@ -30,12 +30,12 @@ WINDOW_SECONDS = 0.3
 BUCKET_SECONDS = rebalancing.BUCKETS.period_seconds
 
 Cycles = tuple[list[int], list[tuple[int, int]]]
-"""Of each core all cycles so far; of each queue the core that serves it, and the busy cycles spent on it."""
+"""All cycles so far by core; then by queue the core that serves it, and the busy cycles spent on it."""
 
 
 @dataclass
 class Balance:
-    """Of one stack."""
+    """What the rebalancer knows of one stack."""
 
     snapshot: Snapshot | None = None
     """With buckets, as it was read last."""
@@ -49,7 +49,7 @@ class Balance:
     decision: Decision | None = None
     """The last one about buckets."""
     told: dict[str, float] = field(default_factory=dict)
-    """When what was told of last."""
+    """When each advice or elephant was reported last."""
     moved_buckets: int = 0
     moved_queues: int = 0
 

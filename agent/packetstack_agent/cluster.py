@@ -74,7 +74,7 @@ class Follower:
         self._refused: dict[str, str] = {}
         """Stack -> why its table, which can be read, cannot be followed."""
         self._listed = False
-        """The server has told of all tables once."""
+        """Whether the server has listed all tables once."""
         self._sent: dict[str, tuple[dict[str, Any], float]] = {}
         """Stack -> the last report that the server took, and when."""
         self._former: dict[str, dict[str, Any]] = {}

@@ -105,9 +105,9 @@ class Engine:
     state: State = State.PENDING
     init: Process | None = None
     ifindex: int = 0
-    """Of its interface's host end."""
+    """Index of its interface's host end."""
     peer: int = 0
-    """Of its interface, in its own namespace."""
+    """Index of its interface, in its own namespace."""
     shared: Shared | None = None
     """What its datapath processes get; there from `make` or `regain` on."""
     attachments: Attachments | None = None
@@ -137,7 +137,7 @@ class Engine:
     device: str = ""
     """Name of its interface's host end."""
     mac: str = ""
-    """Of its interface."""
+    """MAC address of its interface."""
 
     @property
     def ready(self) -> bool:
@@ -146,7 +146,7 @@ class Engine:
 
     @property
     def pid(self) -> int:
-        """Of the datapath, 0 = none serves."""
+        """Process of the datapath; 0 if none serves."""
         serving = self.attachments.serving if self.attachments is not None else None
         return serving.pid if serving is not None else 0
 

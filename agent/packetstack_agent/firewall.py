@@ -40,7 +40,7 @@ _CHAINS = {4: "ip", 6: "ip6"}
 _PRIORITY = -310
 """Before `raw` (-300), where others may have looked already, and after defragmentation (-400)."""
 _TRIES = 3
-"""Looks that find a chain changing before it is told that no rule can be added."""
+"""Looks in a row that find a chain changing before that is reported as an obstacle."""
 _RULES = 2
 """Accepts that a chain needs: into the routed pair, and out of it."""
 
@@ -74,7 +74,7 @@ class Firewall:
         self.obstacles: tuple[Obstacle, ...] = ()
         """What was in the way at the last look."""
         self.put_back: list[str] = []
-        """Where rules of ours were missing and are there again: taken away by whoever tells of it."""
+        """Where rules of ours were missing and are there again: taken away by whoever reports it."""
         self._looked: object = None
         """All that the last look depended on."""
         self._written: tuple[frozenset[Network], tuple[object, ...]] | None = None

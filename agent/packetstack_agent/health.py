@@ -1,4 +1,4 @@
-"""Which backends answer: has them probed, tells of changes, and writes them down for the next agent."""
+"""Which backends answer: has them probed, reports changes, and records them for the next agent."""
 
 from collections.abc import Sequence
 from typing import Any

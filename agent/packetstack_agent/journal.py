@@ -38,9 +38,9 @@ class Journal:
 
     @contextmanager
     def going_on(self, stack: str, what: str = "") -> Iterator[None]:
-        """Tell of an error inside and go on: the next round may do better, and other stacks are not concerned.
+        """Report an error inside and go on: the next round may do better, and other stacks are not concerned.
 
-        An AgentError or OSError is told as Failed; any other exception is a bug, told as InternalError. `what`: who failed.
+        An AgentError or OSError is reported as Failed; any other exception is a bug, reported as InternalError. `what`: who failed.
         """
         who = f"{what}: " if what else ""
         try:
@@ -52,7 +52,7 @@ class Journal:
 
 
 class Background:
-    """Tasks that nobody waits for. Their errors are told."""
+    """Tasks that nobody waits for. Their errors are reported as events."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal

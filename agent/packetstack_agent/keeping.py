@@ -40,11 +40,11 @@ LOAD_SECONDS = 5.0
 SETTLE_SECONDS = 5.0
 """Between two looks whether what only older configurations name is nobody's any more."""
 ROUNDS = 8
-"""Of observing and acting in a step, as long as each changes something at once."""
+"""Most rounds of observing and acting in a step; another one follows only if the last changed something at once."""
 
 
 class Engines(Protocol):
-    """Who makes and removes engines. All of it is begun here and ends later; what stands against it is told there."""
+    """Who makes and removes engines. All of it is begun here and ends later; what prevents it is reported there."""
 
     def create(self, managed: Managed, action: CreateEngine) -> None:
         """Make one in a namespace of its own."""
@@ -178,7 +178,7 @@ class Keeper:
     # ---- planning here ---------------------------------------------------------------------------------------
 
     def observe(self, managed: Managed) -> Observed:
-        """What the planner is told of the stack."""
+        """The stack as the planner sees it."""
         stack = managed.stack
         flows, held = stack.flows_by_slot(), stack.held()
         loads, now = _loads(managed), time.monotonic()
@@ -292,7 +292,7 @@ class Keeper:
     # ---- configuration and flow table ------------------------------------------------------------------------
 
     async def refresh(self, managed: Managed) -> None:
-        """Write what has become known since the last configuration. What fails is told, and tried again in the next round."""
+        """Write what has become known since the last configuration. What fails is reported, and tried again in the next round."""
         if not managed.stale and managed.stack.due > time.monotonic():  # a backend that starts slowly may get more
             return
         async with managed.busy:
@@ -309,7 +309,7 @@ class Keeper:
                 self._journal.event(managed.stack.name, EventReason.FAILED, f"{e}; it is tried again")
 
     async def transfer(self, managed: Managed, moves: Sequence[Move], why: str = "as planned") -> Report:
-        """Give buckets to other owners; without moves, end what was begun. An engine that does not answer is told of."""
+        """Give buckets to other owners; without moves, end what was begun. An engine that does not answer is reported."""
         async with managed.busy:
             self._stacks.check_there(managed)
             report = await to_the_end(managed.stack.transfer, list(managed.engines.values()), moves)

@@ -30,7 +30,7 @@ class Managed:
     stepped: asyncio.Event = field(default_factory=asyncio.Event)
     """Set, and another put in its place, when its task has looked once more."""
     task: asyncio.Task[None] | None = None
-    """Of the keeper, from when the stack is whole."""
+    """Task of the keeper, from when the stack is whole."""
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while the flow table or the configuration is being changed, and while an engine's memory goes."""
     failures: int = 0
@@ -54,13 +54,13 @@ class Managed:
     moved: int = 0
     """Buckets, since the agent began."""
     last_moves: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LAST_MOVES))
-    """Of buckets and queues, whoever wanted them, as the status shows them."""
+    """Last moves of buckets and queues, whoever wanted them, as the status shows them."""
     history: History = field(default_factory=History)
     """What its engines' counters said, once a second."""
     table: FlowTable | None = None
     """What the stack follows in a cluster. None: the agent plans for it."""
     generation: int = 0
-    """Of the table."""
+    """Generation of the table."""
 
     def disturb(self) -> None:
         """Something else is wanted: it is not settled until its task has looked again, which it does at once."""

@@ -35,7 +35,7 @@ _NEWSET, _NEWSETELEM, _GETSETELEM, _GETGEN = 9, 12, 13, 16
 _VERDICTS = {0: "drop", 1: "accept", -1: "continue", -2: "break", -3: "jump", -4: "goto", -5: "return"}
 _INTERVAL, _INTERVAL_END, _OWNER = 0x4, 0x1, 0x2
 _PROTOCOL = 16
-"""Of `meta`: the protocol above IP."""
+"""Key of `meta` for the protocol above IP."""
 _ENOENT = 2
 _LONGEST_ANSWER = 1 << 17
 _WAIT_SECONDS = 5.0
@@ -270,7 +270,7 @@ class Tables:
             yield Rule(handle, tuple(self._with_maps(place, expressions)), said)
 
     def _with_maps(self, place: Place, expressions: Sequence[Expression]) -> Iterator[Expression]:
-        """Look-ups of a connection's state, or of the protocol, are told with what there is to be found."""
+        """Look-ups of a connection's state, or of the protocol, are given with what there is to be found."""
         last = Expression("")
         for e in expressions:
             if e.name in ("meta", "ct", "payload", "fib"):

@@ -19,7 +19,7 @@ from packetstack_core.kinds import pod_directory
 
 DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
 RECORD_LAYOUT = 2
-"""Of state.json. Another one is not understood, and left alone."""
+"""Layout of state.json. A file of another layout is not read, and left as it is."""
 
 
 @dataclass

@@ -28,7 +28,7 @@ NOT_MEASURED = MetricError("api_empty", "no load has been measured yet")
 
 @dataclass
 class Autoscaler:
-    """Of one stack."""
+    """One stack's autoscaler: its state and what is shown of it."""
 
     state: State = field(default_factory=State)
     shown: AutoscalingStatus | None = None

@@ -26,16 +26,16 @@ URGENT_SECONDS = 0.03
 KNOWN_SECONDS = 1.0
 """Between two looks at which flows are known, while listeners are watched."""
 QUIET_SECONDS = 3.0
-"""Without a drop, and it is told that a flood is over."""
+"""Time without a drop after which a flood is reported as over."""
 KINDS = ("openers", "strays")
-"""By ps_stranger."""
+"""Kinds of packets of no known flow, in the order of the enum ps_stranger of abi.h."""
 
 Kind = tuple[Listening, str]
 
 
 @dataclass
 class Shed:
-    """Of one listener and kind."""
+    """What is shed of one kind of packets to one listener."""
 
     offered: float = 0.0
     """Packets of strangers a second, at the last look."""
@@ -51,7 +51,7 @@ class Shed:
 
 @dataclass
 class Shedder:
-    """Of one stack."""
+    """State of one stack's shedding."""
 
     state: State = AT_REST
     turned: tuple[float, dict[tuple[int, int], tuple[int, int]], int] | None = None
@@ -96,10 +96,10 @@ class Shedders:
         self._clock = clock
         self._known: dict[str, Shedder] = {}
         self._half = 0
-        """Of the bits of known flows, that is valid."""
+        """Half of the bits of known flows that is valid now: 0 or 1."""
 
     def of(self, managed: Managed) -> Shedder:
-        """A stack's."""
+        """The shedder of a stack; made if it has none."""
         return self._known.setdefault(managed.stack.name, Shedder())
 
     def forget(self, name: str) -> None:

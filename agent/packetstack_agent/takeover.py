@@ -41,7 +41,7 @@ class Takeover:
         self._keeper = keeper
 
     async def run(self, health: Health, underlay: Underlay) -> None:
-        """Stacks and engines of the record. A stack that cannot be read is told of and left alone."""
+        """Stacks and engines of the record. A stack that cannot be read is reported and left as it is."""
         record = self._run.record
         for name in record.documents:
             try:

@@ -62,13 +62,13 @@ class Watch:
     """What is known of one engine."""
 
     pid: int = 0
-    """Of the datapath that the rest is about."""
+    """Process of the datapath that the rest is about."""
     beats: dict[int, Beat] = field(default_factory=dict)
     """By core."""
     stalls: int = 0
     """Fences in a row that it has not answered in time, though its cores turned."""
     captured: int = 0
-    """Captures that have been told of."""
+    """Captures that have been reported."""
     pod_seen: float = 0.0
     """When it was last looked whether its pod is there."""
     mending: asyncio.Task[None] | None = None
@@ -105,7 +105,7 @@ class Watchdog:
         """It did not answer a fence in time. One that has missed several, though its cores turn, is killed."""
         watch = self._of(engine)
         if any(now - beat.since > HANG_SECONDS for beat in watch.beats.values()):
-            return  # it hangs, or starves: that is told by its cores
+            return  # it hangs, or starves: its cores show that
         watch.stalls += 1
         if watch.stalls >= STALLS and engine.ready:
             self._kill(engine, f"it has not answered {watch.stalls} fences")

@@ -233,7 +233,7 @@ class Schedule(Model):
     cron: Annotated[str, Text(r"\S+( \S+){4}", 100, "a cron schedule", 'five fields, as in "0 8 * * 1-5"')]
     """When it begins, as in "0 8 * * 1-5"."""
     time_zone: Annotated[str, Text(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", 64, "a time zone", '"Europe/Berlin"')] = "UTC"
-    """Of `cron`, as in "Europe/Berlin"."""
+    """Time zone of `cron`, for example "Europe/Berlin"."""
     duration_seconds: Seconds
     """How long it lasts."""
     min_replicas: Count | None = None

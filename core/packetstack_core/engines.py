@@ -32,7 +32,7 @@ class DevicePlugin(Model):
     """A virtual function that a Kubernetes device plugin hands out."""
 
     resource_name: Annotated[str, QUALIFIED_NAME]
-    """Of the device plugin, as in "intel.com/sriov_vf"."""
+    """Resource of the device plugin that the pod asks for, for example "intel.com/sriov_vf"."""
     network_attachment_definition: Annotated[str, QUALIFIED_NAME]
     """What makes the device an interface of the pod: `name`, or `namespace/name`."""
 
@@ -73,9 +73,9 @@ class HugePages(Model):
     """Huge pages of an engine."""
 
     page_size: Literal["2Mi", "1Gi"] = "2Mi"
-    """Of one page."""
+    """Size of one page."""
     size: Size
-    """Of all pages together; a multiple of `pageSize`."""
+    """Memory in all pages together; a multiple of `pageSize`."""
 
     @model_validator(mode="after")
     def _whole_pages(self) -> Self:

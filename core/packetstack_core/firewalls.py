@@ -29,7 +29,7 @@ class Expression:
 
     name: str
     key: int = 0
-    """Of `meta` and `ct`: which property. Of `cmp`: 0 equal, 1 not equal; of a set: 0 in it, 1 not in it."""
+    """Which property, for `meta` and `ct`. For `cmp` 0 means equal, 1 not equal; for a set 0 means in it, 1 not in it."""
     register: int = 0
     text: str = ""
     """A verdict, the name of a set, of a match or a target."""
@@ -38,7 +38,7 @@ class Expression:
     data: bytes = b""
     to_verdict: bool = False
     verdicts: tuple[tuple[bytes, str, str], ...] = ()
-    """Of `vmap`: key, verdict, chain; of `set` the keys alone. Both are look-ups of a connection's state."""
+    """Entries of a look-up of a connection's state: key, verdict and chain for `vmap`, keys alone for `set`."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ class Drop:
     """The one with the rule, which may be reached by jumps; of a policy the base chain."""
     base: Chain
     index: int
-    """Of the rule in the base chain that drops or leads to it; one after the last: the policy."""
+    """Position of the rule in the base chain that drops or leads to it; one after the last means the policy."""
     rule: Rule | None
     """None: the policy."""
     state: int
-    """Of the packets' connection, if the rule asks for that; else 0."""
+    """State of the packets' connection that the rule asks for, as bits; 0 if it asks for none."""
     sure: bool
     """No rule before it may have accepted some of them."""
 
@@ -251,7 +251,7 @@ class _Walk:
         return equal == (e.key == 0)
 
     def _match(self, e: Expression) -> tuple[bool | None, int]:
-        """Of the matches of iptables: whether it fits, and which state it asked for."""
+        """Whether a match of iptables fits (None: some packets), and which connection states it asked for."""
         if e.text in ("comment", "nfacct"):  # the second one counts
             return True, 0
         wanted = None

@@ -74,7 +74,7 @@ class TableEngine(Model):
     id: EngineId
     """Once per table."""
     name: values.Name
-    """Of its pod."""
+    """Name of its pod."""
     pod_uid: Annotated[str, values.Text(r"[-0-9a-fA-F]*", 63, "a UID", "the pod's metadata.uid")] = ""
     """Empty until the pod runs: nothing is attached before."""
     interface: Annotated[str, values.Text(r"[A-Za-z0-9_.-]*", 15, "an interface's name", 'a name as in "net1"')] = ""
@@ -82,7 +82,7 @@ class TableEngine(Model):
     state: StateName
     """What the operator wants of it."""
     template: Annotated[str, values.Text(r"[0-9a-f]+", 64, "a hash", "hexadecimal digits")]
-    """Of the shape it was made from."""
+    """Hash of the pod template that it was made from."""
     queues: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")]
     """Receive queues."""
     cores: Annotated[int, Whole(1, MAX_CORES, "a number of cores")]
@@ -144,7 +144,7 @@ class EngineReport(Model):
     id: EngineId
     """As in the table."""
     name: str
-    """Of its pod."""
+    """Name of its pod."""
     ready: bool = False
     """A datapath serves its queues, and has answered a probe packet."""
     buckets: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
@@ -154,7 +154,7 @@ class EngineReport(Model):
     interface: str = ""
     """On the node."""
     mac: str = ""
-    """Of its interface."""
+    """MAC address of its interface."""
     message: str = ""
     """Why it is not ready."""
 
@@ -165,7 +165,7 @@ class NodeReport(Model):
     node: str
     """The agent's."""
     observed_generation: int = 0
-    """Of the table that the report answers."""
+    """Generation of the flow table that the report answers."""
     settled: bool = False
     """Each bucket's owner is the one of the observed generation, and no fence is open."""
     owned: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
@@ -173,7 +173,7 @@ class NodeReport(Model):
     engines: Items[EngineReport] = ()
     """Those that are attached."""
     agent_version: str = ""
-    """Of the package."""
+    """Version of the agent's package."""
     layout: int = 0
     """Version of the shared memory's layout."""
     message: str = ""
@@ -234,7 +234,7 @@ class Condition(Model):
     last_transition_time: str
     """RFC 3339, UTC."""
     observed_generation: int = 0
-    """Of the object that the condition was computed from."""
+    """Generation of the object that the condition was computed from."""
 
 
 class PacketEngineSpec(Model):
@@ -260,15 +260,15 @@ class PacketEngineStatus(Model):
     interface: str = ""
     """In the pod."""
     mac: str = ""
-    """Of the interface."""
+    """MAC address of the interface."""
     pci_address: str = ""
-    """Of the virtual function."""
+    """PCI address of the virtual function; empty for other interfaces."""
     cores: int = 0
     """Worker threads."""
     queues: int = 0
     """Receive queues."""
     template: str = ""
-    """Of the shape it was made from."""
+    """Hash of the pod template that it was made from."""
     buckets: int = 0
     """That packets reach it for."""
     flows: int = 0
@@ -347,7 +347,7 @@ class ScalingRecord(Model):
     desired: int
     """Replicas after."""
     proposals: Items[ScalingProposal] = ()
-    """Of each metric."""
+    """What each metric asked for."""
     winner: str = ""
     """The metric that asked for most."""
     proposed: int | None = None
@@ -386,7 +386,7 @@ class AutoscalingStatus(Model):
     decision_time: str = ""
     """Since when this status is what it is. RFC 3339, UTC."""
     record: ScalingRecord | None = None
-    """Of the last decision."""
+    """Why the last decision is what it is."""
 
 
 class RebalanceStatus(Model):
@@ -406,19 +406,19 @@ class PacketStackStatus(Model):
     """How a stack is."""
 
     observed_generation: int = 0
-    """Of the stack that this status was computed from."""
+    """Generation of the stack that this status was computed from."""
     replicas: Count = 0
     """Starting and active engines; draining ones are not among them."""
     ready_replicas: Count = 0
     """In the flow table and serving."""
     updated_replicas: Count = 0
-    """Of the present template."""
+    """Engines that have the present template and image."""
     draining_replicas: Annotated[int, Whole(0, MAX_TABLE_ENGINES, "a number of engines")] = 0
     """Engines that are leaving."""
     selector: str = ""
-    """Of the active engines' pods, for HPA and KEDA."""
+    """Label selector of the active engines' pods, for HPA and KEDA."""
     flow_table_generation: int = 0
-    """Of the table that the agent carries out."""
+    """Generation of the flow table that the agent carries out."""
     node: str = ""
     """Where the engines run."""
     capacity: dict[str, int] = Field(default_factory=dict)

@@ -17,11 +17,11 @@ from packetstack_core.limits import MAX_BUCKETS, MAX_CORES, MAX_QUEUES
 from packetstack_core.planning import Owner
 
 MAX_ENGINES = 1023
-"""Of a stack on one node."""
+"""Most engines that a stack may have on one node: slots of the flow table's word."""
 KEEP_SECONDS = 60.0
 """So long a history reaches back."""
 SHORTEST_SECONDS = 0.001
-"""Of less nothing is said."""
+"""Shortest time between two snapshots that a rate is computed for."""
 Count = Annotated[int, Field(ge=0, lt=2**64)]
 """A counter; an answer with another number is refused."""
 
@@ -31,7 +31,7 @@ Count = Annotated[int, Field(ge=0, lt=2**64)]
 
 @dataclass(frozen=True, slots=True)
 class CoreCounters:
-    """Of one core, in cycles of the TSC."""
+    """Counters of one core, in cycles of the TSC."""
 
     busy_cycles: Count
     """Spent in turns of the loop that handled frames."""
@@ -41,7 +41,7 @@ class CoreCounters:
 
 @dataclass(frozen=True, slots=True)
 class QueueCounters:
-    """Of one receive queue."""
+    """Counters of one receive queue."""
 
     core: Annotated[int, Field(ge=-1, le=255)]
     """That serves it; -1: none."""
@@ -55,7 +55,7 @@ class QueueCounters:
 
 @dataclass(frozen=True, slots=True)
 class EngineCounters:
-    """Of one engine since its interface was made. `id`: its slot on the node, in a cluster its id in the flow table."""
+    """Counters of one engine since its interface was made. `id`: its slot on the node, in a cluster its id in the flow table."""
 
     id: int
     name: str
@@ -72,7 +72,7 @@ class EngineCounters:
     """Received."""
     flows_created: Count
     dropped: Count
-    """Of those that it received, for any reason."""
+    """Frames that it received and dropped, for any reason."""
     flows: Count
     """Alive now."""
     missed: Count = 0
@@ -120,7 +120,7 @@ def from_json(data: bytes) -> Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class QueueLoad:
-    """Of one receive queue."""
+    """Load of one receive queue."""
 
     core: int
     """That serves it; -1: none."""
@@ -133,7 +133,7 @@ class QueueLoad:
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """Of one engine, over `window` seconds."""
+    """Load of one engine, over `window` seconds."""
 
     id: int
     name: str
@@ -158,7 +158,7 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class StackLoad:
-    """Of one stack on one node."""
+    """Load of one stack on one node."""
 
     read: float
     """When the later of the two snapshots was read, on the reader's own clock."""
@@ -243,7 +243,7 @@ class History:
             del self._kept[0]
 
     def load(self, seconds: float) -> StackLoad | None:
-        """Of the last `seconds`, as nearly as there are snapshots; None before two of them.
+        """Load of the last `seconds`, as nearly as there are snapshots; None before two of them.
 
         An engine that was not there all that time, or was made anew meanwhile, has a window of its own.
         """

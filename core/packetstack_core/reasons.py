@@ -242,7 +242,7 @@ class ConditionReason(StrEnum):
 
     @property
     def kind(self) -> Kind:
-        """Of an event that announces the condition."""
+        """Type of an event that announces a condition with this reason."""
         return "Warning" if any(s.kind == "Warning" for s in self.says) else "Normal"
 
     # fmt: off

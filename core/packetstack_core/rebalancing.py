@@ -34,9 +34,9 @@ FAR = 0.02
 SWAPS = 64
 """So many of a core's biggest buckets are tried for that."""
 HOLD_SECONDS = 0.001
-"""Of a handover, where it is not known."""
+"""Time that a handover holds packets back, where it is not known."""
 TELL_SECONDS = 60.0
-"""The same advice or elephant is told again only after this."""
+"""The same advice or elephant is reported again only after this."""
 ELEPHANT_LOAD = 0.8
 """Share of a core above which a bucket alone is an elephant: no move of buckets helps its packets any more."""
 

@@ -77,7 +77,7 @@ class Engine:
     holds: int = 0
     """Buckets that packets reach it for though `owners` says another: they are on their way."""
     load: float = 0.0
-    """Of its cores, in cores; 0 if it is not known."""
+    """Load of the engine in busy cores; 0 if it is not known."""
     down_since: float | None = None
     """Since when its datapath does not serve, on the clock of `plan`'s `now`; None while it serves, or nobody knows."""
 

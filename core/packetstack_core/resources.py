@@ -68,7 +68,7 @@ class Service(Model):
     name: Name
     """In the stack's namespace."""
     port: Port
-    """Of the Service, not of its pods."""
+    """Number of the Service's port, not of its pods'."""
 
 
 class Backends(Model):
@@ -139,7 +139,7 @@ class Listener(Model):
     address: Ip
     """The virtual address, IPv4 or IPv6."""
     protocol: Literal["TCP", "UDP"] = "TCP"
-    """Of the flows."""
+    """Protocol of the flows that the listener takes."""
     port: Port
     """The virtual port."""
     backends: Backends

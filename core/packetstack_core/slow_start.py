@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 STEPS = 10
-"""Of a rise; fewer where they would be shorter than a second, since each is a new configuration."""
+"""Steps of a rise; fewer where they would be shorter than a second, since each is a new configuration."""
 
 B = TypeVar("B", bound=Hashable)
 Since = Mapping[B, float]

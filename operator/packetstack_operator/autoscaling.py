@@ -75,7 +75,7 @@ class _Scaled:
 
 
 class Autoscalers:
-    """Of all stacks."""
+    """The autoscalers of all stacks, each in a task of its own."""
 
     def __init__(self, api: Api, loads: Loads, metrics: Metrics) -> None:
         self._api, self._loads, self._metrics = api, loads, metrics
@@ -83,7 +83,7 @@ class Autoscalers:
         self._stacks: dict[Key, tuple[_Scaled, asyncio.Task[None]]] = {}
 
     def follow(self, key: Key, stack: Raw, body: kopf.Body, look: Callable[[], World | None]) -> None:
-        """A stack was seen: it gets a task if it needs one. A task that has one is told when its autoscaling changed."""
+        """A stack was seen: it gets a task if it needs one. One that has a task is woken when its autoscaling changed."""
         wanted = stack["spec"].get("autoscaling")
         if key in self._stacks:
             scaled, _ = self._stacks[key]

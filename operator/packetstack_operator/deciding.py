@@ -51,7 +51,7 @@ from packetstack_operator.outcome import Decision, Kind, Write
 NODE_SECONDS = 30.0
 """So long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
 AGENT_LABEL = "app.kubernetes.io/component=agent"
-"""Of the agents' pods, as the chart makes them."""
+"""Label of the agents' pods, as the chart makes them."""
 AGENT_SECONDS = 10.0
 """So long an agent may take to answer a flow table with engines of its node."""
 REUSE_SECONDS = 2.0

@@ -17,7 +17,7 @@ from packetstack_operator.observing import World
 DEFAULT_PORT = 9470
 TIMEOUT_SECONDS = 1.0
 MAX_BYTES = 8 << 20
-"""Of an answer; that of the largest stack is smaller."""
+"""Longest answer that is read; that of the largest stack is shorter."""
 Key = tuple[str, str]
 """Namespace and name of a stack."""
 
@@ -28,7 +28,7 @@ class LoadError(Exception):
 
 @dataclass(slots=True)
 class _Known:
-    """Of one stack, with or without its buckets."""
+    """What agents said of one stack, with or without its buckets."""
 
     address: str
     history: History = field(default_factory=History)
@@ -47,7 +47,7 @@ class _Known:
 
 
 class Loads:
-    """Of all stacks that somebody asks for. Close it in the end."""
+    """Loads of all stacks that somebody asks for. Close it in the end."""
 
     def __init__(self, metrics: Metrics, port: int = DEFAULT_PORT) -> None:
         self.metrics, self.port = metrics, port
@@ -101,7 +101,7 @@ class Loads:
         known.answered = time.monotonic()
 
     def load(self, key: Key, seconds: float, *, buckets: bool = False) -> StackLoad | None:
-        """Of the last `seconds` before the agent's last answer; with `buckets`, since the answer before that one.
+        """Load of the last `seconds` before the agent's last answer; with `buckets`, since the answer before that one.
 
         None before two answers. `EngineLoad.name` is the name of the engine's pod, `StackLoad.read` a Unix time.
         """
@@ -152,7 +152,7 @@ class Loads:
 
 
 def address_of(world: World) -> str | None:
-    """Of the stack's node, as its pods say; None while none of them is there."""
+    """Address of the stack's node, as its pods say; None while none of them is there."""
     node = (world.table or {}).get("spec", {}).get("node")
     for pod in world.pods:
         address = pod.get("status", {}).get("hostIP")

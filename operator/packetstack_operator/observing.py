@@ -161,7 +161,7 @@ class Proposal:
     """What a stack's rebalancer has found, from the load of its buckets."""
 
     generation: int
-    """Of the flow table that `moves` are for: they say nothing of another one."""
+    """Generation of the flow table that `moves` are for; of no use for another one."""
     moves: tuple[Move, ...] = ()
     """Where buckets should go; `Owner.slot` is an engine's id."""
     message: str = ""
@@ -255,7 +255,7 @@ def _range(text: str) -> tuple[int, int, int] | None:
     try:
         network = ip_network(text, strict=False)
     except ValueError:
-        return None  # its own stack is told
+        return None  # not an address: that stack is marked InvalidSpec
     first = int(network.network_address)
     return network.version, first, first + network.num_addresses - 1
 
@@ -348,7 +348,7 @@ def node_of(pod: Raw) -> str | None:
 
 
 def generation(thing: Raw | None) -> int:
-    """Of an object's spec; 0 for one that is not there, or has none."""
+    """Generation of an object's spec; 0 if there is no object, or it has none."""
     return int(thing["metadata"].get("generation") or 0) if thing is not None else 0
 
 

@@ -38,7 +38,7 @@ def template(engine: Engine, image: str) -> str:
 
 
 def selector(stack: str) -> str:
-    """Of the pods of active engines, for an autoscaler."""
+    """Label selector of the pods of active engines, for an autoscaler."""
     return f"{STACK}={stack},{ENGINE_STATE}=Active"
 
 
@@ -206,7 +206,7 @@ def packet_engine(raw: Mapping[str, Any], name: str, number: int) -> dict[str, A
 
 
 def budget_name(stack: str) -> str:
-    """Of a stack's disruption budget. Not the stack's name, which a user's own budget is likely to have."""
+    """Name of a stack's disruption budget. Not the stack's name, which a user's own budget is likely to have."""
     return f"{stack}-engines"
 
 

@@ -16,7 +16,7 @@ CUSTOM = ("/apis/custom.metrics.k8s.io/v1beta2", "/apis/custom.metrics.k8s.io/v1
 """The first one that is there."""
 EXTERNAL = "/apis/external.metrics.k8s.io/v1beta1"
 WINDOW_SECONDS = 60.0
-"""Of a sample that does not say."""
+"""Window of a sample that names none."""
 NO_CPU = (
     "engines poll: they use all of their CPU at no packets, and their memory is taken when they start; "
     'use a metric of type "Engine", as in Utilization'

@@ -52,7 +52,7 @@ class _Watched:
 
 
 class Rebalancers:
-    """Of all stacks. `wake`: called with a stack for which there is something to decide."""
+    """The rebalancers of all stacks. `wake`: called with a stack for which there is something to decide."""
 
     def __init__(self, loads: Loads, metrics: Metrics, wake: Callable[[Key], None]) -> None:
         self._loads, self._metrics, self._wake = loads, metrics, wake

@@ -25,7 +25,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Of one direction."""
+    """How fast replicas may change in one direction."""
 
     policies: tuple[Policy, ...]
     select_policy: Literal["Max", "Min", "Disabled"] = "Max"

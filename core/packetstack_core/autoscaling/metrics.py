@@ -33,7 +33,7 @@ class MetricError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Container:
-    """Of a pod. `requests`: milli-units per resource."""
+    """A container of a pod. `requests`: resource -> milli-units."""
 
     name: str
     requests: Mapping[str, int] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Pod:
     init_containers: Sequence[Container] = ()
     """The others."""
     requests: Mapping[str, int] = field(default_factory=dict)
-    """Of the pod as a whole: milli-units per resource."""
+    """What the pod as a whole requests: resource -> milli-units."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,4 +28,4 @@ class Settings:
     configurable_tolerance: bool = True
     """Feature gate HPAConfigurableTolerance."""
     sample_max_age_seconds: float = 45
-    """Of `Engine` metrics: three sync periods of the default 15 s."""
+    """Age up to which a sample of an `Engine` metric counts: three sync periods of the default 15 s."""

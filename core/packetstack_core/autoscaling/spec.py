@@ -27,9 +27,9 @@ class Metric:
     name: str
     target: Target
     container: str = ""
-    """Of ContainerResource."""
+    """Name of the container, for ContainerResource."""
     described_kind: str = ""
-    """Of Object."""
+    """Kind of the described object, for Object."""
     selector: str = "nil"
     """The label selector as Go prints it."""
 
