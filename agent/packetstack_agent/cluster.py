@@ -7,28 +7,29 @@ engines go on by the last tables, and a dead datapath is still followed.
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 from kubernetes.aio import client, config, watch
 from kubernetes.aio.client.exceptions import ApiException
 from pyroute2.netlink.exceptions import NetlinkError
 
-from packetstack_agent.agent import Agent
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall
+from packetstack_agent.keeping import News
 from packetstack_agent.managed import Managed
 from packetstack_agent.natives import constant
+from packetstack_agent.node import RunDirectory
 from packetstack_agent.status import firewall_condition
 from packetstack_core import kinds
 from packetstack_core.backing_off import CONNECT_SECONDS, back_off
 from packetstack_core.reading import ResourceError
-from packetstack_core.reasons import EventReason
+from packetstack_core.reasons import EventReason, Reason
 
 GROUP, VERSION, PLURAL = "packetstack.io", "v1alpha1", "flowtables"
 WATCH_SECONDS = 240
@@ -58,13 +59,50 @@ class Wanted:
     """Why the newest generation cannot be read, empty when it can."""
 
 
+class Node(Protocol):
+    """The agent, as whoever follows flow tables needs it."""
+
+    @property
+    def run(self) -> RunDirectory:
+        """Its record names the tables that are followed."""
+
+    @property
+    def stacks(self) -> Mapping[str, Managed]:
+        """The stacks of this node, by namespace and name."""
+
+    @property
+    def applying(self) -> asyncio.Lock:
+        """Held while a stack is deleted; `follow` takes it."""
+
+    @property
+    def news(self) -> News:
+        """Stacks for which something was done."""
+
+    @property
+    def firewall(self) -> Firewall:
+        """The node's packet filter, as last seen."""
+
+    @property
+    def foreign(self) -> str:
+        """Why the agent stands by; empty while it does not."""
+
+    def event(self, stack: str, reason: Reason, message: str) -> None:
+        """Tell a person."""
+
+    async def follow(self, name: str, table: kinds.FlowTable, generation: int) -> None:
+        """Make packets see this table. AgentError or ResourceError if that cannot be."""
+
+    async def delete(self, name: str) -> None:
+        """End a stack. AgentError if that cannot be."""
+
+
 class Follower:
     """Keeps `agent` after the tables of `node`. All methods run on the event loop.
 
     `begin_anew` is called when what another build has made is in nobody's way any more but the agent's.
     """
 
-    def __init__(self, agent: Agent, node: str, begin_anew: Callable[[], None]) -> None:
+    def __init__(self, agent: Node, node: str, begin_anew: Callable[[], None]) -> None:
         self._agent = agent
         self._node = node
         self._begin_anew = begin_anew

@@ -8,13 +8,12 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest.mock import AsyncMock
 
 import pytest
 from kubernetes.aio.config import kube_config
 from tests.cluster.control_plane import ControlPlane
+from tests.model.node import PlayedEngine, PlayedStack, managed, resource
 from tests.operator.players import TABLES, Server
 
 from packetstack_agent import cluster
@@ -22,9 +21,12 @@ from packetstack_agent.cluster import Follower
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall, Obstacle
 from packetstack_agent.keeping import News
+from packetstack_agent.managed import Managed
+from packetstack_agent.node import RunDirectory
 from packetstack_core import crds
 from packetstack_core.backing_off import CONNECT_SECONDS
 from packetstack_core.kinds import FlowTable
+from packetstack_core.reasons import Reason
 
 ENGINE = {"id": 1, "name": "web-1", "state": "Active", "template": "ab", "queues": 1, "cores": 1}
 
@@ -33,8 +35,8 @@ class PlayedAgent:
     """What a Follower sees of an agent."""
 
     def __init__(self) -> None:
-        self.stacks: dict[str, Any] = {}
-        self.run = SimpleNamespace(record=SimpleNamespace(tables={}))
+        self.stacks: dict[str, Managed] = {}
+        self.run = RunDirectory(Path("/nonexistent"))
         self.applying = asyncio.Lock()
         self.foreign = ""
         self.begun_anew = 0
@@ -43,12 +45,14 @@ class PlayedAgent:
         """Stack and generation, each time that it is asked to follow a table."""
         self.deleted: list[str] = []
         self.refuses = ""
+        self.stays = ""
+        """Why a stack cannot be deleted."""
         self.firewall = Firewall()
         self.news = News()
 
-    def event(self, stack: str, reason: str, message: str) -> None:
-        del message
-        self.events.append((stack, reason))
+    def event(self, stack: str, reason: Reason, message: str) -> None:
+        assert message
+        self.events.append((stack, str(reason)))
 
     def reasons(self) -> list[str]:
         return [reason for _, reason in self.events]
@@ -60,14 +64,17 @@ class PlayedAgent:
         self.told.append((name, generation))
         if self.refuses:
             raise AgentError(self.refuses)
-        stack = SimpleNamespace(name=name, owners=list, flows_by_slot=lambda: {1: 900})
-        engine = SimpleNamespace(slot=1, ready=True, probed=True, mac="", removing=False)
-        engine.blueprint = SimpleNamespace(id=1, pod="web-1", device="net1")
-        managed = SimpleNamespace(stack=stack, table=table, generation=generation, settled=False, problem="")
-        managed.engines = {1: engine} if table.spec.engines else {}
-        self.stacks[name] = managed
+        stack = PlayedStack(table.stack(), owners=(1,))
+        stack.flows_of = {1: 900}
+        engine = PlayedEngine(1, stack.resource)
+        engine.blueprint.id, engine.blueprint.pod, engine.blueprint.interface = 1, "web-1", "net1"
+        one = managed(stack, *([engine] if table.spec.engines else []))
+        one.stack.name, one.table, one.generation = name, table, generation
+        self.stacks[name] = one
 
     async def delete(self, name: str) -> None:
+        if self.stays:
+            raise AgentError(self.stays)
         self.deleted.append(name)
         del self.stacks[name]
 
@@ -151,7 +158,7 @@ async def connections_end() -> AsyncIterator[None]:
 async def following(node: str, agent: PlayedAgent | None = None) -> AsyncIterator[tuple[PlayedAgent, Follower]]:
     """A Follower at work."""
     agent = agent or PlayedAgent()
-    follower = Follower(agent, node, agent.begin_anew)  # type: ignore[arg-type]
+    follower = Follower(agent, node, agent.begin_anew)
     follower.start()
     try:
         yield agent, follower
@@ -199,17 +206,18 @@ async def test_a_report_is_written_only_when_it_says_something_new(place: Place)
     async with following(place.node) as (agent, _):
         await answered(place, 1)
         written = (await place.get())["metadata"]["resourceVersion"]
-        managed = agent.stacks[place.stack]
+        one = agent.stacks[place.stack]
+        assert isinstance(one.stack, PlayedStack)
         for flows in range(1000, 1020):  # the same power of two, and then another one: both may wait
-            managed.stack.flows_by_slot = lambda flows=flows: {1: flows}
-            agent.news.tell(managed.stack.name)
+            one.stack.flows_of = {1: flows}
+            agent.news.tell(place.stack)
             await asyncio.sleep(0.01)
-        managed.stack.flows_by_slot = lambda: {1: 5000}
-        agent.news.tell(managed.stack.name)
+        one.stack.flows_of = {1: 5000}
+        agent.news.tell(place.stack)
         await asyncio.sleep(0.5)
         assert (await place.get())["metadata"]["resourceVersion"] == written
-        managed.settled = True
-        agent.news.tell(managed.stack.name)
+        one.settled = True
+        agent.news.tell(place.stack)
 
         async def settled() -> bool:
             return bool((await place.report()).get("settled"))
@@ -278,7 +286,7 @@ class Writing:
 
 async def heard(agent: PlayedAgent, *items: dict[str, Any]) -> list[dict[str, Any]]:
     """What a node writes into the status of these tables, which come one after the other."""
-    follower, api = Follower(agent, "n1", agent.begin_anew), Writing()  # type: ignore[arg-type]
+    follower, api = Follower(agent, "n1", agent.begin_anew), Writing()
     follower._api = api  # type: ignore[assignment]
     for one in items:
         follower._see(one)
@@ -307,7 +315,7 @@ async def test_an_agent_that_took_a_stack_over_answers_a_table_that_it_cannot_re
 async def test_a_table_that_cannot_be_read_stays_told_until_one_can() -> None:
     agent = PlayedAgent()
     agent.refuses = "AddressConflict: 192.0.2.10 belongs to stack shop.other"
-    follower, api = Follower(agent, "n1", agent.begin_anew), Writing()  # type: ignore[arg-type]
+    follower, api = Follower(agent, "n1", agent.begin_anew), Writing()
     follower._api = api  # type: ignore[assignment]
     for table in (item(1), item(2, tunnels=[]), item(3, pairs=[])):
         follower._see(table)
@@ -330,7 +338,7 @@ async def test_an_agent_that_stands_by_does_not_end_the_flows_of_a_table_that_it
     agent = PlayedAgent()
     agent.foreign = "LayoutMismatch: another build"
     agent.run.record.tables["shop.web"] = {}
-    follower = Follower(agent, "n1", agent.begin_anew)  # type: ignore[arg-type]
+    follower = Follower(agent, "n1", agent.begin_anew)
     follower._listed = True
     follower._see(item(1, tunnels=[]))
     for _ in range(2):
@@ -348,13 +356,13 @@ async def test_a_stack_that_cannot_be_removed_with_its_table_is_removed_later(mo
     agent = PlayedAgent()
     await heard(agent, item(1))
     agent.run.record.tables["shop.web"] = {}
-    follower = Follower(agent, "n1", agent.begin_anew)  # type: ignore[arg-type]
-    remove, agent.delete = agent.delete, AsyncMock(side_effect=AgentError("an engine does not end"))  # type: ignore[method-assign]
+    follower = Follower(agent, "n1", agent.begin_anew)
+    agent.stays = "an engine does not end"
     follower._gone("shop.web")
     await asyncio.sleep(0.01)
     with pytest.raises(AgentError):
         await follower._act_on("shop.web")
-    agent.delete = remove  # type: ignore[method-assign]
+    agent.stays = ""
     await follower._act_on("shop.web")
     assert agent.deleted == ["shop.web"]
 
@@ -363,7 +371,7 @@ async def test_a_watch_that_is_too_old_is_begun_anew_by_a_list_and_misses_nothin
     await place.create()
     follower_lists: list[float] = []
     agent = PlayedAgent()
-    follower = Follower(agent, place.node, agent.begin_anew)  # type: ignore[arg-type]
+    follower = Follower(agent, place.node, agent.begin_anew)
     real = follower._list
 
     async def listed(api: Any) -> str:
@@ -410,7 +418,7 @@ async def test_a_server_that_cannot_be_reached_is_told_once_and_asked_ever_less_
     nowhere.write_text(json.dumps(config))
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(nowhere))
     agent = PlayedAgent()
-    follower = Follower(agent, "node-0", agent.begin_anew)  # type: ignore[arg-type]
+    follower = Follower(agent, "node-0", agent.begin_anew)
     real, asked = follower._list, []
 
     async def listed(api: Any) -> str:
@@ -466,7 +474,8 @@ async def test_a_table_that_went_while_there_was_no_agent_is_missed_by_the_next_
     monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.5)
     agent = PlayedAgent()
     agent.run.record.tables[place.stack] = {}
-    agent.stacks[place.stack] = SimpleNamespace(engines={1: None})
+    wanted = resource()
+    agent.stacks[place.stack] = managed(PlayedStack(wanted), PlayedEngine(1, wanted))
     async with following(place.node, agent):
         await until(lambda: agent.deleted == [place.stack])
         assert agent.reasons() == ["FlowTableLost"]

@@ -62,6 +62,8 @@ class PlayedStack(Stack):
         self.arena = None
         self.table = [Owner(owners[b % len(owners)], 0) if owners else NOBODY for b in range(buckets)]
         self.shards = list(self.table)
+        self.flows_of: dict[int, int] = {}
+        """Live flows by slot."""
         self.mute: set[int] = set()
         """Slots of engines that do not answer their fences."""
         self.tries = 0
@@ -94,7 +96,7 @@ class PlayedStack(Stack):
         return Counter(self.shards[b].slot for b in self.open_fences() if self.shards[b].slot)
 
     def flows_by_slot(self) -> dict[int, int]:
-        return {}
+        return dict(self.flows_of)
 
     def live(self) -> int:
         return 0
