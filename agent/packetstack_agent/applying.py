@@ -3,7 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from packetstack_agent import networks
 from packetstack_agent.director import Director
@@ -23,6 +23,7 @@ from packetstack_core.kinds import FlowTable
 from packetstack_core.reasons import EventReason
 from packetstack_core.resources import PacketStack
 from packetstack_core.values import Address
+from packetstack_core.verbs import Json
 from packetstack_core.wording import counted
 
 
@@ -60,7 +61,7 @@ class Applying:
         self.lock = asyncio.Lock()
         """Held while stacks come, go or become others. `follow` takes it; callers of all else hold it."""
 
-    async def apply(self, documents: Sequence[dict[str, Any]], uplinks: Sequence[str]) -> list[dict[str, str]]:
+    async def apply(self, documents: Sequence[Json], uplinks: Sequence[str]) -> list[dict[str, str]]:
         """Make the stacks what the documents say; AgentError or ResourceError if that cannot be, and nothing is changed."""
         wanted = [reading.parse(d) for d in documents]
         roles = dict(networks.uplink_role(u) for u in uplinks)

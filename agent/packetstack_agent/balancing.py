@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from packetstack_agent import loading
 from packetstack_agent.engines import Engine
@@ -20,6 +20,7 @@ from packetstack_core.load import KEEP_SECONDS, Snapshot, bucket_loads, stack_lo
 from packetstack_core.planning import Move, State
 from packetstack_core.reasons import EventReason
 from packetstack_core.rebalancing import HOLD_SECONDS, TELL_SECONDS, Decision, Memory
+from packetstack_core.verbs import Json
 from packetstack_core.wording import counted
 
 LOOK_SECONDS = 1.0
@@ -53,7 +54,7 @@ class Balance:
     moved_buckets: int = 0
     moved_queues: int = 0
 
-    def document(self, managed: Managed) -> dict[str, Any]:
+    def document(self, managed: Managed) -> Json:
         """Its part of the stack's status."""
         d = self.decision
         return {

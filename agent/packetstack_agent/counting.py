@@ -2,14 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from typing import Any
 
 from packetstack_agent import devices, networks
 from packetstack_agent.engines import Engine
 from packetstack_agent.natives import call, constant, ffi, lib
+from packetstack_core.verbs import Json
 
 
-def captures(engine: Engine) -> list[dict[str, Any]]:
+def captures(engine: Engine) -> list[Json]:
     """The last packets that were dropped because the process died twice while it handled them, newest last."""
     view, most = engine.view, constant("PS_CAPTURES")
     kept = ffi.cast("struct ps_capture *", ffi.cast("char *", view) + view.captures_offset)

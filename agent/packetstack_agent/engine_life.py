@@ -10,7 +10,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from itertools import count
-from typing import Any
 
 from pyroute2.netlink.exceptions import NetlinkError
 
@@ -31,6 +30,7 @@ from packetstack_core.kinds import TableEngine
 from packetstack_core.planning import State
 from packetstack_core.reasons import EventReason
 from packetstack_core.reconciling import CreateEngine
+from packetstack_core.verbs import Json
 
 AWAY_SECONDS = 10.0
 """How long nobody may serve an engine that leaves before it is removed with what stands in its rings."""
@@ -113,7 +113,7 @@ class EngineLife:
         self._run.record.leaving.pop(engine.blueprint.directory.name, None)
         self._begin(managed, engine)
 
-    def blueprint(self, stack: Stack, known: dict[str, Any]) -> engines.Blueprint:
+    def blueprint(self, stack: Stack, known: Json) -> engines.Blueprint:
         """From an engine's entry in the record. KeyError or TypeError if something is missing."""
         kept = {name: value for name, value in known.items() if name not in ("state", "init", "cpus")}
         return engines.Blueprint(
@@ -129,7 +129,7 @@ class EngineLife:
             config=stack.config_path,
         )
 
-    async def regain(self, managed: Managed, slot: int, known: dict[str, Any]) -> None:
+    async def regain(self, managed: Managed, slot: int, known: Json) -> None:
         """Take an engine of the record over from an earlier agent, or make it again if something of it is missing."""
         engine = Engine(self.blueprint(managed.stack, known), self._director.handle)
         engine.state = State(known["state"])

@@ -24,6 +24,7 @@ from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.processes import Process
 from packetstack_core import abi
 from packetstack_core.planning import State
+from packetstack_core.verbs import Json
 
 RING_SLOTS = 2048
 """Receive and transmit ring of a queue, each: what one queue may have to hold while its core does not run."""
@@ -60,7 +61,7 @@ class Blueprint:
     interface: str = ""
     """One that a CNI plugin has made in the pod. Empty: the agent makes a veth pair."""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Json:
         """What an agent that comes later cannot know otherwise."""
         kept = (
             "stack", "slot", "template", "queues", "cores", "cpu_policy", "cpus", "memory_bytes", "namespace",

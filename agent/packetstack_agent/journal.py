@@ -10,6 +10,7 @@ from typing import Any
 
 from packetstack_agent.errors import AgentError
 from packetstack_core.reasons import EventReason, Reason
+from packetstack_core.verbs import Json
 
 KEPT = 1000
 """Events; older ones are in the log alone."""
@@ -21,7 +22,7 @@ class Journal:
     """Keeps the last events. Used on the event loop alone."""
 
     def __init__(self) -> None:
-        self.events: deque[dict[str, Any]] = deque(maxlen=KEPT)
+        self.events: deque[Json] = deque(maxlen=KEPT)
         """As the API shows them, oldest first."""
 
     def event(self, stack: str, reason: Reason, message: str) -> None:

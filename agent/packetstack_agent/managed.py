@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
@@ -14,6 +13,7 @@ from packetstack_agent.stacks import Stack
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
 from packetstack_core.reconciling import GivenUp
+from packetstack_core.verbs import Json
 
 LAST_MOVES = 20
 
@@ -53,7 +53,7 @@ class Managed:
     """How long each of the last fences took."""
     moved: int = 0
     """Buckets, since the agent began."""
-    last_moves: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=LAST_MOVES))
+    last_moves: deque[Json] = field(default_factory=lambda: deque(maxlen=LAST_MOVES))
     """Last moves of buckets and queues, whoever wanted them, as the status shows them."""
     history: History = field(default_factory=History)
     """What its engines' counters said, once a second."""

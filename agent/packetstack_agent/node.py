@@ -16,6 +16,7 @@ from packetstack_agent import cgroups, devices, firewall, namespaces, neighbours
 from packetstack_agent.errors import AgentError
 from packetstack_agent.namespaces import NAMESPACES
 from packetstack_core.kinds import pod_directory
+from packetstack_core.verbs import Json
 
 DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
 RECORD_LAYOUT = 2
@@ -28,15 +29,15 @@ class Record:
 
     uplinks: list[str] = field(default_factory=list)
     """`interface` or `interface:role`."""
-    engines: dict[str, dict[str, Any]] = field(default_factory=dict)
+    engines: dict[str, Json] = field(default_factory=dict)
     """Slot -> `Blueprint.record`, and `state`, `init`."""
     proxied: dict[str, list[str]] = field(default_factory=dict)
     """Device -> addresses answered for."""
     sysctls: dict[str, str] = field(default_factory=dict)
     """Values to put back."""
-    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    documents: dict[str, Json] = field(default_factory=dict)
     """Stacks as last applied."""
-    tables: dict[str, dict[str, Any]] = field(default_factory=dict)
+    tables: dict[str, Json] = field(default_factory=dict)
     """Stack -> the flow table that it follows, with its generation in `metadata`. None here: the agent plans."""
     indexes: dict[str, int] = field(default_factory=dict)
     """Stack -> its place in the flow tables."""
@@ -44,7 +45,7 @@ class Record:
     """Stack -> bucket -> slot, where a person put it."""
     rebalanced: dict[str, bool] = field(default_factory=dict)
     """Stacks whose buckets were moved by load."""
-    autoscaling: dict[str, dict[str, Any]] = field(default_factory=dict)
+    autoscaling: dict[str, Json] = field(default_factory=dict)
     """Stack -> what its autoscaler showed last: `autoscaling` and `conditions` of the status."""
     unhealthy: list[list[Any]] = field(default_factory=list)
     """Backends, [address, port, stack, how it is checked]. Of earlier builds [address, port] alone."""

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from packetstack_agent import loading
 from packetstack_agent.errors import AgentError
@@ -19,6 +19,7 @@ from packetstack_core.autoscaling.options import State
 from packetstack_core.kinds import AutoscalingStatus
 from packetstack_core.planning import State as EngineState
 from packetstack_core.reasons import Event
+from packetstack_core.verbs import Json
 
 LOOK_SECONDS = 0.5
 """How often it is looked for stacks whose time has come."""
@@ -39,7 +40,7 @@ class Autoscaler:
     clocks: tuple[float, float] | None = None
     """Wall clock and event loop's, as they were at the last decision."""
 
-    def document(self) -> dict[str, Any]:
+    def document(self) -> Json:
         """Its part of the stack's status; what the next agent resumes from."""
         shown = self.shown or AutoscalingStatus()
         return {
@@ -48,7 +49,7 @@ class Autoscaler:
         }
 
     @staticmethod
-    def resume(document: dict[str, Any] | None) -> "Autoscaler":
+    def resume(document: Json | None) -> "Autoscaler":
         """One that goes on from what `document` gave. What cannot be read is begun anew."""
         try:
             shown = AutoscalingStatus.model_validate((document or {})["autoscaling"])

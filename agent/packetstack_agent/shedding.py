@@ -19,6 +19,7 @@ from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packe
 from packetstack_core import shedding
 from packetstack_core.reasons import EventReason
 from packetstack_core.shedding import AT_REST, Sample, State
+from packetstack_core.verbs import Json
 
 LOOK_SECONDS = 0.1
 URGENT_SECONDS = 0.03
@@ -64,7 +65,7 @@ class Shedder:
     """When known flows were looked for last."""
     sheds: dict[Kind, Shed] = field(default_factory=dict)
 
-    def document(self, names: dict[Listening, str]) -> list[dict[str, Any]]:
+    def document(self, names: dict[Listening, str]) -> list[Json]:
         """Its part of the stack's status: each listener and kind of which anything was ever dropped."""
         return [
             {

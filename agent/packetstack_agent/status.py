@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from ipaddress import ip_address
-from typing import Any
 
 from packetstack_agent import loading, networks
 from packetstack_agent.balancing import Balancers
@@ -21,6 +20,7 @@ from packetstack_core import abi
 from packetstack_core.load import EngineLoad
 from packetstack_core.planning import State
 from packetstack_core.reasons import ConditionReason
+from packetstack_core.verbs import Json
 
 
 class Status:
@@ -42,7 +42,7 @@ class Status:
         self._shedders = shedders
         self._firewall = firewall
 
-    def of(self, managed: Managed) -> dict[str, Any]:
+    def of(self, managed: Managed) -> Json:
         """The resource with its `status`."""
         stack = managed.stack
         owners = stack.owners()
@@ -60,7 +60,7 @@ class Status:
         active = [e for e in staying if e.state is State.ACTIVE and e.ready]
         wanted = stack.resource.spec.replicas
         ready = managed.settled and len(active) == wanted and (not wanted or sum(buckets.values()) == stack.buckets)
-        status: dict[str, Any] = {
+        status: Json = {
             "replicas": len(staying),
             "readyReplicas": len(active),
             "drainingReplicas": sum(e.state is State.DRAINING for e in managed.engines.values()),
@@ -117,7 +117,7 @@ class Status:
         names = abi.enum_names("ps_host_counter")
         return {names[i].removeprefix("PS_H_").lower(): int(out[i]) for i in range(len(out))}
 
-    def _backends(self, managed: Managed) -> list[dict[str, Any]]:
+    def _backends(self, managed: Managed) -> list[Json]:
         stack = managed.stack
         unwell = {place for (place, _), well in self._health.of(stack.name).items() if not well}
         weights = {
@@ -169,12 +169,10 @@ def firewall_condition(firewall: Firewall) -> dict[str, str]:
     return condition if sure else condition | {"status": "Unknown"}
 
 
-def engine_status(
-    engine: Engine, buckets: dict[int, int], flows: dict[int, int], load: EngineLoad | None
-) -> dict[str, Any]:
+def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int], load: EngineLoad | None) -> Json:
     """One engine: its cores and their queues. `load`: that of the last second, if it is known."""
     b = engine.blueprint
-    status: dict[str, Any] = {
+    status: Json = {
         "slot": b.slot,
         "name": b.name,
         "state": str(engine.state),
@@ -202,7 +200,7 @@ def engine_status(
             "busy": round(load.utilization, 4),
         }
     status["captures"] = captures(engine)
-    queues: dict[int, list[dict[str, Any]]] = {}
+    queues: dict[int, list[Json]] = {}
     for q in range(b.queues):
         view = engine.queue(q)
         queues.setdefault((view.cur & 0xFF) - 1, []).append(
@@ -255,7 +253,7 @@ def capacity(managed: Managed) -> dict[str, int]:
 
 def explain(
     stack: Stack, pods: Mapping[int, str], protocol: str, source: str, sport: int, destination: str, dport: int
-) -> dict[str, Any]:
+) -> Json:
     """Where a packet of this flow goes, and why. `pods`: by slot, names of the engines that have one."""
     name = stack.name
     try:
@@ -282,7 +280,7 @@ def explain(
     value = int(lib().ps_flow_hash(*stack.key, packed(client), packed(vip), wire(sport), wire(dport), number))
     bucket = value & (stack.buckets - 1)
     word = stack.words()[bucket]
-    result: dict[str, Any] = {
+    result: Json = {
         "hash": f"{value:016x}",
         "bucket": bucket,
         "owner": {"slot": word >> 22 & 1023, "queue": word >> 16 & 63, "epoch": word >> 32},

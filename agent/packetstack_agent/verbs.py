@@ -2,7 +2,6 @@
 
 import signal
 from collections.abc import Sequence
-from typing import Any
 
 from packetstack_agent import loading
 from packetstack_agent.counting import census
@@ -17,6 +16,7 @@ from packetstack_agent.status import Status, explain
 from packetstack_agent.threads import to_the_end
 from packetstack_core.planning import Move, Owner, State
 from packetstack_core.reasons import EventReason
+from packetstack_core.verbs import Json
 from packetstack_core.wording import counted
 
 UPGRADE_SECONDS = 10.0
@@ -34,19 +34,19 @@ class Verbs:
         self._autoscalers = autoscalers
         self._status = status
 
-    def get(self, name: str | None = None) -> list[dict[str, Any]]:
+    def get(self, name: str | None = None) -> list[Json]:
         """Stacks as they are, with status."""
         chosen = [self._stacks.find(name)] if name is not None else [self._stacks[n] for n in sorted(self._stacks)]
         return [self._status.of(m) for m in chosen]
 
-    def events(self, name: str | None = None) -> list[dict[str, Any]]:
+    def events(self, name: str | None = None) -> list[Json]:
         """What happened lately, oldest first: of a stack, also for a while after it has gone, or of the whole node."""
         found = [e for e in self._journal.events if name in (None, e["stack"])]
         if name is not None and not found:
             self._stacks.find(name)
         return found
 
-    async def scale(self, name: str, replicas: int) -> dict[str, Any]:
+    async def scale(self, name: str, replicas: int) -> Json:
         """Set spec.replicas, as the scale subresource does."""
         managed = self._stacks.planned(name)
         was, note = self._keeper.resize(managed, replicas), ""
@@ -56,7 +56,7 @@ class Verbs:
                 note = "its autoscaler changes nothing any more; packetstack explain says how to give the size back"
         return {"from": was, "to": replicas, "note": note}
 
-    async def move_buckets(self, name: str, buckets: Sequence[int], slot: int, queue: int | None) -> dict[str, Any]:
+    async def move_buckets(self, name: str, buckets: Sequence[int], slot: int, queue: int | None) -> Json:
         """Give buckets to an engine; they stay there while it does."""
         managed = self._stacks.planned(name)
         engine = _active(managed, slot)
@@ -77,7 +77,7 @@ class Verbs:
         longest = max(done.hold_ns, default=0) / 1e6
         return {"moved": done.moved, "fences": done.fences, "longestMilliseconds": longest, "stalled": done.stalled}
 
-    async def move_queue(self, name: str, slot: int, queue: int, core: int) -> dict[str, Any]:
+    async def move_queue(self, name: str, slot: int, queue: int, core: int) -> Json:
         """Let another core of the engine serve the queue."""
         managed = self._stacks.find(name)
         engine = _active(managed, slot)
@@ -96,7 +96,7 @@ class Verbs:
         )
         return {"microseconds": took[0] / 1000}
 
-    async def upgrade(self, name: str, slot: int) -> dict[str, Any]:
+    async def upgrade(self, name: str, slot: int) -> Json:
         """Let a new datapath process, of the build that is installed now, follow the one that serves."""
         managed = self._stacks.find(name)
         engine = _active(managed, slot)
@@ -124,9 +124,7 @@ class Verbs:
         """By slot: frames that are not in exactly one ring. Exact while no packets flow."""
         return {e.slot: census(e) for e in self._stacks.find(name).engines.values() if e.view is not None}
 
-    def explain(
-        self, name: str, protocol: str, source: str, sport: int, destination: str, dport: int
-    ) -> dict[str, Any]:
+    def explain(self, name: str, protocol: str, source: str, sport: int, destination: str, dport: int) -> Json:
         """Where a packet of this flow goes, and why."""
         managed = self._stacks.find(name)
         pods = {e.slot: e.blueprint.pod for e in managed.engines.values() if e.blueprint.pod}

@@ -220,3 +220,24 @@ async def test_inits_of_one_stack_are_started_again_side_by_side_also_while_its_
     monkeypatch.setattr(engines, "start_again", lambda _: both.wait())
     async with one.busy:
         await asyncio.gather(*(agent.life.start_again(one, e, "its init has ended") for e in one.engines.values()))
+
+
+async def test_an_engine_whose_datapath_does_not_come_back_is_replaced(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(engines, "make", lambda engine: made.append(engine.slot))
+    monkeypatch.setattr(engines, "attend", lambda *_: None)
+    agent.run.record.last_slot = 2
+    stack = PlayedStack(resource(repair={"replaceAfterSeconds": 60}), owners=(1, 2))
+    dead = PlayedEngine(1, stack.resource)
+    dead.serves, dead.unserved_since = False, time.monotonic()
+    one = agent.stacks["web"] = managed(stack, dead, PlayedEngine(2, stack.resource))
+    await settle(agent, one, 2)
+    assert not made, "it may come back"
+    assert stack.table.count(Owner(1, 0)) == len(stack.table) / 2
+    dead.unserved_since -= 61
+    await settle(agent, one, 4)
+    assert set(one.engines) == {2, 3}
+    assert made == [3]
+    assert stack.shard_slots() == {2}, "until the new one serves"

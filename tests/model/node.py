@@ -60,6 +60,7 @@ class PlayedStack(Stack):
         self.due = math.inf
         self.leaving = {}
         self.arena = None
+        self.arena_path = self.config_path = Path("/nonexistent")
         self.table = [Owner(owners[b % len(owners)], 0) if owners else NOBODY for b in range(buckets)]
         self.shards = list(self.table)
         self.flows_of: dict[int, int] = {}
