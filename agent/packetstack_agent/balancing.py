@@ -178,7 +178,7 @@ class Balancers:
         fences = managed.stack.open_fences()
         if before is None or one.snapshot.time - before.time > KEEP_SECONDS:  # the stack was paused meanwhile
             return
-        if not managed.settled or fences or managed.busy.locked():
+        if not managed.converged or fences or managed.busy.locked():
             return
         load, owners = stack_load(before, one.snapshot, time.time()), managed.stack.owners()
         loads = bucket_loads(load, owners)

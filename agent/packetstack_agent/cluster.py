@@ -410,7 +410,7 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
             {
                 "node": node,
                 "observedGeneration": managed.generation,
-                "settled": managed.settled,
+                "settled": managed.converged,
                 "owned": sum(owned.values()),
                 "engines": engines,
                 "agentVersion": version("packetstack"),

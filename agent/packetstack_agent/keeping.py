@@ -160,7 +160,7 @@ class Keeper:
             desired, observed, now = Desired.of(managed.stack.resource), self.observe(managed), time.monotonic()
             actions = reconciling.plan(desired, observed, now)
             managed.given_up = managed.given_up.after(desired, observed, now)
-            managed.settled = not actions and not managed.stack.open_fences()
+            managed.converged = not actions and not managed.stack.open_fences()
             if not actions:
                 return
             waiting = False
@@ -279,7 +279,9 @@ class Keeper:
                         self._engines.remove(managed, slot)
             if not again:
                 break
-        managed.settled = not stack.open_fences() and following.settled(table, _attached(managed), stack.owners())
+        managed.converged = not stack.open_fences() and following.table_is_live(
+            table, _attached(managed), stack.owners()
+        )
         self.news.tell(stack.name)
 
     def _take_states(self, managed: Managed, table: FlowTableSpec) -> None:

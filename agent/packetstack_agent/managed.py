@@ -43,7 +43,7 @@ class Managed:
     """Why the last engine could not be made, empty when it could."""
     pinned: dict[int, int] = field(default_factory=dict)
     """Bucket -> slot, where a person put it; kept while that engine stays."""
-    settled: bool = False
+    converged: bool = False
     """Its task has found nothing left to do since it was disturbed last."""
     stale: bool = False
     """More is known, of its resource or its backends, than its configuration says: its task writes it, until that is done."""
@@ -63,8 +63,8 @@ class Managed:
     """Generation of the table."""
 
     def disturb(self) -> None:
-        """Something else is wanted: it is not settled until its task has looked again, which it does at once."""
-        self.settled = False
+        """Something else is wanted: it has not converged until its task has looked again, which it does at once."""
+        self.converged = False
         self.changed.set()
 
     def note_step(self) -> None:

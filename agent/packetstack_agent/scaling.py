@@ -91,7 +91,7 @@ class Autoscalers:
             now = asyncio.get_running_loop().time()
             for managed in list(self._stacks.values()):
                 with self._journal.going_on(managed.stack.name, "autoscaler"):
-                    self._look(managed, now)
+                    self._decide_if_due(managed, now)
             await asyncio.sleep(LOOK_SECONDS)
 
     def of(self, managed: Managed) -> Autoscaler | None:
@@ -118,7 +118,7 @@ class Autoscalers:
         self._keep(managed, one, rounds.step_aside(spec, one.state, _scale(managed), who, now), now)
         return True
 
-    def _look(self, managed: Managed, now: float) -> None:
+    def _decide_if_due(self, managed: Managed, now: float) -> None:
         one, wanted = self.of(managed), managed.stack.resource.spec.autoscaling
         if one is None or wanted is None:
             return

@@ -59,7 +59,7 @@ class Status:
         staying = [e for e in managed.engines.values() if e.state in (State.PENDING, State.STARTING, State.ACTIVE)]
         active = [e for e in staying if e.state is State.ACTIVE and e.ready]
         wanted = stack.resource.spec.replicas
-        ready = managed.settled and len(active) == wanted and (not wanted or sum(buckets.values()) == stack.buckets)
+        ready = managed.converged and len(active) == wanted and (not wanted or sum(buckets.values()) == stack.buckets)
         status: Json = {
             "replicas": len(staying),
             "readyReplicas": len(active),

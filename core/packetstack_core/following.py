@@ -104,7 +104,7 @@ def target(table: FlowTableSpec, attached: Sequence[Attached]) -> list[Owner | N
     return found
 
 
-def settled(table: FlowTableSpec, attached: Sequence[Attached], owners: Sequence[Owner | None]) -> bool:
+def table_is_live(table: FlowTableSpec, attached: Sequence[Attached], owners: Sequence[Owner | None]) -> bool:
     """Whether packets see the table: each bucket has the owner that it asks for, and no other engine is attached."""
     ids = {e.id for e in table.engines}
     return all(e.id in ids for e in attached) and all(

@@ -90,7 +90,7 @@ def _refused(world: World) -> Problem | None:
         return ConditionReason.NOT_SUPPORTED, 'spec.engine.mode: "DPDK" is not supported yet; use "AFXDP"'
     if stack.spec.handover.strategy == "Mirror":
         return ConditionReason.NOT_SUPPORTED, 'spec.handover.strategy: "Mirror" is not supported yet; use "Transfer"'
-    if world.table is not None and not observing.mine(world.table, world.uid):
+    if world.table is not None and not observing.owned_by(world.table, world.uid):
         return (
             ConditionReason.NAME_TAKEN,
             f"flow table {stack.name} belongs to another stack of this name; wait until it is deleted",
@@ -130,7 +130,7 @@ def release(world: World, now: float) -> Decision:
     table = observing.read_table(world.table)
     writes: list[Write] = []
     confirmed = True
-    if table is not None and observing.mine(world.table or {}, world.uid):
+    if table is not None and observing.owned_by(world.table or {}, world.uid):
         if table.spec.engines or any(o != NOBODY for o in table.spec.owner_ids()):
             empty = table.spec.model_copy(update={"engines": (), "owners": ""})
             writes.append(_table_write(world, empty))
@@ -193,7 +193,7 @@ class _Deciding:
         self.listeners, self.backend_problems = observing.resolve(stack, world)
 
     def decision(self) -> Decision:
-        self._miss_devices()
+        self._note_released_devices()
         self._drop_what_is_gone()
         self._follow_the_node()
         self._start()
@@ -286,7 +286,7 @@ class _Deciding:
                 found[i] = first
         return found
 
-    def _miss_devices(self) -> None:
+    def _note_released_devices(self) -> None:
         """A device whose pod has gone is not given to the next one at once."""
         known = self.memory.devices
         devices = frozenset(
@@ -404,7 +404,7 @@ class _Deciding:
         report = self.reported[number]
         return f"pod {report.name}: its interface has MAC {report.mac}, which is that of pod {pod}; give each its own"
 
-    def _said(self, number: int) -> str:
+    def _why_not_ready(self, number: int) -> str:
         """Why an engine that is attached is not ready."""
         return self._double(number) if number in self.doubles else self.reported[number].message
 
@@ -620,7 +620,7 @@ class _Deciding:
                 continue
             report = self.reported.get(entry.id)
             ready = self._ready(entry)
-            message = "" if ready or report is None else self._said(entry.id)
+            message = "" if ready or report is None else self._why_not_ready(entry.id)
             reason = ConditionReason.SERVING if ready else ConditionReason.NOT_SERVING
             condition = {"type": pods.DATA_PATH, "status": str(ready), "reason": str(reason)}
             if message:
@@ -694,7 +694,7 @@ class _Deciding:
         ours = number in self.entries
         ready = ours and self._ready(entry)
         state = entry.state if ours else "Failed" if pod and observing.dead(pod, self.now) else "Draining"
-        message = "" if ready or report is None else self._said(number)
+        message = "" if ready or report is None else self._why_not_ready(number)
         if not ready and not message and pod is not None:
             obstacle = _obstacle(pod) or self._trouble(pod)
             message = obstacle[1] if obstacle is not None else ""
@@ -826,7 +826,7 @@ class _Deciding:
             return ConditionReason.ATTACHMENT_NOT_FOUND, f"pod {name}: {message}"
         return ConditionReason.POD_NOT_STARTED, f"pod {name}: {message}"
 
-    def _said_of(self, entry: TableEngine) -> str:
+    def _message_of(self, entry: TableEngine) -> str:
         report = self.reported.get(entry.id)
         return report.message if report is not None and not report.ready else ""
 
@@ -834,7 +834,7 @@ class _Deciding:
         if self.memory.refused is not None:
             return True, self.memory.refused.reason, self.memory.refused.message
         if self.report is not None and self.report.message:
-            return True, *_said(self.report.message)
+            return True, *_reported(self.report.message)
         if self.world.conflict is not None:
             return True, ConditionReason.ADDRESS_CONFLICT, _conflict(self.world.conflict)
         if self.backend_problems:
@@ -852,9 +852,9 @@ class _Deciding:
             self._wake(at)
         if self.doubles:
             return True, ConditionReason.DUPLICATE_MAC, self._double(min(self.doubles))
-        if foreign := [e for e in staying if self._said_of(e).startswith(LAYOUT)]:
+        if foreign := [e for e in staying if self._message_of(e).startswith(LAYOUT)]:
             names = ", ".join(e.name for e in foreign[:5])
-            said = self._said_of(foreign[0]).removeprefix(LAYOUT)
+            said = self._message_of(foreign[0]).removeprefix(LAYOUT)
             return True, ConditionReason.LAYOUT_MISMATCH, (
                 f"{names}: {said}; the pod's image is of another build than the node's agent: let spec.engine.image be the "
                 "agent's, or upgrade the agents"
@@ -958,7 +958,7 @@ def _set(
     )
 
 
-def _said(text: str) -> Problem:
+def _reported(text: str) -> Problem:
     """Reason and message of what an agent reports, as in "AddressConflict: 192.0.2.10 belongs to stack default/web"."""
     name, _, message = text.partition(": ")
     for reason in ConditionReason:
@@ -971,7 +971,7 @@ def _firewall(said: str) -> tuple[bool | None, ConditionReason, str]:
     """Whether the node's packet filter lets packets pass, by what its agent says."""
     if not said:
         return True, ConditionReason.NOTHING_IN_THE_WAY, ""
-    reason, message = _said(said)
+    reason, message = _reported(said)
     if reason is ConditionReason.MAY_DROP_PACKETS:
         return None, reason, message
     return False, ConditionReason.PACKETS_DROPPED, message

@@ -206,7 +206,7 @@ class World:
         return str(self.stack["metadata"]["uid"])
 
 
-def mine(raw: Raw, uid: str) -> bool:
+def owned_by(raw: Raw, uid: str) -> bool:
     """Whether the object belongs to the stack with this UID. An orphan is taken in."""
     owners = [o for o in raw["metadata"].get("ownerReferences") or () if o.get("controller")]
     return not owners or owners[0]["uid"] == uid

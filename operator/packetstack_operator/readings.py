@@ -39,7 +39,7 @@ class Readings:
             if metric.object is not None:
                 return await self._of_object(namespace, metric.object)
             if metric.external is not None:
-                return await self._of_nothing(namespace, metric.external.metric)
+                return await self._external(namespace, metric.external.metric)
         except Refused as e:
             which = "external" if metric.external is not None else "custom"
             return MetricError("api_error", f"unable to fetch metrics from {which} metrics API: {e.message or e}")
@@ -70,7 +70,7 @@ class Readings:
             items = await self._custom(namespace, f"{place}/{what}/{name}", query)
         return milli(str(items[0]["value"]))
 
-    async def _of_nothing(self, namespace: str, metric: autoscalers.MetricIdentifier) -> list[int]:
+    async def _external(self, namespace: str, metric: autoscalers.MetricIdentifier) -> list[int]:
         query = _selecting("labelSelector", metric.selector)
         path = f"{EXTERNAL}/namespaces/{namespace}/{_segment(metric.name)}"
         items = (await self._api.get(_with(path, query))).get("items") or ()

@@ -75,7 +75,7 @@ def read_world(key: Key, indexes: Indexes, overlay: Overlay, image: str, outdate
 
 
 def _owned(found: Sequence[Raw], uid: str) -> tuple[Raw, ...]:
-    return tuple(o for o in found if observing.mine(o, uid))
+    return tuple(o for o in found if observing.owned_by(o, uid))
 
 
 def with_others(key: Key, world: World, indexes: Indexes) -> World:

@@ -33,7 +33,7 @@ class World:
         self.loads = loads
         self.stack = PlayedStack(resource(rebalance={"mode": mode}, **spec), range(1, engines + 1), 256)
         self.managed = managed(self.stack, *(PlayedEngine(slot, self.stack.resource) for slot in range(1, engines + 1)))
-        self.managed.settled = True
+        self.managed.converged = True
         self.journal = PlayedJournal(lambda: self.now)
         self.moves: list[int] = []
         self.rebalanced = False
@@ -138,10 +138,10 @@ async def test_off_does_nothing_and_makes_numbers_even_again(world: Callable[...
 
 async def test_while_the_stack_is_not_settled_nothing_moves(world: Callable[..., World]) -> None:
     w = world("Auto", SKEWED)
-    w.managed.settled = False
+    w.managed.converged = False
     await w.live(30)
     assert not w.moves
-    w.managed.settled = True
+    w.managed.converged = True
     await w.live(int(BUCKET_SECONDS) + 1)
     assert w.moves
 

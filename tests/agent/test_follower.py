@@ -216,7 +216,7 @@ async def test_a_report_is_written_only_when_it_says_something_new(place: Place)
         agent.news.tell(place.stack)
         await asyncio.sleep(0.5)
         assert (await place.get())["metadata"]["resourceVersion"] == written
-        one.settled = True
+        one.converged = True
         agent.news.tell(place.stack)
 
         async def settled() -> bool:

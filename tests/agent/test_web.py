@@ -37,7 +37,7 @@ class PlayedAgent:
         self.run = SimpleNamespace(socket=run / "agent.sock", record=SimpleNamespace(documents={"web": {}}))
         self.foreign = ""
         self.applying = asyncio.Lock()
-        self.managed = Managed(SimpleNamespace(name="web"), settled=True)  # type: ignore[arg-type]
+        self.managed = Managed(SimpleNamespace(name="web"), converged=True)  # type: ignore[arg-type]
         self.stacks = {"web": self.managed}
         self.verbs = self
         self.ready = True
@@ -76,7 +76,7 @@ class PlayedAgent:
 
     def step(self, ready: bool) -> None:
         """As its task does after each look at the stack."""
-        self.ready = self.managed.settled = ready
+        self.ready = self.managed.converged = ready
         self.managed.note_step()
 
 

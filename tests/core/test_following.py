@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from packetstack_core import kinds
-from packetstack_core.following import Assign, Attach, Attached, Detach, follow, settled, target
+from packetstack_core.following import Assign, Attach, Attached, Detach, follow, table_is_live, target
 from packetstack_core.kinds import FlowTableSpec
 from packetstack_core.planning import NOBODY, Move, Owner
 
@@ -78,8 +78,8 @@ def test_an_engine_that_the_table_does_not_name_is_detached_when_it_owns_nothing
     both = [there(1, 7), there(2, 8)]
     assert Detach(7) not in follow(wanted, both, [Owner(7, 0), *all_of(Owner(8, 0))[1:]], frozenset())
     assert follow(wanted, both, all_of(Owner(8, 0)), frozenset()) == [Detach(7)]
-    assert not settled(wanted, both, all_of(Owner(8, 0)))
-    assert settled(wanted, both[1:], all_of(Owner(8, 0)))
+    assert not table_is_live(wanted, both, all_of(Owner(8, 0)))
+    assert table_is_live(wanted, both[1:], all_of(Owner(8, 0)))
 
 
 def test_an_engine_that_has_not_finished_its_last_handover_is_not_detached() -> None:
@@ -141,7 +141,7 @@ def test_following_ends_at_the_table_and_never_detaches_an_owner(data: st.DataOb
                     attached = [a for a in attached if a.slot != gone]
         attached = [Attached(a.id, a.slot, a.pod_uid, ready=True) for a in attached]
     assert not follow(wanted, attached, owners, frozenset())
-    assert settled(wanted, attached, owners)
+    assert table_is_live(wanted, attached, owners)
     assert sorted(a.id for a in attached) == sorted(ids)
     slots = {a.slot: a.id for a in attached}
     assert Counter((slots[o.slot], o.queue) for o in owners if o) == Counter((o.slot, o.queue) for o in wish)

@@ -196,7 +196,7 @@ class Model:
             if engine.state == "Pending" and engine.id not in before and old is not None:
                 assert engine.id not in self.words, "never gives a number that packets still reach"
                 there = self.get("Pod", engine.name)
-                assert there is None or not observing.mine(there, self.stack["metadata"]["uid"])
+                assert there is None or not observing.owned_by(there, self.stack["metadata"]["uid"])
         for number, engine in before.items():
             pod = self.get("Pod", engine["name"])
             alive = pod is not None and not observing.dead(pod, self.now) and engine.get("podUid")
@@ -215,7 +215,7 @@ class Model:
     def world(self):
         uid = self.stack["metadata"]["uid"]
         labelled = [o for o in self.objects.values() if o["metadata"].get("labels", {}).get(pods.STACK) == "edge"]
-        ours = [o for o in labelled if observing.mine(o, uid)]
+        ours = [o for o in labelled if observing.owned_by(o, uid)]
         world = World(
             stack=self.stack,
             image=self.image,

@@ -115,7 +115,7 @@ def test_addresses_that_packets_cannot_be_sent_to_are_left_out():
     ],
 )
 def test_orphans_are_taken_in_and_others_children_are_left_alone(meta, said):
-    assert observing.mine({"metadata": meta}, "1") is said
+    assert observing.owned_by({"metadata": meta}, "1") is said
 
 
 def test_a_pod_past_its_grace_period_is_dead_though_its_node_never_said_so():

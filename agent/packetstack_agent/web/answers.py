@@ -63,7 +63,7 @@ class Answers:
         while True:
             found = [self._agent.stacks.get(name) for name in r.names]
             # A status costs time, and of a stack that is on its way it is known what it would say.
-            moving = next((m for m in found if m is not None and not m.settled), None)
+            moving = next((m for m in found if m is not None and not m.converged), None)
             over = loop.time() >= until or self._ending.said.is_set()
             if moving is None or over:
                 waiting = [

@@ -2,7 +2,7 @@
 
 `reconcile` is one reconcile with all of them: limits of a schedule, the decision of `autoscaling.decide`, the
 fallback when it could not be made, panic when it is too slow, and no write while paused. As there, the caller
-writes and then calls `settled`.
+writes and then calls `with_decision`.
 """
 
 from collections.abc import Sequence
@@ -212,6 +212,6 @@ def reconcile(
     return decision, spec, State(decision.memory, decision.status, failed, panicking)
 
 
-def settled(state: State, decision: Decision) -> State:
+def with_decision(state: State, decision: Decision) -> State:
     """The state after `autoscaling.written` or `refused` gave this decision."""
     return replace(state, memory=decision.memory, status=decision.status)

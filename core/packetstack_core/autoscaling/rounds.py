@@ -24,7 +24,7 @@ from packetstack_core.autoscaling.behavior import Memory
 from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.engine_metrics import samples
 from packetstack_core.autoscaling.metrics import MetricError, Pod, Reading
-from packetstack_core.autoscaling.options import State, settled, with_schedule
+from packetstack_core.autoscaling.options import State, with_decision, with_schedule
 from packetstack_core.autoscaling.options import reconcile as _reconcile
 from packetstack_core.autoscaling.settings import Settings
 from packetstack_core.autoscaling.spec import Metric, Spec, Target, spec_of
@@ -106,7 +106,7 @@ def decide(
 ) -> Round:
     """As `reconcile`, with `spec.autoscaling` alone. `held`: the stack as a whole is paused."""
     # What is remembered for later than now would hold the replicas until then.
-    state = _at(state, lambda at: min(at, now))
+    state = _map_times(state, lambda at: min(at, now))
     aside = is_external(state) and not wanted.paused
     if held:
         wanted = wanted.model_copy(update={"paused": True})
@@ -131,13 +131,13 @@ def decide(
 def written(done: Round, now: float) -> Round:
     """The round after its replicas were written."""
     decision = controller.written(done.decision, done.spec, done.settings, now)
-    return replace(done, decision=decision, state=settled(done.state, decision))
+    return replace(done, decision=decision, state=with_decision(done.state, decision))
 
 
 def refused(done: Round, message: str, now: float) -> Round:
     """The round after its replicas could not be written, for the reason `message`."""
     decision = controller.refused(done.decision, message, now)
-    return replace(done, decision=decision, state=settled(done.state, decision))
+    return replace(done, decision=decision, state=with_decision(done.state, decision))
 
 
 def _wanted(stack: resources.Spec) -> autoscalers.Autoscaling:
@@ -147,7 +147,7 @@ def _wanted(stack: resources.Spec) -> autoscalers.Autoscaling:
 
 
 def _round(decision: Decision, state: State, spec: Spec, settings: Settings, schedule: str) -> Round:
-    return Round(decision, settled(state, decision), spec, settings, schedule)
+    return Round(decision, with_decision(state, decision), spec, settings, schedule)
 
 
 def _reading(index: int, metric: Metric, measured: StackLoad | MetricError, answers: Mapping[int, Reading]) -> Reading:
@@ -164,10 +164,10 @@ def by_the_clock(state: State, before: tuple[float, float], now: tuple[float, fl
     `before`, `now`: wall clock and monotonic clock, at the last round and at this one.
     """
     jump = (now[0] - before[0]) - (now[1] - before[1])
-    return _at(state, lambda at: at + jump) if abs(jump) >= DRIFT_SECONDS else state
+    return _map_times(state, lambda at: at + jump) if abs(jump) >= DRIFT_SECONDS else state
 
 
-def _at(state: State, other: Callable[[float], float]) -> State:
+def _map_times(state: State, other: Callable[[float], float]) -> State:
     """With other times for all that windows, rates and panic remember."""
     memory, panic = state.memory, state.panic
     return replace(
