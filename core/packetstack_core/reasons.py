@@ -267,7 +267,7 @@ class ConditionReason(StrEnum):
     ENOUGH_CAPACITY = ("EnoughCapacity", Says("CapacityAvailable", "True", "nothing prevents another engine"))
     ENGINE_FAILED = (
         "EngineFailed",
-        Says("CapacityAvailable", "False", "an engine could not be made; the message says why. It is tried again after 1, 2, 5, 15, 60 s", _SAID))
+        Says("CapacityAvailable", "False", "an engine could not be made; the message says why. The others serve on. It is tried again after 1, 2, 5, 15, 60 s", _SAID))
     NO_EXCLUSIVE_CPU = (
         "NoExclusiveCPU",
         Says("CapacityAvailable", "False", "too few CPUs are left. With `cpuPolicy: Exclusive` each core has one of its own; in a cluster " + _SHORT,
@@ -287,7 +287,7 @@ class ConditionReason(StrEnum):
         Says("CapacityAvailable", "False", _REFUSED, "the kubelet's topology manager; the device plugin"))
     IMAGE_PULL_FAILED = (
         "ImagePullFailed",
-        Says("CapacityAvailable", "False", "the image of the engines cannot be had", "`spec.engine.image`, pull secrets"))
+        Says("CapacityAvailable", "False", "the kubelet cannot pull the image of the engines; those that run go on", "`spec.engine.image`, pull secrets"))
     ATTACHMENT_NOT_FOUND = (
         "NetworkAttachmentDefinitionNotFound",
         Says("CapacityAvailable", "False", "the attachment that `spec.engine.interface` names is not there", "create it, or name another"))
@@ -321,21 +321,21 @@ class ConditionReason(StrEnum):
              "the flow table of another stack of this name is still there; or a PodDisruptionBudget that is not of the stack has the name "
              "`<stack>-engines`: the stack serves, but evictions are not held back",
              "wait until the flow table is deleted; rename the budget (looked at again when something changes, or after 5 minutes)"),
-        Says("Available", "False", "the same flow table, and the stack has no engine yet", "the same"))
+        Says("Available", "False", "the stack cannot begin: the flow table of another stack of this name is still there", "wait until it is deleted"))
     ADDRESS_CONFLICT = (
         "AddressConflict",
         Says("Degraded", "True",
              "another stack has the address that the message names. It belongs to the one that packets flow to, else to the oldest; "
              "what runs goes on as it was",
              "use another address"),
-        Says("Available", "False", "the same, and the stack has no engine yet", "the same"))
+        Says("Available", "False", "the stack cannot begin: another stack has the address that the message names", "use another address"))
     LAYOUT_MISMATCH = (
         "LayoutMismatch",
         Says("Degraded", "True",
              "the stack's memory was made by a version with another layout: its engines serve on, and the node's agent stands by. "
              "Or an engine's image is of another version than the agent",
              "when flows may end: the command in the message. Or give engines the agent's image"))
-    AGENT_PROBLEM = ("AgentProblem", Says("Degraded", "True", "what the agent of the stack's node says", _SAID))
+    AGENT_PROBLEM = ("AgentProblem", Says("Degraded", "True", "the agent of the stack's node cannot do something for it; the message is its own. What runs goes on", _SAID))
     DUPLICATE_MAC = (
         "DuplicateMAC",
         Says("Degraded", "True",
@@ -346,10 +346,10 @@ class ConditionReason(StrEnum):
         Says("Degraded", "True",
              "the agent of the stack's node has not answered the flow table for 10 s. Packets go on by the last one that it had; "
              "engines that came since get none",
-             "the agent's DaemonSet must run on that node; then its log: `kubectl -n packetstack-system logs`"))
+             "see whether it runs, and its log: `kubectl get pods -A -l app.kubernetes.io/component=agent -o wide`, `kubectl logs`"))
     BACKEND_NOT_FOUND = (
         "BackendNotFound",
-        Says("Degraded", "True", "a listener's Service, or its port, is not there; the listener has no backends", "create it, or name another"))
+        Says("Degraded", "True", "a listener's Service, or its port, is not there; new flows of the listener are dropped as `no_backend`", "create it, or name another"))
     ENGINE_NOT_READY = (
         "EngineNotReady",
         Says("Degraded", "True", "an active engine does not serve; packets of its buckets wait for it, or are lost",
@@ -359,18 +359,19 @@ class ConditionReason(StrEnum):
         Says("Degraded", "True", "somebody deletes a pod (`kubectl drain`): its buckets go to another engine, which is made for it", "wait"))
     CRD_OUTDATED = (
         "CRDOutdated",
-        Says("Degraded", "True", "the cluster's definitions are not those of the operator", "apply the CRDs of its version"))
+        Says("Degraded", "True", "the cluster's definitions (CRDs) are not those of the operator: new fields are lost when they are written", "apply the CRDs of its version"))
     NOTHING_IN_THE_WAY = (
         "NothingInTheWay", Says("FirewallOpen", "True", "the node's packet filter lets packets of the stack pass"))
     PACKETS_DROPPED = (
         "PacketsDropped",
         Says("FirewallOpen", "False",
-             "a rule or a policy of the node drops them; the message says which, whose it is, and by which interfaces they come. "
+             "a rule or a policy of the node's packet filter drops packets of the stack; the message says which, whose it is, and by which interfaces they come. "
              "With `--firewall Manage` the agent could not help it",
              "[what the agent changes](install.md#what-the-agent-changes-in-the-nodes-packet-filter); `packetstack preflight` says what helps"))
     MAY_DROP_PACKETS = (
         "MayDropPackets",
-        Says("FirewallOpen", "Unknown", "a rule drops some of them, or all but those of uplinks; or the rules could not be read", "the same"))
+        Says("FirewallOpen", "Unknown", "a rule drops some packets of the stack, or all but those of uplinks; or the rules could not be read",
+             "see whether traffic passes; `packetstack preflight` says what helps"))
     # ---- of the autoscaler
     SUCCEEDED_GET_SCALE = ("SucceededGetScale", Says("AbleToScale", "True", _FREE))
     READY_FOR_NEW_SCALE = ("ReadyForNewScale", Says("AbleToScale", "True", _FREE))
@@ -412,12 +413,12 @@ class ConditionReason(StrEnum):
     SCALED_TO_ZERO = (
         "ScaledToZero",
         Says("ScaledToZero", "True", "the autoscaler set `replicas` to 0; only with a metric that can be read without an engine"))
-    NOT_SCALED_TO_ZERO = ("NotScaledToZero", Says("ScaledToZero", "False", "it did not"))
+    NOT_SCALED_TO_ZERO = ("NotScaledToZero", Says("ScaledToZero", "False", "the autoscaler did not set `replicas` to 0"))
     # ---- of an engine
     SERVING = (
         "Serving",
         Says("Ready", "True", "a datapath serves the engine's queues"),
-        Says("packetstack.io/DataPath", "True", "the same"))
+        Says("packetstack.io/DataPath", "True", "a datapath serves the engine's queues"))
     NOT_SERVING = ("NotServing", Says("packetstack.io/DataPath", "False", "no datapath serves the engine's queues; the message says why"))
     PENDING = ("Pending", Says("Ready", "False", "its pod does not run yet; the message says what it waits for", _SAID))
     STARTING = ("Starting", Says("Ready", "False", "its pod runs, and its datapath does not serve yet", "wait"))
