@@ -226,6 +226,7 @@ class Applying:
         await asyncio.to_thread(shutil.rmtree, self._run.stack(name), ignore_errors=True)
 
     async def _take_down(self, managed: Managed) -> None:
+        await self._life.end_all(managed)
         async with managed.busy:
             for engine in list(managed.engines.values()):
                 await self._life.destroy(managed, engine)

@@ -8,7 +8,8 @@ import asyncio
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from itertools import count
 
 from pyroute2.netlink.exceptions import NetlinkError
@@ -273,8 +274,10 @@ class EngineLife:
         """Make the engine again in its slot. It keeps its buckets and their flows, which are in the arena."""
         message = f"engine {engine.slot}: {why}; it is made again with its buckets and flows, whose packets are lost until it serves"
         self._journal.event(managed.stack.name, EventReason.ENGINE_LOST, message)
-        async with managed.busy:
-            if managed.engines.get(engine.slot) is not engine or engine.removing:
+        if managed.engines.get(engine.slot) is not engine or engine.removing:
+            return
+        async with self._removing(managed, engine) as there:
+            if not there:
                 return
             await self._tear_down(managed, engine)
             fresh = managed.engines[engine.slot] = Engine(engine.blueprint, self._director.handle)
@@ -303,9 +306,10 @@ class EngineLife:
             f"engine {engine.slot}: {why}; packets of its buckets are lost until the operator gives them to others"
         )
         self._journal.event(managed.stack.name, EventReason.ENGINE_LOST, message)
-        async with managed.busy:
-            if managed.engines.get(engine.slot) is engine and not engine.removing:
-                await self.destroy(managed, engine)
+        if managed.engines.get(engine.slot) is engine and not engine.removing:
+            async with self._removing(managed, engine) as there:
+                if there:
+                    await self.destroy(managed, engine)
         managed.changed.set()
 
     # ---- going -----------------------------------------------------------------------------------------------
@@ -321,16 +325,56 @@ class EngineLife:
         """One that cannot be removed, or not yet, is planned for again."""
         if engine.making is not None:
             await asyncio.wait([engine.making])
-        async with managed.busy:
-            if managed.engines.get(engine.slot) is not engine:
-                return  # the whole stack was removed meanwhile
-            if _must_stay(managed, engine):  # since it was observed, a fence may have been opened, and not closed
+        async with managed.busy:  # since it was observed, a fence may have been opened, and not closed
+            if managed.engines.get(engine.slot) is engine and _must_stay(managed, engine):
                 engine.removing = False
                 return
+        async with self._removing(managed, engine) as there:
+            if not there:
+                return  # the whole stack was removed meanwhile
             await self.destroy(managed, engine)
         message = f"engine {engine.slot} is not wanted any more"
         self._journal.event(managed.stack.name, EventReason.ENGINE_REMOVED, message)
         managed.changed.set()
+
+    @asynccontextmanager
+    async def _removing(self, managed: Managed, engine: Engine) -> AsyncIterator[bool]:
+        """End who serves it, then hold the stack's `busy`. Whether the engine is there still.
+
+        Processes that do not end keep nobody from the stack meanwhile. If anything fails the engine is there as before.
+        """
+        engine.removing = True
+        try:
+            await self.end_service(engine)
+            async with managed.busy:
+                yield managed.engines.get(engine.slot) is engine
+        except BaseException:
+            engine.removing = False
+            raise
+
+    async def end_service(self, engine: Engine) -> None:
+        """End the processes that serve it, and let no others come. AgentError if one does not end."""
+        if engine.making is not None:
+            await asyncio.wait([engine.making])
+        async with engine.processes:
+            if not engine.blueprint.pod:
+                await to_the_end(engines.end_processes, engine)
+            elif (
+                engine.attachments is not None
+            ):  # its processes are not ours to start, but nobody may serve from now on
+                await engine.attachments.end()
+
+    async def end_all(self, managed: Managed) -> None:
+        """End the processes of all its engines at once: they go with their stack. AgentError if one does not end."""
+        there = list(managed.engines.values())
+        for engine in there:
+            engine.removing = True  # nobody starts them again
+        try:
+            await asyncio.gather(*(self.end_service(engine) for engine in there))
+        except BaseException:
+            for engine in there:
+                engine.removing = False
+            raise
 
     async def destroy(self, managed: Managed, engine: Engine) -> None:
         """End it and remove all of it, under the stack's `busy`. If that fails it is there as before, to try again."""
@@ -351,7 +395,7 @@ class EngineLife:
     async def _tear_down(self, managed: Managed, engine: Engine) -> None:
         async with engine.processes:
             if engine.attachments is not None:
-                if engine.blueprint.pod:  # its processes are not ours to start, but nobody may serve from now on
+                if engine.blueprint.pod:
                     await engine.attachments.end()
                 await engine.attachments.close()
                 engine.attachments = None

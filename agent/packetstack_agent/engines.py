@@ -431,6 +431,14 @@ def end_orphans(engine: Engine) -> None:
         processes.clear(namespaces.NAMESPACES / engine.blueprint.namespace, engine.init.pid)
 
 
+def end_processes(engine: Engine) -> None:
+    """End init and all that it has started; those that are killed and do not end are left. Blocks for 7 s at most."""
+    if engine.init is not None:
+        engine.init.end()
+        engine.init = None
+    processes.clear(namespaces.NAMESPACES / engine.blueprint.namespace)
+
+
 def destroy(engine: Engine) -> None:
     """End the processes and remove all that `make` made; whatever is missing is fine. Blocks.
 
@@ -440,11 +448,8 @@ def destroy(engine: Engine) -> None:
     b = engine.blueprint
     shared, fds = engine.shared, engine.fds
     engine.view = engine.fds = engine.shared = None
-    if engine.init is not None:
-        engine.init.end()
-        engine.init = None
     if not b.pod:
-        processes.clear(namespaces.NAMESPACES / b.namespace)
+        end_processes(engine)
     if engine.director is not None:
         error = ffi.new("struct ps_error *")
         lib().ps_director_engine(engine.director, b.slot, 0, error)

@@ -18,7 +18,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.node import RunDirectory
-from packetstack_core.planning import Owner, State
+from packetstack_core.planning import Move, Owner, State
 from packetstack_core.reconciling import ActivateEngine, DrainEngine, RemoveEngine
 from packetstack_core.values import Network
 
@@ -28,6 +28,7 @@ def agent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Agent:
     """An agent that has begun nothing."""
     destroyed: list[int] = []
     monkeypatch.setattr(engines, "destroy", lambda engine: destroyed.append(engine.slot))
+    monkeypatch.setattr(engines, "end_processes", lambda _: None)
     monkeypatch.setattr(engine_life, "add_drops", lambda *_: None)
     return Agent(RunDirectory(tmp_path))
 
@@ -241,3 +242,30 @@ async def test_an_engine_whose_datapath_does_not_come_back_is_replaced(
     assert set(one.engines) == {2, 3}
     assert made == [3]
     assert stack.shard_slots() == {2}, "until the new one serves"
+
+
+@pytest.mark.parametrize("how", ["remove", "rebuild", "lose"])
+async def test_processes_that_take_long_to_end_keep_nobody_from_their_stack(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    stack, one = leaving(agent, mute=False)
+    stack.table = stack.shards = [Owner(2, 0)] * len(stack.table)
+    go_on = threading.Event()
+    monkeypatch.setattr(engines, "end_processes", lambda _: go_on.wait(5))
+    monkeypatch.setattr(engines, "make", lambda _: None)
+    monkeypatch.setattr(engines, "attend", lambda *_: None)
+    engine = one.engines[1]
+    match how:
+        case "remove":
+            agent.life.remove(one, 1)
+        case "rebuild":
+            agent.background.spawn("web", agent.life.rebuild(one, engine, "its interface is gone"))
+        case "lose":
+            agent.background.spawn("web", agent.life.lose(one, engine, "its pod is gone"))
+    await turns()
+    async with asyncio.timeout(1):
+        await agent.keeper.transfer(one, [Move(0, Owner(2, 0))])
+    assert one.engines[1] is engine
+    go_on.set()
+    await agent.background.ended()
+    assert one.engines.get(1) is not engine
