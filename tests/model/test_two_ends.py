@@ -179,6 +179,8 @@ class TwoEnds(RuleBasedStateMachine):
     def inject(self, to_backend: bool, guess: Guess, right: bool, arrives: bool) -> None:
         """To one end, as if from the other."""
         world, receiver = self.world, self.end(not to_backend)
+        if to_backend and not receiver:
+            receiver = world.last_peer
         flags, sequence, acknowledgement, size, window = guess
         expected, next_ = (receiver.expected, receiver.next) if receiver else (0, 0)
         segment = Segment(

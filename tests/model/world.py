@@ -87,6 +87,8 @@ class World:
         self.hidden = False
         """Its handshake came by while the engine still held the connection before it, whose end nobody had seen."""
         self.ever_synchronized = getattr(self, "ever_synchronized", False)
+        self.last_peer: Endpoint | None = None
+        """The backend's end, also when it is gone and another one has its port."""
         return Endpoint(next(self._client_numbers) % NUMBERS, self.capacity, self.scale)
 
     # ---- who is there --------------------------------------------------------------------------------------
@@ -107,8 +109,10 @@ class World:
                     self.client.state is State.SYN_SENT or end.number == self.client.peer_number
                 ):
                     if flow and (flow.backend, flow.snat) == (place, snat):
+                        self.last_peer = end
                         return end
                     found = found or end
+        self.last_peer = found or self.last_peer
         return found
 
     @property
