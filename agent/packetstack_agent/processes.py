@@ -8,7 +8,10 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+
+_TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 
 
 class Process:
@@ -80,20 +83,18 @@ def _stat(entry: Path) -> list[bytes]:
     return (entry / "stat").read_bytes().rpartition(b")")[2].split()
 
 
-def starved(pid: int, thread: int, since: tuple[int, ...]) -> bool:
-    """Whether a thread that does not progress is ready to run and gets no CPU: the machine's fault, not its own.
+@dataclass(frozen=True)
+class Spent:
+    """What a thread has done so far."""
 
-    `since`: what `run_time` gave about a quarter of a second ago.
-    """
-    now = run_time(pid, thread)
-    if not now or not since:
-        return True  # nobody can tell: it gets the longer time
-    # A loop that never ends burns what it is given; one that starves has hardly got any.
-    return now[0] == ord("R") and now[1] - since[1] <= 2
+    state: str
+    """R runs or is ready to, S and D wait in the kernel, T and t are stopped: as in /proc (proc(5))."""
+    seconds: float
+    """CPU time, in steps of a clock tick of 10 ms."""
 
 
-def run_time(pid: int, thread: int) -> tuple[int, ...]:
-    """(state as a character code, clock ticks of CPU used) of a thread; () if it cannot be read.
+def spent(pid: int, thread: int) -> Spent | None:
+    """State and CPU time of a thread; None if they cannot be read.
 
     `thread` is what the process calls it: in a container that is a number of its own pid namespace.
     """
@@ -102,10 +103,10 @@ def run_time(pid: int, thread: int) -> tuple[int, ...]:
             names = re.search(rb"^NSpid:\t(.*)$", (task / "status").read_bytes(), re.MULTILINE)
             if names and int(names[1].split()[-1]) == thread:
                 fields = _stat(task)
-                return ord(fields[0]), int(fields[11]) + int(fields[12])
+                return Spent(fields[0].decode(), (int(fields[11]) + int(fields[12])) / _TICKS_PER_SECOND)
     except OSError:
         pass
-    return ()
+    return None
 
 
 CGROUPS = (Path("/proc/1/root/sys/fs/cgroup"), Path("/sys/fs/cgroup"))

@@ -18,9 +18,14 @@ from packetstack_agent.journal import Background, Journal
 from packetstack_agent.managed import Managed
 from packetstack_core.reasons import EventReason
 
-WATCH_SECONDS = 0.1
-HANG_SECONDS = 0.5
-"""A core's loop turns at least every 0.1 s, also when it sleeps."""
+WATCH_SECONDS = 0.05
+"""Between two looks."""
+STOPPED_SECONDS = 0.1
+"""Without a turn of its loop: a core whose thread somebody has stopped."""
+BURNT_SECONDS = 0.08
+"""CPU time in one turn, which handles some hundred packets in well below a millisecond."""
+BLOCKED_SECONDS = 0.5
+"""Without a turn: a core whose thread waits in the kernel. A loop turns at least every 0.1 s, also when it sleeps."""
 STARVED_SECONDS = 5.0
 """The same for a core that is ready to run and gets no CPU: killing it would not help."""
 STALLS = 4
@@ -29,6 +34,8 @@ RESTART_SECONDS = 0.25
 """Between two starts of an engine's init."""
 SILENT_SECONDS = 3.0
 """How long init may take to bring a datapath."""
+KILL_SECONDS = 1.0
+"""Between two times that one datapath is killed."""
 GONE_SECONDS = 0.5
 """Without a datapath, before a pod is looked for; and between two looks."""
 
@@ -53,8 +60,8 @@ class Beat:
     count: int
     since: float
     """When that count was first seen."""
-    ran: tuple[int, ...] | None = None
-    """The thread's run time some time later."""
+    spent: processes.Spent | None = None
+    """What its thread had done when it was first found without a turn."""
 
 
 @dataclass
@@ -67,6 +74,8 @@ class Watch:
     """By core."""
     stalls: int = 0
     """Fences in a row that it has not answered in time, though its cores turned."""
+    killed: float | None = None
+    """When its datapath was last killed: it may take a while to end."""
     captured: int = 0
     """Captures that have been reported."""
     pod_seen: float = 0.0
@@ -104,11 +113,11 @@ class Watchdog:
     def fence_missed(self, engine: Engine, now: float) -> None:
         """It did not answer a fence in time. One that has missed several, though its cores turn, is killed."""
         watch = self._of(engine)
-        if any(now - beat.since > HANG_SECONDS for beat in watch.beats.values()):
+        if any(now - beat.since > BLOCKED_SECONDS for beat in watch.beats.values()):
             return  # it hangs, or starves: its cores show that
         watch.stalls += 1
         if watch.stalls >= STALLS and engine.ready:
-            self._kill(engine, f"it has not answered {watch.stalls} fences")
+            self._kill(engine, f"it has not answered {watch.stalls} fences", now)
 
     def fences_answered(self, engines: Iterable[Engine]) -> None:
         """All fences were answered in time."""
@@ -119,7 +128,7 @@ class Watchdog:
         """What is known of the engine; of another datapath process nothing is."""
         watch = self._watched.setdefault(engine, Watch())
         if watch.pid != engine.pid:
-            watch.pid, watch.stalls = engine.pid, 0
+            watch.pid, watch.stalls, watch.killed = engine.pid, 0, None
             watch.beats.clear()
         return watch
 
@@ -131,8 +140,8 @@ class Watchdog:
         if engine.view.captured > watch.captured:
             watch.captured = int(engine.view.captured)
             self._tell_of_capture(managed, engine)
-        elif engine.ready and (core := hung(engine, watch.beats, now)) is not None:
-            self._kill(engine, f"its core {core} has not turned for {HANG_SECONDS:g} s")
+        elif engine.ready and (why := hung(engine, watch.beats, now)):
+            self._kill(engine, why, now)
 
     def _needed(self, managed: Managed, engine: Engine, watch: Watch, now: float) -> Coroutine[Any, Any, None] | None:
         """What has to be done for the engine, if anything."""
@@ -165,10 +174,11 @@ class Watchdog:
             f"on. That is a bug: report it with the captures of packetstack get {name} -o yaml",
         )  # fmt: skip
 
-    def _kill(self, engine: Engine, why: str) -> None:
+    def _kill(self, engine: Engine, why: str, now: float) -> None:
         """End a datapath that hangs. Its init starts another, which adopts the queues."""
         serving = engine.attachments.serving if engine.attachments is not None else None
-        if serving is not None:
+        last = self._of(engine).killed
+        if serving is not None and (last is None or now - last > KILL_SECONDS):
             self._journal.event(
                 engine.blueprint.stack,
                 EventReason.ENGINE_HUNG,
@@ -176,14 +186,14 @@ class Watchdog:
             )
             watch = self._of(engine)
             watch.beats.clear()
-            watch.stalls = 0
+            watch.stalls, watch.killed = 0, now
             serving.kill()
 
 
-def hung(engine: Engine, beats: dict[int, Beat], now: float) -> int | None:
-    """The first core whose loop has not turned for too long, by itself: one that gets no CPU has more time.
+def hung(engine: Engine, beats: dict[int, Beat], now: float) -> str:
+    """Why the engine hangs: a core's loop does not turn, by its own doing. Empty: it does not.
 
-    `beats` are what was seen before, and are brought up to now.
+    `beats` are what was seen before, by core, and are brought up to `now` (monotonic seconds).
     """
     for c in range(engine.blueprint.cores):
         core = engine.core(c)
@@ -193,12 +203,25 @@ def hung(engine: Engine, beats: dict[int, Beat], now: float) -> int | None:
             beats[c] = Beat(count, now)
             continue
         still = now - beat.since
-        if still > HANG_SECONDS / 2 and beat.ran is None:
-            beat.ran = processes.run_time(engine.pid, thread)
-        elif (
-            still > HANG_SECONDS
-            and beat.ran is not None
-            and (still > STARVED_SECONDS or not processes.starved(engine.pid, thread, beat.ran))
-        ):
-            return c
-    return None
+        # One that sleeps is often seen twice between two turns. What its thread does is dear to ask for.
+        if still < (1.2 if int(core.asleep) else 0.4) * STOPPED_SECONDS:
+            continue
+        spent = processes.spent(engine.pid, thread)
+        beat.spent = beat.spent or spent
+        if why := judge(still, beat.spent, spent):
+            return f"its core {c} {why}"
+    return ""
+
+
+def judge(still: float, before: processes.Spent | None, spent: processes.Spent | None) -> str:
+    """What is wrong with a core that has not turned for `still` seconds; empty: nothing yet.
+
+    `before`: what its thread had done when that began; None if nobody can tell.
+    """
+    if before is None or spent is None or (spent.state == "R" and spent.seconds - before.seconds < BURNT_SECONDS):
+        return f"has got no CPU for {still:.2g} s" if still > STARVED_SECONDS else ""
+    if spent.state == "R":
+        return f"has not come to the end of a turn in {spent.seconds - before.seconds:.2f} s of CPU time"
+    if spent.state in "Tt":
+        return f"was stopped for {still:.2f} s" if still >= STOPPED_SECONDS else ""
+    return f"has waited in the kernel for {still:.2g} s" if still > BLOCKED_SECONDS else ""

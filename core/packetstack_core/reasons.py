@@ -42,7 +42,8 @@ class EventReason(StrEnum):
         "`packetstack logs SLOT` says how it ended")
     ENGINE_HUNG = (
         "EngineHung", "Warning",
-        "a core did not turn for 0.5 s, or an engine did not answer four fences in a row; its process was killed, and another goes on",
+        "a core was stopped, needed 0.08 s of CPU time for one turn of its loop or waited in the kernel for 0.5 s, or an engine did not answer four "
+        "fences in a row. Its process was killed, and another goes on with its queues, some 20 ms later",
         "if it comes again: `packetstack logs SLOT`, load of the machine")
     ENGINE_DOES_NOT_ANSWER = (
         "EngineDoesNotAnswer", "Warning",

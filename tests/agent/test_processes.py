@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,9 @@ def test_a_process_whose_name_is_no_text_is_a_process() -> None:
         there = Path(f"/proc/{renamed.pid}/ns/net")
         assert processes.in_namespace(there) == [renamed.pid]
         assert processes.start_time(renamed.pid) > 0
-        assert processes.run_time(renamed.pid, renamed.pid)[0] in (ord("S"), ord("R"))
+        found = processes.spent(renamed.pid, renamed.pid)
+        assert found
+        assert found.state in "SR"
         assert processes.of_pod(UID) == []
 
 
@@ -47,13 +50,21 @@ def test_a_thread_is_found_by_its_number_in_its_container() -> None:
     command = ("unshare", "--pid", "--fork", "--kill-child=KILL", sys.executable, "-c", FIRST)
     with child(*command) as outer:
         inner = int(Path(f"/proc/{outer.pid}/task/{outer.pid}/children").read_text())
-        assert processes.run_time(inner, 1) != ()
-        assert processes.run_time(inner, inner) == ()
+        assert processes.spent(inner, 1)
+        assert processes.spent(inner, inner) is None
 
 
-def test_a_thread_that_nobody_can_look_at_gets_the_longer_time() -> None:
-    assert processes.starved(os.getpid(), 1 << 22, (ord("R"), 0))
-    assert processes.starved(os.getpid(), os.getpid(), ())
+def test_a_stopped_thread_is_told_from_one_that_waits_or_runs() -> None:
+    with child(sys.executable, "-c", RENAMED) as sleeper:
+        os.kill(sleeper.pid, signal.SIGSTOP)
+        os.waitpid(sleeper.pid, os.WUNTRACED)
+        found = processes.spent(sleeper.pid, sleeper.pid)
+        assert found
+        assert found.state == "T"
+    mine = processes.spent(os.getpid(), threading.get_native_id())
+    assert mine
+    assert mine.state == "R"
+    assert mine.seconds > 0
 
 
 @pytest.mark.parametrize(

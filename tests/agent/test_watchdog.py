@@ -12,8 +12,17 @@ from packetstack_agent.attachments import Attachments, Link
 from packetstack_agent.engines import Engine
 from packetstack_agent.journal import Background, Journal
 from packetstack_agent.managed import Managed
-from packetstack_agent.processes import Process
-from packetstack_agent.watchdog import HANG_SECONDS, STALLS, STARVED_SECONDS, WATCH_SECONDS, Watchdog
+from packetstack_agent.processes import Process, Spent
+from packetstack_agent.watchdog import (
+    BLOCKED_SECONDS,
+    BURNT_SECONDS,
+    STALLS,
+    STARVED_SECONDS,
+    STOPPED_SECONDS,
+    WATCH_SECONDS,
+    Watchdog,
+    judge,
+)
 
 
 class Slow:
@@ -96,8 +105,7 @@ class World:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
     monkeypatch.setattr(networks, "is_there", lambda _: True)
-    monkeypatch.setattr(processes, "run_time", lambda *_: (1, 1))
-    monkeypatch.setattr(processes, "starved", lambda *_: False)
+    monkeypatch.setattr(processes, "spent", lambda *_: Spent("T", 1.0))
     return World
 
 
@@ -116,19 +124,60 @@ async def test_a_core_that_does_not_turn_is_killed_after_the_limit_and_only_once
     await w.live(0.9)
     [(when, slot)] = w.killed
     assert slot == 2
-    assert HANG_SECONDS < when - began < HANG_SECONDS + 3 * WATCH_SECONDS
+    assert STOPPED_SECONDS <= when - began + 1e-6 < STOPPED_SECONDS + 2 * WATCH_SECONDS
 
 
 async def test_a_core_that_gets_no_cpu_has_more_time(
     world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     w = world(1)
-    monkeypatch.setattr(processes, "starved", lambda *_: True)
+    monkeypatch.setattr(processes, "spent", lambda *_: Spent("R", 1.0))
     w.still = {1}
     await w.live(STARVED_SECONDS - 0.5)
     assert not w.killed
     await w.live(1)
     assert len(w.killed) == 1
+
+
+NOTHING_YET = ""
+
+
+@pytest.mark.parametrize(
+    ("still", "spent", "why"),
+    [
+        (STOPPED_SECONDS - 0.01, Spent("T", 1.0), NOTHING_YET),
+        (STOPPED_SECONDS, Spent("T", 1.0), "was stopped for 0.10 s"),
+        (0.15, Spent("t", 1.0), "was stopped for 0.15 s"),
+        (0.1, Spent("R", 1.0 + BURNT_SECONDS - 0.01), NOTHING_YET),
+        (0.1, Spent("R", 1.0 + BURNT_SECONDS), "has not come to the end of a turn in 0.08 s of CPU time"),
+        (STARVED_SECONDS, Spent("R", 1.0), NOTHING_YET),
+        (STARVED_SECONDS + 1, Spent("R", 1.0), "has got no CPU for 6 s"),
+        (BLOCKED_SECONDS, Spent("S", 1.0), NOTHING_YET),
+        (0.6, Spent("S", 1.0), "has waited in the kernel for 0.6 s"),
+        (0.6, Spent("D", 1.0), "has waited in the kernel for 0.6 s"),
+        (STARVED_SECONDS, None, NOTHING_YET),
+        (STARVED_SECONDS + 1, None, "has got no CPU for 6 s"),
+    ],
+)
+def test_how_long_a_core_may_stay_without_a_turn_depends_on_what_its_thread_does(
+    still: float, spent: Spent | None, why: str
+) -> None:
+    assert judge(still, Spent("R", 1.0), spent) == why
+
+
+async def test_a_core_that_sleeps_between_turns_is_not_asked_for_its_thread(
+    world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = world(1)
+    asked: list[int] = []
+    monkeypatch.setattr(processes, "spent", lambda *_: asked.append(1))
+    w.engines[1].cores[0].asleep = 1
+    for _ in range(20):  # it turns each 0.1 s
+        w.still = {1}
+        await w.live(WATCH_SECONDS)
+        w.still = set()
+        await w.live(WATCH_SECONDS)
+    assert not asked
 
 
 async def test_an_engine_that_is_being_mended_keeps_nobody_from_seeing_that_another_one_hangs(
@@ -143,7 +192,7 @@ async def test_an_engine_that_is_being_mended_keeps_nobody_from_seeing_that_anot
     assert sorted(slot for _, slot, _ in w.repairs.begun) == [1, 2, 3, 4, 5], "all at once, each once"
     [(when, slot)] = w.killed
     assert slot == 6
-    assert when - began < HANG_SECONDS + 3 * WATCH_SECONDS
+    assert when - began < STOPPED_SECONDS + 2 * WATCH_SECONDS
     await w.end()
 
 
@@ -188,7 +237,7 @@ async def test_fences_that_are_not_answered_are_a_reason_to_kill_only_while_the_
     world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch, turning: bool, killed: bool
 ) -> None:
     w = world(1)
-    monkeypatch.setattr(processes, "starved", lambda *_: True)
+    monkeypatch.setattr(processes, "spent", lambda *_: Spent("R", 1.0))
     await w.live(1)
     w.still = set() if turning else {1}
     for _ in range(STALLS + 1):
@@ -211,8 +260,8 @@ async def test_what_was_seen_of_one_process_says_nothing_about_the_next(world: C
     for _ in range(STALLS - 1):
         w.watchdog.fence_missed(w.engines[1], w.now)
     w.still = {1}
-    await w.live(HANG_SECONDS)
+    await w.live(STOPPED_SECONDS / 2)
     w.engines[1].process = 77
     w.watchdog.fence_missed(w.engines[1], w.now)
-    await w.live(HANG_SECONDS)
+    await w.live(STOPPED_SECONDS / 2)
     assert not w.killed
