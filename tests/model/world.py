@@ -163,8 +163,10 @@ class World:
                 raise AssertionError(f"a packet between two ends that live was dropped: {packet.segment}, flow {had}")
             if frame is not None:
                 self._note(packet)
-                answer = packet.sender is peer and packet.segment.flags & SYN
-                self.hidden |= bool(answer and had and had.state in ("ESTABLISHED", "CLOSING") and not self.ends())
+        if packet.sender is not None and packet.segment.flags & (SYN | ACK) == SYN | ACK:
+            # Its client may have given up meanwhile, and not know this end any more.
+            answers = packet.segment.acknowledgement == (self.client.number + 1) % NUMBERS
+            self.hidden |= bool(answers and had and had.state in ("ESTABLISHED", "CLOSING") and not self.ends())
         if frame is not None:
             _, _, segment, right = parse(frame)
             _, _, before, was_right = parse(packet.frame)
