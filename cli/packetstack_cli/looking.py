@@ -156,7 +156,10 @@ def logs(backend: Backend, engine: str | None) -> None:
 @with_backend
 def metrics(backend: Backend) -> None:
     """The agent's Prometheus metrics."""
-    click.echo(backend.metrics(), nl=False)
+    text = backend.metrics()
+    click.echo(text, nl=False)
+    if not text:
+        click.echo("the agent stands by and measures nothing; packetstack events says why", err=True)
 
 
 @click.command()

@@ -7,7 +7,7 @@ as JSON. The answer is JSON. A refusal is a body `{"error": {"code": ..., "messa
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_origin
 
 from pydantic import Field, ValidationError
 
@@ -67,7 +67,7 @@ class Verb(Generic[R, A]):
 
     def read_query(self, query: Mapping[str, Sequence[str]]) -> R:
         """A request from the fields of a query, each with all its values. RequestError."""
-        lists = {n for n, f in self.request.model_fields.items() if "tuple" in str(f.annotation)}
+        lists = {n for n, f in self.request.model_fields.items() if get_origin(f.annotation) is tuple}
         given = {name: list(values) if name in lists else values[-1] for name, values in query.items()}
         try:
             return self.request.model_validate(given, strict=False)
