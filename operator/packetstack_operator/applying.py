@@ -11,11 +11,10 @@ from kubernetes.aio import client, config
 
 from packetstack_operator.observing import Raw
 from packetstack_operator.outcome import Write
-from packetstack_operator.ports import PATHS, Refused
+from packetstack_operator.ports import APPLY_TYPE, PATHS, Refused
 
 MANAGER = "packetstack-operator"
 OURS = {"fieldManager": MANAGER}
-APPLY_TYPE = "application/apply-patch+yaml"
 APPLY = {**OURS, "force": "true"}
 CONNECTIONS = 16
 """At once. Each takes some 300 kB, and many stacks write at the same time when the operator starts."""

@@ -26,11 +26,10 @@ from packetstack_core.backing_off import ANSWER_SECONDS, back_off
 from packetstack_core.kinds import AutoscalingStatus, Condition
 from packetstack_core.load import StackLoad
 from packetstack_operator import observing, pods
-from packetstack_operator.applying import APPLY_TYPE
 from packetstack_operator.loads import Key, LoadError, Loads
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import Raw, World
-from packetstack_operator.ports import PATHS, Api, Refused
+from packetstack_operator.ports import APPLY_TYPE, PATHS, Api, Refused
 from packetstack_operator.readings import Readings
 from packetstack_operator.showing import Shown
 

@@ -1,22 +1,18 @@
 """What is there: objects of the API server, reduced to what decisions need. Pure."""
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import lru_cache
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Any
 
 from pydantic import ValidationError
 
 from packetstack_core.kinds import FlowTable, TableEngine, read
-from packetstack_core.limits import MAX_BACKENDS, MAX_SNAT_ADDRESSES
 from packetstack_core.planning import Move
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import ConditionReason, Problem
 from packetstack_core.reconciling import GivenUp
-from packetstack_core.resources import Endpoint, Listener, PacketStack, Service
 from packetstack_operator import pods
 
 Raw = Mapping[str, Any]
@@ -250,76 +246,6 @@ def timestamp(now: float) -> str:
     return datetime.fromtimestamp(int(now), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-@lru_cache(maxsize=4096)
-def _range(text: str) -> tuple[int, int, int] | None:
-    try:
-        network = ip_network(text, strict=False)
-    except ValueError:
-        return None  # not an address: that stack is marked InvalidSpec
-    first = int(network.network_address)
-    return network.version, first, first + network.num_addresses - 1
-
-
-def claims(raw: Raw) -> dict[Block, tuple[Claim, ...]]:
-    """What a PacketStack or a FlowTable names, by block."""
-    meta, spec = raw["metadata"], raw.get("spec") or {}
-    since, idle = str(meta.get("creationTimestamp") or ""), not spec.get("owners")
-    texts = {str(li.get("address")) for li in spec.get("listeners") or ()}
-    texts |= {str(network) for network in (spec.get("snat") or {}).get("addresses") or ()}
-    found: dict[Block, tuple[Claim, ...]] = {}
-    for text in sorted(texts):
-        if (place := _range(text)) is None:
-            continue
-        version, first, last = place
-        claim = Claim(idle, since, meta["namespace"], meta["name"], version, first, last)
-        for block in range(first >> 8, (min(last, first + MAX_SNAT_ADDRESSES) >> 8) + 1):
-            found[version, block] = (*found.get((version, block), ()), claim)
-    return found
-
-
-def conflict(stack: Raw, table: Raw | None, known: Callable[[Block], Collection[Claim]]) -> Conflict | None:
-    """The first address of the resource that another stack's claim comes before. `known`: all claims by block.
-
-    An address belongs to the stack whose flow table brings packets to its engines; where there is none, to the oldest.
-    """
-    meta = stack["metadata"]
-    running = claims(table) if table is not None else {}
-    found = []
-    for block, wanted in claims(stack).items():
-        others = known(block)
-        for claim in wanted:
-            # Many stacks share a block, and hardly ever an address: this is all that most of them cost.
-            near = [c for c in others if c.first <= claim.last and claim.first <= c.last]
-            near = [c for c in near if (c.namespace, c.stack) != (meta["namespace"], meta["name"])]
-            if not near:
-                continue
-            held = (c for c in running.get(block, ()) if not c.idle and c.first <= claim.first and claim.last <= c.last)
-            mine = next(held, claim)
-            found += [(not mine.idle, max(claim.first, c.first), c, claim.version) for c in near if c < mine]
-    if not found:
-        return None
-    running_too, address, other, version = min(found)
-    shown = str(IPv4Address(address) if version == 4 else IPv6Address(address))
-    return Conflict(shown, f"{other.namespace}/{other.stack}", not running_too)
-
-
-def holders(table: Raw) -> dict[tuple[str, str], tuple[Holder, ...]]:
-    """Node and MAC -> the engines of a flow table that have it there; when their pods were made is not known here."""
-    meta, spec = table["metadata"], table.get("spec", {})
-    states = {e["id"]: e.get("state") for e in spec.get("engines") or ()}
-    found: dict[tuple[str, str], tuple[Holder, ...]] = {}
-    for report in table.get("status", {}).get("nodes") or ():
-        if report["node"] != spec.get("node"):
-            continue
-        for engine in report.get("engines") or ():
-            if mac := engine.get("mac"):
-                number = engine["id"]
-                starting = states.get(number) in ("Pending", "Starting")
-                held = Holder(starting, "", meta["namespace"], meta["name"], number, engine["name"])
-                found[report["node"], mac] = (*found.get((report["node"], mac), ()), held)
-    return found
-
-
 # ---- pods --------------------------------------------------------------------------------------------------------
 
 
@@ -442,63 +368,3 @@ def read_table(raw: Raw | None) -> FlowTable | None:
         return read(FlowTable, raw)
     except ResourceError:
         return None
-
-
-# ---- backends ------------------------------------------------------------------------------------------------------
-
-
-def resolve(stack: PacketStack, world: World) -> tuple[tuple[Listener, ...], list[str]]:
-    """The listeners with endpoints in the place of services, and what is wrong with the services."""
-    own = set(stack.virtual_addresses())
-    networks = stack.spec.snat.addresses
-    listeners, problems = [], []
-    left = MAX_BACKENDS - sum(len(li.backends.endpoints or ()) for li in stack.spec.listeners)
-    for listener in stack.spec.listeners:
-        service = listener.backends.service
-        if service is None:
-            listeners.append(listener)
-            continue
-        found, problem = _endpoints(listener, service, world)
-        usable = [
-            e
-            for e in found
-            if e.address not in own and not any(e.address.version == n.version and e.address in n for n in networks)
-        ]
-        if len(usable) > left:
-            problem = f"service {service.name} has more backends than fit; a stack has at most {MAX_BACKENDS}"
-            usable = usable[:left]
-        left -= len(usable)
-        if problem:
-            problems.append(f"listener {listener.name}: {problem}")
-        backends = listener.backends.model_copy(update={"service": None, "endpoints": tuple(usable)})
-        listeners.append(listener.model_copy(update={"backends": backends}))
-    return tuple(listeners), problems
-
-
-def _endpoints(listener: Listener, service: Service, world: World) -> tuple[list[Endpoint], str]:
-    """In order of address and port."""
-    ports = world.services.get(service.name)
-    if ports is None:
-        return [], f"service {service.name} is not there; create it, or name another"
-    name = ports.get((service.port, listener.protocol))
-    if name is None:
-        return [], f"service {service.name} has no {listener.protocol} port {service.port}; use one that it has"
-    weights: dict[tuple[str, int], int] = {}
-    for part in world.slices.get(service.name, ()):
-        if part.family != listener.address.version:
-            continue
-        numbers = [p for n, protocol, p in part.ports if n == name and protocol == listener.protocol]
-        for address, fresh, last in part.endpoints:
-            # A flow that lives on a terminating backend stays where it is. UDP has no end that
-            # could be waited for, so that its flows would stay until the backend is gone.
-            if not fresh and (not last or listener.protocol == "UDP"):
-                continue
-            for port in numbers:
-                weights[address, port] = max(weights.get((address, port), 0), int(fresh))
-    endpoints = []
-    for (address, port), weight in weights.items():
-        try:
-            endpoints.append(Endpoint.model_validate({"address": address, "port": port, "weight": weight}))
-        except ValidationError:
-            continue  # a loopback address, say: nothing that packets could be sent to
-    return sorted(endpoints, key=lambda e: (int(ip_address(str(e.address))), e.port)), ""

@@ -21,6 +21,10 @@ PATHS = {
 """Kind -> where the API server has its objects, by namespace."""
 
 
+APPLY_TYPE = "application/apply-patch+yaml"
+"""Media type of a server-side apply."""
+
+
 class Refused(Exception):
     """The API server said no. `status`: HTTP's; `reason` and `message` are the server's own."""
 

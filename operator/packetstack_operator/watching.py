@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import kopf
 
-from packetstack_operator import observing, pods
+from packetstack_operator import claims, observing, pods
 from packetstack_operator.keeping import Keepers
 from packetstack_operator.observing import Raw, Slice
 from packetstack_operator.ports import Key
@@ -54,9 +54,9 @@ def _index(registry: kopf.OperatorRegistry) -> None:
     index(PLURALS["PodDisruptionBudget"], "budgets", lambda body: {_stack_of(body): _lean(body)})
     index(SERVICES, "services", lambda body: {_place(body): observing.service_ports(body)})
     index(SLICES, "slices", lambda body: {_service_of(body): Slice.of(body)})
-    index(PLURALS["FlowTable"], "macs", observing.holders)
-    index(PLURALS["PacketStack"], "wanted", observing.claims)
-    index(PLURALS["FlowTable"], "held", observing.claims)
+    index(PLURALS["FlowTable"], "macs", claims.holders)
+    index(PLURALS["PacketStack"], "wanted", claims.claims)
+    index(PLURALS["FlowTable"], "held", claims.claims)
 
 
 def _indexes(found: Mapping[str, Any]) -> Indexes:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from packetstack_operator import observing, pods
+from packetstack_operator import claims, observing, pods
 from packetstack_operator.observing import Block, Claim, Holder, Raw, ServicePorts, Slice, World
 from packetstack_operator.overlay import Overlay
 from packetstack_operator.ports import PATHS, Api, Index, Key, Refused
@@ -83,14 +83,14 @@ def with_others(key: Key, world: World, indexes: Indexes) -> World:
     return replace(
         world,
         neighbours=_neighbours(key, world.table, indexes),
-        conflict=observing.conflict(world.stack, world.table, indexes.claims),
+        conflict=claims.conflict(world.stack, world.table, indexes.claims),
     )
 
 
 def _neighbours(key: Key, table: Raw | None, indexes: Indexes) -> dict[str, list[Holder]]:
     """MAC -> engines of other stacks on the node of this one's that have it, as this one's have. Hardly ever any."""
     found: dict[str, list[Holder]] = {}
-    for node, mac in observing.holders(table) if table is not None else ():
+    for node, mac in claims.holders(table) if table is not None else ():
         for other in [h for held in indexes.macs.get((node, mac), ()) for h in held]:
             if (other.namespace, other.stack) != key:
                 listed = indexes.pods.get((other.namespace, other.stack), ())

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 import kopf
 from tests.operator.model import Conflict, Model
 
-from packetstack_operator import observing, pods
+from packetstack_operator import claims, pods
 from packetstack_operator.keeping import Keepers
 from packetstack_operator.loads import Loads
 from packetstack_operator.metrics import Metrics
@@ -123,11 +123,11 @@ class MemoryApi:
         services: Looked[Key, ServicePorts] = Looked(lambda: ())
         slices: Looked[Key, Slice] = Looked(lambda: ())
         macs: Looked[tuple[str, str], tuple[Holder, ...]] = Looked(
-            lambda: (item for raw in of("FlowTable") for item in observing.holders(raw).items())
+            lambda: (item for raw in of("FlowTable") for item in claims.holders(raw).items())
         )
 
         def claimed(kind: str) -> Looked[Block, tuple[Claim, ...]]:
-            return Looked(lambda: (item for raw in of(kind) for item in observing.claims(raw).items()))
+            return Looked(lambda: (item for raw in of(kind) for item in claims.claims(raw).items()))
 
         return Indexes(
             stacks=placed("PacketStack"),

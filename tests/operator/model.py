@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from packetstack_core import kinds
 from packetstack_core.kinds import FlowTable
 from packetstack_core.reasons import ConditionReason, EventReason, why_not
-from packetstack_operator import deciding, observing, pods
+from packetstack_operator import claims, deciding, observing, pods
 from packetstack_operator.keeping import MAYBE_TAKEN
 from packetstack_operator.observing import Memory, World
 
@@ -226,7 +226,7 @@ class Model:
             services=self.services,
             slices=self.slices,
             neighbours=self.neighbours,
-            conflict=observing.conflict(self.stack, self.get("FlowTable"), self._claims),
+            conflict=claims.conflict(self.stack, self.get("FlowTable"), self._claims),
             proposal=self.proposal,
             loads=self.loads,
             memory=self.memory,
@@ -236,7 +236,7 @@ class Model:
         return observing.with_looked_up(world, {at: self.objects[at] for at in asked if at in self.objects})
 
     def _claims(self, block):
-        return [c for raw in (*self.others, *self.objects.values()) for c in observing.claims(raw).get(block, ())]
+        return [c for raw in (*self.others, *self.objects.values()) for c in claims.claims(raw).get(block, ())]
 
     def operator(self, most=None):
         """One look. With `most` it is killed after so many writes, and starts again with nothing in its mind."""

@@ -3,7 +3,7 @@
 import pytest
 
 from packetstack_core.reading import parse
-from packetstack_operator import observing
+from packetstack_operator import backends, claims, observing
 from packetstack_operator.observing import Slice, World
 
 
@@ -36,10 +36,10 @@ def endpoint_slice(*endpoints, family="IPv4", port=9443, name="https", protocol=
     return Slice.of({"addressType": family, "endpoints": list(endpoints), "ports": ports})
 
 
-def backends(raw, slices, ports=None):
+def listed(raw, slices, ports=None):
     ports = {(8443, "TCP"): "https", (8443, "UDP"): "https"} if ports is None else ports
     world = World(raw, "i", services={"web": ports} if ports else {}, slices={"web": slices})
-    listeners, problems = observing.resolve(parse(raw), world)
+    listeners, problems = backends.resolve(parse(raw), world)
     endpoints = listeners[0].backends.endpoints
     return [(str(e.address), e.port, e.weight) for e in endpoints], problems
 
@@ -53,26 +53,26 @@ def test_ready_endpoints_are_backends_in_order_of_their_addresses():
     found = endpoint_slice(
         endpoint("10.0.0.20", **READY), endpoint("10.0.0.3", **READY), endpoint("10.0.0.4", **UNREADY)
     )
-    assert backends(stack(), [found]) == ([("10.0.0.3", 9443, 1), ("10.0.0.20", 9443, 1)], [])
+    assert listed(stack(), [found]) == ([("10.0.0.3", 9443, 1), ("10.0.0.20", 9443, 1)], [])
 
 
 def test_a_terminating_tcp_backend_keeps_its_flows_and_gets_no_more():
     found = endpoint_slice(endpoint("10.0.0.3", **LEAVING), endpoint("10.0.0.4", **READY))
-    assert backends(stack(), [found])[0] == [("10.0.0.3", 9443, 0), ("10.0.0.4", 9443, 1)]
+    assert listed(stack(), [found])[0] == [("10.0.0.3", 9443, 0), ("10.0.0.4", 9443, 1)]
 
 
 def test_a_terminating_udp_backend_is_left_out():
     found = endpoint_slice(endpoint("10.0.0.3", **LEAVING), endpoint("10.0.0.4", **READY), protocol="UDP")
-    assert backends(stack("UDP"), [found])[0] == [("10.0.0.4", 9443, 1)]
+    assert listed(stack("UDP"), [found])[0] == [("10.0.0.4", 9443, 1)]
 
 
 def test_conditions_that_are_absent_mean_ready():
-    assert backends(stack(), [endpoint_slice({"addresses": ["10.0.0.3"]})])[0] == [("10.0.0.3", 9443, 1)]
+    assert listed(stack(), [endpoint_slice({"addresses": ["10.0.0.3"]})])[0] == [("10.0.0.3", 9443, 1)]
 
 
 def test_an_endpoint_in_two_slices_is_one_backend():
     slices = [endpoint_slice(endpoint("10.0.0.3", **LEAVING)), endpoint_slice(endpoint("10.0.0.3", **READY))]
-    assert backends(stack(), slices)[0] == [("10.0.0.3", 9443, 1)]
+    assert listed(stack(), slices)[0] == [("10.0.0.3", 9443, 1)]
 
 
 def test_only_the_listeners_family_counts():
@@ -81,28 +81,28 @@ def test_only_the_listeners_family_counts():
         endpoint_slice(endpoint("2001:db8::3", **READY), family="IPv6"),
         endpoint_slice(endpoint("web.example", **READY), family="FQDN"),
     ]
-    assert backends(stack(), slices)[0] == [("10.0.0.3", 9443, 1)]
+    assert listed(stack(), slices)[0] == [("10.0.0.3", 9443, 1)]
     raw = stack(address="2001:db8:1::10", snat="2001:db8:1::40/122")
-    assert backends(raw, slices)[0] == [("2001:db8::3", 9443, 1)]
+    assert listed(raw, slices)[0] == [("2001:db8::3", 9443, 1)]
 
 
 def test_ports_are_found_by_the_name_of_the_services_port():
     slices = [endpoint_slice(endpoint("10.0.0.3", **READY), name="metrics", port=1)]
-    assert backends(stack(), slices) == ([], [])
+    assert listed(stack(), slices) == ([], [])
     slices = [endpoint_slice(endpoint("10.0.0.3", **READY), name=None, port=7)]
-    assert backends(stack(), slices, {(8443, "TCP"): ""})[0] == [("10.0.0.3", 7, 1)]
+    assert listed(stack(), slices, {(8443, "TCP"): ""})[0] == [("10.0.0.3", 7, 1)]
 
 
 def test_what_is_wrong_with_a_service_is_said():
-    assert backends(stack(), [], {})[1] == ["listener web: service web is not there; create it, or name another"]
-    assert backends(stack(), [], {(80, "TCP"): ""})[1] == [
+    assert listed(stack(), [], {})[1] == ["listener web: service web is not there; create it, or name another"]
+    assert listed(stack(), [], {(80, "TCP"): ""})[1] == [
         "listener web: service web has no TCP port 8443; use one that it has"
     ]
 
 
 def test_addresses_that_packets_cannot_be_sent_to_are_left_out():
     own = [endpoint(a, **READY) for a in ("127.0.0.1", "192.0.2.10", "192.0.2.65", "10.0.0.3")]
-    assert backends(stack(), [endpoint_slice(*own)])[0] == [("10.0.0.3", 9443, 1)]
+    assert listed(stack(), [endpoint_slice(*own)])[0] == [("10.0.0.3", 9443, 1)]
 
 
 @pytest.mark.parametrize(
@@ -135,11 +135,11 @@ def test_engines_are_found_by_the_mac_that_their_node_reports():
         "spec": {"node": "node-9", "engines": engines},
         "status": {"nodes": [former, {"node": "node-9", "engines": reported}]},
     }
-    found = observing.holders(table)
+    found = claims.holders(table)
     assert set(found) == {("node-9", "02::1")}
     older, younger = sorted(found["node-9", "02::1"])
     assert (older.pod, younger.pod) == ("edge-1", "edge-2")
-    assert observing.holders({"metadata": table["metadata"]}) == {}
+    assert claims.holders({"metadata": table["metadata"]}) == {}
 
 
 def named(*addresses, name="edge", made="2026-01-01T00:00:00Z", owners="", snat=()):
@@ -148,8 +148,8 @@ def named(*addresses, name="edge", made="2026-01-01T00:00:00Z", owners="", snat=
 
 
 def conflict(mine, *others, table=None):
-    found = [observing.claims(raw) for raw in others]
-    return observing.conflict(mine, table, lambda block: [c for f in found for c in f.get(block, ())])
+    found = [claims.claims(raw) for raw in others]
+    return claims.conflict(mine, table, lambda block: [c for f in found for c in f.get(block, ())])
 
 
 OLDER = "2025-01-01T00:00:00Z"
