@@ -309,6 +309,31 @@ static inline enum ps_leaving ps_flow_leaves(const struct ps_handler *h, const s
 	return __builtin_expect((int32_t)(f->last_seen - h->since) > 0, 1) ? PS_STAYS : ps_leaves_now(h, f);
 }
 
+/*
+ * The client asks again for a connection that its backend has answered. It has not got the answer, and gets none any more
+ * from one that is down. From one that was only taken out it may, unless this is the SYN that was answered: another may be
+ * made up. -> whether to begin anew, elsewhere
+ */
+static inline bool ps_asks_anew(const struct ps_handler *h, const struct ps_entry *f, const uint8_t *frame,
+				const struct ps_packet *p, const struct ps_listener *l)
+{
+	struct ps_segment g;
+
+	if (ps_backend_serves(h->config, f, l) || !ps_segment_intact(frame, p))
+		return false;
+	ps_segment_read(&g, frame, p, p->tcp_flags);
+	return ps_backend_down(h->config, f, l) || ps_answers(g.seq + 1, f->end[PS_CLIENT]);
+}
+
+/* A SYN of a flow that is half open or has ended. -> whether another backend or SNAT address is to be found for it */
+static PS_RARE bool ps_begins_anew(const struct ps_handler *h, const struct ps_entry *f, const uint8_t *frame,
+				   const struct ps_packet *p, const struct ps_key *k)
+{
+	const struct ps_listener *l = ps_listener_find(h->config, k->destination, k->dport, 6);
+
+	return f->state == PS_FLOW_SYN_ACK ? ps_asks_anew(h, f, frame, p, l) : !ps_place_serves(h->config, f, l);
+}
+
 /* ---- connection state ------------------------------------------------------------------------------ */
 
 static inline void ps_seen(const struct ps_handler *h, struct ps_entry *f)
@@ -460,6 +485,23 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 #endif
 	ps_seen(h, f);
 	return true;
+}
+
+/*
+ * Does the client itself ask for a connection that is to be reset? Its answer is a reset that the client must believe, and
+ * the flow is over then: somebody else must not bring that about. A reset of the client's own is followed as always.
+ */
+static PS_RARE bool ps_asks_itself(const struct ps_entry *f, const uint8_t *frame, const struct ps_packet *p)
+{
+	struct ps_entry value = *f;
+	struct ps_segment g;
+
+	if (p->kind != PS_PKT_FLOW || p->tcp_flags & TCP_RST || !ps_segment_intact(frame, p))
+		return false;
+	ps_segment_read(&g, frame, p, p->tcp_flags);
+	if (f->state == PS_FLOW_SYN_ACK)
+		return g.flags & TCP_ACK && ps_confirms(f, &g);
+	return (f->state == PS_FLOW_ESTABLISHED || f->state == PS_FLOW_CLOSING) && ps_believed(&value, &g, PS_CLIENT);
 }
 
 /* ---- rewriting ------------------------------------------------------------------------------------- */
@@ -743,7 +785,7 @@ static PS_RARE struct ps_entry *ps_begin(struct ps_handler *h, struct ps_shard *
 static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t length, const struct ps_stamp *stamp)
 {
 	struct ps_shard *s = ps_shard_at(h->arena, stamp->bucket);
-	bool reply = stamp->flags & PS_STAMP_REPLY, opener, fresh;
+	bool reply = stamp->flags & PS_STAMP_REPLY, opener, fresh, leaves = false;
 	struct ps_packet p = { 0 };
 	struct ps_entry *f;
 	struct ps_key k;
@@ -798,10 +840,13 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	fresh = opener && !f;
 	if (f && !reply) {
 		enum ps_leaving leaving = ps_flow_leaves(h, f);
-		bool again = opener && !k.udp && (ps_state_ended(f->state) || f->state == PS_FLOW_SYN);
+		bool again = opener && !k.udp && (ps_state_ended(f->state) || ps_state_half_open(f->state));
 
-		if (leaving ||
-		    (again && !ps_place_serves(h->config, f, ps_listener_find(h->config, k.destination, k.dport, 6)))) {
+		if (leaving == PS_IS_RESET && !opener && !ps_asks_itself(f, frame, &p)) {
+			leaving = PS_STAYS;
+			leaves = true;
+		}
+		if (leaving || (again && ps_begins_anew(h, f, frame, &p, &k))) {
 			ps_flow_remove(h->arena, s, f);
 			h->counters[PS_C_FLOWS_ENDED]++;
 			f = NULL;
@@ -818,11 +863,11 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	} else if (__builtin_expect(!f, 0)) {
 		return ps_turn_away(h, frame, &p, h->config->unknown_flow_reset && !reply, PS_C_DROP_NO_FLOW);
 	} else {
-		/* What its backend still sends must not hide that a flow is to leave it: see ps_flow_leaves. */
-		bool leaves = reply && ps_flow_leaves(h, f) != PS_STAYS;
+		/* What others than its client send must not hide that a flow is to leave its backend: see ps_flow_leaves. */
 		uint32_t seen = f->last_seen;
 		uint8_t state = f->state;
 
+		leaves = leaves || (reply && ps_flow_leaves(h, f) != PS_STAYS);
 		if (k.udp) {
 			ps_track_udp(h, s, f, reply);
 		} else if (__builtin_expect(p.kind == PS_PKT_FRAGMENT, 0)) {

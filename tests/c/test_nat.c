@@ -1317,6 +1317,64 @@ static void a_syn_again_leaves_a_backend_that_does_not_serve(void)
 	CHECK(t.arena->backend[2].live == 0, "%d", t.arena->backend[2].live);
 }
 
+/* The backend has answered, but its answer was lost, and then it died: the client's SYN comes again. */
+static void a_syn_again_leaves_a_backend_that_has_answered_and_is_gone(void)
+{
+	struct conversation c[60];
+	uint32_t moved = 0;
+
+	for (uint32_t i = 0; i < 60; i++) {
+		c[i] = client(i);
+		LEADS(c[i], CLIENT, TCP_SYN, 0, 0, 0, SYN);
+		LEADS(c[i], BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
+	}
+	third_backend_down(0);
+	for (uint32_t i = 0; i < 60; i++) {
+		bool leaves = at_third(&c[i]), removed = i >= 20, made_up = i >= 40;
+
+		if (i == 20) /* not in the configuration any more */
+			t.config->listener[0].down = 0;
+		if (!leaves)
+			LEADS(c[i], CLIENT, TCP_SYN, 0, 0, 0, SYN_ACK);
+		else if (made_up) /* a backend that was taken out may still finish it */
+			LEADS(c[i], CLIENT, TCP_SYN, 90000, 0, 0, SYN_ACK);
+		else /* of one that is down nothing can be expected, whoever asks */
+			LEADS(c[i], CLIENT, TCP_SYN, removed ? 0 : i * 1000, 0, 0, SYN);
+		CHECK(at_third(&c[i]) == (leaves && made_up), "client %u is at the wrong backend", i);
+		if (made_up)
+			LEADS(c[i], CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
+		moved += leaves && !made_up;
+	}
+	CHECK(moved > 5, "%u moved", moved);
+}
+
+/* Who does not see the connection does not bring about its end by asking for it. */
+static void a_made_up_segment_resets_no_flow_of_a_backend_that_is_down(void)
+{
+	struct conversation c[20];
+	uint32_t down = 0;
+
+	for (uint32_t i = 0; i < 20; i++)
+		c[i] = established(client(i).stamp.bucket, i);
+	third_backend_down(PS_LISTENER_RESET_BACKEND_DOWN);
+	for (uint32_t i = 0; i < 20; i++) {
+		down += at_third(&c[i]);
+		LEADS(c[i], CLIENT, TCP_ACK, 0x40000000, 1, 0, ESTABLISHED);
+		LEADS(c[i], CLIENT, TCP_ACK, 1, 0x40000000, 10, ESTABLISHED);
+		LEADS(c[i], CLIENT, TCP_FIN | TCP_ACK, 0x40000000, 0x40000000, 0, ESTABLISHED);
+		LEADS(c[i], CLIENT, TCP_RST, 0x40000000, 0, 0, ESTABLISHED);
+		LEADS(c[i], CLIENT, TCP_RST | TCP_ACK, 2, 1, 0, ESTABLISHED);
+		LEADS(c[i], CLIENT, 0, 1, 0, 0, ESTABLISHED);
+		shape.bad_checksum = true;
+		LEADS(c[i], CLIENT, TCP_ACK, 1, 1, 10, ESTABLISHED);
+		shape.bad_checksum = false;
+		CHECK(segment(&c[i], CLIENT, TCP_ACK, 1, 1, 10) == PS_TRANSMIT && !entry_of(&c[i]) == at_third(&c[i]),
+		      "the client itself");
+	}
+	CHECK(down > 2 && t.counters[PS_C_RESETS_SENT] == down, "%u down, %lu resets", down,
+	      t.counters[PS_C_RESETS_SENT]);
+}
+
 /* RESET_BACKEND_DOWN: the next packet of the client is answered by a reset, and the flow is over. */
 static void flows_of_a_backend_that_is_down_are_reset(void)
 {
@@ -1490,6 +1548,8 @@ int main(int argc, char **argv)
 		proven_flows_are_limited,
 		the_proven_flows_of_a_client_are_limited,
 		a_syn_again_leaves_a_backend_that_does_not_serve,
+		a_syn_again_leaves_a_backend_that_has_answered_and_is_gone,
+		a_made_up_segment_resets_no_flow_of_a_backend_that_is_down,
 		flows_of_a_backend_that_is_down_are_reset,
 		a_listener_without_backends_refuses_or_drops,
 	};
