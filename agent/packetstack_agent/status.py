@@ -1,21 +1,16 @@
 """How a stack is: read from shared memory, maps and counters when somebody asks. Changes nothing."""
 
-from collections.abc import Mapping
-from ipaddress import ip_address
-
 from packetstack_agent import loading, networks
 from packetstack_agent.balancing import Balancers
 from packetstack_agent.counting import add_drops, captures, link_drops
 from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
-from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall
 from packetstack_agent.health import Health
 from packetstack_agent.managed import Managed
 from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
 from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.shedding import Shedders, listener_names
-from packetstack_agent.stacks import Stack
 from packetstack_core import abi
 from packetstack_core.load import EngineLoad
 from packetstack_core.planning import State
@@ -249,78 +244,6 @@ def capacity(managed: Managed) -> dict[str, int]:
         "flows": pairs * per_bucket * stack.buckets,
         "maxFlows": stack.resource.spec.flow_table.max_flows,
     }
-
-
-def explain(
-    stack: Stack, pods: Mapping[int, str], protocol: str, source: str, sport: int, destination: str, dport: int
-) -> Json:
-    """Where a packet of this flow goes, and why. `pods`: by slot, names of the engines that have one."""
-    name = stack.name
-    try:
-        client, vip = ip_address(source), ip_address(destination)
-        number = {"tcp": 6, "udp": 17}[protocol.lower()]
-    except (ValueError, KeyError):
-        raise AgentError(
-            f'flow "{protocol} {source} {destination}": not a flow; use "tcp 10.0.0.1:40000 192.0.2.10:80"'
-        ) from None
-    if client.version != vip.version:
-        raise AgentError(f'flow "{protocol} {source} {destination}": is of two families; use two addresses of one')
-    listener = next(
-        (
-            li
-            for li in stack.resource.spec.listeners
-            if (li.address, li.port, li.protocol.lower()) == (vip, dport, protocol.lower())
-        ),
-        None,
-    )
-    if listener is None:
-        return {
-            "why": f"no listener of stack {name} has {protocol.upper()} {destination} port {dport}; not our traffic"
-        }
-    value = int(lib().ps_flow_hash(*stack.key, packed(client), packed(vip), wire(sport), wire(dport), number))
-    bucket = value & (stack.buckets - 1)
-    word = stack.words()[bucket]
-    result: Json = {
-        "hash": f"{value:016x}",
-        "bucket": bucket,
-        "owner": {"slot": word >> 22 & 1023, "queue": word >> 16 & 63, "epoch": word >> 32},
-        "listener": listener.name,
-        "flow": None,
-    }
-    names = abi.enum_names("ps_flow_state")
-    for flow in stack.flows(bucket):
-        if (
-            unpacked(bytes(ffi.buffer(flow.client))) == client
-            and wire(flow.client_port) == sport
-            and wire(flow.vip_port) == dport
-            and bool(flow.flags & 1) == (number == 17)
-            and unpacked(bytes(ffi.buffer(flow.vip))) == vip
-        ):
-            snat = unpacked(bytes(ffi.buffer(flow.snat)))
-            result["flow"] = {
-                "state": names[flow.state].removeprefix("PS_FLOW_").lower(),
-                "backend": f"{unpacked(bytes(ffi.buffer(flow.backend)))} port {wire(flow.backend_port)}",
-                "snat": f"{snat} port {wire(flow.snat_port)}",
-            }
-    slot = word >> 22 & 1023
-    engine = pods.get(slot) or str(slot)
-    if slot in pods:
-        result["owner"]["pod"] = pods[slot]
-    allowed = listener.allowed_sources
-    if allowed is not None and not any(client in network for network in allowed):
-        result["why"] = f"{client} is not in allowedSources of listener {listener.name}: dropped as not_allowed"
-    elif not slot:
-        result["why"] = f"bucket {bucket} has no owner: packets are dropped as no_owner"
-    elif result["flow"]:
-        result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {engine}, which keeps this flow"
-    elif usable := len(stack.usable(listener)):
-        chosen = stack.choice(listener, value, client)
-        how = f"{listener.balancing} would choose" if listener.session_affinity == "None" else "its client's backend is"
-        which = f"{chosen[0]} port {chosen[1]}, one of {usable}" if chosen else f"one of {usable} backends"
-        result["why"] = f"hash {value:016x} -> bucket {bucket} -> engine {engine}; no such flow yet, {how} {which}"
-    else:
-        result["why"] = f"listener {listener.name} has no healthy backend: new flows are dropped as no_backend"
-    return result
 
 
 def _condition(kind: str, status: bool, reason: ConditionReason, message: str = "") -> dict[str, str]:

@@ -7,12 +7,13 @@ from packetstack_agent import loading
 from packetstack_agent.counting import census
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.explaining import Flow, explain
 from packetstack_agent.journal import Journal
 from packetstack_agent.keeping import Keeper
 from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.natives import call, ffi, lib
 from packetstack_agent.scaling import Autoscalers
-from packetstack_agent.status import Status, explain
+from packetstack_agent.status import Status
 from packetstack_agent.threads import to_the_end
 from packetstack_core.planning import Move, Owner, State
 from packetstack_core.reasons import EventReason
@@ -128,7 +129,7 @@ class Verbs:
         """Where a packet of this flow goes, and why."""
         managed = self._stacks.find(name)
         pods = {e.slot: e.blueprint.pod for e in managed.engines.values() if e.blueprint.pod}
-        return explain(managed.stack, pods, protocol, source, sport, destination, dport)
+        return explain(managed.stack, pods, Flow.of(protocol, source, sport, destination, dport))
 
 
 def _active(managed: Managed, slot: int) -> Engine:
