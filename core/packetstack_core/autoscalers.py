@@ -68,6 +68,7 @@ class MetricIdentifier(Model):
     name: Annotated[str, PRINTABLE]
     """Name of the metric in that API."""
     selector: LabelSelector | None = None
+    """Labels that the series must have. Absent: any."""
 
 
 class EngineMetric(Model):
@@ -131,6 +132,7 @@ class ObjectMetric(Model):
     """
 
     described_object: ObjectReference
+    """The object that the metric is about."""
     metric: MetricIdentifier
     target: MetricTarget
 
@@ -151,6 +153,7 @@ class Metric(Model):
     type: Literal["Engine", "Resource", "ContainerResource", "Pods", "Object", "External"]
     """Which member is given: engine, resource, containerResource, pods, object or external."""
     engine: EngineMetric | None = None
+    """A metric that the engines measure: type Engine."""
     resource: ResourceMetric | None = None
     container_resource: ContainerResourceMetric | None = None
     pods: PodsMetric | None = None
@@ -218,24 +221,24 @@ class Panic(Model):
     """Fast reaction to bursts, as Knative does it."""
 
     stable_window_seconds: Annotated[int, Whole(5, 600, "a number of seconds")] = 60
-    """Length of the ordinary window."""
+    """Length of the ordinary window in seconds; a panic ends when the load was below the threshold for so long."""
     window_percentage: Annotated[int, Whole(1, 100, "a percentage")] = 10
     """Length of the panic window, in percent of the ordinary one."""
     threshold_percentage: Annotated[int, Whole(110, 1000, "a percentage")] = 200
-    """Load, in percent of what is there for it, that starts a panic."""
+    """Load, in percent of what the ready engines carry at their target, that starts a panic."""
 
 
 class Schedule(Model):
     """Other limits for some hours."""
 
     name: Name
-    """Once per stack."""
+    """Name of the schedule, unique in the stack."""
     cron: Annotated[str, Text(r"\S+( \S+){4}", 100, "a cron schedule", 'five fields, as in "0 8 * * 1-5"')]
-    """When it begins, as in "0 8 * * 1-5"."""
+    """When it begins: five fields, for example "0 8 * * 1-5"."""
     time_zone: Annotated[str, Text(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", 64, "a time zone", '"Europe/Berlin"')] = "UTC"
     """Time zone of `cron`, for example "Europe/Berlin"."""
     duration_seconds: Seconds
-    """How long it lasts."""
+    """How long it lasts, in seconds."""
     min_replicas: Count | None = None
     """Fewest engines while it lasts."""
     max_replicas: Count | None = None
@@ -251,29 +254,33 @@ class Fallback(Model):
     """What to do when metrics stay away, as KEDA does it."""
 
     failure_threshold: Annotated[int, Whole(1, 1000, "a number of failures")]
-    """Failed readings in a row."""
+    """Readings in a row without a usable metric after which `replicas` holds."""
     replicas: Count
-    """Engines from then on."""
+    """Engines from then on, until a metric can be used again."""
 
 
 class Autoscaling(Model):
     """Scaling by load. Absent: a person, an HPA or KEDA writes `replicas`."""
 
     min_replicas: Count = 1
-    """Fewest engines."""
+    """Fewest engines. 0 is possible only with a metric of type Object or External."""
     max_replicas: Annotated[int, Whole(1, MAX_REPLICAS, "a number of engines")]
     """Most engines."""
     metrics: Annotated[Items[Metric], Length(0, MAX_METRICS, "metrics")] = ()
-    """The one that asks for most engines counts."""
+    """Metrics with their targets; the one that asks for most engines counts. Absent: busy cycles of the engines at 80
+    %."""
     behavior: Behavior | None = None
+    """How fast the number of engines may change. Absent: the defaults of both directions."""
     sync_period_seconds: Annotated[int, Whole(1, 300, "a time in seconds")] = 15
-    """Time between two decisions; the default is that of an HPA."""
+    """Seconds between two decisions."""
     paused: bool = False
-    """Decide, but change nothing."""
+    """Decisions are made and shown, and nothing is changed."""
     panic: Panic | None = None
+    """Fast reaction to bursts. Absent: none."""
     schedules: Annotated[Items[Schedule], Length(0, MAX_SCHEDULES, "schedules")] = ()
-    """Other limits for some hours."""
+    """Other limits at some hours; the first one that is active counts."""
     fallback: Fallback | None = None
+    """Number of engines when no metric can be used for long. Absent: the number stays."""
 
     @model_validator(mode="after")
     def _limits(self) -> Self:

@@ -34,21 +34,21 @@ class DevicePlugin(Model):
     resource_name: Annotated[str, QUALIFIED_NAME]
     """Resource of the device plugin that the pod asks for, for example "intel.com/sriov_vf"."""
     network_attachment_definition: Annotated[str, QUALIFIED_NAME]
-    """What makes the device an interface of the pod: `name`, or `namespace/name`."""
+    """NetworkAttachmentDefinition that makes the device an interface of the pod: `name`, or `namespace/name`."""
 
 
 class ResourceClaim(Model):
     """A virtual function by dynamic resource allocation."""
 
     resource_claim_template_name: Annotated[str, DNS_NAME]
-    """A ResourceClaimTemplate in the stack's namespace."""
+    """Name of a ResourceClaimTemplate in the stack's namespace."""
 
 
 class Attachment(Model):
     """An interface that any CNI plugin makes; no device to allocate."""
 
     network_attachment_definition: Annotated[str, QUALIFIED_NAME]
-    """What makes the interface: `name`, or `namespace/name`."""
+    """NetworkAttachmentDefinition that makes the interface: `name`, or `namespace/name`."""
 
 
 class Veth(Model):
@@ -88,9 +88,9 @@ class TemplateMetadata(Model):
     """Labels and annotations that every engine pod gets."""
 
     labels: Labels = Field(default_factory=dict)
-    """Beside PacketStack's own."""
+    """Labels of the pods, beside PacketStack's own."""
     annotations: Labels = Field(default_factory=dict)
-    """Beside PacketStack's own."""
+    """Annotations of the pods, beside PacketStack's own."""
 
 
 class PodTemplate(Model):
@@ -99,17 +99,17 @@ class PodTemplate(Model):
     metadata: TemplateMetadata = TemplateMetadata()
     """Labels and annotations that every engine pod gets."""
     node_selector: Labels = Field(default_factory=dict)
-    """As of a pod."""
+    """Labels that a node must have, as `spec.nodeSelector` of a pod."""
     tolerations: Items[Opaque] = ()
-    """As of a pod."""
+    """Taints of nodes that engines tolerate, as `spec.tolerations` of a pod."""
     affinity: Opaque = Field(default_factory=dict)
-    """As of a pod."""
+    """Nodes and pods that engines prefer or avoid, as `spec.affinity` of a pod."""
     topology_spread_constraints: Items[Opaque] = ()
-    """As of a pod."""
+    """How engines are spread, as `spec.topologySpreadConstraints` of a pod. All engines of a stack run on one node."""
     priority_class_name: Annotated[str, DNS_NAME] | None = None
-    """As of a pod."""
+    """Name of the engines' PriorityClass."""
     service_account_name: Annotated[str, DNS_NAME] | None = None
-    """As of a pod; no token is mounted."""
+    """Name of the engines' ServiceAccount; no token is mounted."""
 
 
 class Engine(Model):
@@ -118,19 +118,22 @@ class Engine(Model):
     mode: Literal["AFXDP", "DPDK"] = "AFXDP"
     """How packets reach user space. It cannot change later. `DPDK` is not built yet."""
     image: Annotated[str, PRINTABLE] | None = None
-    """Absent: the operator's own."""
+    """Image of the engines' containers. Absent: the operator's own."""
     cores: Annotated[int, Whole(1, MAX_CORES, "a number of cores")] = 1
-    """Worker threads."""
+    """Worker threads of an engine; each serves receive queues of its own."""
     cpu_policy: Literal["Exclusive", "Shared"] = "Shared"
-    """`Exclusive`: whole pinned cores that poll before they sleep. `Shared`: cores sleep when idle."""
+    """`Exclusive`: each core has a CPU of its own, and polls before it sleeps. `Shared`: cores share CPUs, and sleep
+    when idle."""
     queues_per_core: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")] = 4
     """Receive queues of each core; with `cores` at most 64 in all."""
     memory: Size = "512Mi"
-    """Limit of the engine's processes; rings and flows are the agent's."""
+    """Limit of the engine's processes, as a quantity; rings and flows are in the agent's memory."""
     huge_pages: HugePages | None = None
+    """Huge pages that an engine gets. Absent: none."""
     interface: Interface = Interface(veth=Veth())
     """What the engine takes packets from: exactly one kind. Absent: a veth pair."""
     pod_template: PodTemplate = PodTemplate()
+    """Where engine pods may run, and their labels. Without Kubernetes it has no effect."""
 
     @model_validator(mode="after")
     def _queues_fit(self) -> Self:

@@ -72,41 +72,41 @@ class TableEngine(Model):
     """An engine that the node's agent shall attach."""
 
     id: EngineId
-    """Once per table."""
+    """Number of the engine, unique in the table and never given twice."""
     name: values.Name
     """Name of its pod."""
     pod_uid: Annotated[str, values.Text(r"[-0-9a-fA-F]*", 63, "a UID", "the pod's metadata.uid")] = ""
-    """Empty until the pod runs: nothing is attached before."""
+    """UID of its pod; empty until the pod runs: nothing is attached before."""
     interface: Annotated[str, values.Text(r"[A-Za-z0-9_.-]*", 15, "an interface's name", 'a name as in "net1"')] = ""
-    """In the pod. Empty: the agent makes a veth pair."""
+    """Name of its interface in the pod. Empty: the agent makes a veth pair."""
     state: StateName
-    """What the operator wants of it."""
+    """State that the operator wants it in."""
     template: Annotated[str, values.Text(r"[0-9a-f]+", 64, "a hash", "hexadecimal digits")]
     """Hash of the pod template that it was made from."""
     queues: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")]
-    """Receive queues."""
+    """Receive queues of the engine."""
     cores: Annotated[int, Whole(1, MAX_CORES, "a number of cores")]
-    """Worker threads."""
+    """Worker threads of the engine."""
     cpu_policy: Literal["Exclusive", "Shared"] = "Shared"
-    """Whether its cores are its own."""
+    """`Exclusive`: each core has a CPU of its own. `Shared`: cores share CPUs."""
 
 
 class FlowTableSpec(Model):
     """What packets shall see."""
 
     node: Annotated[str, values.DNS_NAME] | None = None
-    """Where all engines of the stack run; absent while there is none."""
+    """Node that all engines of the stack run on; absent while there is none."""
     engines: Items[TableEngine] = ()
-    """Those that there shall be, and those that are leaving."""
+    """Engines that there shall be, and those that are leaving."""
     last_engine: Annotated[int, Whole(0, MAX_ENGINE_ID, "an engine's id")] = 0
-    """The id that was given last."""
+    """Number that was given to an engine last."""
     owners: Annotated[str, values.Text(r"[A-Za-z0-9+/=]*", 65536, "base64", "what the operator writes")] = ""
     """Owner by bucket: base64 of zlib of a little-endian 16-bit word each, `id << 6 | queue`, 0 = nobody."""
     listeners: Items[Listener]
-    """All backends are endpoints."""
+    """Listeners of the stack; Services are resolved to endpoints."""
     snat: Snat
     unknown_flow: Literal["Drop", "Reset"] = "Drop"
-    """What happens to TCP without a flow."""
+    """What happens to TCP packets that belong to no flow and open none."""
     flow_table: resources.FlowTable = resources.FlowTable()
     handover: Handover = Handover()
     rebalance: resources.Rebalance = resources.Rebalance()
@@ -142,17 +142,17 @@ class EngineReport(Model):
     """An engine as its node's agent sees it."""
 
     id: EngineId
-    """As in the table."""
+    """Number of the engine in the flow table."""
     name: str
     """Name of its pod."""
     ready: bool = False
-    """A datapath serves its queues, and has answered a probe packet."""
+    """Whether a datapath serves its queues and has answered a probe packet."""
     buckets: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
-    """That packets reach it for."""
+    """Buckets whose packets reach this engine."""
     flows: Annotated[int, Whole(0, 2**31 - 1, "a number of flows")] = 0
-    """Rounded down to a power of two, so that it changes seldom. Exact ones are metrics."""
+    """Live flows, rounded down to a power of two so that the number changes seldom. Exact ones are metrics."""
     interface: str = ""
-    """On the node."""
+    """Name of its interface on the node."""
     mac: str = ""
     """MAC address of its interface."""
     message: str = ""
@@ -163,7 +163,7 @@ class NodeReport(Model):
     """A node's answer to a flow table."""
 
     node: str
-    """The agent's."""
+    """Name of the node whose agent answers."""
     observed_generation: int = 0
     """Generation of the flow table that the report answers."""
     settled: bool = False
@@ -171,7 +171,7 @@ class NodeReport(Model):
     owned: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
     """Buckets that have an owner."""
     engines: Items[EngineReport] = ()
-    """Those that are attached."""
+    """Engines that are attached on the node."""
     agent_version: str = ""
     """Version of the agent's package."""
     layout: int = 0
@@ -186,7 +186,7 @@ class FlowTableStatus(Model):
     """The agents' answers."""
 
     nodes: Items[NodeReport] = ()
-    """One item a node."""
+    """Answers of the agents, one for each node."""
 
 
 class FlowTable(Model):
@@ -224,15 +224,15 @@ class Condition(Model):
     """As in Kubernetes' metav1.Condition."""
 
     type: str
-    """As in "Available"."""
+    """Name of the condition, for example Available."""
     status: Literal["True", "False", "Unknown"]
-    """Whether it holds."""
+    """Whether the condition holds."""
     reason: str
-    """Why, in one word."""
+    """Why it does or does not, in one word; docs/troubleshoot.md explains each."""
     message: str = ""
-    """Why, for a person."""
+    """The same for a person: who is concerned, what it means, what to do."""
     last_transition_time: str
-    """RFC 3339, UTC."""
+    """When `status` changed last, in RFC 3339, UTC."""
     observed_generation: int = 0
     """Generation of the object that the condition was computed from."""
 
@@ -243,40 +243,40 @@ class PacketEngineSpec(Model):
     stack: values.Name
     """Name of its PacketStack."""
     id: EngineId
-    """In the flow table."""
+    """Number of the engine in the flow table."""
 
 
 class PacketEngineStatus(Model):
     """How it is. Written when something changes; live numbers are metrics."""
 
     state: StateName = State.PENDING.value
-    """As in the flow table."""
+    """State of the engine in the flow table."""
     ready: bool = False
-    """It serves its queues."""
+    """Whether a datapath serves its queues."""
     node: str = ""
-    """Where its pod runs."""
+    """Node that its pod runs on."""
     pod: str = ""
-    """Its name."""
+    """Name of its pod."""
     interface: str = ""
-    """In the pod."""
+    """Name of its interface in the pod."""
     mac: str = ""
     """MAC address of the interface."""
     pci_address: str = ""
     """PCI address of the virtual function; empty for other interfaces."""
     cores: int = 0
-    """Worker threads."""
+    """Worker threads of the engine."""
     queues: int = 0
-    """Receive queues."""
+    """Receive queues of the engine."""
     template: str = ""
     """Hash of the pod template that it was made from."""
     buckets: int = 0
-    """That packets reach it for."""
+    """Buckets whose packets reach this engine."""
     flows: int = 0
-    """Rounded down to a power of two."""
+    """Live flows, rounded down to a power of two."""
     message: str = ""
     """Why it is not ready."""
     conditions: Items[Condition] = ()
-    """As of a pod."""
+    """Ready: whether the engine serves, and why not."""
 
 
 class PacketEngineMetadata(Metadata):
@@ -332,7 +332,7 @@ class ScalingProposal(Model):
     value: MetricValue
     """Its value when it was read."""
     replicas: int | None = None
-    """Absent when the metric failed."""
+    """Engines that the metric asked for; absent when it failed."""
     missing: int = 0
     """Engines without a recent sample."""
     error: str = ""
@@ -343,23 +343,23 @@ class ScalingRecord(Model):
     """Why the last decision is what it is: each step's number, and what cut it."""
 
     current: int
-    """Replicas before."""
+    """Engines before the decision."""
     desired: int
-    """Replicas after."""
+    """Engines after the decision."""
     proposals: Items[ScalingProposal] = ()
     """What each metric asked for."""
     winner: str = ""
     """The metric that asked for most."""
     proposed: int | None = None
-    """What it asked for; absent when no metric counted."""
+    """Engines that the winner asked for; absent when no metric counted."""
     stabilized: int | None = None
-    """After the stabilization windows."""
+    """Engines after the stabilization windows."""
     stabilized_by: str = ""
     """The window that changed the number."""
     limited: int | None = None
-    """After policies, minReplicas and maxReplicas."""
+    """Engines after policies, minReplicas and maxReplicas."""
     limited_by: str = ""
-    """What changed the number."""
+    """Policy or limit that changed the number."""
     why: str = ""
     """Why no metric counted, or what counted instead."""
 
@@ -368,11 +368,11 @@ class AutoscalingStatus(Model):
     """What the autoscaler saw and decided last."""
 
     desired_replicas: int = 0
-    """Engines that it wants."""
+    """Engines that the autoscaler wants."""
     current_replicas: int = 0
-    """spec.replicas when it decided."""
+    """`spec.replicas` when it decided."""
     last_scale_time: str | None = None
-    """When it last changed them. RFC 3339, UTC."""
+    """When it last changed `spec.replicas`, in RFC 3339, UTC."""
     min_replicas: int = 1
     """Fewest engines now, perhaps of a schedule."""
     max_replicas: int = 1
@@ -380,7 +380,7 @@ class AutoscalingStatus(Model):
     schedule: str = ""
     """Name of the schedule that the limits come from."""
     current_metrics: Items[MetricReading] = ()
-    """Those that could be read."""
+    """Metrics that could be read, with their values."""
     decision: str = ""
     """The record in one line."""
     decision_time: str = ""
@@ -395,9 +395,9 @@ class RebalanceStatus(Model):
     last_time: str = ""
     """When it moved buckets last. RFC 3339, UTC."""
     buckets: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
-    """That it moved then."""
+    """Buckets that were moved then."""
     message: str = ""
-    """What that was to bring."""
+    """What the moves were for: load of the busiest core before and after."""
     elephants: Items[int] = ()
     """Buckets that take most of a core alone: no move of buckets helps them."""
 
@@ -410,7 +410,7 @@ class PacketStackStatus(Model):
     replicas: Count = 0
     """Starting and active engines; draining ones are not among them."""
     ready_replicas: Count = 0
-    """In the flow table and serving."""
+    """Engines that are in the flow table and serve."""
     updated_replicas: Count = 0
     """Engines that have the present template and image."""
     draining_replicas: Annotated[int, Whole(0, MAX_TABLE_ENGINES, "a number of engines")] = 0
@@ -420,13 +420,14 @@ class PacketStackStatus(Model):
     flow_table_generation: int = 0
     """Generation of the flow table that the agent carries out."""
     node: str = ""
-    """Where the engines run."""
+    """Node that the engines run on."""
     capacity: dict[str, int] = Field(default_factory=dict)
-    """What the stack can carry, by name."""
+    """What the stack can carry: `pairs` of SNAT address and backend, `flows` that their ports allow, `maxFlows` that
+    memory allows."""
     autoscaling: AutoscalingStatus | None = None
-    """Absent without spec.autoscaling."""
+    """What the autoscaler saw and decided last; absent without `spec.autoscaling`."""
     rebalance: RebalanceStatus | None = None
-    """Absent before it has moved or found something."""
+    """What was moved by load; absent before anything was moved or found."""
     conditions: Items[Condition] = ()
     """Available, Progressing, Degraded, CapacityAvailable, FirewallOpen; with spec.autoscaling also those of an HPA."""
 

@@ -55,18 +55,18 @@ class Endpoint(Model):
     """One backend. Weight 0: no new flows; live TCP flows stay."""
 
     address: Ip
-    """IPv4 or IPv6, as the listener's."""
+    """Address of the backend, of the listener's family."""
     port: Port
-    """Where the backend listens."""
+    """Port that the backend listens on."""
     weight: Annotated[int, Whole(0, 1000, "a weight")] = 1
-    """Share of new flows. 0: none, live ones stay."""
+    """Part of the new flows, in proportion to the other backends' weights. 0: no new flows; live TCP flows stay."""
 
 
 class Service(Model):
     """Backends from a Kubernetes Service's EndpointSlices."""
 
     name: Name
-    """In the stack's namespace."""
+    """Name of a Service in the stack's namespace."""
     port: Port
     """Number of the Service's port, not of its pods'."""
 
@@ -75,6 +75,7 @@ class Backends(Model):
     """Where a listener's flows go: exactly one kind."""
 
     service: Service | None = None
+    """Pods of a Service, by its EndpointSlices; needs Kubernetes."""
     endpoints: Items[Endpoint] | None = None
     """Addresses written out, each address and port once."""
 
@@ -99,13 +100,13 @@ class HealthCheck(Model):
     type: Literal["TCP", "None"] = "TCP"
     """`TCP`: a connection. `None`: all backends are healthy. Absent: `None` for UDP, `TCP` for TCP."""
     interval_seconds: Annotated[int, Whole(1, 3600, "a number of seconds")] = 2
-    """Between two probes of a backend."""
+    """Seconds between two probes of a backend."""
     timeout_seconds: Annotated[int, Whole(1, 3600, "a number of seconds")] = 1
-    """After which a probe has failed."""
+    """Seconds after which a probe without an answer has failed."""
     healthy_threshold: Annotated[int, Whole(1, 100, "a number of probes")] = 2
-    """Probes in a row after which a backend is healthy."""
+    """Successful probes in a row after which a backend is healthy and gets new flows."""
     unhealthy_threshold: Annotated[int, Whole(1, 100, "a number of probes")] = 3
-    """Failures in a row after which it is not."""
+    """Failed probes in a row after which a backend is unhealthy and gets no new flows."""
 
 
 class Limits(Model):
@@ -135,14 +136,15 @@ class Listener(Model):
     """A virtual address, protocol and port, and its backends."""
 
     name: Name
-    """Once per stack."""
+    """Name of the listener, unique in the stack."""
     address: Ip
-    """The virtual address, IPv4 or IPv6."""
+    """Virtual address that clients connect to, IPv4 or IPv6. It must be configured on no interface."""
     protocol: Literal["TCP", "UDP"] = "TCP"
     """Protocol of the flows that the listener takes."""
     port: Port
-    """The virtual port."""
+    """Port that clients connect to."""
     backends: Backends
+    """Servers that flows go to."""
     balancing: Literal["Maglev", "RoundRobin", "LeastFlows"] = "Maglev"
     """`Maglev`: by the flow's hash, few changes when backends change. `RoundRobin`: in turn. `LeastFlows`: fewest live
     flows per weight."""
@@ -152,6 +154,7 @@ class Listener(Model):
     """Addresses and prefixes of clients, 64 at most, of the listener's family; packets of others are dropped. Absent:
     everybody."""
     health_check: HealthCheck = HealthCheck()
+    """How backends are probed."""
     on_backend_down: Literal["Keep", "Reset"] = "Keep"
     """Live TCP flows of a backend that fails its health check. `Keep`: their packets go on to it. `Reset`: the client's
     next packet is answered by a reset. UDP flows go to another backend either way."""
@@ -161,6 +164,7 @@ class Listener(Model):
     """Time in which the weight of a backend that was added, or is healthy again, rises from a small part to all of it.
     0: at once."""
     limits: Limits = Limits()
+    """How much the listener may have. Absent: no limit beside the fair share of all listeners."""
 
     @model_validator(mode="before")
     @classmethod
@@ -201,25 +205,27 @@ class FlowTable(Model):
     """Size and time limits. `buckets` cannot be changed later."""
 
     buckets: int = 4096
-    """What flows are dealt out by. It cannot change later."""
+    """Buckets that flows are hashed into, a power of two; what moves between engines. It cannot change later."""
     max_flows: Annotated[int, Whole(1, MAX_BUCKETS * MAX_FLOWS_PER_BUCKET, "a number of flows")] = 1_000_000
-    """What memory is set aside for."""
+    """Flows that memory is set aside for when the stack is made; a change has no effect on a stack that runs."""
     tcp_idle_timeout_seconds: Seconds = 7440
-    """An established connection without packets ends. RFC 5382 wants 7440 at least."""
+    """Seconds without a packet after which an established connection is forgotten. RFC 5382 asks for 7440 at least."""
     tcp_opening_timeout_seconds: ShortSeconds = 60
-    """The same before its handshake is complete."""
+    """Seconds without a packet after which a connection is forgotten whose handshake is not complete."""
     tcp_half_close_timeout_seconds: Seconds = 240
-    """The same when one side has said that it is at its end. RFC 5382 wants 240 at least."""
+    """Seconds without a packet after which a connection is forgotten that one side has closed. RFC 5382 asks for 240 at
+    least."""
     tcp_closed_timeout_seconds: ShortSeconds = 240
-    """What is remembered of a connection that both sides have ended, or a reset has. Its place and port are given away
-    sooner when they are needed."""
+    """Seconds for which a connection is remembered that both sides have closed, or a reset has ended. Its place and
+    port are given away sooner when they are needed."""
     tcp_time_wait_timeout_seconds: ShortSeconds = 60
-    """How long backends keep TIME_WAIT: the port of a connection that the backend ended first is not given to another
-    client before."""
+    """Seconds for which backends keep TIME_WAIT: the port of a connection that the backend closed first goes to no
+    other client before."""
     udp_idle_timeout_seconds: Seconds = 180
-    """UDP that was answered ends without packets. RFC 4787 wants 120 at least."""
+    """Seconds without a packet after which a UDP flow is forgotten that was answered. RFC 4787 asks for 120 at least."""
     udp_unanswered_timeout_seconds: ShortSeconds = 120
-    """The same for UDP that was not. It ends sooner when its place or port is needed."""
+    """Seconds without a packet after which a UDP flow is forgotten that was never answered; sooner when its place or
+    port is needed."""
 
     @model_validator(mode="after")
     def _sizes(self) -> Self:
@@ -241,16 +247,18 @@ class Handover(Model):
     strategy: Literal["Transfer", "Mirror"] = "Transfer"
     """`Transfer`: flows move with their bucket. `Mirror` is not built yet."""
     deadline_seconds: Seconds = 3600
-    """For `Mirror`."""
+    """Seconds after which `onDeadline` applies to the flows that have not ended; for `Mirror` alone, which is not built
+    yet."""
     on_deadline: Literal["Keep", "Reset", "Transfer"] = "Keep"
-    """For `Mirror`."""
+    """What happens to flows that have not ended at the deadline; for `Mirror` alone, which is not built yet."""
 
 
 class Rebalance(Model):
     """Whether load is evened out by moving queues and buckets."""
 
     mode: Literal["Auto", "Advice", "Off"] = "Auto"
-    """`Auto`: they are moved. `Advice`: it is only said what would be. `Off`: nothing; numbers of buckets are even."""
+    """`Auto`: buckets and queues are moved by load. `Advice`: an event says what would be moved. `Off`: buckets are
+    dealt out by number."""
 
 
 class Repair(Model):
@@ -264,7 +272,7 @@ class UpdateStrategy(Model):
     """How engines of another shape replace the present ones."""
 
     type: Literal["RollingUpdate"] = "RollingUpdate"
-    """The only one."""
+    """`RollingUpdate`, the only one: engines are replaced one after the other, and hand their buckets over."""
     max_surge: IntOrPercent = 1
     """Engines allowed beyond `replicas`, as a number or a percentage (rounded up)."""
     max_unavailable: IntOrPercent = 0
@@ -296,21 +304,29 @@ class Spec(Model):
     """What the user wants."""
 
     replicas: Count = 1
-    """Engines."""
+    """Engines that the stack shall have. Leave it out with `autoscaling`, or with an HPA."""
     paused: bool = False
-    """Change nothing, keep serving."""
+    """Engines and buckets stay as they are and go on serving; backends are still followed."""
     engine: Engine = Engine()
+    """Shape of each engine: cores, memory, interface, pod."""
     listeners: Annotated[Items[Listener], Length(1, MAX_LISTENERS, "listeners", "at least one listener")]
-    """What clients connect to."""
+    """Virtual addresses that clients connect to, each with its backends."""
     snat: Snat
+    """Source addresses of the packets that go to backends."""
     unknown_flow: Literal["Drop", "Reset"] = "Drop"
-    """What happens to TCP without a flow."""
+    """What happens to TCP packets that belong to no flow and open none: they are dropped, or answered by a reset."""
     flow_table: FlowTable = FlowTable()
+    """Number of buckets and flows, and how long flows are remembered."""
     handover: Handover = Handover()
+    """How a bucket goes to another engine."""
     rebalance: Rebalance = Rebalance()
+    """Whether buckets and queues are moved by load."""
     repair: Repair = Repair()
+    """What happens to an engine that does not serve any more."""
     update_strategy: UpdateStrategy = UpdateStrategy()
+    """How engines of another shape replace the present ones."""
     autoscaling: Autoscaling | None = None
+    """Scaling by load. Absent: a person, an HPA or KEDA writes `replicas`."""
 
     @model_validator(mode="after")
     def _parts_fit_each_other(self) -> Self:
