@@ -31,15 +31,34 @@ ALONE = (
 """Tests that count what is lost, or measure time: two of them beside each other would measure each other."""
 
 
-CLUSTER = ("charts/test_installed.py", "cluster", "kubernetes")
-"""Tests with a kubelet: one after the other, for they share a cluster, and two need more of the kernel than it has."""
-LONG = (*CLUSTER, "operator", "agent")
+CLUSTER = ("charts/test_installed.py", "cluster", "kubernetes/test_documents.py", "kubernetes")
+"""Tests with a kubelet: one after the other, for they share a cluster, and two need more of the kernel than it has.
+
+In this order: the last ones leave PacketStack in it, and the others begin without.
+"""
+SERVER = (
+    "operator/test_operator_on_a_server.py",
+    "operator/test_crds_on_a_server.py",
+    "charts/test_on_a_server.py",
+    "cli/test_cluster_commands.py",
+    "agent/test_follower.py",
+    "cluster/test_metrics_api.py",
+)
+"""Tests with an API server and no node: one after the other too, for each worker would start a control plane of its own."""
+AUTOSCALED = ("operator/test_autoscaling.py", "operator/test_autoscalers.py")
+"""The same, and they wait for one sync period after the other: beside those."""
+LONG = (*CLUSTER, *AUTOSCALED, *SERVER, "agent", "firewall")
 """What takes longest begins first, so that nobody waits for the last one."""
 
 
 def _place(item: pytest.Item) -> str:
     here = Path(__file__).parent
     return item.path.relative_to(here).as_posix() if item.path.is_relative_to(here) else ""
+
+
+def _rank(item: pytest.Item, places: tuple[str, ...]) -> int:
+    """Number of the first of these places in which the test is; those in none come last."""
+    return next((n for n, place in enumerate(places) if _place(item).startswith(place)), len(places))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -51,21 +70,24 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _place(item).startswith(ALONE):
             item.add_marker(pytest.mark.alone)
+    shared = [n for n, item in enumerate(items) if _place(item).startswith(CLUSTER)]  # also without workers
+    in_order = sorted((items[n] for n in shared), key=lambda item: _rank(item, CLUSTER))
+    for n, item in zip(shared, in_order, strict=True):
+        items[n] = item
     if hasattr(config, "workerinput"):
-        items.sort(
-            key=lambda item: next((n for n, long in enumerate(LONG) if _place(item).startswith(long)), len(LONG))
-        )
+        items.sort(key=lambda item: _rank(item, LONG))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Side by side: the tests of a file stay together, in their order, and so do all of those with a kubelet."""
+    """Side by side: the tests of a file stay together, in their order; so do those with a kubelet, and those with a server."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Files(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return "cluster" if file.removeprefix("tests/").startswith(CLUSTER) else file
+            file = nodeid.partition("::")[0].removeprefix("tests/")
+            lanes = {"server": SERVER, "autoscaled": AUTOSCALED, "cluster": CLUSTER}
+            return next((lane for lane, files in lanes.items() if file.startswith(files)), file)
 
     return Files(config, log)
 

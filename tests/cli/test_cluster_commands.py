@@ -6,6 +6,7 @@ Nobody serves the stacks here; `serve` writes what an operator would. Live numbe
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -107,9 +108,9 @@ class Space:
 
 
 @pytest.fixture
-def space(server: ControlPlane, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Space]:
+def space(server: ControlPlane, tmp_path: Path) -> Iterator[Space]:
     """A namespace of the test's own."""
-    name = f"cli{abs(hash(request.node.name)) % 10**8}"
+    name = f"cli-{secrets.token_hex(4)}"
     server.create_namespace(name)
     yield Space(server, name, tmp_path)
     server.kubectl("delete", "namespace", name, "--wait=false")
