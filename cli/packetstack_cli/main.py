@@ -104,4 +104,4 @@ def demo(connections: int, udp_flows: int, seconds: int, build_dir: Path) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="packetstack")
