@@ -122,6 +122,8 @@ class Follower:
         self._orphans: dict[str, asyncio.TimerHandle] = {}
         self._dirty: set[str] = set()
         self._changed = asyncio.Event()
+        self._acting: dict[str, asyncio.Task[None]] = {}
+        """Stack -> what is being done for it now."""
         self._tasks: list[asyncio.Task[None]] = []
         self._api: client.CustomObjectsApi | None = None
 
@@ -134,9 +136,10 @@ class Follower:
         """Let the agent be; nothing of it ends."""
         for timer in self._orphans.values():
             timer.cancel()
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._acting.values()]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         if self._api is not None:
             await self._api.api_client.close()
 
@@ -283,16 +286,24 @@ class Follower:
                 self._dirty.update(self._wanted, self._orphans)
             if self._agent.foreign:
                 self._end_what_nobody_wants()
-            names, self._dirty = self._dirty, set()
-            for name in sorted(names):
-                try:
-                    await self._act_on(name)
-                except (ApiException, aiohttp.ClientError, OSError, TimeoutError):
-                    # `_watch` reports an outage of the API server; here the report is only tried again.
-                    self._sent.pop(name, None)
-                    self._later(name, 1.0)
-                except Exception as e:  # a bug in one stack is not the others'
-                    self._agent.event(name, EventReason.INTERNAL_ERROR, f"{type(e).__name__}: {e}")
+            for name in sorted(self._dirty - self._acting.keys()):  # those that are being acted on come back after that
+                self._dirty.discard(name)
+                self._acting[name] = asyncio.create_task(self._act_for(name))
+
+    async def _act_for(self, name: str) -> None:
+        """Act on one stack, and on no other: whatever takes long for it keeps nobody else's report back."""
+        try:
+            await self._act_on(name)
+        except (ApiException, aiohttp.ClientError, OSError, TimeoutError):
+            # `_watch` reports an outage of the API server; here the report is only tried again.
+            self._sent.pop(name, None)
+            self._later(name, 1.0)
+        except Exception as e:  # a bug in one stack is not the others'
+            self._agent.event(name, EventReason.INTERNAL_ERROR, f"{type(e).__name__}: {e}")
+        finally:
+            del self._acting[name]
+            if name in self._dirty:
+                self._changed.set()
 
     def _end_what_nobody_wants(self) -> None:
         """Another build's engines are in the way only as long as a table wants one of their stacks."""

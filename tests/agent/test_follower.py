@@ -45,6 +45,8 @@ class PlayedAgent:
         """Stack and generation, each time that it is asked to follow a table."""
         self.deleted: list[str] = []
         self.refuses = ""
+        self.slow: dict[str, asyncio.Event] = {}
+        """Stacks whose tables take until then to be followed."""
         self.stays = ""
         """Why a stack cannot be deleted."""
         self.firewall = Firewall()
@@ -62,6 +64,8 @@ class PlayedAgent:
 
     async def follow(self, name: str, table: FlowTable, generation: int) -> None:
         self.told.append((name, generation))
+        if name in self.slow:
+            await self.slow[name].wait()
         if self.refuses:
             raise AgentError(self.refuses)
         stack = PlayedStack(table.stack(), owners=(1,))
@@ -365,6 +369,31 @@ async def test_a_stack_that_cannot_be_removed_with_its_table_is_removed_later(mo
     agent.stays = ""
     await follower._act_on("shop.web")
     assert agent.deleted == ["shop.web"]
+
+
+async def test_a_stack_whose_table_takes_long_to_follow_keeps_no_other_from_its_report() -> None:
+    agent, api = PlayedAgent(), Writing()
+    follower = Follower(agent, "n1", agent.begin_anew)
+    follower._api = api  # type: ignore[assignment]
+    agent.slow["shop.web"] = asyncio.Event()
+    other = item(1)
+    other["metadata"] |= {"name": "zoo"}
+    acting = asyncio.create_task(follower._act())
+    try:
+        follower._see(item(1))
+        follower._see(other)
+        await until(lambda: api.reports, 2)
+        assert agent.told == [("shop.web", 1), ("shop.zoo", 1)]
+        follower._see(item(2))  # while the first one is still being followed
+        await asyncio.sleep(0.02)
+        assert agent.told[2:] == [], "one after the other of the same stack"
+        agent.slow["shop.web"].set()
+        await until(lambda: ("shop.web", 2) in agent.told, 2)
+        assert not agent.reasons()
+    finally:
+        acting.cancel()
+        follower._api = None
+        await follower.close()
 
 
 async def test_a_watch_that_is_too_old_is_begun_anew_by_a_list_and_misses_nothing(place: Place) -> None:
