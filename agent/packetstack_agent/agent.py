@@ -50,7 +50,9 @@ class Agent:
         self.autoscalers = Autoscalers(run, self.stacks, self.journal, self.keeper)
         self.balancers = Balancers(self.stacks, self.journal, self.keeper)
         self.shedders = Shedders(self.stacks, self.journal, self.director)
-        self.status = Status(self.director, self.health, self.autoscalers, self.balancers, self.shedders, self.firewall)
+        self.status = Status(
+            self.director, self.health, self.autoscalers, self.balancers, self.shedders, self.firewall, run
+        )
         self._applier = Applying(
             run, self.stacks, self.journal, self.director, self.life, self.keeper, self.health, self.underlay,
             (self.autoscalers, self.balancers, self.shedders),

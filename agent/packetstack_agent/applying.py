@@ -18,7 +18,7 @@ from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Stack
 from packetstack_agent.threads import to_the_end
 from packetstack_agent.underlay import Underlay
-from packetstack_core import reading
+from packetstack_core import reading, standing
 from packetstack_core.kinds import FlowTable
 from packetstack_core.reasons import EventReason
 from packetstack_core.resources import PacketStack
@@ -67,7 +67,8 @@ class Applying:
         roles = dict(networks.uplink_role(u) for u in uplinks)
         await asyncio.to_thread(self._check, {r.name: r for r in wanted}, dict(self._stacks))
         for resource in wanted:
-            _check_local(resource)
+            if problem := standing.unsupported(resource.spec, kubernetes=False):
+                raise AgentError(f"stack {resource.name}: {problem}")
         async with self._underlay.with_uplinks(roles):
             return await self._apply(wanted)
 
@@ -247,20 +248,4 @@ def _check_leaving(wanted: dict[str, PacketStack], owners: dict[Address, str], t
             raise AgentError(
                 f"stack {owners[address]}: AddressConflict: {address} was a SNAT address of stack {name}, and is in "
                 f"use by {counted(flows[address], 'flow')} still; use another address, or wait until they end"
-            )
-
-
-def _check_local(resource: PacketStack) -> None:
-    """What the local runtime cannot do."""
-    name, engine = resource.name, resource.spec.engine
-    if engine.mode != "AFXDP":
-        raise AgentError(f"stack {name}: spec.engine.mode: {engine.mode} is not built yet; use AFXDP")
-    if engine.interface.veth is None:
-        raise AgentError(f"stack {name}: spec.engine.interface: the local runtime makes veth pairs; use {{veth: {{}}}}")
-    if resource.spec.handover.strategy != "Transfer":
-        raise AgentError(f"stack {name}: spec.handover.strategy: Mirror is not built yet; use Transfer")
-    for listener in resource.spec.listeners:
-        if listener.backends.service is not None:
-            raise AgentError(
-                f"stack {name}: listener {listener.name}: backends.service needs Kubernetes; use endpoints"
             )

@@ -18,14 +18,13 @@ from kubernetes.aio import client, config, watch
 from kubernetes.aio.client.exceptions import ApiException
 from pyroute2.netlink.exceptions import NetlinkError
 
-from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall
 from packetstack_agent.keeping import News
 from packetstack_agent.managed import Managed
 from packetstack_agent.natives import constant
 from packetstack_agent.node import RunDirectory
-from packetstack_agent.status import firewall_condition
+from packetstack_agent.standings import firewall_problem, trouble
 from packetstack_core import kinds
 from packetstack_core.backing_off import CONNECT_SECONDS, back_off
 from packetstack_core.reading import ResourceError
@@ -434,16 +433,8 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
 
 def firewall_report(firewall: Firewall) -> str:
     """Reason and message of the condition FirewallOpen; empty when nothing is in the way."""
-    condition = firewall_condition(firewall)
-    return f"{condition['reason']}: {condition['message']}"[:1000] if condition["message"] else ""
-
-
-def trouble(engine: Engine) -> str:
-    """Why the engine is not ready; empty when it is."""
-    if engine.ready:
-        return "" if engine.probed else "no probe packet has come by yet"
-    refused = engine.attachments.refused if engine.attachments is not None else ""
-    return refused or "no datapath serves its queues"
+    reason, message = firewall_problem(firewall)
+    return f"{reason}: {message}"[:1000] if message else ""
 
 
 def power_of_two_below(n: int) -> int:

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
-from packetstack_agent.engine_life import AWAY_SECONDS, is_lost
+from packetstack_agent import standings
+from packetstack_agent.engine_life import AWAY_SECONDS
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.journal import Journal
@@ -19,7 +20,7 @@ from packetstack_agent.node import RunDirectory
 from packetstack_agent.probes import Checked
 from packetstack_agent.stacks import Report
 from packetstack_agent.threads import to_the_end
-from packetstack_core import following, reading, reconciling
+from packetstack_core import following, reading, reconciling, standing
 from packetstack_core.kinds import FlowTableSpec, TableEngine
 from packetstack_core.planning import Move, State
 from packetstack_core.reasons import EventReason
@@ -27,16 +28,12 @@ from packetstack_core.reconciling import (
     ActivateEngine,
     AssignBuckets,
     CreateEngine,
-    Desired,
     DrainEngine,
-    Observed,
     RemoveEngine,
 )
 from packetstack_core.wording import counted
 
 TICK_SECONDS = 1.0
-LOAD_SECONDS = 5.0
-"""Over which load is taken when an engine has to go."""
 SETTLE_SECONDS = 5.0
 """Between two looks whether what only older configurations name is nobody's any more."""
 ROUNDS = 8
@@ -157,16 +154,16 @@ class Keeper:
             return
         for _ in range(ROUNDS):
             await self._prepare(managed)
-            desired, observed, now = Desired.of(managed.stack.resource), self.observe(managed), time.monotonic()
-            actions = reconciling.plan(desired, observed, now)
-            managed.given_up = managed.given_up.after(desired, observed, now)
-            managed.converged = not actions and not managed.stack.open_fences()
-            if not actions:
+            self._unpin(managed)
+            plan = standing.plan(standings.pool(managed, self._run), time.monotonic())
+            managed.given_up = plan.given_up
+            managed.converged = not plan.actions and not managed.stack.open_fences()
+            if not plan.actions:
                 return
             waiting = False
-            for action in actions:
+            for action in plan.actions:
                 waiting |= await self.act(managed, action)
-            if waiting and all(isinstance(a, CreateEngine) for a in actions):
+            if waiting and all(isinstance(a, CreateEngine) for a in plan.actions):
                 return
 
     async def _prepare(self, managed: Managed) -> None:
@@ -177,29 +174,11 @@ class Keeper:
 
     # ---- planning here ---------------------------------------------------------------------------------------
 
-    def observe(self, managed: Managed) -> Observed:
-        """The stack as the planner sees it."""
-        stack = managed.stack
-        flows, held = stack.flows_by_slot(), stack.held()
-        loads, now = _loads(managed), time.monotonic()
-        seen = [
-            reconciling.Engine(
-                e.slot, e.state, e.ready, e.blueprint.template, e.blueprint.queues, flows.get(e.slot, 0),
-                holds=0 if is_lost(e, now) else held[e.slot], load=loads.get(e.slot, 0.0),
-                down_since=None if e.ready else e.unserved_since or None,
-            )
-            for e in managed.engines.values()
-            if not e.removing
-        ]  # fmt: skip
-        stay = {e.slot for e in seen if e.state is State.ACTIVE}
+    def _unpin(self, managed: Managed) -> None:
+        """A bucket that a person gave to an engine is free again when that engine goes."""
+        stay = {e.slot for e in managed.engines.values() if e.state is State.ACTIVE and not e.removing}
         if any(slot not in stay for slot in managed.pinned.values()):
             self.pin(managed, {b: slot for b, slot in managed.pinned.items() if slot in stay})
-        fixed = managed.pinned if len(seen) <= stack.resource.spec.replicas else {}
-        by_load = stack.resource.spec.rebalance.mode != "Off" and self._run.record.rebalanced.get(stack.name, False)
-        moving = frozenset(fixed) | stack.open_fences()
-        return Observed(
-            seen, stack.owners(), moving, managed.create_after, rebalanced=by_load, given_up=managed.given_up
-        )
 
     async def act(self, managed: Managed, action: reconciling.Action) -> bool:
         """Carry out one action; returns whether its effect comes later."""
@@ -346,13 +325,6 @@ class Keeper:
             message = f"SNAT address {', '.join(map(str, gone))}: no flow has it any more"
             self._journal.event(stack.name, EventReason.ADDRESS_RELEASED, message)
             await self._routes.route()
-
-
-def _loads(managed: Managed) -> dict[int, float]:
-    """Cores' worth of load by slot, to a tenth, when one of the engines may have to go: less is chance."""
-    there = sum(e.state is not State.DRAINING for e in managed.engines.values())
-    load = managed.history.load(LOAD_SECONDS) if there > managed.stack.resource.spec.replicas else None
-    return {e.id: round(sum(e.cores), 1) for e in load.engines} if load is not None else {}
 
 
 def _attached(managed: Managed) -> list[following.Attached]:

@@ -1,6 +1,8 @@
 """How a stack is: read from shared memory, maps and counters when somebody asks. Changes nothing."""
 
-from packetstack_agent import loading, networks
+from collections import Counter
+
+from packetstack_agent import loading, networks, standings
 from packetstack_agent.balancing import Balancers
 from packetstack_agent.counting import add_drops, captures, link_drops
 from packetstack_agent.director import Director
@@ -9,12 +11,14 @@ from packetstack_agent.firewall import Firewall
 from packetstack_agent.health import Health
 from packetstack_agent.managed import Managed
 from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
+from packetstack_agent.node import RunDirectory
+from packetstack_agent.probes import Place
 from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.shedding import Shedders, listener_names
-from packetstack_core import abi
+from packetstack_agent.stacks import Stack
+from packetstack_core import abi, standing
 from packetstack_core.load import EngineLoad
 from packetstack_core.planning import State
-from packetstack_core.reasons import ConditionReason
 from packetstack_core.verbs import Json
 
 
@@ -29,6 +33,7 @@ class Status:
         balancers: Balancers,
         shedders: Shedders,
         firewall: Firewall,
+        run: RunDirectory,
     ) -> None:
         self._director = director
         self._health = health
@@ -36,28 +41,24 @@ class Status:
         self._balancers = balancers
         self._shedders = shedders
         self._firewall = firewall
+        self._run = run
 
     def of(self, managed: Managed) -> Json:
         """The resource with its `status`."""
-        stack = managed.stack
-        owners = stack.owners()
-        flows = stack.flows_by_slot()
-        buckets: dict[int, int] = {}
-        for owner in owners:
-            if owner is not None and owner.slot:
-                buckets[owner.slot] = buckets.get(owner.slot, 0) + 1
+        stack, spec = managed.stack, managed.stack.resource.spec
+        stands = standings.standing(managed, self._run, self._firewall)
+        pool, found = stands.pool, standing.conditions(stands)
+        buckets = Counter(owner.slot for owner in pool.owners if owner is not None and owner.slot)
+        flows = {e.slot: e.flows for e in pool.engines}
         load = managed.history.load(1.0)
         loads = {e.name: e for e in load.engines} if load is not None else {}
         shown = [
             engine_status(e, buckets, flows, loads.get(loading.name(e))) for _, e in sorted(managed.engines.items())
         ]
-        staying = [e for e in managed.engines.values() if e.state in (State.PENDING, State.STARTING, State.ACTIVE)]
-        active = [e for e in staying if e.state is State.ACTIVE and e.ready]
-        wanted = stack.resource.spec.replicas
-        ready = managed.converged and len(active) == wanted and (not wanted or sum(buckets.values()) == stack.buckets)
         status: Json = {
-            "replicas": len(staying),
-            "readyReplicas": len(active),
+            "replicas": len(standing.staying(pool)),
+            "readyReplicas": len(standing.serving(pool)),
+            "updatedReplicas": len(standing.updated(pool)),
             "drainingReplicas": sum(e.state is State.DRAINING for e in managed.engines.values()),
             "flowTableGeneration": stack.epochs(),
             "configurationGeneration": int(stack.config.generation),
@@ -65,13 +66,15 @@ class Status:
             "leaving": [
                 {"address": str(a), "flows": n} for a, n in sorted(stack.leaving.items(), key=lambda x: packed(x[0]))
             ],
-            "ready": ready,
-            "conditions": [*conditions(managed, ready, len(active)), firewall_condition(self._firewall)],
+            "ready": standing.ready(stands),
+            "conditions": [
+                {"type": c.type, "status": c.status, "reason": str(c.reason), "message": c.message} for c in found
+            ],
             "engines": shown,
             "owners": {str(slot): n for slot, n in sorted(buckets.items())},
             "drops": self._drops(managed),
             "backends": self._backends(managed),
-            "capacity": capacity(managed),
+            "capacity": standing.capacity(spec, _usable(stack)),
             "rebalance": self._balancers.of(managed).document(managed),
             "shedding": self._shedders.of(managed).document(listener_names(managed)),
             "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
@@ -138,32 +141,6 @@ class Status:
         return shown
 
 
-def conditions(managed: Managed, ready: bool, active: int) -> list[dict[str, str]]:
-    """Kubernetes-style conditions."""
-    problem = managed.problem
-    reason = ConditionReason.ENGINE_FAILED if problem else ConditionReason.ENOUGH_CAPACITY
-    if ConditionReason.NO_EXCLUSIVE_CPU in problem:
-        reason = ConditionReason.NO_EXCLUSIVE_CPU
-    available = ConditionReason.MINIMUM_ENGINES_AVAILABLE if active else ConditionReason.ENGINES_STARTING
-    progressing = ConditionReason.SETTLED if ready else ConditionReason.ENGINES_STARTING
-    return [
-        _condition("Available", active > 0, available),
-        _condition("Progressing", not ready, progressing),
-        _condition("CapacityAvailable", not problem, reason, problem),
-    ]
-
-
-def firewall_condition(firewall: Firewall) -> dict[str, str]:
-    """Whether the node's packet filter lets packets of stacks pass."""
-    said = "; ".join(o.message for o in firewall.obstacles)
-    if not said:
-        return _condition("FirewallOpen", True, ConditionReason.NOTHING_IN_THE_WAY)
-    sure = any(o.sure for o in firewall.obstacles)
-    reason = ConditionReason.PACKETS_DROPPED if sure else ConditionReason.MAY_DROP_PACKETS
-    condition = _condition("FirewallOpen", False, reason, said)
-    return condition if sure else condition | {"status": "Unknown"}
-
-
 def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int], load: EngineLoad | None) -> Json:
     """One engine: its cores and their queues. `load`: that of the last second, if it is known."""
     b = engine.blueprint
@@ -225,26 +202,6 @@ def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]
     return status
 
 
-def capacity(managed: Managed) -> dict[str, int]:
-    """Flows that SNAT ports allow: about 15 a bucket for each pair of SNAT address and backend at 4,096 buckets."""
-    stack = managed.stack
-    per_bucket = 65536 // stack.buckets - max(1, 1024 // stack.buckets)
-    pairs = 0
-    for family in (4, 6):
-        snat = sum(a.version == family for a in stack.resource.snat_addresses())
-        places = {
-            place
-            for li in stack.resource.spec.listeners
-            if li.address.version == family
-            for place, _ in stack.usable(li)
-        }
-        pairs += snat * len(places)
-    return {
-        "pairs": pairs,
-        "flows": pairs * per_bucket * stack.buckets,
-        "maxFlows": stack.resource.spec.flow_table.max_flows,
-    }
-
-
-def _condition(kind: str, status: bool, reason: ConditionReason, message: str = "") -> dict[str, str]:
-    return {"type": kind, "status": str(status), "reason": str(reason), "message": message}
+def _usable(stack: Stack) -> set[Place]:
+    """Backends that may get new flows: those with a weight that do not fail their probes."""
+    return {place for listener in stack.resource.spec.listeners for place, _ in stack.usable(listener)}

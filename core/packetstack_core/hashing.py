@@ -84,8 +84,16 @@ def reply_bucket(snat_port: int, buckets: int) -> int:
 
 def snat_ports(bucket: int, buckets: int) -> tuple[int, ...]:
     """The SNAT ports that carry `bucket`: `65536 / buckets` less what lies below 1024, or the first one."""
-    first = max(1, 1024 // buckets)
-    return tuple(range(first * buckets + bucket, 65536, buckets))
+    return tuple(range(_first_port(buckets) + bucket, 65536, buckets))
+
+
+def ports_per_bucket(buckets: int) -> int:
+    """How many SNAT ports carry each bucket: 15 at 4,096 buckets."""
+    return (65536 - _first_port(buckets)) // buckets
+
+
+def _first_port(buckets: int) -> int:
+    return max(1, 1024 // buckets) * buckets
 
 
 @dataclass(frozen=True, slots=True)

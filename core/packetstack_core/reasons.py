@@ -458,6 +458,16 @@ def named(name: str) -> Reason:
     raise LookupError(f"{name} is no reason of {__name__}")
 
 
+def split(text: str, otherwise: ConditionReason) -> Problem:
+    """Reason and message of what an agent says, as in "AddressConflict: 192.0.2.10 belongs to stack default/web"; a text
+    that does not begin with a reason is a message of `otherwise`."""
+    name, _, message = text.partition(": ")
+    for reason in ConditionReason:
+        if reason == name and message:
+            return reason, message
+    return otherwise, text
+
+
 def why_not(condition: str, status: Value, reason: ConditionReason) -> str:
     """What is wrong with giving this reason for this condition; empty if nothing is."""
     if any((s.condition, s.status) == (condition, status) for s in reason.says):

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from packetstack_core.planning import NOBODY, EngineShare, Move, Owner, State, assign
-from packetstack_core.resources import PacketStack
+from packetstack_core.resources import Spec
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +46,11 @@ class Desired:
     """Seconds after which an engine that does not serve is given up; 0: never."""
 
     @classmethod
-    def of(cls, stack: PacketStack) -> "Desired":
-        """From a resource."""
-        spec = stack.spec
+    def of(cls, spec: Spec, template: str) -> "Desired":
+        """What a resource asks for, when engines are made from `template`."""
         return cls(
             replicas=spec.replicas,
-            template=spec.engine.template_hash(),
+            template=template,
             queues=spec.engine.queues,
             max_surge=spec.update_strategy.surge(spec.replicas),
             max_unavailable=spec.update_strategy.unavailable(spec.replicas),
@@ -70,15 +69,14 @@ class Engine:
     """Its datapath serves packets now."""
     template: str
     queues: int
-    flows: int = 0
-    weight: float = 1.0
-    leaving: bool = False
+    flows: int
+    leaving: bool
     """It will be gone soon whatever is wanted: its pod is being deleted. It never stays."""
-    holds: int = 0
+    holds: int
     """Buckets that packets reach it for though `owners` says another: they are on their way."""
-    load: float = 0.0
+    load: float
     """Load of the engine in busy cores; 0 if it is not known."""
-    down_since: float | None = None
+    down_since: float | None
     """Since when its datapath does not serve, on the clock of `plan`'s `now`; None while it serves, or nobody knows."""
 
 
@@ -112,13 +110,13 @@ class Observed:
 
     engines: Sequence[Engine]
     owners: Sequence[Owner | None]
-    moving: frozenset[int] = frozenset()
+    moving: frozenset[int]
     """Buckets with an open fence: they are left alone until it is closed."""
-    create_after: float = 0.0
+    create_after: float
     """No engine is created before this time, on the clock of `plan`'s `now`: back-off after failures."""
-    rebalanced: bool = False
+    rebalanced: bool
     """Buckets lie where the load wants them: see `planning.assign`."""
-    given_up: GivenUp = GivenUp()
+    given_up: GivenUp
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +246,7 @@ def _moves(desired: Desired, observed: Observed, serving: Sequence[Engine], pinn
     if desired.replicas == 0 and not desired.paused:
         moves = [Move(b, NOBODY) for b in free if owners[b] not in (None, NOBODY)]
     else:
-        shares = [EngineShare(e.slot, e.queues, e.weight) for e in sorted(serving, key=lambda e: e.slot)]
+        shares = [EngineShare(e.slot, e.queues) for e in sorted(serving, key=lambda e: e.slot)]
         moves = [Move(free[m.bucket], m.to) for m in assign([owners[b] for b in free], shares, observed.rebalanced)]
     # Buckets with an open fence count where their word says, but wait for their next move.
     return [m for m in moves if m.bucket not in observed.moving]

@@ -11,23 +11,21 @@ decision goes on from what is there. So their order counts:
 
 from dataclasses import replace
 
-from packetstack_core import reading, reconciling, resources
+from packetstack_core import reading, reconciling, resources, standing
 from packetstack_core.backing_off import ENGINE_SECONDS, back_off
 from packetstack_core.kinds import MAX_ENGINE_ID, RebalanceStatus, TableEngine
-from packetstack_core.planning import NOBODY, State, moved
+from packetstack_core.planning import NOBODY, moved
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import ConditionReason, Event, EventReason, Problem
 from packetstack_core.reconciling import (
     ActivateEngine,
     AssignBuckets,
     CreateEngine,
-    Desired,
     DrainEngine,
-    Observed,
     RemoveEngine,
 )
 from packetstack_core.wording import counted
-from packetstack_operator import conditions, facts, observing, obstacles, writing
+from packetstack_operator import conditions, facts, observing, obstacles, standings, writing
 from packetstack_operator.facts import Facts, Plan, Waits
 from packetstack_operator.observing import Memory, World
 from packetstack_operator.outcome import Decision, Write
@@ -89,17 +87,15 @@ def _refused(world: World) -> Problem | None:
         stack = reading.parse(world.stack)
     except ResourceError as e:
         return ConditionReason.INVALID_SPEC, e.problems[0]
-    if stack.spec.engine.mode == "DPDK":
-        return ConditionReason.NOT_SUPPORTED, 'spec.engine.mode: "DPDK" is not supported yet; use "AFXDP"'
-    if stack.spec.handover.strategy == "Mirror":
-        return ConditionReason.NOT_SUPPORTED, 'spec.handover.strategy: "Mirror" is not supported yet; use "Transfer"'
+    if problem := standing.unsupported(stack.spec, kubernetes=True):
+        return ConditionReason.NOT_SUPPORTED, problem
     if world.table is not None and not observing.owned_by(world.table, world.uid):
         return (
             ConditionReason.NAME_TAKEN,
             f"flow table {stack.name} belongs to another stack of this name; wait until it is deleted",
         )
     if world.conflict is not None and world.conflict.fresh:
-        return ConditionReason.ADDRESS_CONFLICT, conditions.conflict_message(world.conflict)
+        return ConditionReason.ADDRESS_CONFLICT, standings.conflict_message(world.conflict)
     table = observing.read_table(world.table)
     if table is not None and table.spec.flow_table.buckets != stack.spec.flow_table.buckets:
         return ConditionReason.INVALID_SPEC, "spec.flowTable.buckets: cannot be changed; create another stack"
@@ -286,64 +282,23 @@ def _start(found: Facts, plan: Plan) -> None:
 
 
 def _reconcile(found: Facts, plan: Plan) -> None:
-    engines = [
-        reconciling.Engine(
-            slot=e.id,
-            state=State(e.state),
-            ready=found.ready(e),
-            template=e.template,
-            queues=e.queues,
-            flows=found.reported[e.id].flows if e.id in found.reported else 0,
-            leaving=found.leaves(e, plan.node),
-            holds=found.holds(e),
-            load=round(found.world.loads.get(e.id, 0.0), 1),
-            down_since=_down_since(found, plan, e),
+    planned = standing.plan(standings.pool(found, plan), found.now)
+    plan.actions = planned.actions
+    for i in sorted(planned.given_up.slots - plan.memory.given_up.slots):
+        message = (
+            f"engine {i}: no datapath has served for {planned.patience:g} s; others take its buckets, another is made"
         )
-        for _, e in sorted(plan.entries.items())
-    ]
-    desired = replace(Desired.of(found.stack), template=found.template)
-    observed = Observed(
-        engines,
-        plan.owners,
-        create_after=plan.memory.create_after,
-        rebalanced=plan.rebalanced,
-        given_up=plan.memory.given_up,
-    )
-    plan.actions = reconciling.plan(desired, observed, found.now)
-    _give_up(found, plan, desired, observed)
+        plan.event(EventReason.ENGINE_LOST, message)
+    plan.memory = replace(plan.memory, given_up=planned.given_up)
+    if planned.wake_at is not None:
+        plan.waits.wake(planned.wake_at)
     if plan.memory.create_after > found.now:
         plan.waits.wake(plan.memory.create_after)
-    missing = desired.replicas > sum(e.state not in ("Draining", "Failed") for e in plan.entries.values())
+    missing = found.stack.spec.replicas > sum(e.state not in ("Draining", "Failed") for e in plan.entries.values())
     if not missing and all(e.state != "Pending" for e in plan.entries.values()):
         plan.forget_failures(found.template)
     for action in plan.actions:
         _act(found, plan, action)
-
-
-def _down_since(found: Facts, plan: Plan, entry: TableEngine) -> float | None:
-    """Since when an engine with buckets does not serve; None while it does, or its agent has not said of late."""
-    what = f"engine {entry.id} does not serve"
-    if entry.state not in ("Active", "Draining") or found.ready(entry):
-        return None
-    if not found.current and not plan.waits.known(what):
-        return None
-    since = plan.waits.since(what)
-    # An agent that is away is no fault of its engines: the clock goes on, nothing is done.
-    return since if found.current or entry.id in plan.memory.given_up.slots else None
-
-
-def _give_up(found: Facts, plan: Plan, desired: Desired, observed: Observed) -> None:
-    """Remember which engines this plan gives up, and when the next one would be."""
-    former = plan.memory.given_up
-    plan.memory = replace(plan.memory, given_up=former.after(desired, observed, found.now))
-    patience = former.patience(desired)
-    for i in sorted(plan.memory.given_up.slots - former.slots):
-        message = f"engine {i}: no datapath has served for {patience:g} s; others take its buckets, another is made"
-        plan.event(EventReason.ENGINE_LOST, message)
-    for engine in observed.engines:
-        at = reconciling.give_up_at(desired, observed, engine)
-        if at is not None and at > found.now:
-            plan.waits.wake(at)
 
 
 def _act(found: Facts, plan: Plan, action: reconciling.Action) -> None:

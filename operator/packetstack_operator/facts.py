@@ -150,7 +150,7 @@ class Plan:
     """Buckets were moved by load: their numbers need not be even."""
     moved: RebalanceStatus | None = None
     """What was moved by load just now."""
-    actions: list[reconciling.Action] = field(default_factory=list)
+    actions: Sequence[reconciling.Action] = ()
     events: list[Event] = field(default_factory=list)
 
     def event(self, reason: Reason, message: str) -> None:

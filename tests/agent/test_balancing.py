@@ -9,17 +9,15 @@ import pytest
 from tests.lab.node import stack
 from tests.model.node import PlayedEngine, PlayedJournal, PlayedStack, managed, resource
 
-from packetstack_agent import balancing, loading
-from packetstack_agent.agent import Agent
+from packetstack_agent import balancing, loading, standings
 from packetstack_agent.balancing import BUCKET_SECONDS, TELL_SECONDS, Balancers
 from packetstack_agent.errors import AgentError
 from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
-from packetstack_core import reading
+from packetstack_core import reading, standing
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
 from packetstack_core.planning import Move, Owner
-from packetstack_core.reconciling import Desired, plan
 
 CYCLES = 1_000_000
 """Of a second."""
@@ -278,10 +276,9 @@ def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(
     played.table = [Owner(1, b % 2) for b in range(100)] + [Owner(2, b % 2) for b in range(156)]
     played.shards = list(played.table)
     one = managed(played, PlayedEngine(1, played.resource), PlayedEngine(2, played.resource))
-    agent = Agent(RunDirectory(tmp_path))
-    agent.run.record.rebalanced = {"web": True} if rebalanced else {}
-    actions = plan(Desired.of(played.resource), agent.keeper.observe(one), 0.0)
-    assert bool(actions) != (rebalanced and mode != "Off")
+    run = RunDirectory(tmp_path)
+    run.record.rebalanced = {"web": True} if rebalanced else {}
+    assert bool(standing.plan(standings.pool(one, run), 0.0).actions) != (rebalanced and mode != "Off")
 
 
 def test_the_next_agent_knows_which_stacks_were_rebalanced(tmp_path: Path) -> None:

@@ -37,12 +37,30 @@ class World:
         self.engine_moves = 0
 
     def observed(self, moving=()):
-        return Observed(tuple(self.engines.values()), tuple(self.owners), frozenset(moving))
+        return Observed(
+            tuple(self.engines.values()),
+            tuple(self.owners),
+            frozenset(moving),
+            create_after=0.0,
+            rebalanced=False,
+            given_up=GivenUp(),
+        )
 
     def do(self, action):
         match action:
             case CreateEngine(template, queues):
-                self.engines[self.next_slot] = Engine(self.next_slot, State.PENDING, False, template, queues)
+                self.engines[self.next_slot] = Engine(
+                    self.next_slot,
+                    State.PENDING,
+                    False,
+                    template,
+                    queues,
+                    flows=0,
+                    leaving=False,
+                    holds=0,
+                    load=0.0,
+                    down_since=None,
+                )
                 self.next_slot += 1
             case ActivateEngine(slot):
                 assert self.engines[slot].state in (State.STARTING, State.DRAINING)
@@ -349,9 +367,9 @@ def test_what_is_desired_comes_from_the_resource():
             },
         }
     )
-    want = Desired.of(stack)
+    want = Desired.of(stack.spec, "a")
     assert (want.replicas, want.queues, want.max_surge, want.max_unavailable) == (4, 8, 2, 1)
-    assert want.template == stack.spec.engine.template_hash()
+    assert want.template == "a"
 
 
 class Reconciling(RuleBasedStateMachine):
