@@ -94,7 +94,7 @@ class Served:
         """What a client gets that is another process."""
         return await asyncio.to_thread(question)
 
-    async def raw(self, method: str, target: str, body: bytes = b"") -> tuple[int, dict[str, Any]]:
+    async def raw(self, method: str, target: str, body: bytes = b"") -> tuple[int, Any]:
         """Status and body of a request of somebody else's making."""
         connector = aiohttp.UnixConnector(str(self.path))
         async with (

@@ -212,31 +212,6 @@ def test_a_wrong_queue_core_or_bucket_is_named(lab: Lab) -> None:
         assert "\n" not in text
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("explain", "web", "tcp", "10.0.0.1:1"),
-        ("explain", "web", "tcp", "10.0.0.1", "192.0.2.10:80"),
-        ("explain", "web", "tcp", "10.0.0.1:99999", "192.0.2.10:80"),
-        ("move", "web"),
-        ("move", "web", "--queue", "1", "--core", "0"),
-        ("move", "web", "--buckets", "9-x", "--engine", "1"),
-        ("move", "web", "--buckets", "9-0", "--engine", "1"),
-        ("scale", "web", "--replicas", "-1"),
-        ("scale", "web"),
-        ("nosuch",),
-    ],
-    ids=" ".join,
-)
-def test_wrong_usage_is_exit_code_2_and_one_line(lab: Lab, command: tuple[str, ...]) -> None:
-    code, text = said(lab, *command)
-    assert code == 2
-    assert "\n" not in text
-    verb = "" if command == ("nosuch",) else f" {command[0]}"
-    assert text.startswith(f"packetstack{verb}: ")
-    assert text.endswith(f"; see packetstack{verb} --help")
-
-
 def test_without_an_agent_it_says_how_to_start_one(lab: Lab, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "packetstack_cli.main", "--run-dir", str(tmp_path / "none")]
     for words in (["get"], ["down"], ["events"], ["scale", "web", "--replicas", "1"]):
