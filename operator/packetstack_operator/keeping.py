@@ -303,7 +303,7 @@ class Keeper:
             try:
                 await self._all.write(self._key, write)
             except Refused as e:
-                if self._remember(write, e):
+                if self._remember(write, e) or self._miss(world, write, e):
                     self._woken.set()
                     return
                 if self._is_told(write, e):
@@ -312,6 +312,18 @@ class Keeper:
             if self._memory.refused is not None and self._memory.refused.write == write.identity:
                 self._memory = replace(self._memory, refused=None)
                 self._woken.set()
+
+    def _miss(self, world: World, write: Write, error: Refused) -> bool:
+        """Whether the write was for an object that only the watches have.
+
+        One that vanished while a watch was interrupted for so long that it had to list anew stays in kopf's indexes, and
+        no event ever says that it is gone.
+        """
+        present = next((o for o in worlds.objects(world, write.kind) if o["metadata"]["name"] == write.name), None)
+        if error.status != 404 or write.verb == "create" or present is None:
+            return False
+        self._all.overlay.missed((write.kind, self._key[0], write.name), str(present["metadata"]["uid"]))
+        return True
 
     def _is_told(self, write: Write, error: Refused) -> bool:
         """Whether a refusal belongs into the stack's status: it is not that of a moment, nor of a stack's end."""

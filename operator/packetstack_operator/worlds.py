@@ -99,6 +99,15 @@ def _neighbours(key: Key, table: Raw | None, indexes: Indexes) -> dict[str, list
     return found
 
 
+def objects(world: World, kind: str) -> Sequence[Raw]:
+    """The stack's objects of this kind."""
+    one = {"PacketStack": world.stack, "FlowTable": world.table, "PodDisruptionBudget": world.budget}
+    if kind in one:
+        found = one[kind]
+        return () if found is None else (found,)
+    return world.pods if kind == "Pod" else world.engines
+
+
 async def with_looked_up(key: Key, world: World, api: Api) -> World:
     """With what may be there though no watch brings it. Errors as for `Api.get`."""
     found: dict[observing.Named, Raw] = {}

@@ -53,6 +53,10 @@ class MemoryApi:
         self.brought: dict[tuple[str, str], Raw] = {}
         self.keepers: Keepers | None = None
         self.namespace_ends = False
+        self.forgets: set[tuple[str, str]] = set()
+        """Kind and name of objects whose deletion no watch brings: they stay in the indexes."""
+        self.warnings: dict[str, str] = {}
+        """UID of a pod -> the kubelet's last warning about it."""
 
     async def get(self, path: str) -> Raw:
         if path == f"/api/v1/namespaces/{KEY[0]}":
@@ -62,6 +66,9 @@ class MemoryApi:
             kind = next(k for k, plural in PLURALS.items() if plural == found[1])
             raw = self.model.get(kind, found[2])
             return {"items": [raw] if raw else []}
+        if found := re.search(r"/events\?fieldSelector=involvedObject\.uid=([^,]*),", unquote(path)):
+            warning = self.warnings.get(found[1])
+            return {"items": [{"reason": "FailedCreatePodSandBox", "message": warning}] if warning else []}
         return {"items": []}
 
     async def patch(self, path: str, body: Any, kind: str, manager: str) -> Raw:
@@ -89,10 +96,13 @@ class MemoryApi:
         """The watches bring what has changed."""
         if self.lags:
             return
-        now = copy.deepcopy(self.model.objects)
-        before, self.brought = self.brought, now
+        before, now = self.brought, {at: raw for at, raw in self.brought.items() if at in self.forgets}
+        for at, raw in list(self.model.objects.items()):
+            same = at in before and before[at]["metadata"]["resourceVersion"] == raw["metadata"]["resourceVersion"]
+            now[at] = before[at] if same else copy.deepcopy(raw)
+        self.brought = now
         for at, raw in now.items():
-            if at not in before or before[at]["metadata"]["resourceVersion"] != raw["metadata"]["resourceVersion"]:
+            if raw is not before.get(at):
                 self._say(at[0], "MODIFIED" if at in before else "ADDED", raw)
         for at in set(before) - set(now):
             gone = copy.deepcopy(before[at])
@@ -114,10 +124,11 @@ class MemoryApi:
             return Looked(lambda: (((r["metadata"]["namespace"], r["metadata"]["name"]), r) for r in of(kind)))
 
         def labelled(kind: str) -> Looked[Key, Raw]:
+            def marked() -> Iterator[Raw]:
+                return (r for r in of(kind) if pods.STACK in r["metadata"].get("labels", {}))
+
             return Looked(
-                lambda: (
-                    ((r["metadata"]["namespace"], r["metadata"]["labels"].get(pods.STACK, "")), r) for r in of(kind)
-                )
+                lambda: (((r["metadata"]["namespace"], r["metadata"]["labels"][pods.STACK]), r) for r in marked())
             )
 
         services: Looked[Key, ServicePorts] = Looked(lambda: ())
@@ -151,6 +162,8 @@ class Operated:
         self.api = MemoryApi(self.model)
         self.metrics = Metrics()
         self.stopped = asyncio.Event()
+        self.kubelet = self.agent = True
+        """Whether they work."""
         self._began = self.model.now
         self.turned_back = 0.0
         """Seconds by which the wall clock was set back."""
@@ -163,8 +176,10 @@ class Operated:
     def play(self) -> None:
         """Kubelet and agent do a step of their work, and the watches bring it."""
         self.model.now = self._began + asyncio.get_running_loop().time()
-        self.model.kubelet()
-        self.model.agent()
+        if self.kubelet:
+            self.model.kubelet()
+        if self.agent:
+            self.model.agent()
         self.api.bring()
 
     async def run(self, seconds: float) -> None:

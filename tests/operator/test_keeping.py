@@ -212,3 +212,89 @@ async def test_a_wall_clock_that_is_set_back_stops_no_engine_from_being_made():
         it.api.refuse = lambda write: None
         await it.run(30)
         it.model.check_goal()
+
+
+async def test_pods_that_the_server_does_not_take_are_a_condition_and_not_a_storm():
+    async with operated(1) as it:
+        it.api.refuse = refusing("create", "Pod", 403, 'violates PodSecurity "baseline:latest": hostPath volumes')
+        await it.run(30)
+        refused = it.model.condition("CapacityAvailable")
+        assert (refused["status"], refused["reason"]) == ("False", "PodRefused")
+        assert "hostPath" in refused["message"]
+        assert [w[:2] for w in it.writes()].count(("create", "Pod")) < 6
+        it.api.refuse = lambda write: None
+        await it.run(60)
+        it.model.check_goal()
+
+
+# ---- what the watches do not bring -------------------------------------------------------------------------------
+
+
+async def test_what_keeps_a_pod_from_starting_is_told():
+    async with operated(1) as it:
+        await asyncio.sleep(0.2)
+        it.model.kubelet()  # it has a node now
+        it.api.bring()
+        (pod,) = it.model.of("Pod")
+        it.kubelet = False
+        it.api.warnings[pod["metadata"]["uid"]] = 'network-attachment-definitions "edge-net" not found'
+        await it.run(15)
+        assert it.model.condition("CapacityAvailable")["reason"] == "NetworkAttachmentDefinitionNotFound"
+        it.kubelet = True
+        await it.run(20)
+        it.model.check_goal()
+
+
+async def test_names_that_others_have_taken_are_left_to_them_and_the_stack_serves(events):
+    async with operated(1) as it:
+        meta = {
+            "namespace": "shop",
+            "uid": "theirs",
+            "ownerReferences": [{"name": "x", "uid": "x", "controller": True}],
+        }
+        theirs = {"kind": "Pod", "metadata": {**meta, "name": "edge-1"}, "spec": {}, "status": {"phase": "Running"}}
+        it.model.put(theirs)
+        it.model.put({"kind": "PodDisruptionBudget", "metadata": {**meta, "name": "edge-engines"}, "spec": {}})
+        await it.run(30)
+        now = it.model.get("Pod", "edge-1")["metadata"]
+        assert now["uid"] == "theirs"
+        assert not {"labels", "deletionTimestamp"} & set(now)
+        assert it.model.status["readyReplicas"] == 1
+        assert it.model.get("Pod", "edge-2") is not None
+        assert it.model.condition("Degraded")["reason"] == "NameTaken"
+        assert any(e["reason"] == "NameTaken" and "edge-1" in e["message"] for e in events)
+        before = len(it.api.asked)
+        await it.run(60)
+        assert len(it.api.asked) == before
+
+
+async def test_a_deleted_flow_table_comes_back_and_no_pod_is_lost():
+    async with operated(3) as it:
+        await it.run(20)
+        uids = {p["metadata"]["uid"] for p in it.model.of("Pod")}
+        del it.model.objects["FlowTable", "edge"]
+        await it.run(20)
+        it.model.check_goal()
+        assert {p["metadata"]["uid"] for p in it.model.of("Pod")} == uids
+
+
+async def test_without_the_agents_answer_nothing_is_taken_away():
+    async with operated(2) as it:
+        await it.run(20)
+        it.agent = False
+        it.model.set_spec(replicas=1)
+        await it.run(120)
+        assert it.model.status["drainingReplicas"] == 1
+        assert len(it.model.of("Pod")) == 2
+        it.agent = True
+        await it.run(20)
+        it.model.check_goal()
+
+
+async def test_a_pod_whose_deletion_no_watch_brought_is_missed_in_the_end():
+    async with operated(2) as it:
+        await it.run(20)
+        it.api.forgets = {("Pod", "edge-1")}  # the watch had to list anew, and kopf says nothing of what is not listed
+        it.model.vanish("edge-1")
+        await it.run(100)
+        it.model.check_goal()
