@@ -6,6 +6,8 @@ MESON_DIR := build/meson
 NATIVE := core/packetstack_core/native
 CODE := core agent engine cli operator bench tests setup.py
 PACKAGES := core/packetstack_core agent/packetstack_agent engine/packetstack_engine cli/packetstack_cli operator/packetstack_operator
+# Tests that play the agent's ports: what they play must be what the agent takes.
+TYPED_TESTS := tests/model/node.py $(patsubst %,tests/agent/test_%.py,attachments balancing explaining keeping probes scaling shedding verbs watchdog)
 PYTEST_ARGS ?=
 TEST_JOBS ?= 3
 BENCH_ARGS ?=
@@ -74,7 +76,7 @@ soak: setup build
 lint: setup
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
-	$(BIN)/mypy $(PACKAGES)
+	$(BIN)/mypy $(PACKAGES) $(TYPED_TESTS)
 	$(BIN)/lint-imports --no-logo
 	git ls-files -co --exclude-standard '*.c' '*.h' | xargs -r $(BIN)/clang-format --dry-run -Werror
 

@@ -1,6 +1,6 @@
 """Finds engines that hang, or whose init, pod or interface is gone, and has them mended.
 
-One look at all engines every 0.1 s reads shared memory and never waits: what takes time (a new init, a new engine, the
+One look at all engines every 0.05 s reads shared memory and never waits: what takes time (a new init, a new engine, the
 processes of a pod) is a task of that engine alone, so that no engine waits for another one's.
 """
 

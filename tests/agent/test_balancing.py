@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.lab.node import stack
-from tests.model.node import PlayedEngine, PlayedJournal, PlayedStack, managed, resource
+from tests.model.node import PlayedEngine, PlayedJournal, PlayedStack, flow_table, managed, resource
 
 from packetstack_agent import balancing, loading, standings
-from packetstack_agent.balancing import BUCKET_SECONDS, TELL_SECONDS, Balancers
+from packetstack_agent.balancing import BUCKET_SECONDS, Balancers
 from packetstack_agent.errors import AgentError
 from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
-from packetstack_core import reading, standing
-from packetstack_core.kinds import FlowTable
+from packetstack_core import standing
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
 from packetstack_core.planning import Move, Owner
+from packetstack_core.rebalancing import TELL_SECONDS
 
 CYCLES = 1_000_000
 """Of a second."""
@@ -182,7 +181,7 @@ async def test_an_elephant_is_told_of_but_not_at_every_look(world: Callable[...,
 
 async def test_in_a_cluster_buckets_are_the_operators(world: Callable[..., World]) -> None:
     w = world("Auto", SKEWED)
-    w.managed.table = FlowTable.model_construct()
+    w.managed.table = flow_table(w.stack.resource)
     await w.live(60)
     assert not w.moves
 
@@ -211,7 +210,7 @@ async def test_hot_queues_of_one_core_are_parted_and_stay_where_they_are(
     for q, core in enumerate((0, 0, 1, 1)):
         engine.queues[q].cur = core + 1
     monkeypatch.setattr(balancing, "lib", lambda: lib)
-    w.managed.table = FlowTable.model_construct()  # also in a cluster
+    w.managed.table = flow_table(w.stack.resource)  # also in a cluster
     looks = []
     for _ in range(30):
         w.now += 0.1
@@ -241,7 +240,7 @@ async def test_one_hot_queue_that_no_move_helps_is_not_looked_at_closely(
     assert isinstance(engine, PlayedEngine)
     lib = Lib(engine)
     monkeypatch.setattr(balancing, "lib", lambda: lib)
-    w.managed.table = FlowTable.model_construct()
+    w.managed.table = flow_table(w.stack.resource)
     looks = []
     for _ in range(10):
         w.now += 1
@@ -272,8 +271,8 @@ async def test_moves_that_cannot_be_recorded_are_told_and_the_next_look_follows(
 def test_the_planner_leaves_buckets_that_were_moved_by_load_where_they_are(
     tmp_path: Path, mode: str, rebalanced: bool
 ) -> None:
-    played = PlayedStack(reading.parse(stack(rebalance={"mode": mode})))
-    played.table = [Owner(1, b % 2) for b in range(100)] + [Owner(2, b % 2) for b in range(156)]
+    played = PlayedStack(resource(rebalance={"mode": mode}))
+    played.table = [Owner(1, 0)] * 100 + [Owner(2, 0)] * 156
     played.shards = list(played.table)
     one = managed(played, PlayedEngine(1, played.resource), PlayedEngine(2, played.resource))
     run = RunDirectory(tmp_path)

@@ -3,9 +3,10 @@
 import asyncio
 import threading
 import time
-from collections.abc import ItemsView, Iterator, ValuesView
+from collections.abc import Iterator
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource, turns
@@ -183,11 +184,11 @@ class LoopsOwn(Stacks):
         super().__init__()
         self.owner = threading.get_ident()
 
-    def items(self) -> ItemsView[str, Managed]:
+    def items(self) -> Any:
         assert threading.get_ident() == self.owner
         return super().items()
 
-    def values(self) -> ValuesView[Managed]:
+    def values(self) -> Any:
         assert threading.get_ident() == self.owner
         return super().values()
 
@@ -203,7 +204,13 @@ async def test_stacks_are_never_counted_off_in_a_thread_beside_the_loop(
     agent = Agent(RunDirectory(tmp_path))
     stack, _ = leaving(agent, mute=False)
     routed: list[set[Network]] = []
-    monkeypatch.setattr(networks, "ensure_routes", lambda prefixes, keep: routed.append(prefixes) or [])
+
+    def ensure(prefixes: set[Network], keep: bool) -> list[Network]:
+        assert not keep
+        routed.append(prefixes)
+        return []
+
+    monkeypatch.setattr(networks, "ensure_routes", ensure)
     monkeypatch.setattr(neighbours, "on_link", lambda _: {})
     monkeypatch.setattr(networks, "check_forwarding", lambda _: None)
     monkeypatch.setattr(networks, "check_not_local", lambda _: None)

@@ -3,8 +3,7 @@
 from typing import Any
 
 import pytest
-from tests.lab.node import listener
-from tests.model.node import PlayedEngine, PlayedJournal, PlayedStack, managed, resource
+from tests.model.node import PlayedEngine, PlayedJournal, PlayedStack, listener, managed, resource
 
 from packetstack_agent import shedding
 from packetstack_agent.director import Director
@@ -13,8 +12,8 @@ from packetstack_agent.shedding import Shedders
 from packetstack_core import abi
 from packetstack_core.shedding import QUIET_LOOKS
 
-WEB, LATE = (listener(n, "192.0.2.10", ("10.71.5.1",), port=p) for n, p in (("web", 80), ("late", 81)))
-DNS = listener("dns", "192.0.2.10", ("10.71.5.1",), port=53) | {"protocol": "UDP"}
+WEB, LATE = listener(), listener("late", 81)
+DNS = listener("dns", 53, "UDP")
 CAPACITY, RING, LOOK = 20_000, 2048, 0.1
 
 

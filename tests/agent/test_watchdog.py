@@ -210,7 +210,8 @@ async def test_an_engine_that_is_being_mended_is_killed_when_it_hangs(world: Cal
 async def test_a_repair_that_fails_is_told_and_tried_again(world: Callable[[int], World]) -> None:
     w = world(1)
 
-    async def fails(_managed: Managed, engine: Engine, why: str) -> None:
+    async def fails(managed: Managed, engine: Engine, why: str) -> None:
+        assert managed.stack is w.stack
         w.repairs.begun.append(("start again", engine.slot, why))
         raise OSError("no more processes")
 

@@ -20,6 +20,7 @@ from packetstack_agent.managed import Managed
 from packetstack_agent.natives import ffi
 from packetstack_agent.stacks import Report, Stack
 from packetstack_core import reading
+from packetstack_core.kinds import FlowTable
 from packetstack_core.planning import NOBODY, Move, Owner, State
 from packetstack_core.reasons import Reason
 from packetstack_core.resources import PacketStack
@@ -27,12 +28,22 @@ from packetstack_core.resources import PacketStack
 BUCKETS = 16
 
 
+def listener(
+    name: str = "web", port: int = 80, protocol: str = "TCP", backends: Sequence[str] = ("10.0.0.1",)
+) -> dict[str, Any]:
+    """A listener of the one address that there is."""
+    endpoints = [{"address": b, "port": 8080} for b in backends]
+    return {
+        "name": name,
+        "address": "192.0.2.10",
+        "protocol": protocol,
+        "port": port,
+        "backends": {"endpoints": endpoints},
+    }
+
+
 def resource(name: str = "web", backends: Sequence[str] = ("10.0.0.1",), **spec: Any) -> PacketStack:
     """A stack of one listener; `spec` replaces parts of it."""
-    endpoints = [{"address": b, "port": 8080} for b in backends]
-    listeners = [
-        {"name": "web", "address": "192.0.2.10", "protocol": "TCP", "port": 80, "backends": {"endpoints": endpoints}}
-    ]
     return reading.parse(
         {
             "apiVersion": "packetstack.io/v1alpha1",
@@ -41,10 +52,23 @@ def resource(name: str = "web", backends: Sequence[str] = ("10.0.0.1",), **spec:
             "spec": {
                 "replicas": 2,
                 "engine": {"cores": 1, "queuesPerCore": 1, "cpuPolicy": "Shared"},
-                "listeners": listeners,
+                "listeners": [listener(backends=backends)],
                 "snat": {"addresses": ["198.51.100.0/31"]},
                 **spec,
             },
+        }
+    )
+
+
+def flow_table(stack: PacketStack) -> FlowTable:
+    """What an operator would have the stack follow: no engines yet."""
+    spec = stack.spec.model_dump(mode="json", by_alias=True, include={"listeners", "snat"})
+    return FlowTable.model_validate(
+        {
+            "apiVersion": "packetstack.io/v1alpha1",
+            "kind": "FlowTable",
+            "metadata": {"name": stack.name, "namespace": "default"},
+            "spec": {"node": "n1", "engines": [], **spec},
         }
     )
 
