@@ -158,11 +158,13 @@ def clean(run: RunDirectory) -> list[str]:
     """Remove everything that the record names, whoever is dead or alive; returns what was removed. May be repeated."""
     removed = detach(run)
     if run.path.is_dir():
-        for name in ("state.json", "state.new", "agent.sock", "agent.pid"):
+        for name in ("state.json", "state.new", "agent.sock"):
             (run.path / name).unlink(missing_ok=True)
         clear_engines(run)
         for name in ("stacks", "bpf"):
             shutil.rmtree(run.path / name, ignore_errors=True)
+        # Last: by this file, and the lock on it, others see whether the agent that removes all this has ended.
+        (run.path / "agent.pid").unlink(missing_ok=True)
         with suppress(OSError):
             run.path.rmdir()
     run.record = Record()

@@ -13,7 +13,7 @@ from tests.waiting import eventually
 from packetstack_agent import layouts
 from packetstack_agent.layouts import LayoutMismatch
 from packetstack_agent.natives import constant
-from packetstack_agent.node import RunDirectory
+from packetstack_agent.node import RunDirectory, clean
 
 
 @pytest.fixture
@@ -95,3 +95,25 @@ def test_any_file_of_another_layout_is_found_and_not_changed(tmp_path: Path, fil
     with pytest.raises(LayoutMismatch, match=f"^LayoutMismatch: stack {name} has memory layout 99; this build has "):
         layouts.check(run)
     assert there() == before
+
+
+def test_an_agent_that_removes_everything_is_seen_until_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`packetstack down` waits for the lock on agent.pid; an agent that starts meanwhile must not lose its files."""
+    run = RunDirectory(tmp_path / "run")
+    for directory in ("stacks/web", "bpf", "engines/1"):
+        (run.path / directory).mkdir(parents=True)
+        (run.path / directory / "file").touch()
+    (run.path / "agent.pid").touch()
+    left: list[list[str]] = []
+    unlink = Path.unlink
+
+    def noted(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "agent.pid":
+            left.append(sorted(p.name for p in run.path.iterdir()))
+        unlink(path, missing_ok=missing_ok)
+
+    monkeypatch.setattr("packetstack_agent.node.detach", lambda run: [])
+    monkeypatch.setattr(Path, "unlink", noted)
+    clean(run)
+    assert left == [["agent.pid"]]
+    assert not run.path.exists()

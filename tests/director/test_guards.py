@@ -57,10 +57,18 @@ def answers(director: Director) -> Iterator[None]:
     director.uplink(CLIENTS | BACKENDS)
 
 
-def opener(source: str, protocol: int = UDP, stack=ONE, **more: object) -> bytes:  # type: ignore[no-untyped-def]
+def opener(
+    source: str,
+    protocol: int = UDP,
+    *,
+    ttl: int = 64,
+    options: bytes = b"",
+    extensions: tuple[tuple[int, bytes], ...] = (),
+) -> bytes:
     """A packet to a listener."""
-    family = ip_address(source).version
-    return ip(source, stack.vip[family], protocol, transport(protocol, 4321, PORT[protocol]), **more)  # type: ignore[arg-type]
+    body = transport(protocol, 4321, PORT[protocol])
+    vip = ONE.vip[ip_address(source).version]
+    return ip(source, vip, protocol, body, ttl=ttl, options=options, extensions=extensions)
 
 
 # ---- whose frame it is ----------------------------------------------------------------------------------------

@@ -34,12 +34,15 @@ class Image:
         self.root = root
         with tarfile.open(archive) as tar:
 
-            def blob(digest: str) -> Any:
-                file = tar.extractfile("blobs/" + digest.replace(":", "/"))
+            def member(name: str) -> Any:
+                file = tar.extractfile(name)
                 assert file is not None
                 return file
 
-            self.index = json.load(tar.extractfile("index.json"))  # type: ignore[arg-type]
+            def blob(digest: str) -> Any:
+                return member("blobs/" + digest.replace(":", "/"))
+
+            self.index = json.load(member("index.json"))
             manifest = json.load(blob(self.index["manifests"][0]["digest"]))
             self.config = json.load(blob(manifest["config"]["digest"]))
             self.layer_bytes = [layer["size"] for layer in manifest["layers"]]
