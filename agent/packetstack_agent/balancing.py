@@ -110,11 +110,11 @@ class Balancers:
             close = False
             for managed in list(self._stacks.values()):
                 with self._journal.going_on(managed.stack.name, "rebalancer"):
-                    close |= await self.look(managed)
+                    close |= await self.balance(managed)
             await asyncio.sleep(CLOSE_LOOK_SECONDS if close else LOOK_SECONDS)
 
-    async def look(self, managed: Managed) -> bool:
-        """At one stack; returns whether its queues should be looked at again soon."""
+    async def balance(self, managed: Managed) -> bool:
+        """Move what the load of one stack asks for; returns whether its queues should be looked at again soon."""
         one, now = self.of(managed), self._clock()
         mode = managed.stack.resource.spec.rebalance.mode
         if mode == "Off":
@@ -189,7 +189,7 @@ class Balancers:
         one.decision = d = rebalancing.decide(
             loads, owners, cores, now, one.buckets, stay=managed.pinned.keys(), hold_seconds=hold
         )
-        self._tell_of_elephants(managed, one, d, now)
+        self._report_elephants(managed, one, d, now)
         if not d.moves:
             one.buckets = d.memory
             return
@@ -203,7 +203,7 @@ class Balancers:
         if moved:  # what was asked for may be overtaken by an engine that goes
             self._journal.event(managed.stack.name, EventReason.REBALANCED, f"{counted(moved, 'bucket')}: {d.why}")
 
-    def _tell_of_elephants(self, managed: Managed, one: Balance, d: Decision, now: float) -> None:
+    def _report_elephants(self, managed: Managed, one: Balance, d: Decision, now: float) -> None:
         for e in d.elephants:
             if self._due(one, f"bucket {e.bucket}", now):
                 self._journal.event(managed.stack.name, EventReason.ELEPHANT, str(e))

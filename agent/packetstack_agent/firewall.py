@@ -112,7 +112,7 @@ class Firewall:
             found = (_unknown(e),)
         self.obstacles = found
 
-    def look(self, uplinks: Sequence[str]) -> None:
+    def examine(self, uplinks: Sequence[str]) -> None:
         """Find out what would be in the way."""
         try:
             with Tables() as tables:
@@ -147,7 +147,7 @@ class Firewall:
         owned = tables.owned()
         for place, base in _others_chains(tables):
             locked = (place.family, place.table) in owned
-            yield from self._look_at(_Nft(tables, place, base), uplinks, base.family in families, locked=locked)
+            yield from self._examine_chain(_Nft(tables, place, base), uplinks, base.family in families, locked=locked)
         for family in iptables.FAMILIES:
             if not iptables.in_use(family):
                 continue
@@ -157,9 +157,9 @@ class Firewall:
                 message = f"rules of legacy iptables ({family}) cannot be read: {e}"
                 yield Obstacle(message, "install iptables", sure=False)
             else:
-                yield from self._look_at(legacy, uplinks, family in families)
+                yield from self._examine_chain(legacy, uplinks, family in families)
 
-    def _look_at(
+    def _examine_chain(
         self, chain: "_Nft | _Legacy", uplinks: Sequence[str], passed: bool, *, locked: bool = False
     ) -> Iterator[Obstacle]:
         """`passed`: packets of stacks see this chain. `locked`: nobody may add a rule."""
@@ -375,7 +375,7 @@ def clean() -> None:
 def examine(mode: Mode, uplinks: Sequence[str]) -> list[dict[str, str]]:
     """What `packetstack preflight` says of this node; nothing is changed. Each with `result`, `message`, `remedy`."""
     looking = Firewall(mode, changes=False)
-    looking.look(uplinks)
+    looking.examine(uplinks)
     found = [
         {"result": "warning" if o.sure else "unknown", "message": o.message, "remedy": o.remedy}
         for o in looking.obstacles

@@ -157,11 +157,11 @@ class Autoscalers:
     def _keep(self, managed: Managed, one: Autoscaler, done: rounds.Round, now: float) -> None:
         one.state = done.state
         one.shown, one.conditions = rounds.show(done, one.shown, now), rounds.conditions(done.state)
-        self._tell(managed.stack.name, done.decision.events)
+        self._report(managed.stack.name, done.decision.events)
         self._run.record.autoscaling[managed.stack.name] = one.document()
         self._run.save()
 
-    def _tell(self, name: str, events: Iterable[Event]) -> None:
+    def _report(self, name: str, events: Iterable[Event]) -> None:
         for event in events:
             self._journal.event(name, event.reason, event.message)
 

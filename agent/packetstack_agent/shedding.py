@@ -113,11 +113,11 @@ class Shedders:
             urgent = False
             for managed in list(self._stacks.values()):
                 with self._journal.going_on(managed.stack.name, "shedding"):
-                    urgent |= self.look(managed)
+                    urgent |= self.shed(managed)
             await asyncio.sleep(URGENT_SECONDS if urgent else LOOK_SECONDS)
 
-    def look(self, managed: Managed) -> bool:
-        """At one stack; the director does from here on what was decided. Returns whether the next look should come soon."""
+    def shed(self, managed: Managed) -> bool:
+        """Decide for one stack what is shed, and have the director do so. Returns whether that should be decided again soon."""
         one, now = self.of(managed), self._clock()
         sample = _engines(managed, one, now)
         if not one.state.watched and (sample is None or sample.depth < shedding.FULL):
@@ -136,7 +136,7 @@ class Shedders:
             self._offered(one, now)
         if one.state.level != was.level:
             self._allow(one)
-        self._tell(managed, one, now)
+        self._report(managed, one, now)
         if not one.state.watched:
             self._release(one)
         return one.state.urgent
@@ -219,7 +219,7 @@ class Shedders:
 
     # ---- telling ---------------------------------------------------------------------------------------------
 
-    def _tell(self, managed: Managed, one: Shedder, now: float) -> None:
+    def _report(self, managed: Managed, one: Shedder, now: float) -> None:
         names = listener_names(managed)
         for (place, kind), shed in one.sheds.items():
             if not shed.since or place not in names:

@@ -44,7 +44,7 @@ class Underlay:
         self._attached: tuple[networks.Pair, dict[str, int]] | None = None
         """Pair and uplinks (name -> interface index) that the director was last put on."""
         self._obstacles: tuple[Obstacle, ...] = ()
-        """In the node's packet filter, as last told."""
+        """Obstacles in the node's packet filter, as they were last reported."""
         self._own: tuple[frozenset[Address], frozenset[Address]] | None = None
         """The node's own addresses, as the director knows them."""
 
@@ -170,7 +170,7 @@ class Underlay:
         """Route the addresses of the stacks here, and no others, and let their packets pass the node's filter."""
         async with self._lock:
             await to_the_end(self._route, *self._wanted())
-        self._tell_of_firewall()
+        self._report_firewall()
 
     def _wanted(self) -> tuple[set[Network], set[Address]]:
         """What to route here, and the addresses in it: those of all stacks, as they are now."""
@@ -218,7 +218,7 @@ class Underlay:
         """Whatever is routed to stacks shall pass the node's packet filter. Blocks."""
         self._firewall.ensure(networks.routed(), self._run.record.uplinks)
 
-    def _tell_of_firewall(self) -> None:
+    def _report_firewall(self) -> None:
         """Events of what has changed since the last look at the node's packet filter."""
         put_back, self._firewall.put_back = self._firewall.put_back, []
         if put_back:
@@ -259,7 +259,7 @@ class Underlay:
         except Exception as e:
             self._journal.event("-", EventReason.ROUTES_FAILED, f"{e}; packets come by uplinks alone until it works")
             return
-        self._tell_of_firewall()
+        self._report_firewall()
         if attached:
             self._journal.event(
                 "-",
@@ -299,7 +299,7 @@ class Underlay:
                 except Exception as e:
                     self._journal.event("-", EventReason.FIREWALL_FAILED, str(e))
                 else:
-                    self._tell_of_firewall()
+                    self._report_firewall()
 
 
 def _pin(uplink: str) -> bytes:

@@ -99,10 +99,10 @@ class Watchdog:
         """Look again and again, until cancelled."""
         while True:
             await asyncio.sleep(WATCH_SECONDS)
-            self.look(time.monotonic())
+            self.check_all(time.monotonic())
 
-    def look(self, now: float) -> None:
-        """At each engine that has been made."""
+    def check_all(self, now: float) -> None:
+        """Check each engine that has been made; what it needs is done by tasks."""
         for managed in list(self._stacks.values()):
             for engine in list(managed.engines.values()):
                 if engine.removing or engine.view is None or (engine.making and not engine.making.done()):
@@ -139,7 +139,7 @@ class Watchdog:
             watch.mending = self._background.spawn(managed.stack.name, mend) if mend is not None else None
         if engine.view.captured > watch.captured:
             watch.captured = int(engine.view.captured)
-            self._tell_of_capture(managed, engine)
+            self._report_capture(managed, engine)
         elif engine.ready and (why := hung(engine, watch.beats, now)):
             self._kill(engine, why, now)
 
@@ -153,7 +153,7 @@ class Watchdog:
         if b.pod:  # the kubelet starts what ends in it
             if silent > GONE_SECONDS and now - watch.pod_seen > GONE_SECONDS:
                 watch.pod_seen = now
-                return self._look_for_pod(managed, engine)
+                return self._lose_without_pod(managed, engine)
         elif engine.init is None or not engine.init.alive():
             if now - engine.restarted > RESTART_SECONDS:
                 return repairs.start_again(managed, engine, "its init has ended")
@@ -161,12 +161,12 @@ class Watchdog:
             return repairs.start_again(managed, engine, f"no datapath has come for {SILENT_SECONDS:g} s")
         return None
 
-    async def _look_for_pod(self, managed: Managed, engine: Engine) -> None:
+    async def _lose_without_pod(self, managed: Managed, engine: Engine) -> None:
         b = engine.blueprint
         if not await asyncio.to_thread(processes.of_pod, b.pod_uid):
             await self._repairs.lose(managed, engine, f"pod {b.pod} is gone")
 
-    def _tell_of_capture(self, managed: Managed, engine: Engine) -> None:
+    def _report_capture(self, managed: Managed, engine: Engine) -> None:
         name, last = managed.stack.name, captures(engine)[-1]
         self._journal.event(
             name, EventReason.PACKET_DROPPED,

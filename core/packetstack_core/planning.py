@@ -91,9 +91,9 @@ def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare], reba
     come in bucket order. Without engines there is nothing to give buckets to, so there are no moves. O(buckets +
     engines x log). Raises ValueError for repeated slots or an engine without queues.
 
-    `rebalanced`: buckets lie where the load wants them, so that their numbers are not even. Then the present numbers
-    are the weights (0 stays 0), of engines as of the queues of each; an engine without buckets is a new one and has
-    the mean. So all give to a new engine, and take from one that leaves, in proportion; else nothing moves.
+    `rebalanced`: the numbers of buckets were set by load, and their proportions are kept. The present number of
+    each engine and queue is its weight (0 stays 0); an engine without buckets is a new one and has the mean. So all
+    give to a new engine, and take from one that leaves, in proportion; else nothing moves.
     """
     if not engines:
         return []

@@ -297,7 +297,7 @@ class _Bins:
         return False
 
     def even(self, most: int) -> dict[int, Core]:
-        """Moves at most `most` to other cores, each once. -> number -> core"""
+        """Move up to `most` items to other cores, none twice. Returns item -> core."""
         moves: dict[int, Core] = {}
         full = [(-load, b) for b, load in self.loads.items()]
         idle = [(load, b) for b, load in self.loads.items()]

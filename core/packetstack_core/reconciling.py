@@ -115,7 +115,7 @@ class Observed:
     create_after: float
     """No engine is created before this time, on the clock of `plan`'s `now`: back-off after failures."""
     rebalanced: bool
-    """Buckets lie where the load wants them: see `planning.assign`."""
+    """The numbers of buckets were set by load; see `planning.assign`."""
     given_up: GivenUp
 
 

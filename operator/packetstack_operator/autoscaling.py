@@ -53,7 +53,7 @@ class _Scaled:
 
     body: kopf.Body
     """For its events."""
-    look: Callable[[], World | None]
+    read_world: Callable[[], World | None]
     """What the watches have brought."""
     wanted: Any
     """`spec.autoscaling` as it was seen last."""
@@ -81,7 +81,7 @@ class Autoscalers:
         self._readings = Readings(api)
         self._stacks: dict[Key, tuple[_Scaled, asyncio.Task[None]]] = {}
 
-    def follow(self, key: Key, stack: Raw, body: kopf.Body, look: Callable[[], World | None]) -> None:
+    def follow(self, key: Key, stack: Raw, body: kopf.Body, read_world: Callable[[], World | None]) -> None:
         """A stack was seen: it gets a task if it needs one. One that has a task is woken when its autoscaling changed."""
         wanted = stack["spec"].get("autoscaling")
         if key in self._stacks:
@@ -90,7 +90,7 @@ class Autoscalers:
                 scaled.wanted = wanted
                 scaled.woken.set()
         elif wanted is not None or _shown(stack)[0] is not None:
-            scaled = _Scaled(body, look, wanted, asyncio.Event())
+            scaled = _Scaled(body, read_world, wanted, asyncio.Event())
             self._stacks[key] = scaled, asyncio.create_task(self._run(key, scaled))
 
     def forget(self, key: Key) -> None:
@@ -133,7 +133,7 @@ class Autoscalers:
                     await scaled.woken.wait()
                     return
             if scaled.asks and left > step:
-                world, load = scaled.look(), self._loads.load(key, step)
+                world, load = scaled.read_world(), self._loads.load(key, step)
                 if world is None or load is None or not knows_all(load, world.pods, time.time() - (period or 0.0)):
                     await self._ask(key, world)
 
@@ -141,7 +141,7 @@ class Autoscalers:
 
     async def _round(self, key: Key, scaled: _Scaled) -> float | None:
         """Seconds from its beginning to the next one; None when there is nothing to do for the autoscaler."""
-        world = scaled.look()
+        world = scaled.read_world()
         spec = _parsed(scaled, world.stack) if world is not None else None
         measured: StackLoad | MetricError = MetricError("api_empty", "nobody has asked for it")
         scaled.asks = False
@@ -161,7 +161,7 @@ class Autoscalers:
             self._metrics.autoscalers.known.pop(key, None)
             return None
         period = float(spec.autoscaling.sync_period_seconds)
-        world, now, before = scaled.look(), time.time(), (scaled.wall, scaled.decided)
+        world, now, before = scaled.read_world(), time.time(), (scaled.wall, scaled.decided)
         scaled.wall, scaled.decided = now, time.monotonic()
         active = [_pod(p) for p in world.pods if _active(p)] if world is not None else []
         scale = Scale(spec.replicas, int((raw.get("status") or {}).get("replicas") or 0))
@@ -200,13 +200,13 @@ class Autoscalers:
         return ""
 
     async def _measure(self, key: Key, scaled: _Scaled, period: float) -> StackLoad | MetricError:
-        problem = await self._ask(key, scaled.look())
+        problem = await self._ask(key, scaled.read_world())
         if problem:  # one lost question is no reason to decide by an old load
             await asyncio.sleep(min(period, AGAIN_SECONDS))
-            problem = await self._ask(key, scaled.look())
+            problem = await self._ask(key, scaled.read_world())
         if not problem and self._loads.load(key, period) is None:
             await asyncio.sleep(min(period, ASK_SECONDS))
-            problem = await self._ask(key, scaled.look())
+            problem = await self._ask(key, scaled.read_world())
         found = self._loads.load(key, period)
         # An earlier load is used until its samples are too old.
         return found if found is not None else MetricError("api_error", problem)

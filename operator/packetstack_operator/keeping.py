@@ -280,9 +280,9 @@ class Keeper:
         if world is None or (self._rested is not None and world == self._rested[0] and began <= self._rested[1]):
             return TICK_SECONDS
         brought = world
-        look = partial(keepers.read, key, self._indexes)
-        keepers.autoscalers.follow(key, world.stack, self._body, look)
-        keepers.rebalancers.follow(key, world.stack, self._body, look)
+        read_world = partial(keepers.read, key, self._indexes)
+        keepers.autoscalers.follow(key, world.stack, self._body, read_world)
+        keepers.rebalancers.follow(key, world.stack, self._body, read_world)
         world = await worlds.with_looked_up(key, world, keepers.api)
         world = await worlds.with_troubles(key, world, self._troubles, keepers.clock.monotonic(), keepers.api)
         pause = TROUBLE_SECONDS if world.troubles or any(map(observing.prepares, world.pods)) else TICK_SECONDS
@@ -307,7 +307,7 @@ class Keeper:
                     self._woken.set()
                     return
                 if self._is_told(write, e):
-                    await self._tell(world, write, e)
+                    await self._report_refusal(world, write, e)
                 raise
             if self._memory.refused is not None and self._memory.refused.write == write.identity:
                 self._memory = replace(self._memory, refused=None)
@@ -330,7 +330,7 @@ class Keeper:
         of_the_moment = error.status in (409, 429, 503, 504) or (error.status == 404 and not self._failures)
         return not of_the_moment and not error.ending and write.kind != "PacketStack"
 
-    async def _tell(self, world: World, write: Write, error: Refused) -> None:
+    async def _report_refusal(self, world: World, write: Write, error: Refused) -> None:
         """Write what was refused into the status: else it would go on saying what was true before."""
         why = error.message or f"HTTP status {error.status}"
         if error.status == 404 and not error.message:

@@ -39,7 +39,7 @@ class _Watched:
 
     body: kopf.Body
     """For its events."""
-    look: Callable[[], World | None]
+    read_world: Callable[[], World | None]
     """What the watches have brought."""
     memory: Memory = field(default_factory=Memory)
     proposed: tuple[Proposal, Memory] | None = None
@@ -58,12 +58,12 @@ class Rebalancers:
         self._loads, self._metrics, self._wake = loads, metrics, wake
         self._stacks: dict[Key, tuple[_Watched, asyncio.Task[None]]] = {}
 
-    def follow(self, key: Key, stack: Raw, body: kopf.Body, look: Callable[[], World | None]) -> None:
+    def follow(self, key: Key, stack: Raw, body: kopf.Body, read_world: Callable[[], World | None]) -> None:
         """A stack was seen: it gets a task if it may be rebalanced now, else it loses it."""
         if mode_of(stack) == "Off" or stack["spec"].get("paused"):
             self.forget(key)
         elif key not in self._stacks:
-            watched = _Watched(body, look)
+            watched = _Watched(body, read_world)
             self._stacks[key] = watched, asyncio.create_task(self._run(key, watched))
 
     def forget(self, key: Key) -> None:
@@ -88,14 +88,14 @@ class Rebalancers:
             await asyncio.sleep(pause)
             proposal = None
             try:
-                world = watched.look()
+                world = watched.read_world()
                 cores = await self._cores(key, world) if world is not None else []
                 pause = BUCKETS.period_seconds if max(cores, default=0.0) >= BUCKETS.busy else IDLE_SECONDS
                 if world is not None and rebalancing.is_worth_a_look(cores):
                     await self._loads.ask(key, world, buckets=True)
                     load = self._loads.load(key, BUCKETS.period_seconds, buckets=True)
                     # Asking took time: what is there now is what counts.
-                    proposal = self._propose(watched, watched.look(), load)
+                    proposal = self._propose(watched, watched.read_world(), load)
             except LoadError:
                 pause = IDLE_SECONDS  # the metrics tell of it
             except Exception:  # a bug: the next round may do better, other stacks go on
@@ -134,7 +134,7 @@ class Rebalancers:
             watched.proposed = None
         now = asyncio.get_running_loop().time()
         d = rebalancing.decide(loads, owners, cores, now, watched.memory)
-        self._tell(watched, mode_of(world.stack), d, now)
+        self._report(watched, mode_of(world.stack), d, now)
         moves = d.moves if mode_of(world.stack) == "Auto" else ()
         if not moves:
             watched.proposed = None
@@ -150,7 +150,7 @@ class Rebalancers:
         elephants = tuple(sorted(watched.elephants))
         return replace(proposal or Proposal(0), elephants=elephants) if proposal or elephants else None
 
-    def _tell(self, watched: _Watched, mode: str, d: Decision, now: float) -> None:
+    def _report(self, watched: _Watched, mode: str, d: Decision, now: float) -> None:
         events = []
         for e in d.elephants:
             if e.bucket not in watched.elephants:

@@ -85,7 +85,7 @@ class World:
         """A look each second."""
         for _ in range(seconds):
             self.second()
-            await self.balancers.look(self.managed)
+            await self.balancers.balance(self.managed)
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ async def test_hot_queues_of_one_core_are_parted_and_stay_where_they_are(
             core.total_cycles += round(0.1 * CYCLES)
         for q, share in enumerate(busy):
             engine.queues[q].cycles += round(0.1 * CYCLES * share)
-        looks.append(await w.balancers.look(w.managed))
+        looks.append(await w.balancers.balance(w.managed))
     if mode != "Auto":
         assert not lib.moves
         return
@@ -247,7 +247,7 @@ async def test_one_hot_queue_that_no_move_helps_is_not_looked_at_closely(
         for core in engine.cores:
             core.total_cycles += CYCLES
         engine.queues[0].cycles += round(0.9 * CYCLES)
-        looks.append(await w.balancers.look(w.managed))
+        looks.append(await w.balancers.balance(w.managed))
     assert not lib.moves
     assert not any(looks)
 

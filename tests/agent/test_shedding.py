@@ -86,7 +86,7 @@ class World:
             queue.received += round(done)
             core.total_cycles += 1000
             core.busy_cycles += round(1000 * done / (CAPACITY * LOOK))
-            self.shedders.look(self.managed)
+            self.shedders.shed(self.managed)
 
     def web(self) -> Any:
         return next(p for p in self.managed.stack.resource.listening() if p[2] == "TCP")
@@ -157,7 +157,7 @@ def test_an_engine_that_stands_still_is_no_flood(world: World) -> None:
     world.engine.queues[0].depth = RING
     for _ in range(20):
         world.now += LOOK
-        world.shedders.look(world.managed)
+        world.shedders.shed(world.managed)
     assert world.lib.numbers == {}
 
 

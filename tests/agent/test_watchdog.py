@@ -94,7 +94,7 @@ class World:
             self.now += WATCH_SECONDS
             for slot, engine in self.engines.items():
                 engine.cores[0].heartbeat += slot not in self.still
-            self.watchdog.look(self.now)
+            self.watchdog.check_all(self.now)
             await turns(3)
 
     async def end(self) -> None:
