@@ -25,7 +25,7 @@ from packetstack_agent.managed import Managed
 from packetstack_agent.natives import constant
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.standings import firewall_problem, trouble
-from packetstack_core import kinds
+from packetstack_core import following, kinds
 from packetstack_core.backing_off import CONNECT_SECONDS, back_off
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import EventReason, Reason
@@ -217,6 +217,8 @@ class Follower:
             self._former.setdefault(name, next((n for n in nodes if n.get("node") == self._node), {}))
         try:
             table = kinds.read(kinds.FlowTable, item | {"status": {}})
+            if problem := following.unsupported(table.spec):
+                raise ResourceError([problem])
         except ResourceError as e:
             now = Wanted(meta["namespace"], meta["name"], generation, None)
             if before is not None and before.table is not None:

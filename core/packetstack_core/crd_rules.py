@@ -362,7 +362,7 @@ FIELDS: dict[type[BaseModel], dict[str, Json]] = {
     autoscalers.ScalingRules: {"tolerance": _NOT_NEGATIVE},
     autoscalers.Autoscaling: {"schedules": _map("name")},
     # Agents write single items of a node's report, and only whole engines.
-    kinds.FlowTableSpec: {"engines": _map("id")},
+    kinds.FlowTableSpec: {"engines": _map("id"), "nodes": _map("name"), "sets": _map("id")},
     kinds.TableEngine: {"": {"x-kubernetes-map-type": "atomic"}},
     kinds.FlowTableStatus: {"nodes": _map("node")},
     kinds.NodeReport: {"engines": _map("id"), "observedGeneration": _INT64},

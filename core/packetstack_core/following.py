@@ -88,6 +88,15 @@ def follow(
     return steps
 
 
+def unsupported(table: FlowTableSpec) -> str:
+    """What of the table this version cannot carry out though it can read it: the field and why; empty if nothing."""
+    if table.sets is not None or table.previous_owners is not None or any(e.set is not None for e in table.engines):
+        return "spec.sets: this agent knows one set of engines only; upgrade it"
+    if {e.node for e in table.engines} - {None, table.node} or len(table.nodes or ()) > 1:
+        return "spec.nodes: this agent knows stacks of one node only; upgrade it"
+    return ""
+
+
 def target(table: FlowTableSpec, attached: Sequence[Attached]) -> list[Owner | None]:
     """Owner by bucket that the table asks for, in slots; None where its engine does not serve here yet."""
     slots = {e.id: e.slot for e in attached if e.ready}

@@ -13,7 +13,7 @@ import base64
 import binascii
 import zlib
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -31,6 +31,11 @@ MAX_ENGINE_ID = 1023
 """What ten bits of an owner hold; 0 is nobody."""
 MAX_TABLE_ENGINES = 2 * MAX_REPLICAS
 """While a pool is replaced there may be twice as many as wanted."""
+
+MAX_SET_ID = 65535
+"""A stack that changes its set each minute comes to it after six weeks; then the first one is free again."""
+MAX_SETS = 2
+"""A third set waits until the first one has gone."""
 
 EngineId = Annotated[int, Whole(1, MAX_ENGINE_ID, "an engine's id")]
 StateName = Literal["Pending", "Starting", "Active", "Draining", "Failed"]
@@ -68,6 +73,27 @@ def _decoded(text: str, buckets: int) -> tuple[Owner, ...]:
 # ---- FlowTable -------------------------------------------------------------------------------------------------
 
 
+Owners = Annotated[str, values.Text(r"[A-Za-z0-9+/=]*", 65536, "base64", "what the operator writes")]
+"""Owner by bucket, as `encode_owners` writes it; empty: all nobody's."""
+SetId = Annotated[int, Whole(1, MAX_SET_ID, "a set's id")]
+
+
+class TableNode(Model):
+    """A node that takes part in a stack: its agent sees the whole table."""
+
+    name: Annotated[str, values.DNS_NAME]
+    """Name of the node."""
+
+
+class TableSet(Model):
+    """Engines that share one memory of flows. A stack has one set, and a second one while that takes over by Mirror."""
+
+    id: SetId
+    """Number of the set, unique in the table and not given twice in a row."""
+    state: Literal["Activating", "Current", "Draining"]
+    """`Activating`: its engines come up. `Current`: it takes new connections. `Draining`: it keeps those that it has."""
+
+
 class TableEngine(Model):
     """An engine that the node's agent shall attach."""
 
@@ -89,19 +115,34 @@ class TableEngine(Model):
     """Worker threads of the engine."""
     cpu_policy: Literal["Exclusive", "Shared"] = "Shared"
     """`Exclusive`: each core has a CPU of its own. `Shared`: cores share CPUs."""
+    node: Annotated[str, values.DNS_NAME] | None = None
+    """Node that it runs on, one of `nodes`; absent: `spec.node`."""
+    set: SetId | None = None
+    """Set that it belongs to; absent: the only one."""
 
 
 class FlowTableSpec(Model):
-    """What packets shall see."""
+    """What packets shall see.
+
+    Fields that are absent by default are not written: so agents of an earlier version read the tables of all stacks
+    that do not use them.
+    """
 
     node: Annotated[str, values.DNS_NAME] | None = None
-    """Node that all engines of the stack run on; absent while there is none."""
+    """Node that all engines run on which name no other; absent while there is none."""
+    nodes: Items[TableNode] | None = None
+    """All nodes that take part, when they are several."""
+    sets: Items[TableSet] | None = None
+    """The sets of engines, when they are two."""
     engines: Items[TableEngine] = ()
     """Engines that there shall be, and those that are leaving."""
     last_engine: Annotated[int, Whole(0, MAX_ENGINE_ID, "an engine's id")] = 0
     """Number that was given to an engine last."""
-    owners: Annotated[str, values.Text(r"[A-Za-z0-9+/=]*", 65536, "base64", "what the operator writes")] = ""
+    owners: Owners = ""
     """Owner by bucket: base64 of zlib of a little-endian 16-bit word each, `id << 6 | queue`, 0 = nobody."""
+    previous_owners: Owners | None = None
+    """Who keeps the connections that a bucket had before its present owner, written as `owners`: its traffic is mirrored
+    to both. Absent: nobody does."""
     listeners: Items[Listener]
     """Listeners of the stack; Services are resolved to endpoints."""
     snat: Snat
@@ -122,16 +163,35 @@ class FlowTableSpec(Model):
                 found.append(
                     (("engines", i, "id"), f"{engine.id} is already engines[{ids[engine.id]}]; use an id once")
                 )
-        try:
-            decode_owners(self.owners, self.flow_table.buckets)
-        except ValueError as e:
-            found.append((("owners",), str(e)))
+        for name, text in (("owners", self.owners), ("previousOwners", self.previous_owners or "")):
+            try:
+                decode_owners(text, self.flow_table.buckets)
+            except ValueError as e:
+                found.append(((name,), str(e)))
+        found += self._check_places()
         for i, listener in enumerate(self.listeners):
             if listener.backends.endpoints is None:
                 found.append((("listeners", i, "backends"), "has a service; use the endpoints that it stands for"))
         if found:
             raise values.Problems(found)
         return self
+
+    def _check_places(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        """Nodes and sets that engines name are there, once each."""
+        nodes, sets = [n.name for n in self.nodes or ()], [s.id for s in self.sets or ()]
+        named: list[tuple[str, list[str] | list[int]]] = [("nodes", nodes), ("sets", sets)]
+        for field, there in named:
+            if len(set(there)) < len(there):
+                yield (field,), "has one of them twice; use each once"
+        if len(sets) > MAX_SETS:
+            yield ("sets",), f"has {len(sets)} sets; use at most {MAX_SETS}"
+        if nodes and self.node is not None and self.node not in nodes:
+            yield ("node",), f"{show(self.node)} is not among nodes; add it there"
+        for i, engine in enumerate(self.engines):
+            if engine.node is not None and engine.node not in (self.node, *nodes):
+                yield ("engines", i, "node"), f"{show(engine.node)} is not among nodes; use one of them"
+            if engine.set is not None and engine.set not in sets:
+                yield ("engines", i, "set"), f"{engine.set} is not among sets; use one of them"
 
     def owner_ids(self) -> list[Owner | None]:
         """Owner by bucket; `Owner.slot` is an engine's id."""

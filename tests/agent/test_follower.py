@@ -307,6 +307,22 @@ async def test_a_table_of_a_later_version_is_answered_with_what_cannot_be_read()
     assert agent.events == [("shop.web", "FlowTableRefused")]
 
 
+@pytest.mark.parametrize(
+    ("spec", "field"),
+    [
+        ({"sets": [{"id": 1, "state": "Current"}]}, "spec.sets"),
+        ({"nodes": [{"name": "n1"}, {"name": "n2"}]}, "spec.nodes"),
+    ],
+)
+async def test_a_table_that_asks_for_more_than_one_set_on_one_node_is_answered_with_that(
+    spec: dict[str, Any], field: str
+) -> None:
+    agent = PlayedAgent()
+    [report] = await heard(agent, item(1, **spec))
+    assert report["message"].startswith(f"its FlowTable cannot be read: {field}: this agent knows")
+    assert agent.events == [("shop.web", "FlowTableRefused")]
+
+
 async def test_an_agent_that_took_a_stack_over_answers_a_table_that_it_cannot_read() -> None:
     agent = PlayedAgent()
     await agent.follow("shop.web", FlowTable.model_validate(item(3)), 3)

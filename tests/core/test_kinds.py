@@ -107,6 +107,50 @@ def test_a_wrong_flow_table_is_refused_with_the_field(spec: dict[str, Any], said
     assert said in e.value.problems
 
 
+def test_a_table_as_earlier_operators_wrote_it_is_read_and_written_again_without_new_fields() -> None:
+    stored = {
+        **table()["spec"],
+        "lastEngine": 3,
+        "owners": kinds.encode_owners([Owner(1, 2)] * 4096),
+        "rebalanced": True,
+        "unknownFlow": "Drop",
+    }
+    read = kinds.read(kinds.FlowTable, table(**stored)).spec
+    assert read.owner_ids() == [Owner(1, 2)] * 4096
+    assert not {"nodes", "sets", "previousOwners"} & read.document().keys()
+    assert not {"node", "set"} & read.document()["engines"][0].keys()
+
+
+def test_a_table_has_a_place_for_two_sets_and_for_several_nodes() -> None:
+    spec = {
+        "nodes": [{"name": "n1"}, {"name": "n2"}],
+        "sets": [{"id": 1, "state": "Draining"}, {"id": 2, "state": "Current"}],
+        "engines": [{**ENGINE, "set": 1}, {**ENGINE, "id": 2, "name": "web-2", "node": "n2", "set": 2}],
+        "owners": kinds.encode_owners([Owner(2, 0)] * 4096),
+        "previousOwners": kinds.encode_owners([Owner(1, 0)] * 4096),
+    }
+    read = kinds.read(kinds.FlowTable, table(**spec))
+    assert kinds.read(kinds.FlowTable, read.document()) == read
+    assert read.spec.document().items() >= {k: spec[k] for k in ("nodes", "sets", "previousOwners")}.items()
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"nodes": [{"name": "n1"}] * 2}, "spec.nodes: has one of them twice; use each once"),
+        ({"nodes": [{"name": "n2"}]}, 'spec.node: "n1" is not among nodes; add it there'),
+        ({"engines": [{**ENGINE, "node": "n2"}]}, 'spec.engines[0].node: "n2" is not among nodes; use one of them'),
+        ({"engines": [{**ENGINE, "set": 2}]}, "spec.engines[0].set: 2 is not among sets; use one of them"),
+        ({"sets": [{"id": i, "state": "Current"} for i in (1, 2, 3)]}, "spec.sets: has 3 sets; use at most 2"),
+        ({"previousOwners": "AAAA"}, 'spec.previousOwners: "AAAA" is not the owners of 4096 buckets'),
+    ],
+)
+def test_nodes_and_sets_that_contradict_each_other_are_refused(spec: dict[str, Any], said: str) -> None:
+    with pytest.raises(ResourceError) as e:
+        kinds.read(kinds.FlowTable, table(**spec))
+    assert said in e.value.problems
+
+
 def test_an_engine_of_a_stack_with_the_longest_name_is_read() -> None:
     name = "a" * 52
     engine = {
