@@ -31,6 +31,8 @@ from packetstack_operator.worlds import TROUBLE_SECONDS, Indexes, Troubles
 
 TICK_SECONDS = 15.0
 """Between two turns of a stack that nothing wakes."""
+REST_SECONDS = 60.0
+"""Between two turns of a stack at rest that nothing wakes."""
 SETTLE_SECONDS = 0.05
 """Between two turns of a stack: changes come in bursts."""
 RELEASE_SECONDS = 30.0
@@ -278,7 +280,7 @@ class Keeper:
         keepers, key = self._all, self._key
         world = keepers.read_all(key, self._indexes, self._memory)
         if world is None or (self._rested is not None and world == self._rested[0] and began <= self._rested[1]):
-            return TICK_SECONDS
+            return TICK_SECONDS if world is None else REST_SECONDS
         brought = world
         read_world = partial(keepers.read, key, self._indexes)
         keepers.autoscalers.follow(key, world.stack, self._body, read_world)
@@ -294,6 +296,8 @@ class Keeper:
         await self._carry_out(world, decision)
         self._shown.show(self._body, decision.events)
         keepers.metrics.stacks.known[key] = (world.stack, world.engines)
+        if self._rested is not None:
+            return REST_SECONDS
         if decision.wake_at is not None:
             pause = min(pause, max(0.0, decision.wake_at - keepers.clock.unix()))
         return pause

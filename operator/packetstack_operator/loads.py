@@ -108,6 +108,11 @@ class Loads:
         known = self._known.get((key, buckets))
         return known.history.load(seconds) if known is not None else None
 
+    def age(self, key: Key) -> float:
+        """Seconds since the agent answered last for this stack; infinite if it has not. No wall clock can turn it back."""
+        known = self._known.get((key, False))
+        return time.monotonic() - known.answered if known is not None else inf
+
     async def _get(self, key: Key, address: str, buckets: bool) -> Snapshot:
         host = f"[{address}]" if ":" in address else address
         who = f"agent {host}:{self.port}"

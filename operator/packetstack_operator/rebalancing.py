@@ -6,7 +6,6 @@ busier than another one.
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -78,7 +77,7 @@ class Rebalancers:
     def engine_loads(self, key: Key) -> dict[int, float]:
         """Load of a stack's engines, in cores; empty if it is not known."""
         load = self._loads.load(key, BUCKETS.period_seconds)
-        if load is None or time.time() > load.read + FRESH_SECONDS:
+        if load is None or self._loads.age(key) > FRESH_SECONDS:
             return {}
         return {e.id: sum(e.cores) for e in load.engines}
 

@@ -79,6 +79,15 @@ async def test_an_answer_that_is_young_enough_is_not_asked_for_again(loads, play
     assert len(played.asked) == 4, "too old; and who waits for an answer takes it"
 
 
+async def test_the_age_of_a_load_is_not_that_of_a_wall_clock_that_was_set_back(loads, played, monkeypatch):
+    assert loads.age(KEY) == float("inf")
+    await loads.ask(KEY, world())
+    began = loads._known[KEY, False].answered
+    monkeypatch.setattr(module.time, "time", lambda: 0.0)
+    monkeypatch.setattr(module.time, "monotonic", lambda: began + 31.0)
+    assert loads.age(KEY) == 31.0
+
+
 async def test_buckets_of_a_long_time_ago_say_nothing_of_now(loads, played, monkeypatch):
     await loads.ask(KEY, world(), buckets=True)
     monkeypatch.setattr(module, "KEEP_SECONDS", -1.0)  # so that what was just read is too old
