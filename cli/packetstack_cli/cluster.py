@@ -51,7 +51,7 @@ class ClusterClient:
 
     @cached_property
     def namespace(self) -> str:
-        """That names without one are in."""
+        """Namespace of the stacks that are named without one."""
         return self._namespace or self.api.namespace
 
     def _place(self, name: str) -> tuple[str, str]:
@@ -110,7 +110,7 @@ class ClusterClient:
         ]
 
     def scale(self, name: str, replicas: int) -> Json:
-        """By the scale subresource; the operator makes it so."""
+        """Set the number of engines by the scale subresource; the operator makes it so."""
         was = int(self._stack(name)["spec"]["replicas"])
         query = {"fieldManager": MANAGER}
         body = {"spec": {"replicas": replicas}}

@@ -337,7 +337,7 @@ OWNERS = {
     "LIBVIRT": "libvirt",
     "libvirt": "libvirt",
 }
-"""By the beginning of a chain's or table's name."""
+"""Whose rules these are, by how the name of a chain or table begins."""
 
 
 def distinct(drops: Iterable[Drop]) -> list[Drop]:

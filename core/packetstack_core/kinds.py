@@ -281,7 +281,7 @@ class FlowTable(Model):
 
 
 class Condition(Model):
-    """As in Kubernetes' metav1.Condition."""
+    """One thing that is true, false or unknown of the object, and why."""
 
     type: str
     """Name of the condition, for example Available."""

@@ -19,7 +19,7 @@ from packetstack_core.planning import Owner
 MAX_ENGINES = 1023
 """Most engines that a stack may have on one node: slots of the flow table's word."""
 KEEP_SECONDS = 60.0
-"""So long a history reaches back."""
+"""How far back a history reaches."""
 SHORTEST_SECONDS = 0.001
 """Shortest time between two snapshots that a rate is computed for."""
 Count = Annotated[int, Field(ge=0, lt=2**64)]
@@ -44,7 +44,7 @@ class QueueCounters:
     """Counters of one receive queue."""
 
     core: Annotated[int, Field(ge=-1, le=255)]
-    """That serves it; -1: none."""
+    """Core that serves it; -1: none."""
     cycles: Count
     """Busy cycles spent on it."""
     packets: Count
@@ -94,7 +94,7 @@ _SNAPSHOT = TypeAdapter(Snapshot)
 
 
 def to_json(snapshot: Snapshot) -> bytes:
-    """As an agent answers."""
+    """A snapshot as the body of an agent's answer."""
     return _SNAPSHOT.dump_json(snapshot)
 
 
@@ -123,7 +123,7 @@ class QueueLoad:
     """Load of one receive queue."""
 
     core: int
-    """That serves it; -1: none."""
+    """Core that serves it; -1: none."""
     busy: float
     """Share of a core that it took."""
     packets_per_second: float

@@ -52,9 +52,9 @@ class Limits:
     moves: float
     """Share of the buckets or queues that move in one step at most."""
     rest_seconds: float
-    """So long what has moved stays."""
+    """Time for which a bucket or queue that was moved stays where it is."""
     period_seconds: float
-    """So long a step pays off: until the next one."""
+    """Time in which a step must pay off: that to the next one."""
 
 
 BUCKETS = Limits(busy=0.3, excess=1.1, moves=0.1, rest_seconds=30.0, period_seconds=5.0)

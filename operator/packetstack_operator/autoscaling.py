@@ -42,7 +42,7 @@ AGAIN_SECONDS = 1.5
 WAIT_SECONDS = 1.0
 """Between two looks for the first engine, which ask nobody."""
 METRICS_SECONDS = 10.0
-"""So long a metrics API may take."""
+"""How long a metrics API may take to answer."""
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,7 @@ from packetstack_operator.observing import Memory, World
 from packetstack_operator.outcome import Decision, Write
 
 NODE_SECONDS = 30.0
-"""So long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
+"""How long a stack without engines waits for its node, where its flows are, to take one before it goes to another."""
 REUSE_SECONDS = 2.0
 """After a pod with a device has gone, before one is made that may get it: a CNI plugin may still be resetting it."""
 

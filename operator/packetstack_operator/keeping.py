@@ -36,9 +36,9 @@ REST_SECONDS = 60.0
 SETTLE_SECONDS = 0.05
 """Between two turns of a stack: changes come in bursts."""
 RELEASE_SECONDS = 30.0
-"""So long the deletion of a stack waits for its node's agent."""
+"""How long the deletion of a stack waits for its node's agent."""
 RECHECK_SECONDS = 300.0
-"""So long a stack at rest, of which nothing changes, is not decided about again."""
+"""Time between two decisions about a stack at rest, of which nothing changes."""
 
 MAYBE_TAKEN = ("Pod", "PodDisruptionBudget")
 """Kinds of which others make objects too."""

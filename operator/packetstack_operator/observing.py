@@ -20,7 +20,7 @@ Raw = Mapping[str, Any]
 
 NETWORK_STATUS = "k8s.v1.cni.cncf.io/network-status"
 OVERDUE_SECONDS = 30.0
-"""So long after the end of its grace period a pod's node cannot be alive."""
+"""How long after the end of its grace period a pod may exist before its node counts as dead."""
 
 
 @dataclass(frozen=True, slots=True)

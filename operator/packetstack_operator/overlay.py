@@ -7,10 +7,10 @@ from packetstack_operator.observing import Raw
 from packetstack_operator.ports import Key
 
 REMEMBER_SECONDS = 10.0
-"""So long a watch may lag behind our own writes."""
+"""How long a watch may lag behind our own writes."""
 
 ANSWER_SECONDS = 60.0
-"""So long the answer to a write may come after the watch has brought the object's deletion: longer than any request."""
+"""How long the answer to a write may come after the watch has brought the object's deletion: longer than any request."""
 
 At = tuple[str, str, str]
 """Kind, namespace and name of an object."""

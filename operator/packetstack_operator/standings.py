@@ -13,7 +13,7 @@ from packetstack_operator.observing import Conflict
 AGENT_LABEL = "app.kubernetes.io/component=agent"
 """Label of the agents' pods, as the chart makes them."""
 AGENT_SECONDS = 10.0
-"""So long an agent may take to answer a flow table with engines of its node."""
+"""How long an agent may take to answer a flow table with engines of its node."""
 LAYOUT = f"{ConditionReason.LAYOUT_MISMATCH}: "
 """So begins what an agent says of memory that another build has made, or of an engine of another build."""
 

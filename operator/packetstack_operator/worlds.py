@@ -10,7 +10,7 @@ from packetstack_operator.overlay import Overlay
 from packetstack_operator.ports import PATHS, Api, Index, Key, Refused
 
 TROUBLE_SECONDS = 5.0
-"""So long a pod may be prepared before the kubelet's warnings are read, and the time between two readings."""
+"""How long a pod may be prepared before the kubelet's warnings are read, and the time between two readings."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class Round:
     """With the limits in force."""
     settings: Settings
     schedule: str = ""
-    """That the limits come from; "" without one."""
+    """Name of the schedule that the limits come from; "" without one."""
 
 
 # ---- one round -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from packetstack_core.reasons import ConditionReason, Event
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """As in the status of an HPA."""
+    """One thing that is true or false of the autoscaler, and why; types and reasons are those of an HPA."""
 
     type: str
     status: Literal["True", "False"]
