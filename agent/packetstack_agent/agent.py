@@ -28,7 +28,7 @@ from packetstack_agent.watchdog import Watchdog
 from packetstack_core.reasons import EventReason
 
 SAVE_SECONDS = 1.0
-"""Between two tries to write a record that could not be written."""
+"""Time between two tries to write a record that could not be written."""
 
 
 class Agent:

@@ -25,7 +25,7 @@ AF_XDP = 44
 """From <linux/socket.h>; Python's socket module does not have it."""
 HELLO_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
-"""For mapping the shared memory, or starting the cores, on a busy machine."""
+"""Time for mapping the shared memory, or starting the cores, on a busy machine."""
 STOP_SECONDS = 0.5
 CONVERSATIONS = 8
 """Open at once; more than a datapath, its successor and a few that are ending is nonsense."""
@@ -44,7 +44,7 @@ class Link:
     generation: int
     connection: socket.socket
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
-    """It touches the queues no more."""
+    """Set when the process touches the queues no more."""
 
     def kill(self) -> None:
         """The process, and no other that may have its number later."""

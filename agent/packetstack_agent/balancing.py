@@ -39,14 +39,14 @@ class Balance:
     """What the rebalancer knows of one stack."""
 
     snapshot: Snapshot | None = None
-    """With buckets, as it was read last."""
+    """Counters with those of buckets, as they were read last."""
     due: float = 0.0
     """When buckets are looked at next."""
     buckets: Memory = field(default_factory=Memory)
     queues: dict[int, Memory] = field(default_factory=dict)
-    """By slot."""
+    """What is remembered of the queues' moves, by slot."""
     cycles: dict[int, list[tuple[float, Cycles]]] = field(default_factory=dict)
-    """By slot, when and what was read; oldest first."""
+    """Times and cycles that were read, by slot; oldest first."""
     decision: Decision | None = None
     """The last one about buckets."""
     told: dict[str, float] = field(default_factory=dict)

@@ -38,7 +38,7 @@ ORPHAN_SECONDS = 60.0
 RESYNC_SECONDS = 5.0
 """Before all tables are looked at again, changed or not."""
 FLOWS_SECONDS = 15.0
-"""Between two reports that differ in nothing but numbers of flows."""
+"""Time between two reports that differ in nothing but numbers of flows."""
 
 Key = tuple[str, str]
 """Namespace and name."""

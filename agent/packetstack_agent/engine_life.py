@@ -36,9 +36,9 @@ from packetstack_core.verbs import Json
 AWAY_SECONDS = 10.0
 """How long nobody may serve an engine that leaves before it is removed with what stands in its rings."""
 FORGET_SECONDS = 5.0
-"""Between two looks for pods that have gone."""
+"""Time between two searches for pods that have gone."""
 PROBE_SECONDS, PROBE_LOOKS = 0.01, 50
-"""Between two looks for a probe packet, and how many until the next one is sent."""
+"""Time between two checks for a probe packet, and how many of them until the next one is sent."""
 
 
 class EngineLife:
@@ -115,7 +115,7 @@ class EngineLife:
         self._begin(managed, engine)
 
     def blueprint(self, stack: Stack, known: Json) -> engines.Blueprint:
-        """From an engine's entry in the record. KeyError or TypeError if something is missing."""
+        """Blueprint of an engine from its entry in the record. KeyError or TypeError if something is missing."""
         kept = {name: value for name, value in known.items() if name not in ("state", "init", "cpus")}
         return engines.Blueprint(
             **kept,
@@ -188,7 +188,7 @@ class EngineLife:
         self._journal.event(managed.stack.name, EventReason.ENGINE_FAILED, message)
 
     def become(self, engine: Engine, state: State) -> None:
-        """It is in this state from now on, also for the next agent."""
+        """Set the state of the engine, also for the next agent."""
         engine.state = state
         self._note(engine)
 

@@ -134,7 +134,7 @@ class Engine:
     orphans: bool = False
     """Its namespace has processes of an init that has ended."""
     probed: bool = False
-    """It has answered a probe packet."""
+    """Whether it has answered a probe packet."""
     device: str = ""
     """Name of its interface's host end."""
     mac: str = ""

@@ -20,7 +20,7 @@ class Flow:
     """A flow, as a client's packets name it."""
 
     protocol: str
-    """In lower case."""
+    """Name of the protocol in lower case."""
     client: Address
     client_port: int
     address: Address
@@ -29,7 +29,7 @@ class Flow:
 
     @classmethod
     def of(cls, protocol: str, source: str, sport: int, destination: str, dport: int) -> "Flow":
-        """From what a person says; AgentError if that is no flow."""
+        """The flow that a person has named; AgentError if that is no flow."""
         said = f'flow "{protocol} {source} {destination}"'
         try:
             client, address = ip_address(source), ip_address(destination)
@@ -41,7 +41,7 @@ class Flow:
         return cls(protocol.lower(), client, sport, address, dport)
 
     def hash(self, key: tuple[int, int]) -> int:
-        """As directors compute it."""
+        """Hash of the flow, as directors compute it with the stack's secret."""
         ports = wire(self.client_port), wire(self.port)
         number = _NUMBERS[self.protocol]
         return int(lib().ps_flow_hash(*key, packed(self.client), packed(self.address), *ports, number))

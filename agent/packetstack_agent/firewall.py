@@ -364,7 +364,7 @@ def remove(tables: Tables) -> None:
 
 
 def clean() -> None:
-    """The same when no agent lives. What cannot be removed stays."""
+    """Remove the agent's rules when no agent lives. What cannot be removed stays."""
     with suppress(AgentError, OSError), Tables() as tables:
         remove(tables)
 

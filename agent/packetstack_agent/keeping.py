@@ -35,7 +35,7 @@ from packetstack_core.wording import counted
 
 TICK_SECONDS = 1.0
 SETTLE_SECONDS = 5.0
-"""Between two looks whether what only older configurations name is nobody's any more."""
+"""Time between two checks whether a flow still has what only older configurations name."""
 ROUNDS = 8
 """Most rounds of observing and acting in a step; another one follows only if the last changed something at once."""
 
@@ -50,7 +50,7 @@ class Engines(Protocol):
         """Make rings for one in a pod."""
 
     def become(self, engine: Engine, state: State) -> None:
-        """It is in this state from now on."""
+        """Set the state of the engine, also for the next agent."""
 
     def remove(self, managed: Managed, slot: int) -> None:
         """Remove one that owns no bucket."""
@@ -60,7 +60,7 @@ class Fences(Protocol):
     """Who draws conclusions from fences that are not answered."""
 
     def fence_missed(self, engine: Engine, now: float) -> None:
-        """It did not answer in time."""
+        """The engine did not answer a fence in time."""
 
     def fences_answered(self, engines: Iterable[Engine]) -> None:
         """All did."""
@@ -77,7 +77,7 @@ class Routes(Protocol):
     """Who routes addresses to this node."""
 
     async def route(self) -> None:
-        """Those of the stacks as they are now."""
+        """Make the routes those of the stacks as they are now."""
 
 
 class News:

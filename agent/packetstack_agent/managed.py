@@ -24,7 +24,7 @@ class Managed:
 
     stack: Stack
     engines: dict[int, Engine] = field(default_factory=dict)
-    """By slot. EngineLife puts them in and takes them out."""
+    """Engines by slot. EngineLife puts them in and takes them out."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Its task shall look now."""
     stepped: asyncio.Event = field(default_factory=asyncio.Event)
@@ -78,7 +78,7 @@ class Managed:
 
 
 class Stacks(dict[str, Managed]):
-    """By name. Read and changed on the event loop alone: a thread gets copies of what it needs."""
+    """The stacks by name. Read and changed on the event loop alone: a thread gets copies of what it needs."""
 
     def __init__(self) -> None:
         super().__init__()

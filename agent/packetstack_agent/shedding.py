@@ -25,7 +25,7 @@ LOOK_SECONDS = 0.1
 URGENT_SECONDS = 0.03
 """The same while engines lose packets and it is being found out whose."""
 KNOWN_SECONDS = 1.0
-"""Between two looks at which flows are known, while listeners are watched."""
+"""Time between two searches for the flows that are known, while listeners are watched."""
 QUIET_SECONDS = 3.0
 """Time without a drop after which a flood is reported as over."""
 KINDS = ("openers", "strays")
@@ -41,9 +41,9 @@ class Shed:
     offered: float = 0.0
     """Packets of strangers a second, at the last look."""
     dropped: int = 0
-    """Since the agent began."""
+    """Packets dropped since the agent began."""
     before: int = 0
-    """The same when this time began."""
+    """Packets dropped before the present shedding began."""
     since: float = 0.0
     """When that was; 0 = nothing is dropped."""
     last: float = 0.0
@@ -56,7 +56,7 @@ class Shedder:
 
     state: State = AT_REST
     turned: tuple[float, dict[tuple[int, int], tuple[int, int]], int] | None = None
-    """At the look before: when, busy and all cycles by slot and core, packets that were handled."""
+    """Last sample: its time, busy and all cycles by slot and core, packets that were handled."""
     numbers: dict[Listening, int] = field(default_factory=dict)
     """Places of the listeners that are watched."""
     counted: dict[Listening, tuple[float, tuple[int, ...]]] = field(default_factory=dict)
@@ -244,7 +244,7 @@ def _step(one: Shedder) -> list[int]:
 
 
 def listener_names(managed: Managed) -> dict[Listening, str]:
-    """By address, port and protocol."""
+    """Names of the listeners by address, port and protocol."""
     return {(li.address, li.port, li.protocol): li.name for li in managed.stack.resource.spec.listeners}
 
 

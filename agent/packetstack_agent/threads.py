@@ -8,7 +8,7 @@ T = TypeVar("T")
 
 
 async def to_the_end(work: Callable[..., T], *arguments: Any) -> T:
-    """In a worker thread; a caller that is cancelled meanwhile waits for its end, so locks it holds stay true."""
+    """Run `work` in a worker thread; a caller that is cancelled meanwhile waits for its end, so locks it holds stay true."""
     task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
         return await asyncio.shield(task)

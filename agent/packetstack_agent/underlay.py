@@ -25,7 +25,7 @@ from packetstack_core.values import Address, Network
 LOOK_SECONDS = 5.0
 """How often routes and programs are looked after when nothing tells that they changed."""
 RULES_SECONDS = 0.1
-"""From the first change of the node's packet filter until it is looked at: changes come in showers."""
+"""Time from the first change of the node's packet filter until it is examined: changes come in showers."""
 
 
 class Underlay:

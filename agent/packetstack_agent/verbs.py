@@ -122,7 +122,7 @@ class Verbs:
         return {"from": old, "to": engine.pid, "pauseMilliseconds": round(pause, 3)}
 
     def census(self, name: str) -> dict[int, dict[str, int]]:
-        """By slot: frames that are not in exactly one ring. Exact while no packets flow."""
+        """Frames that are not in exactly one ring, by slot. Exact while no packets flow."""
         return {e.slot: census(e) for e in self._stacks.find(name).engines.values() if e.view is not None}
 
     def explain(self, name: str, protocol: str, source: str, sport: int, destination: str, dport: int) -> Json:

@@ -19,25 +19,25 @@ from packetstack_agent.managed import Managed
 from packetstack_core.reasons import EventReason
 
 WATCH_SECONDS = 0.05
-"""Between two looks."""
+"""Time between two checks of all engines."""
 STOPPED_SECONDS = 0.1
-"""Without a turn of its loop: a core whose thread somebody has stopped."""
+"""Time without a turn of its loop after which a core hangs whose thread somebody has stopped."""
 BURNT_SECONDS = 0.08
 """CPU time in one turn, which handles some hundred packets in well below a millisecond."""
 BLOCKED_SECONDS = 0.5
-"""Without a turn: a core whose thread waits in the kernel. A loop turns at least every 0.1 s, also when it sleeps."""
+"""Time without a turn after which a core hangs whose thread waits in the kernel. A loop turns at least every 0.1 s, also when it sleeps."""
 STARVED_SECONDS = 5.0
 """The same for a core that is ready to run and gets no CPU: killing it would not help."""
 STALLS = 4
 """Fences of 0.5 s in a row, not answered by an engine whose cores turn."""
 RESTART_SECONDS = 0.25
-"""Between two starts of an engine's init."""
+"""Time between two starts of an engine's init."""
 SILENT_SECONDS = 3.0
 """How long init may take to bring a datapath."""
 KILL_SECONDS = 1.0
-"""Between two times that one datapath is killed."""
+"""Time between two times that one datapath is killed."""
 GONE_SECONDS = 0.5
-"""Without a datapath, before a pod is looked for; and between two looks."""
+"""Time without a datapath after which the agent checks whether the engine's pod is there, and between two such checks."""
 
 
 class Repairs(Protocol):
@@ -71,7 +71,7 @@ class Watch:
     pid: int = 0
     """Process of the datapath that the rest is about."""
     beats: dict[int, Beat] = field(default_factory=dict)
-    """By core."""
+    """Last turn seen, by core."""
     stalls: int = 0
     """Fences in a row that it has not answered in time, though its cores turned."""
     killed: float | None = None
@@ -111,7 +111,7 @@ class Watchdog:
                     self._check(managed, engine, now)
 
     def fence_missed(self, engine: Engine, now: float) -> None:
-        """It did not answer a fence in time. One that has missed several, though its cores turn, is killed."""
+        """The engine did not answer a fence in time. One that has missed several, though its cores turn, is killed."""
         watch = self._of(engine)
         if any(now - beat.since > BLOCKED_SECONDS for beat in watch.beats.values()):
             return  # it hangs, or starves: its cores show that

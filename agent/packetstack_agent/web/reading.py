@@ -13,7 +13,7 @@ from packetstack_agent.metrics import render
 from packetstack_core.load import to_json
 
 READ_SECONDS = 0.2
-"""Between two looks at the counters of a stack."""
+"""Time between two readings of the counters of a stack."""
 
 
 class Reading:
