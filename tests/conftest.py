@@ -21,7 +21,7 @@ asyncio.set_event_loop(None)
 ALONE = (
     "crash",
     "headline",
-    "traffic",
+    "traffic/test_generator.py",
     "failures/test_failure_table.py",
     "kubernetes/test_autoscaling.py",
     "kubernetes/test_rebalancing.py",
