@@ -33,6 +33,8 @@ POD_NETWORK = "10.88.0.0/16"
 CLUSTER_LINK = "eth0"  # the node's end of the link to the bridge
 SOCKET = "/run/containerd/containerd.sock"
 VETH_RESOURCE = "packetstack.io/veth"
+DEVICES = 3
+"""As many as tests ask a node for: those that share it ask for the same."""
 ATTACHMENT_PLUGIN = Path(__file__).with_name("cni") / "attachment-stand-in"
 
 _CGROUPS = Path("/sys/fs/cgroup")
@@ -103,6 +105,7 @@ class Node:
         self.cgroup = f"packetstack-{namespace}"
         self._init: Daemon | None = None
         self._init_pid = 0
+        self._veths = 0
         self._daemons: dict[str, Daemon] = {}
 
     # ---- life
@@ -273,8 +276,13 @@ class Node:
         """Offer `count` devices of the resource `VETH_RESOURCE`: pairs of a `portI`, for a pod, and a `wireI`, which stays.
 
         An attachment gets the port when its NetworkAttachmentDefinition names the resource (`resourceName`) and the
-        type `host-device`. Returns when the node has them to give.
+        type `host-device`. Returns when the node has them to give. Said again with the same count, it does nothing.
         """
+        if self._veths == count:
+            return
+        if self._veths:
+            raise ClusterError(f"{self.name}: offers {self._veths} devices already, {count} are asked for")
+        self._veths = count
         for number in range(count):
             self.run("ip", "link", "add", f"port{number}", "type", "veth", "peer", "name", f"wire{number}")
             for end in (f"port{number}", f"wire{number}"):

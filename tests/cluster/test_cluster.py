@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tests.cluster.cluster import Cluster
 from tests.cluster.images import PAUSE
-from tests.cluster.node import VETH_RESOURCE
+from tests.cluster.node import DEVICES, VETH_RESOURCE
 from tests.cluster.processes import ClusterError, wait_until
 from tests.cluster.slots import Slot
 
@@ -177,25 +177,26 @@ def test_the_client_reaches_the_node_over_the_link_of_the_lab(cluster: Cluster) 
 
 
 def test_a_device_becomes_the_interface_of_its_pod_and_comes_back(cluster: Cluster, namespace: str) -> None:
-    cluster.node.offer_veths(2)
+    cluster.node.offer_veths(DEVICES)
     device = attachment("ports", namespace)
     device["metadata"]["annotations"] = {"k8s.v1.cni.cncf.io/resourceName": VETH_RESOURCE}
     device["spec"]["config"] = json.dumps({"cniVersion": "1.0.0", "type": "host-device"})
     cluster.apply(device)
     container = {"name": "pause", "image": PAUSE, "resources": {"limits": {VETH_RESOURCE: "1"}}}
-    cluster.apply(*(pod(f"port{i}", namespace, networks="ports", containers=[container]) for i in range(2)))
-    for name in ("port0", "port1"):
+    ports = [f"port{i}" for i in range(DEVICES)]
+    cluster.apply(*(pod(name, namespace, networks="ports", containers=[container]) for name in ports))
+    for name in ports:
         found = ready(cluster, name, namespace)
         assert json.loads(in_pod(cluster, found, "ip", "-j", "link", "show", "dev", "net1"))
-    assert not {"port0", "port1"} & links(cluster)
+    assert not {*ports} & links(cluster)
 
-    third = pod("third", namespace, networks="ports", containers=[container])
-    cluster.apply(third)
-    cluster.wait_for("pod/third", "--for=condition=PodScheduled=False", "-n", namespace)
+    late = pod("late", namespace, networks="ports", containers=[container])
+    cluster.apply(late)
+    cluster.wait_for("pod/late", "--for=condition=PodScheduled=False", "-n", namespace)
     cluster.kubectl("delete", "pod", "port0", "-n", namespace)
-    ready(cluster, "third", namespace)
-    cluster.kubectl("delete", "pod", "third", "port1", "-n", namespace)
-    wait_until(lambda: {"port0", "port1"} <= links(cluster), "ports back on the node")
+    ready(cluster, "late", namespace)
+    cluster.kubectl("delete", "pod", "late", *ports[1:], "-n", namespace)
+    wait_until(lambda: {*ports} <= links(cluster), "ports back on the node")
 
 
 def test_a_killed_kubelet_makes_the_node_not_ready_and_started_again_ready(cluster: Cluster) -> None:

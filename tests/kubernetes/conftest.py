@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -41,15 +42,6 @@ def stack(name: str, namespace: str, **changes: Any) -> dict[str, Any]:
     return {"apiVersion": "packetstack.io/v1alpha1", "kind": "PacketStack", "metadata": meta, "spec": spec | changes}
 
 
-def eventually(check: Callable[[], Any], what: str, seconds: float = WAIT_SECONDS) -> Any:
-    """Until `check` gives something true."""
-    deadline = time.monotonic() + seconds
-    while not (found := check()):
-        assert time.monotonic() < deadline, f"{what}: not in {seconds:g} s"
-        time.sleep(0.1)
-    return found
-
-
 class Installed:
     """What tests ask of the cluster with PacketStack in it."""
 
@@ -66,10 +58,11 @@ class Installed:
         self.cluster.control_plane.create_namespace(name)
         self.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=privileged", "--overwrite")
 
-    def agent(self) -> str:
-        """Name of the agent's pod on the first node."""
+    def agent(self, node: str = "node0") -> str:
+        """Name of the agent's pod on this node."""
         pods = self.cluster.get("pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=agent")["items"]
-        return str(next(p["metadata"]["name"] for p in pods if not p["metadata"].get("deletionTimestamp")))
+        here = [p["metadata"] for p in pods if p["spec"]["nodeName"] == node]
+        return str(next(p["name"] for p in here if not p.get("deletionTimestamp")))
 
     def ask_agent(self, *words: str) -> Any:
         """What the `packetstack` command prints in the agent's pod, as data."""
@@ -155,9 +148,9 @@ def servers(packetstack: Installed) -> Servers:
 
 
 @pytest.fixture
-def space(packetstack: Installed, request: pytest.FixtureRequest) -> Iterator[str]:
+def space(packetstack: Installed) -> Iterator[str]:
     """A namespace of the test's own, in which engines may have a host path; deleted with all stacks in it."""
-    name = f"t{abs(hash(request.node.name)) % 10**8}"
+    name = f"test-{secrets.token_hex(4)}"
     packetstack.create_namespace(name)
     yield name
     packetstack.kubectl("delete", "packetstack", "--all", "-n", name, "--timeout=60s")

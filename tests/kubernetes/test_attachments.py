@@ -4,11 +4,12 @@ import json
 from typing import Any
 
 import pytest
-from tests.cluster.node import VETH_RESOURCE
+from tests.cluster.node import DEVICES, VETH_RESOURCE
+from tests.waiting import eventually
 
 from packetstack_cli.traffic import Servers, Traffic
 
-from .conftest import PORT, UDP_PORT, VIP, Installed, eventually, stack
+from .conftest import PORT, UDP_PORT, VIP, WAIT_SECONDS, Installed, stack
 
 
 def definition(name: str, namespace: str, **plugin: object) -> dict[str, Any]:
@@ -47,9 +48,6 @@ def test_engines_on_attached_interfaces_are_scaled_without_a_broken_connection(
     assert outcome.broken == 0, outcome.what_broke()
 
 
-DEVICES = 3
-
-
 def test_engines_on_devices_of_a_device_plugin_serve_until_there_is_none_left(
     packetstack: Installed, servers: Servers, space: str
 ) -> None:
@@ -69,7 +67,7 @@ def test_engines_on_devices_of_a_device_plugin_serve_until_there_is_none_left(
         condition = packetstack.condition(space, "web", "CapacityAvailable")
         return condition == ("False", "NoFreeVF") and packetstack.status(space, "web")["readyReplicas"] == DEVICES
 
-    eventually(refused, "CapacityAvailable=False, NoFreeVF")
+    eventually(refused, WAIT_SECONDS, "CapacityAvailable=False, NoFreeVF")
     assert len(packetstack.engines(space, "web")) <= DEVICES + 1, "no heap of pods that cannot run"
     packetstack.scale(space, "web", 1)
     packetstack.scale(space, "web", 2)  # on a device that another engine has had
@@ -94,4 +92,4 @@ def test_an_attachment_that_cannot_serve_is_told_in_a_condition(
         conditions = packetstack.status(space, "web").get("conditions", [])
         return any(said in c["message"] for c in conditions)
 
-    eventually(told, f'a condition with "{said}"')
+    eventually(told, WAIT_SECONDS, f'a condition with "{said}"')

@@ -74,7 +74,7 @@ class Reader:
 
 
 @pytest.fixture
-def reader(cluster: Cluster, tmp_path: Path) -> Reader:
+def reader(cluster: Cluster, tmp_path: Path) -> Iterator[Reader]:
     """With kubectl and helm, the charts, the image of this checkout under the document's names, and backends."""
     run(ROOT / "deploy/build-image", f"{REPOSITORY}:{TAG}", ARCHIVE, timeout_seconds=1200)
     cluster.node.load(ARCHIVE)
@@ -92,11 +92,15 @@ def reader(cluster: Cluster, tmp_path: Path) -> Reader:
     plugin.chmod(0o755)
     (tmp_path / "charts").symlink_to(ROOT / "charts")
     (tmp_path / "www").mkdir()
+    servers = []
     for address in BACKENDS.values():
         serve = (sys.executable, "-m", "http.server", "8080", "--bind", address, "--directory", str(tmp_path / "www"))
-        server = cluster.lab.start("server", *serve)
-        cluster.lab.wait_for_listener("server", 8080, server=server)
-    return Reader(cluster, tmp_path)
+        servers.append(cluster.lab.start("server", *serve))
+        cluster.lab.wait_for_listener("server", 8080, server=servers[-1])
+    yield Reader(cluster, tmp_path)
+    for server in servers:  # those of other tests take these ports
+        server.kill()
+        server.wait()
 
 
 @pytest.mark.slow

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 import pytest
 from tests.cluster.install import ROOT, helm
 from tests.cluster.kubernetes_binaries import find
+from tests.waiting import eventually
 
 from packetstack_cli.lab import NODE_UPLINK
 
-from .conftest import Installed, eventually
+from .conftest import WAIT_SECONDS, Installed
 
 LAB_OF_MAKE_CLUSTER = "pkt0"
 
@@ -63,14 +64,14 @@ def test_the_readmes_commands_lead_from_a_cluster_to_traffic(plain: Installed) -
                 return done.returncode == 0
 
             if words[0] == "nsenter":
-                eventually(works, "an answer", 20)  # the backends' pods may take longer than the engines
+                eventually(works, 20, "an answer")  # the backends' pods may take longer than the engines
             else:
                 assert works()
         packetstack.wait("default", "edge", 4)
         assert packetstack.condition("default", "edge", "FirewallOpen") == ("True", "NothingInTheWay")
 
         upgrade(packetstack, "--set=agent.firewall=Report")
-        eventually(lambda: opened(packetstack) == ("False", "PacketsDropped"), "FirewallOpen=False")
+        eventually(lambda: opened(packetstack) == ("False", "PacketsDropped"), WAIT_SECONDS, "FirewallOpen=False")
         assert not packetstack.answers()
         said = packetstack.kubectl("describe", "packetstack", "edge")
         assert "a rule in chain KUBE-FORWARD of table ip filter" in said
@@ -78,7 +79,7 @@ def test_the_readmes_commands_lead_from_a_cluster_to_traffic(plain: Installed) -
         found = packetstack.ask_agent("preflight")
         assert any("KUBE-FORWARD" in c["message"] and c["result"] == "warning" for c in found), found
         upgrade(packetstack, "--set=agent.firewall=Manage")
-        eventually(packetstack.answers, "an answer")
-        eventually(lambda: opened(packetstack)[0] == "True", "FirewallOpen=True")
+        eventually(packetstack.answers, WAIT_SECONDS, "an answer")
+        eventually(lambda: opened(packetstack)[0] == "True", WAIT_SECONDS, "FirewallOpen=True")
     finally:
         packetstack.kubectl("delete", "-f", str(ROOT / "examples/kubernetes/cluster.yaml"), "--timeout=60s")

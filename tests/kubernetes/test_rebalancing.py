@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from tests.cluster.processes import run
 from tests.lab.costly import COST_NS, DATAPATH, becomes_even, cost, skewed_traffic
+from tests.waiting import eventually
 
 from packetstack_cli.traffic import Servers
 from packetstack_core import kinds, load
 from packetstack_operator.pods import DIRECTORY, HOST_DIRECTORY
 
-from .conftest import PORT, UDP_PORT, VIP, Installed, eventually
+from .conftest import PORT, UDP_PORT, VIP, WAIT_SECONDS, Installed
 from .conftest import stack as a_stack
 
 pytestmark = [
@@ -63,7 +64,7 @@ class Costly:
         installed = Path(f"/proc/{old}/exe").readlink()
         run("nsenter", f"--target={old}", "--mount", "mount", "--bind", f"{DIRECTORY}/datapath", installed)
         os.kill(old, signal.SIGKILL)
-        eventually(lambda: self._datapath(directory) not in (0, old), "another datapath")
+        eventually(lambda: self._datapath(directory) not in (0, old), WAIT_SECONDS, "another datapath")
 
     def _look(self) -> load.Snapshot:
         with urllib.request.urlopen(self._load, timeout=5) as answer:

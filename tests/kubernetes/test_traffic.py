@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 from tests.cluster.install import NAMESPACE, REPOSITORY
+from tests.waiting import eventually
 
 from packetstack_cli.traffic import Servers, Traffic
 
-from .conftest import PORT, UDP_PORT, VIP, Installed, eventually, stack
+from .conftest import PORT, UDP_PORT, VIP, WAIT_SECONDS, Installed, stack
 
 CONNECTIONS, FLOWS = 500, 50
 FIRST_ANSWER_SECONDS = 10.0
@@ -66,7 +67,7 @@ def test_a_new_stack_answers_its_first_packet_in_ten_seconds(
 ) -> None:
     packetstack.cluster.apply(stack("web", space))
     began = time.monotonic()
-    eventually(packetstack.answers, "an answer")
+    eventually(packetstack.answers, WAIT_SECONDS, "an answer")
     took = time.monotonic() - began
     print(f"first answer after {took:.1f} s")
     assert took < FIRST_ANSWER_SECONDS * 3  # a machine that is shared; what is promised is in docs/kubernetes.md
@@ -81,7 +82,7 @@ def test_another_image_replaces_all_engines_and_breaks_no_connection(scene: Scen
     before = scene.pods()
     patch = f'{{"spec": {{"engine": {{"image": "{REPOSITORY}:next"}}}}}}'
     scene.kubectl("patch", "packetstack", scene.name, "--type=merge", "-p", patch)
-    eventually(lambda: not set(before) & set(scene.pods()), "engines of the other image")
+    eventually(lambda: not set(before) & set(scene.pods()), WAIT_SECONDS, "engines of the other image")
     scene.wait()
 
 
@@ -93,7 +94,7 @@ def test_a_killed_engine_breaks_no_connection(scene: Scene, what: str) -> None:
         if what == "container":  # its init: the kubelet starts the container again
             pid = int(scene.packetstack.cluster.node.run("ps", "-o", "ppid=", "-p", str(pid)).stdout)
         scene.packetstack.cluster.node.run("kill", "-STOP" if what == "hangs" else "-KILL", str(pid))
-        eventually(lambda pid=engine["pid"]: scene.serves_without(pid), "the engine's successor")
+        eventually(lambda pid=engine["pid"]: scene.serves_without(pid), WAIT_SECONDS, "the engine's successor")
     scene.wait()
     assert scene.pods() == before
 
@@ -103,7 +104,7 @@ def test_a_deleted_pod_breaks_no_connection(scene: Scene, how: str) -> None:
     victim = scene.pods()[0]
     force = ["--force", "--grace-period=0"] if how == "force" else []
     scene.kubectl("delete", "pod", victim, *force)
-    eventually(lambda: len(scene.pods()) == 2 and victim not in scene.pods(), "another engine")
+    eventually(lambda: len(scene.pods()) == 2 and victim not in scene.pods(), WAIT_SECONDS, "another engine")
     scene.wait()
 
 
@@ -112,8 +113,10 @@ def test_an_agent_that_is_replaced_breaks_no_connection(scene: Scene) -> None:
     agent = scene.packetstack.agent()
     scene.packetstack.kubectl("delete", "pod", agent, "-n", NAMESPACE)
     scene.packetstack.kubectl("rollout", "status", "daemonset/packetstack-agent", "-n", NAMESPACE, "--timeout=60s")
-    eventually(lambda: scene.packetstack.agent() != agent, "another agent")
-    eventually(lambda: all(e["ready"] for e in scene.agent_status()["engines"]), "engines of the other agent")
+    eventually(lambda: scene.packetstack.agent() != agent, WAIT_SECONDS, "another agent")
+    eventually(
+        lambda: all(e["ready"] for e in scene.agent_status()["engines"]), WAIT_SECONDS, "engines of the other agent"
+    )
     after = scene.agent_status()
     assert [(e["slot"], e["pid"]) for e in after["engines"]] == [(e["slot"], e["pid"]) for e in before["engines"]]
     assert (after["owners"], after["flowTableGeneration"]) == (before["owners"], before["flowTableGeneration"])
@@ -123,7 +126,7 @@ def test_an_agent_that_is_replaced_breaks_no_connection(scene: Scene) -> None:
 def test_an_operator_killed_in_the_middle_of_a_handover_breaks_no_connection(scene: Scene) -> None:
     for replicas in (3, 2):
         scene.kubectl("scale", "packetstack", scene.name, f"--replicas={replicas}")
-        eventually(lambda: len(scene.pods()) == 3, "the third engine's pod")
+        eventually(lambda: len(scene.pods()) == 3, WAIT_SECONDS, "the third engine's pod")
         for _ in range(2):
             kill_operator(scene.packetstack)
             time.sleep(2)

@@ -1,21 +1,30 @@
-"""Two nodes, a stack on each of them, backends and a client in pods: all engines of a stack stay on its node."""
+"""Two nodes, a stack on each of them, backends and a client in pods: all engines of a stack stay on its node.
+
+Their kubelets have the static CPU manager: engines may own whole CPUs, and fences still visit all of them.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cluster.install import NAMESPACE as SYSTEM
 from tests.cluster.install import REPOSITORY, TAG, install
 from tests.cluster.kubernetes_binaries import find
 from tests.cluster.processes import run
+from tests.waiting import eventually
 
-from .conftest import Installed, eventually, stack
+from packetstack_cli.traffic import Servers, Traffic
 
-NAMESPACE = "two-nodes"
+from .conftest import PORT, UDP_PORT, VIP, WAIT_SECONDS, Installed, stack
+
+NAMESPACE, APART = "two-nodes", "exclusive"
 PLACES = {"east": "node0", "west": "node1"}
 VIPS = {"east": "192.0.2.21", "west": "192.0.2.22"}
 SNATS = {"east": "198.51.100.16/30", "west": "198.51.100.32/30"}
@@ -52,16 +61,18 @@ def two() -> Iterator[Installed]:
     from tests.cluster.cluster import Cluster
     from tests.cluster.slots import Slot
 
-    with Slot() as slot, Cluster(slot, nodes=2) as cluster:
+    with Slot() as slot, Cluster(slot, nodes=2, exclusive_cpus=True) as cluster:
         install(cluster)
         for name, place in PLACES.items():
             here, there = sorted(cluster.nodes, key=lambda node: node.name != place)
             for network in (VIPS[name], SNATS[name]):
                 run("ip", "-n", there.namespace, "route", "add", network, "via", here.address)
         made = Installed(cluster)
-        made.create_namespace(NAMESPACE)
+        for namespace in (NAMESPACE, APART):
+            made.create_namespace(namespace)
         yield made
-        cluster.kubectl("delete", "packetstack", "--all", "-n", NAMESPACE, "--timeout=60s")
+        for namespace in (NAMESPACE, APART):
+            cluster.kubectl("delete", "packetstack", "--all", "-n", namespace, "--timeout=60s")
 
 
 def pod(name: str, node: str, *command: str) -> dict[str, Any]:
@@ -134,7 +145,7 @@ def test_stacks_on_two_nodes_are_scaled_without_a_failed_request(two: Installed)
         two.cluster.wait_for(f"pod/{name}", "--for=condition=Ready", "-n", NAMESPACE)
     for name, vip in VIPS.items():
         two.wait(NAMESPACE, name, 1)
-        eventually(lambda vip=vip: answers(two, vip), f"a page from {vip}")
+        eventually(lambda vip=vip: answers(two, vip), WAIT_SECONDS, f"a page from {vip}")
     with asking(two) as outcome:
         for replicas in (2, 1):
             for name in PLACES:  # both at once
@@ -146,3 +157,54 @@ def test_stacks_on_two_nodes_are_scaled_without_a_failed_request(two: Installed)
     assert outcome["failed"] == []
     assert sorted(outcome["answers"]) == sorted(VIPS.values())
     assert all(set(counts) == set(BACKENDS) for counts in outcome["answers"].values())
+    two.kubectl("delete", "packetstack", "--all", "-n", NAMESPACE, "--timeout=60s")
+
+
+def cpus(uid: str) -> set[int]:
+    """Where the pod's processes may run."""
+    found: set[int] = set()
+    for status in Path("/proc").glob("[0-9]*/task/[0-9]*/status"):
+        try:
+            if uid not in (status.parent / "cgroup").read_text():
+                continue
+            if "Name:\tpause" not in status.read_text():  # no container: it is not kept anywhere
+                found |= os.sched_getaffinity(int(status.parent.name))
+        except OSError:  # it has ended
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_an_engine_has_its_cpu_for_itself_and_pools_beside_it_are_resized(two: Installed) -> None:
+    here = {"podTemplate": {"nodeSelector": {"kubernetes.io/hostname": "node0"}}}
+    servers = Servers(two.lab)
+    own, shared = stack("own", APART, replicas=1), stack("shared", APART)
+    own["spec"]["engine"] |= here | {"cpuPolicy": "Exclusive"}
+    shared["spec"]["engine"] |= here
+    listeners = [{**li, "address": "192.0.2.11"} for li in own["spec"]["listeners"]]
+    own["spec"] |= {"listeners": listeners, "snat": {"addresses": ["198.51.100.16/30"]}}
+    two.cluster.apply(shared)
+    two.wait(APART, "shared", 2)
+    agent = two.cluster.get("pod", two.agent("node0"), "-n", SYSTEM)["metadata"]["uid"]
+    assert len(cpus(agent)) == os.cpu_count(), "nothing is given away yet"
+    traffic = Traffic(two.lab, [f"{VIP}:{PORT}"], [f"{VIP}:{UDP_PORT}"], connections=100, udp_flows=10, new_rate=10)
+    traffic.wait_open()
+    two.cluster.apply(own)
+    two.wait(APART, "own", 1)
+    [pod] = two.engines(APART, "own")
+    given = cpus(pod["metadata"]["uid"])
+    assert len(given) == 1, "one core, one CPU"
+    eventually(lambda: not given & cpus(agent), WAIT_SECONDS, "the agent is kept off that CPU")
+    for replicas in (3, 1):
+        two.scale(APART, "shared", replicas)
+    outcome = traffic.stop()
+    print(outcome)
+    assert outcome.broken == 0, outcome.what_broke()
+    assert not given & cpus(agent)
+    two.kubectl("scale", "packetstack", "own", "-n", APART, "--replicas=8")
+
+    def refused() -> bool:
+        return two.condition(APART, "own", "CapacityAvailable") == ("False", "NoExclusiveCPU")
+
+    eventually(refused, WAIT_SECONDS, "CapacityAvailable=False, NoExclusiveCPU")
+    servers.stop()
