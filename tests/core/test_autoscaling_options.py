@@ -20,7 +20,7 @@ from packetstack_core.autoscaling.options import (
     hold,
     is_active,
     reconcile,
-    settled,
+    with_decision,
     with_schedule,
 )
 from packetstack_core.autoscaling.settings import Settings
@@ -190,7 +190,7 @@ def followed(loads, seconds=2.0, **options):
         )
         if decision.write is not None:
             current = decision.write
-            state = settled(state, written(decision, spec, Settings(), now))
+            state = with_decision(state, written(decision, spec, Settings(), now))
         replicas.append(current)
     return replicas
 
