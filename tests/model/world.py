@@ -194,6 +194,8 @@ class World:
             return
         seen = self.seen.setdefault(sender, Seen(segment.end))
         if behind(segment.end, seen.end) > 0:
+            # Overtaken by its own reset, which then looks like somebody else's.
+            seen.reset &= behind(segment.end, seen.end) == 1 and bool(segment.flags & FIN)
             seen.end = segment.end
         seen.fin |= bool(segment.flags & FIN)
         if segment.flags & ACK and (
