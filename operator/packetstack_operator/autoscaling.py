@@ -114,10 +114,15 @@ class Autoscalers:
             except Refused as e:
                 if e.status != 404 or failures:  # the stack is being deleted
                     self._metrics.errors.labels("Refused").inc()
-                    log.warning("stack %s/%s: autoscaler: %s", *key, e)
+                    log.warning("stack %s/%s: not scaled, the API server refuses: %s; tried again", *key, e)
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
                 self._metrics.errors.labels("Unreachable").inc()
-                log.warning("stack %s/%s: autoscaler: API server: %s: %s", *key, type(e).__name__, e)
+                log.warning(
+                    "stack %s/%s: not scaled, the API server does not answer (%s: %s); tried again",
+                    *key,
+                    type(e).__name__,
+                    e,
+                )
             except Exception:  # a bug: the next round may do better, other stacks go on
                 self._metrics.errors.labels("InternalError").inc()
                 log.exception("stack %s/%s: internal error", *key)

@@ -183,10 +183,17 @@ class Keepers:
                     return
             except Refused as e:
                 if e.status != 409:
-                    log.warning("stack %s/%s: release: %s", *key, e)
+                    log.warning(
+                        "stack %s/%s: is being deleted, and its engines cannot be let go yet: %s; tried again", *key, e
+                    )
                 await asyncio.sleep(0.2)
             except (aiohttp.ClientError, TimeoutError, OSError) as e:
-                log.warning("stack %s/%s: release: API server: %s: %s", *key, type(e).__name__, e)
+                log.warning(
+                    "stack %s/%s: is being deleted, and the API server does not answer (%s: %s); tried again",
+                    *key,
+                    type(e).__name__,
+                    e,
+                )
                 await asyncio.sleep(1.0)
             except Exception:  # a bug: the deletion goes on in the end
                 self.metrics.errors.labels("InternalError").inc()
@@ -269,7 +276,12 @@ class Keeper:
             return _Turn("conflict" if e.status == 409 else "error", self._refused(e))
         except (aiohttp.ClientError, TimeoutError, OSError) as e:
             self._all.metrics.errors.labels("Unreachable").inc()
-            log.warning("stack %s/%s: API server: %s: %s", *self._key, type(e).__name__, e)
+            log.warning(
+                "stack %s/%s: the API server does not answer (%s: %s); packets go by the last flow table, tried again",
+                *self._key,
+                type(e).__name__,
+                e,
+            )
         except Exception:  # a bug: the next turn may do better, other stacks go on
             self._all.metrics.errors.labels("InternalError").inc()
             log.exception("stack %s/%s: internal error", *self._key)
@@ -375,7 +387,7 @@ class Keeper:
         if error.ending or (error.status == 404 and not self._failures):
             return 0.1 * (1 << min(self._failures, 6))  # namespace or stack is being deleted
         self._all.metrics.errors.labels("Refused").inc()
-        log.warning("stack %s/%s: %s", *self._key, error)
+        log.warning("stack %s/%s: refused: %s; packets go by the last flow table, tried again", *self._key, error)
         return back_off(self._failures, ANSWER_SECONDS)
 
 

@@ -131,7 +131,12 @@ async def compare_definitions(api: Api, metrics: Metrics) -> str:
             have = found["metadata"].get("annotations", {}).get(crds.SCHEMA_HASH, "unknown")
         metrics.outdated.labels(kind).set(have != right)
         if have != right:
-            log.warning("CRD %s: its schema is %s; apply that of this version, %s", name, have, right)
+            log.warning(
+                "CRD %s: its schema is %s and not %s, so that new fields are lost; apply the CRDs of this version",
+                name,
+                have,
+                right,
+            )
             outdated.append(kind)
     return ", ".join(outdated)
 
@@ -215,7 +220,9 @@ class Lock(LeaseLock):
         try:
             await self.api_instance.create_namespaced_lease(namespace, body)
         except client.ApiException as e:
-            log.warning("lease %s/%s: cannot be made: %s", namespace, name, e.reason)
+            log.warning(
+                "lease %s/%s: cannot be made (%s), so no operator acts; see its Role", namespace, name, e.reason
+            )
             return False
         return True
 
@@ -246,7 +253,7 @@ async def lead(args: argparse.Namespace, api: Api, metrics: Metrics, stop: async
     if failed is not None:
         raise failed
     if lost.is_set():
-        log.error("lease %s: was lost; another operator acts", args.lease)
+        log.error("lease %s: was lost, another operator acts; this one ends and stands by again", args.lease)
     return int(lost.is_set())
 
 
