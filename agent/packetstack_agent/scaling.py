@@ -16,9 +16,9 @@ from packetstack_core.autoscaling import rounds
 from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.metrics import MetricError, Pod
 from packetstack_core.autoscaling.options import State
-from packetstack_core.kinds import AutoscalingStatus
 from packetstack_core.planning import State as EngineState
 from packetstack_core.reasons import Event
+from packetstack_core.statuses import AutoscalingStatus
 from packetstack_core.verbs import Json
 
 LOOK_SECONDS = 0.5

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from packetstack_core import autoscalers, kinds, limits, resources
 from packetstack_core.engines import Engine, HugePages, Interface, PodTemplate
 from packetstack_core.limits import MAX_FLOWS_PER_BUCKET, MAX_NAME, MAX_QUEUES, MAX_SNAT_ADDRESSES
+from packetstack_core.statuses import PacketStackStatus
 
 MAX_LISTENER_ENDPOINTS = 512
 """Endpoints that one listener may have in a PacketStack: each is checked by rules, whose cost is limited."""
@@ -369,7 +370,7 @@ FIELDS: dict[type[BaseModel], dict[str, Json]] = {
     kinds.EngineReport: {"": {"x-kubernetes-map-type": "atomic"}},
     kinds.Condition: {"lastTransitionTime": {"format": "date-time"}, "observedGeneration": _INT64},
     kinds.PacketEngineStatus: _CONDITIONS,
-    kinds.PacketStackStatus: {
+    PacketStackStatus: {
         **_CONDITIONS,
         "observedGeneration": _INT64,
         "flowTableGeneration": _INT64,

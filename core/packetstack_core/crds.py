@@ -21,6 +21,7 @@ from pydantic.json_schema import GenerateJsonSchema
 from packetstack_core import kinds, resources
 from packetstack_core.crd_rules import FIELDS, NAME_RULES, RULES, Json
 from packetstack_core.resources import API_VERSION
+from packetstack_core.statuses import PacketStackStatus
 
 GROUP, VERSION = API_VERSION.split("/")
 SCHEMA_HASH = f"{GROUP}/schema-hash"
@@ -204,7 +205,7 @@ def definitions() -> list[Json]:
             "PacketStack",
             "pkst",
             resources.Spec,
-            kinds.PacketStackStatus,
+            PacketStackStatus,
             [
                 _column("Desired", ".spec.replicas", "integer"),
                 _column("Engines", ".status.replicas", "integer"),

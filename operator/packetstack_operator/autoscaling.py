@@ -23,8 +23,9 @@ from packetstack_core.autoscaling.controller import WRITE_ATTEMPTS
 from packetstack_core.autoscaling.metrics import MetricError, Pod, Reading
 from packetstack_core.autoscaling.options import State
 from packetstack_core.backing_off import ANSWER_SECONDS, back_off
-from packetstack_core.kinds import AutoscalingStatus, Condition
+from packetstack_core.kinds import Condition
 from packetstack_core.load import StackLoad
+from packetstack_core.statuses import AutoscalingStatus
 from packetstack_operator import observing, pods
 from packetstack_operator.loads import Key, LoadError, Loads
 from packetstack_operator.metrics import Metrics

@@ -1,14 +1,10 @@
 """Conditions and numbers in the status of a stack and of its engines. Pure."""
 
 from packetstack_core import limits, standing
-from packetstack_core.kinds import (
-    Condition,
-    PacketEngineStatus,
-    PacketStackStatus,
-    RebalanceStatus,
-)
+from packetstack_core.kinds import Condition, PacketEngineStatus
 from packetstack_core.reasons import ConditionReason
 from packetstack_core.standing import Finding
+from packetstack_core.statuses import PacketStackStatus, RebalanceStatus
 from packetstack_core.values import Address
 from packetstack_operator import facts, observing, obstacles, pods, standings
 from packetstack_operator.facts import Facts, Plan

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from packetstack_core import reading, reconciling, resources, standing
 from packetstack_core.backing_off import ENGINE_SECONDS, back_off
-from packetstack_core.kinds import MAX_ENGINE_ID, RebalanceStatus, TableEngine
+from packetstack_core.kinds import MAX_ENGINE_ID, TableEngine
 from packetstack_core.planning import NOBODY, moved
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import ConditionReason, Event, EventReason, Problem
@@ -24,6 +24,7 @@ from packetstack_core.reconciling import (
     DrainEngine,
     RemoveEngine,
 )
+from packetstack_core.statuses import RebalanceStatus
 from packetstack_core.wording import counted
 from packetstack_operator import conditions, facts, observing, obstacles, standings, writing
 from packetstack_operator.facts import Facts, Plan, Waits

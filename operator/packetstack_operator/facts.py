@@ -5,20 +5,12 @@ from dataclasses import dataclass, field, replace
 
 from packetstack_core import kinds, reconciling
 from packetstack_core.autoscaling import rounds
-from packetstack_core.kinds import (
-    EngineReport,
-    FlowTable,
-    NodeReport,
-    PacketEngine,
-    PacketEngineStatus,
-    PacketStackStatus,
-    RebalanceStatus,
-    TableEngine,
-)
+from packetstack_core.kinds import EngineReport, FlowTable, NodeReport, PacketEngine, PacketEngineStatus, TableEngine
 from packetstack_core.planning import NOBODY, Owner
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import Event, Reason
 from packetstack_core.resources import Listener, PacketStack
+from packetstack_core.statuses import PacketStackStatus, RebalanceStatus
 from packetstack_operator import backends, observing, pods
 from packetstack_operator.observing import Holder, Memory, Raw, World
 

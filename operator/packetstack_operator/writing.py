@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from packetstack_core import kinds, resources
-from packetstack_core.kinds import FlowTable, FlowTableSpec, PacketStackStatus
+from packetstack_core.kinds import FlowTable, FlowTableSpec
 from packetstack_core.planning import NOBODY
 from packetstack_core.reasons import ConditionReason
 from packetstack_core.resources import API_VERSION
+from packetstack_core.statuses import PacketStackStatus
 from packetstack_operator import conditions, observing, pods
 from packetstack_operator.facts import Facts, Plan, engine_status, stack_status
 from packetstack_operator.observing import Raw, World

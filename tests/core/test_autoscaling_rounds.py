@@ -15,8 +15,8 @@ from packetstack_core.autoscaling import rounds
 from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.metrics import MetricError, Pod
 from packetstack_core.autoscaling.options import State
-from packetstack_core.kinds import AutoscalingStatus, PacketStackStatus
 from packetstack_core.load import CoreCounters, EngineCounters, EngineLoad, History, Snapshot, StackLoad
+from packetstack_core.statuses import AutoscalingStatus, PacketStackStatus
 
 BUSY = {
     "type": "Engine",

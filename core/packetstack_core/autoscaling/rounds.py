@@ -29,10 +29,10 @@ from packetstack_core.autoscaling.options import reconcile as _reconcile
 from packetstack_core.autoscaling.settings import Settings
 from packetstack_core.autoscaling.spec import Metric, Spec, Target, spec_of
 from packetstack_core.autoscaling.status import Condition, Decision, Proposal, Record, Status, set_condition
-from packetstack_core.kinds import AutoscalingStatus
 from packetstack_core.load import StackLoad
 from packetstack_core.planning import State as EngineState
 from packetstack_core.reasons import AUTOSCALER, ConditionReason, Event
+from packetstack_core.statuses import AutoscalingStatus
 
 CONDITIONS = AUTOSCALER
 """Types that are the autoscaler's."""
