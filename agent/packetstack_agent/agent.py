@@ -5,6 +5,8 @@ event loop, and what blocks runs in worker threads.
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from packetstack_agent import loading, namespaces
 from packetstack_agent.applying import Applying
@@ -27,6 +29,8 @@ from packetstack_agent.verbs import Verbs
 from packetstack_agent.watchdog import Watchdog
 from packetstack_core.reasons import EventReason
 
+AGAIN_SECONDS = 1.0
+"""Until a part of the agent that a fault has ended begins again."""
 SAVE_SECONDS = 1.0
 """Time between two tries to write a record that could not be written."""
 
@@ -88,18 +92,29 @@ class Agent:
         await self.underlay.start()
         takeover = Takeover(self.run, self.stacks, self.journal, self.director, self.life, self.keeper)
         await takeover.run(self.health, self.underlay)
-        for work in (
-            self.underlay.watch(),
-            self.underlay.watch_firewall(),
-            self.watchdog.run(),
-            self.life.forget_pods(),
-            self.shedders.run(),
-            self.autoscalers.run(),
-            self.balancers.run(),
-            loading.measure(self.stacks, self.journal),
-            self._save(),
-        ):
-            self._tasks.append(asyncio.create_task(work))
+        parts: dict[str, Callable[[], Awaitable[None]]] = {
+            "routes": self.underlay.watch,
+            "packet filter": self.underlay.watch_firewall,
+            "watchdog": self.watchdog.run,
+            "directories of pods": self.life.forget_pods,
+            "shedding": self.shedders.run,
+            "autoscalers": self.autoscalers.run,
+            "rebalancers": self.balancers.run,
+            "load": partial(loading.measure, self.stacks, self.journal),
+            "record": self._save,
+        }
+        for name, work in parts.items():
+            self._tasks.append(asyncio.create_task(self.keep_up(name, work)))
+
+    async def keep_up(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """Let a part work until it is done or cancelled. A fault that ends it is reported, and it begins again."""
+        done = False
+        while not done:
+            with self.journal.going_on("-", name):
+                await work()
+                done = True
+            if not done:
+                await asyncio.sleep(AGAIN_SECONDS)
 
     async def _save(self) -> None:
         """Write the record again when that has failed, until cancelled."""
