@@ -222,3 +222,31 @@ def test_every_reason_of_the_list_is_given_somewhere() -> None:
         "RUN_CONTAINER_ERROR",
     }  # as the kubelet calls it
     assert {name for kind, name in given if kind == "ConditionReason"} | made == set(ConditionReason.__members__)
+
+
+def texts_of_programs() -> str:
+    """All string constants of Python, which has them in pieces around what is filled in, and the sources in C."""
+    found = []
+    for path in tracked():
+        if path.parts[len(ROOT.parts)] not in PROGRAMS:
+            continue
+        if path.suffix == ".py":
+            nodes = ast.walk(ast.parse(path.read_text()))
+            found += [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        elif path.suffix == ".c":
+            found.append(path.read_text())
+    return "\n".join(found)
+
+
+FILLED_IN = r"\.\.\.|\b[NM]\b|NAME|\d+|ps0|[\w./-]*/[\w./-]+|net\.ipv4\.ip_forward|packetstack-datapath"
+"""What stands for a value in a message of the documents."""
+
+
+def test_every_message_that_is_explained_is_one_that_a_program_writes() -> None:
+    part = (ROOT / "docs/troubleshoot.md").read_text().partition("\n## Messages\n")[2].partition("\n## ")[0]
+    messages = re.findall(r"^\| `([^`]+)`", part, re.MULTILINE)
+    assert len(messages) > MANY
+    texts = texts_of_programs()
+    for message in messages:
+        for piece in re.split(f"LayoutMismatch: |{FILLED_IN}", message):
+            assert piece.strip(" :") in texts, f'no program writes "{message}": "{piece}" is not there'
