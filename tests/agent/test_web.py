@@ -29,6 +29,8 @@ from packetstack_cli.client import Client
 from packetstack_cli.errors import CliError, EarlierAgent, NoAgent
 from packetstack_core import reading, verbs
 
+ROOT = Path(__file__).parents[2]
+
 
 class PlayedAgent:
     """What is asked through HTTP. Its stack `web` is ready when `ready` says so."""
@@ -136,6 +138,15 @@ async def test_questions_and_answers_are_typed(served: Served) -> None:
 def test_each_verb_is_answered(tmp_path: Path) -> None:
     agent: Any = SimpleNamespace()
     assert [a.verb for a in Answers(agent, Ending()).table()] == list(verbs.TABLE.values())
+
+
+def test_each_verb_and_each_code_is_documented() -> None:
+    rows = [line for line in (ROOT / "docs/architecture.md").read_text().splitlines() if line.startswith("| `")]
+    for verb in verbs.TABLE.values():
+        [row] = [r for r in rows if f"`{verb.name}`" in r.split("|")[1] and r.split("|")[2].strip() in ("GET", "POST")]
+        assert row.split("|")[2].strip() == ("POST" if verb.changes else "GET")
+    for code in verbs.Code:
+        assert [r for r in rows if r.startswith(f"| `{code}` | ")], code
 
 
 @pytest.mark.parametrize(
