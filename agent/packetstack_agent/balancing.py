@@ -19,7 +19,7 @@ from packetstack_core import rebalancing
 from packetstack_core.load import KEEP_SECONDS, Snapshot, bucket_loads, stack_load
 from packetstack_core.planning import Move, State
 from packetstack_core.reasons import EventReason
-from packetstack_core.rebalancing import HOLD_SECONDS, TELL_SECONDS, Decision, Memory
+from packetstack_core.rebalancing import HOLD_SECONDS, Decision, Memory, Noted
 from packetstack_core.verbs import Json
 from packetstack_core.wording import counted
 
@@ -49,8 +49,7 @@ class Balance:
     """Times and cycles that were read, by slot; oldest first."""
     decision: Decision | None = None
     """The last one about buckets."""
-    told: dict[str, float] = field(default_factory=dict)
-    """When each advice or elephant was reported last."""
+    noted: Noted = field(default_factory=Noted)
     moved_buckets: int = 0
     moved_queues: int = 0
 
@@ -65,7 +64,7 @@ class Balance:
             "lastMoves": list(managed.last_moves),
             "elephants": [
                 {"bucket": e.bucket, "engine": e.owner.slot, "queue": e.owner.queue, "load": round(e.load, 3)}
-                for e in (d.elephants if d is not None else ())
+                for e, _ in self.noted.elephants.values()
             ],
         }
 
@@ -173,7 +172,9 @@ class Balancers:
         serving = {e.slot for e in managed.engines.values() if e.state is State.ACTIVE and e.ready and not e.removing}
         if sum(managed.engines[slot].blueprint.cores for slot in serving) < 2:
             one.snapshot = one.decision = None
+            one.noted = Noted()
             return
+        one.noted = one.noted.at(now)
         before, one.snapshot = one.snapshot, loading.snapshot(managed, with_buckets=True)
         fences = managed.stack.open_fences()
         if before is None or one.snapshot.time - before.time > KEEP_SECONDS:  # the stack was paused meanwhile
@@ -189,28 +190,19 @@ class Balancers:
         one.decision = d = rebalancing.decide(
             loads, owners, cores, now, one.buckets, stay=managed.pinned.keys(), hold_seconds=hold
         )
-        self._report_elephants(managed, one, d, now)
+        one.noted, events = one.noted.after(d, now, advise=mode == "Advice")
+        for event in events:
+            self._journal.event(managed.stack.name, event.reason, event.message)
         if not d.moves:
             one.buckets = d.memory
             return
         if mode == "Advice":
-            if self._due(one, "advice", now):
-                self._journal.event(managed.stack.name, EventReason.REBALANCE_ADVICE, f"would move {d}")
             return
         one.buckets = d.memory
         moved = await self._mover.rebalance(managed, d.moves, d.why)
         one.moved_buckets += moved
         if moved:  # what was asked for may be overtaken by an engine that goes
             self._journal.event(managed.stack.name, EventReason.REBALANCED, f"{counted(moved, 'bucket')}: {d.why}")
-
-    def _report_elephants(self, managed: Managed, one: Balance, d: Decision, now: float) -> None:
-        for e in d.elephants:
-            if self._due(one, f"bucket {e.bucket}", now):
-                self._journal.event(managed.stack.name, EventReason.ELEPHANT, str(e))
-
-    def _due(self, one: Balance, what: str, now: float) -> bool:
-        one.told = {k: when for k, when in one.told.items() if now - when < TELL_SECONDS}
-        return one.told.setdefault(what, now) == now
 
 
 def _cycles(engine: Engine) -> Cycles:

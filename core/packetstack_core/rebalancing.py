@@ -17,9 +17,10 @@ Rules
 import heapq
 from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from packetstack_core.planning import Move, Owner
+from packetstack_core.reasons import Event, EventReason
 from packetstack_core.wording import counted
 
 Core = tuple[int, int]
@@ -109,6 +110,32 @@ class Decision:
 
     def __str__(self) -> str:
         return f"{counted(len(self.moves), 'bucket')}: {self.why}"
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """What was seen and reported of late, so that it is not reported at every look."""
+
+    elephants: Mapping[int, tuple[Elephant, float]] = field(default_factory=dict)
+    """Bucket -> its elephant, and when that was last seen: one whose core is not busy for a moment has not gone."""
+    advised: float | None = None
+    """When moves were advised last."""
+
+    def at(self, now: float) -> "Noted":
+        """What still counts at this time."""
+        kept = {b: (e, seen) for b, (e, seen) in self.elephants.items() if now - seen < TELL_SECONDS}
+        return self if len(kept) == len(self.elephants) else replace(self, elephants=kept)
+
+    def after(self, decision: Decision, now: float, *, advise: bool) -> tuple["Noted", list[Event]]:
+        """What to remember of a decision, and what to show of it. `advise`: its moves are not made, only shown."""
+        known = self.at(now)
+        events = [Event(EventReason.ELEPHANT, str(e)) for e in decision.elephants if e.bucket not in known.elephants]
+        seen = {**known.elephants, **{e.bucket: (e, now) for e in decision.elephants}}
+        advised = known.advised
+        if advise and decision.moves and (advised is None or now - advised >= TELL_SECONDS):
+            advised = now
+            events.append(Event(EventReason.REBALANCE_ADVICE, f"would move {decision}"))
+        return Noted(seen, advised), events
 
 
 def is_worth_a_look(cores: Collection[float], limits: Limits = BUCKETS) -> bool:

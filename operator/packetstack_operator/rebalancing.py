@@ -14,8 +14,7 @@ import kopf
 
 from packetstack_core import rebalancing
 from packetstack_core.load import StackLoad, bucket_loads
-from packetstack_core.reasons import Event, EventReason
-from packetstack_core.rebalancing import BUCKETS, TELL_SECONDS, Decision, Memory
+from packetstack_core.rebalancing import BUCKETS, Memory, Noted
 from packetstack_operator import observing
 from packetstack_operator.loads import Key, LoadError, Loads
 from packetstack_operator.metrics import Metrics
@@ -44,9 +43,7 @@ class _Watched:
     proposed: tuple[Proposal, Memory] | None = None
     """The last proposal with moves, and the memory from when they are made."""
     proposal: Proposal | None = None
-    advised: float = -TELL_SECONDS
-    elephants: dict[int, float] = field(default_factory=dict)
-    """Bucket -> when it was last seen to be one."""
+    noted: Noted = field(default_factory=Noted)
     events: Shown = field(default_factory=Shown)
 
 
@@ -133,7 +130,8 @@ class Rebalancers:
             watched.proposed = None
         now = asyncio.get_running_loop().time()
         d = rebalancing.decide(loads, owners, cores, now, watched.memory)
-        self._report(watched, mode_of(world.stack), d, now)
+        watched.noted, events = watched.noted.after(d, now, advise=mode_of(world.stack) == "Advice")
+        watched.events.show(watched.body, events)
         moves = d.moves if mode_of(world.stack) == "Auto" else ()
         if not moves:
             watched.proposed = None
@@ -143,22 +141,10 @@ class Rebalancers:
         return proposal
 
     def _with_elephants(self, watched: _Watched, proposal: Proposal | None) -> Proposal | None:
-        """A proposal with what was seen of late: an elephant whose core is not busy for a moment has not gone."""
-        now = asyncio.get_running_loop().time()
-        watched.elephants = {b: when for b, when in watched.elephants.items() if now - when < TELL_SECONDS}
-        elephants = tuple(sorted(watched.elephants))
+        """A proposal with the elephants that were seen of late."""
+        watched.noted = watched.noted.at(asyncio.get_running_loop().time())
+        elephants = tuple(sorted(watched.noted.elephants))
         return replace(proposal or Proposal(0), elephants=elephants) if proposal or elephants else None
-
-    def _report(self, watched: _Watched, mode: str, d: Decision, now: float) -> None:
-        events = []
-        for e in d.elephants:
-            if e.bucket not in watched.elephants:
-                events.append(Event(EventReason.ELEPHANT, str(e)))
-        watched.elephants |= {e.bucket: now for e in d.elephants}
-        if mode == "Advice" and d.moves and now - watched.advised >= TELL_SECONDS:
-            watched.advised = now
-            events.append(Event(EventReason.REBALANCE_ADVICE, f"would move {d}"))
-        watched.events.show(watched.body, events)
 
 
 def mode_of(stack: Raw) -> str:

@@ -10,8 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packetstack_core.planning import Owner, moved
-from packetstack_core.rebalancing import BUCKETS, ELEPHANT_LOAD, QUEUES, Memory, decide, is_worth_a_look, spread
+from packetstack_core.planning import Move, Owner, moved
+from packetstack_core.rebalancing import (
+    BUCKETS,
+    ELEPHANT_LOAD,
+    QUEUES,
+    TELL_SECONDS,
+    Decision,
+    Memory,
+    Noted,
+    decide,
+    is_worth_a_look,
+    spread,
+)
 
 ALWAYS = dataclasses.replace(BUCKETS, busy=0.0, excess=1.0)
 """As if every core were busy: what one step can do."""
@@ -245,3 +256,30 @@ def test_where_no_queue_fits_two_are_exchanged(loads):
     decision = spread(loads, cores, 2, 0.0)
     assert len(decision.moves) == 2
     assert decision.after == pytest.approx(1.0)
+
+
+# ---- what is reported ------------------------------------------------------------------------------------------
+
+
+def test_an_elephant_is_reported_once_and_counts_for_a_minute_after_it_was_last_seen():
+    loads, owners = [0.9, 0.05], [Owner(1, 0), Owner(1, 1)]
+    seen = decide(loads, owners, {1: (0, 1)}, 0.0, Memory())
+    calm = decide([0.0, 0.0], owners, {1: (0, 1)}, 0.0, Memory())
+    noted, events = Noted().after(seen, 100.0, advise=False)
+    assert [str(e.reason) for e in events] == ["Elephant"]
+    noted, events = noted.after(seen, 130.0, advise=False)
+    assert events == []
+    noted, _ = noted.after(calm, 150.0, advise=False)
+    assert list(noted.at(130.0 + TELL_SECONDS - 1).elephants) == [0]
+    assert not noted.at(130.0 + TELL_SECONDS).elephants
+
+
+def test_the_same_advice_is_given_once_a_minute():
+    move = Move(0, Owner(1, 1))
+    found = Decision((move,), before=2.0, after=1.0, possible=1.0, elephants=(), isolated=(), memory=Memory())
+    assert Noted().after(found, 0.0, advise=False)[1] == []
+    noted, events = Noted().after(found, 0.0, advise=True)
+    assert [str(e.reason) for e in events] == ["RebalanceAdvice"]
+    noted, events = noted.after(found, TELL_SECONDS - 1, advise=True)
+    assert events == []
+    assert noted.after(found, TELL_SECONDS, advise=True)[1] != []
