@@ -22,6 +22,7 @@ from packetstack_agent.attachments import NOBODY, Attachments, Changed, Shared
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.processes import Process
+from packetstack_agent.structs import Core, Queue
 from packetstack_core import abi
 from packetstack_core.planning import State
 from packetstack_core.verbs import Json
@@ -161,14 +162,17 @@ class Engine:
         """Name of its program's pin."""
         return f"e{self.slot}"
 
-    def core(self, index: int) -> Any:
-        """`struct ps_core *`."""
-        return ffi.cast("struct ps_core *", ffi.cast("char *", self.view) + self.view.cores_offset) + index
+    def core(self, index: int) -> Core:
+        """One of its cores, in shared memory."""
+        first = ffi.cast("struct ps_core *", ffi.cast("char *", self.view) + self.view.cores_offset)
+        core: Core = first + index
+        return core
 
-    def queue(self, index: int) -> Any:
-        """`struct ps_queue *`."""
+    def queue(self, index: int) -> Queue:
+        """One of its queues, in shared memory."""
         at = ffi.cast("char *", self.view) + self.view.queues_offset + index * self.view.queue_stride
-        return ffi.cast("struct ps_queue *", at)
+        queue: Queue = ffi.cast("struct ps_queue *", at)
+        return queue
 
     def counters(self) -> dict[str, int]:
         """Sum of the cores' counters, by name without prefix in lower case."""

@@ -207,8 +207,8 @@ async def test_hot_queues_of_one_core_are_parted_and_stay_where_they_are(
     engine = w.managed.engines[1]
     assert isinstance(engine, PlayedEngine)
     busy, lib = [0.4, 0.4, 0.0, 0.01], Lib(engine)
-    for q, core in enumerate((0, 0, 1, 1)):
-        engine.queues[q].cur = core + 1
+    for q, number in enumerate((0, 0, 1, 1)):
+        engine.queues[q].cur = number + 1
     monkeypatch.setattr(balancing, "lib", lambda: lib)
     w.managed.table = flow_table(w.stack.resource)  # also in a cluster
     looks = []
@@ -227,9 +227,9 @@ async def test_hot_queues_of_one_core_are_parted_and_stay_where_they_are(
     assert looks[1], "a busy engine that is uneven is looked at closely"
     assert not looks[-1], "and no more when it is even"
     assert w.reasons() == ["QueuesRebalanced"]
-    queue, core = lib.moves[0]
+    queue, to = lib.moves[0]
     [last] = w.balancers.of(w.managed).document(w.managed)["lastMoves"]
-    assert (last["what"], last["why"]) == (f"queue {queue} of web-1 to core {core}", "load")
+    assert (last["what"], last["why"]) == (f"queue {queue} of web-1 to core {to}", "load")
 
 
 async def test_one_hot_queue_that_no_move_helps_is_not_looked_at_closely(

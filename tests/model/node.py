@@ -19,6 +19,7 @@ from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed
 from packetstack_agent.natives import ffi
 from packetstack_agent.stacks import Report, Stack
+from packetstack_agent.structs import Core, Queue
 from packetstack_core import reading
 from packetstack_core.kinds import FlowTable
 from packetstack_core.planning import NOBODY, Move, Owner, State
@@ -172,9 +173,11 @@ class PlayedEngine(Engine):
         self.serves = True
         self.view = ffi.new("struct ps_engine *")
         self.probed = True
-        self.cores = [ffi.new("struct ps_core *", {"thread": 1}) for _ in range(shape.cores)]
+        self.cores: list[Core] = [ffi.new("struct ps_core *", {"thread": 1}) for _ in range(shape.cores)]
         """They turn when their heartbeats grow."""
-        self.queues = [ffi.new("struct ps_queue *", {"cur": q % shape.cores + 1}) for q in range(shape.queues)]
+        self.queues: list[Queue] = [
+            ffi.new("struct ps_queue *", {"cur": q % shape.cores + 1}) for q in range(shape.queues)
+        ]
         self.process = slot
 
     @property
@@ -185,10 +188,10 @@ class PlayedEngine(Engine):
     def pid(self) -> int:
         return self.process if self.serves else 0
 
-    def core(self, index: int) -> Any:
+    def core(self, index: int) -> Core:
         return self.cores[index]
 
-    def queue(self, index: int) -> Any:
+    def queue(self, index: int) -> Queue:
         return self.queues[index]
 
     def counters(self) -> dict[str, int]:
