@@ -1,4 +1,4 @@
-"""What to do next so that a stack's engines become what its resource says: the planner of the local controller.
+"""What to do next so that a stack's engines become what its resource says: the planner of operator and local agent.
 
 `plan` compares what is wanted with what is there and names the next actions. It is level-based: it remembers
 nothing, any action may fail or be repeated, and at the goal it returns nothing.
