@@ -16,7 +16,7 @@ from packetstack_operator.ports import APPLY_TYPE, PATHS, Refused
 MANAGER = "packetstack-operator"
 OURS = {"fieldManager": MANAGER}
 APPLY = {**OURS, "force": "true"}
-CONNECTIONS = 16
+CONNECTIONS = 8
 """At once. Each takes some 300 kB, and many stacks write at the same time when the operator starts."""
 TIMEOUT_SECONDS = 30.0
 TOKEN = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
