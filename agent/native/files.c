@@ -168,22 +168,11 @@ void ps_unmap(void *map)
 		munmap(map, ((struct ps_engine *)map)->bytes);
 }
 
-int ps_arena_address(struct ps_arena *a, const uint8_t *address)
-{
-	for (uint32_t i = 0; i < a->addresses; i++)
-		if (!memcmp(a->address[i].bytes, address, 16))
-			return (int)i;
-	if (a->addresses >= PS_MAX_ADDRESSES)
-		return -1;
-	memcpy(a->address[a->addresses].bytes, address, 16);
-	return (int)__atomic_fetch_add(&a->addresses, 1, __ATOMIC_RELEASE);
-}
-
 /*
- * Takes marks of numbers that flows name out of `free`, both arrays of bytes by number. Exact: a number that the
+ * Takes marks of numbers that flows name out of the arrays of bytes by number. Exact: a number that the
  * configuration of no core names can come into no new flow.
  */
-static void keep_named(struct ps_arena *a, uint8_t *free_backend, uint8_t *free_listener)
+static void keep_named(struct ps_arena *a, uint8_t *free_backend, uint8_t *free_listener, uint8_t *free_address)
 {
 	for (uint32_t b = 0; b < a->buckets; b++) {
 		struct ps_shard *s = ps_shard_at(a, b);
@@ -194,13 +183,39 @@ static void keep_named(struct ps_arena *a, uint8_t *free_backend, uint8_t *free_
 				continue;
 			free_backend[flows[i].backend & (PS_MAX_BACKENDS - 1)] = 0;
 			free_listener[flows[i].listener & (PS_MAX_NUMBERS - 1)] = 0;
+			free_address[flows[i].snat & (PS_MAX_ADDRESSES - 1)] = 0;
 		}
 	}
 }
 
+int ps_arena_address(struct ps_arena *a, const struct ps_config_file *config, const uint8_t *address)
+{
+	static uint8_t backends[PS_MAX_BACKENDS], listeners[PS_MAX_NUMBERS], unused[PS_MAX_ADDRESSES];
+
+	for (uint32_t i = 0; i < a->addresses && i < PS_MAX_ADDRESSES; i++)
+		if (!memcmp(a->address[i].bytes, address, 16))
+			return (int)i;
+	if (a->addresses < PS_MAX_ADDRESSES) {
+		memcpy(a->address[a->addresses].bytes, address, 16);
+		return (int)__atomic_fetch_add(&a->addresses, 1, __ATOMIC_RELEASE);
+	}
+	memset(unused, 1, sizeof(unused));
+	/* Whatever stands in a buffer is kept, be it of an older configuration. */
+	for (int b = 0; b < 2; b++)
+		for (uint32_t i = 0; i < PS_MAX_SNAT; i++)
+			unused[config->buffer[b].snat[i].id & (PS_MAX_ADDRESSES - 1)] = 0;
+	keep_named(a, backends, listeners, unused);
+	for (int i = 0; i < PS_MAX_ADDRESSES; i++)
+		if (unused[i]) {
+			memcpy(a->address[i].bytes, address, 16);
+			return i;
+		}
+	return -1;
+}
+
 int ps_arena_backend(struct ps_arena *a, const uint8_t *address, uint16_t port)
 {
-	static uint8_t unused[PS_MAX_BACKENDS], listeners[PS_MAX_NUMBERS];
+	static uint8_t unused[PS_MAX_BACKENDS], listeners[PS_MAX_NUMBERS], addresses[PS_MAX_ADDRESSES];
 	int found = -1;
 
 	for (uint32_t i = 0; i < a->backends && i < PS_MAX_BACKENDS; i++)
@@ -213,7 +228,7 @@ int ps_arena_backend(struct ps_arena *a, const uint8_t *address, uint16_t port)
 	} else {
 		for (int i = 0; i < PS_MAX_BACKENDS; i++)
 			unused[i] = !a->backend[i].used;
-		keep_named(a, unused, listeners);
+		keep_named(a, unused, listeners, addresses);
 		for (int i = 0; i < PS_MAX_BACKENDS && found < 0; i++)
 			if (unused[i])
 				found = i;
@@ -229,7 +244,7 @@ int ps_arena_backend(struct ps_arena *a, const uint8_t *address, uint16_t port)
 
 int ps_arena_listener(struct ps_arena *a, const uint8_t *address, uint16_t port, uint8_t protocol)
 {
-	static uint8_t backends[PS_MAX_BACKENDS], unused[PS_MAX_NUMBERS];
+	static uint8_t backends[PS_MAX_BACKENDS], unused[PS_MAX_NUMBERS], addresses[PS_MAX_ADDRESSES];
 	uint32_t in_class[PS_CLASSES] = { 0 };
 	int found = -1;
 
@@ -243,7 +258,7 @@ int ps_arena_listener(struct ps_arena *a, const uint8_t *address, uint16_t port,
 		unused[i] = !l->used;
 		in_class[i % PS_CLASSES] += l->used;
 	}
-	keep_named(a, backends, unused);
+	keep_named(a, backends, unused, addresses);
 	/* Of the class with fewest listeners: those of one class share what a shard sets apart for it. */
 	for (int i = 0; i < PS_MAX_NUMBERS; i++)
 		if (unused[i] && (found < 0 || in_class[i % PS_CLASSES] < in_class[found % PS_CLASSES]))

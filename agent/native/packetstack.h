@@ -114,9 +114,11 @@ struct ps_config_file *ps_config_open(const char *path, int read_only, struct ps
 struct ps_engine *ps_engine_open(const char *path, int read_only, struct ps_error *e);
 void ps_unmap(void *map); /* any of the above */
 
-/* Index of the address in the arena's table, adding it if it is new; -1 if the table is full. */
-int ps_arena_address(struct ps_arena *a, const uint8_t *address);
-/* The same of backends and listeners, whose entries are given to others when no flow names them any more. */
+/*
+ * Index in the arena's table, added if it is new; -1 if the table is full. Entries that no flow names any more, and no
+ * configuration, are given to others.
+ */
+int ps_arena_address(struct ps_arena *a, const struct ps_config_file *config, const uint8_t *address);
 int ps_arena_backend(struct ps_arena *a, const uint8_t *address, uint16_t port);
 int ps_arena_listener(struct ps_arena *a, const uint8_t *address, uint16_t port, uint8_t protocol);
 /* Marks what this configuration names as used, all else as not. Every core must have taken it. */

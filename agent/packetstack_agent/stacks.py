@@ -298,10 +298,11 @@ class Stack:
         return usable[table[entry]][0]
 
     def _address(self, address: Address) -> int:
-        index = lib().ps_arena_address(self.arena, packed(address))
+        index = lib().ps_arena_address(self.arena, self.config, packed(address))
         if index < 0:
             raise AgentError(
-                f"stack {self.name}: its table of addresses is full ({constant('PS_MAX_ADDRESSES')}); recreate it"
+                f"stack {self.name}: {constant('PS_MAX_ADDRESSES')} SNAT addresses have flows; wait until those of removed "
+                "addresses have ended, or use the same addresses again"
             )
         return int(index)
 

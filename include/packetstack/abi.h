@@ -25,7 +25,7 @@ enum ps_limits {
 	PS_MAX_QUEUES = 64,	 /* queues of an engine */
 	PS_MAX_CORES = 32,	 /* worker threads of a datapath process */
 	PS_MAX_CPUS = 256,
-	PS_MAX_ADDRESSES = 4096, /* VIP and SNAT addresses a stack has ever had */
+	PS_MAX_ADDRESSES = 4096, /* SNAT addresses that a configuration or live flows of a stack may name */
 	PS_MAX_BACKENDS = 4096,	 /* backends (address, port) a stack has ever had */
 	PS_MAX_LISTENERS = 256,
 	PS_MAX_NUMBERS = 1024, /* listeners that a stack's live flows may name, those that were removed too */

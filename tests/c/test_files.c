@@ -136,6 +136,46 @@ static void the_number_of_a_listener_is_used_again_when_no_flow_names_it(void)
 	ps_unmap(a);
 }
 
+static int address(struct ps_arena *a, const struct ps_config_file *c, uint32_t n)
+{
+	uint8_t bytes[16];
+
+	mapped(bytes, 0xc6330000 + n);
+	return ps_arena_address(a, c, bytes);
+}
+
+/* SNAT addresses may be replaced for ever, too. */
+static void the_number_of_an_address_is_used_again_when_nothing_names_it(void)
+{
+	static struct ps_config_file c;
+	struct ps_arena *a = made(256, 1000);
+	struct ps_entry *f;
+	uint32_t n;
+
+	backend(a, 0);
+	listener(a, 0);
+	for (n = 0; n < PS_MAX_ADDRESSES; n++)
+		CHECK(address(a, &c, n) == (int)n, "address %u", n);
+	for (uint32_t i = 0; i < PS_MAX_SNAT; i++) {
+		c.buffer[0].snat[i].id = (uint16_t)(2 * i);
+		c.buffer[1].snat[i].id = (uint16_t)(2 * i + 1);
+	}
+	f = flow(a, 9, 0, 0, PS_FLOW_TIME_WAIT);
+	f->snat = 2 * PS_MAX_SNAT;
+	CHECK(address(a, &c, n) == 2 * PS_MAX_SNAT + 1, "the first that neither a buffer nor a flow names");
+	CHECK(address(a, &c, n) == 2 * PS_MAX_SNAT + 1 && a->addresses == PS_MAX_ADDRESSES, "the same again");
+	CHECK(address(a, &c, 2 * PS_MAX_SNAT) == 2 * PS_MAX_SNAT, "one that a flow names keeps its number");
+	for (uint32_t i = 0; i < PS_MAX_SNAT; i++) /* it is written into the next configuration, one by one */
+		c.buffer[1].snat[i].id = (uint16_t)address(a, &c, n + i);
+	for (uint32_t i = 0; i < PS_MAX_SNAT; i++) {
+		uint32_t number = c.buffer[1].snat[i].id;
+
+		CHECK(address(a, &c, n + i) == (int)number, "address %u has lost its number", n + i);
+		CHECK(number % 2 || number > 2 * PS_MAX_SNAT, "address %u got number %u, which is used", n + i, number);
+	}
+	ps_unmap(a);
+}
+
 /* Flows that have ended are shown, but not counted as live. */
 static void ended_flows_are_listed_and_not_counted(void)
 {
@@ -166,6 +206,7 @@ int main(void)
 	entries_and_tables_lie_on_cache_lines();
 	the_number_of_a_backend_is_used_again_when_no_flow_names_it();
 	the_number_of_a_listener_is_used_again_when_no_flow_names_it();
+	the_number_of_an_address_is_used_again_when_nothing_names_it();
 	ended_flows_are_listed_and_not_counted();
 	return 0;
 }
