@@ -468,8 +468,20 @@ static inline void ps_flow_remove(struct ps_arena *a, struct ps_shard *s, struct
 	ps_shard_end(s);
 }
 
+/* The class that has most half-open flows: those beyond a few are a flood's. */
+static inline uint32_t ps_class_flooded(const struct ps_arena *a, struct ps_shard *s)
+{
+	const struct ps_share *share = ps_shard_shares(a, s);
+	uint32_t most = 0;
+
+	for (uint32_t c = 1; c < PS_CLASSES; c++)
+		if (share[c].half_open > share[most].half_open)
+			most = c;
+	return most;
+}
+
 /*
- * The oldest half-open flow of the class that has most of them: its flows beyond a few are a flood's. Those of other
+ * The oldest half-open flow of the class that has most of them. Those of other
  * classes that stand before it go to the end of the list, so that each is passed once; some 64 at a time, then whoever
  * is next has to go.
  */
@@ -477,12 +489,8 @@ static inline struct ps_entry *ps_half_open_victim(struct ps_arena *a, struct ps
 {
 	struct ps_entry *flows = ps_shard_flows(a, s);
 	const struct ps_flow_list *list = &s->list[PS_LIST_HALF_OPEN];
-	const struct ps_share *share = ps_shard_shares(a, s);
-	uint32_t most = 0;
+	uint32_t most = ps_class_flooded(a, s);
 
-	for (uint32_t c = 1; c < PS_CLASSES; c++)
-		if (share[c].half_open > share[most].half_open)
-			most = c;
 	for (int i = 0; i < 64 && list->head && ps_class(&flows[list->head - 1]) != most; i++)
 		ps_flow_renew(a, s, &flows[list->head - 1]);
 	return list->head ? &flows[list->head - 1] : NULL;
@@ -810,29 +818,30 @@ static inline bool ps_may_follow(const struct ps_entry *f, const struct ps_openi
 	return (int32_t)(syn->seq - f->end[PS_CLIENT]) > 0;
 }
 
-/* Whose port may be taken, best first. 0: it may not. */
-static inline int ps_port_rank(const struct ps_entry *f, const struct ps_opening *syn)
+/* Whose port may be taken, best first. 0: it may not. `flooded`: see ps_class_flooded */
+static inline int ps_port_rank(const struct ps_entry *f, const struct ps_opening *syn, uint32_t flooded)
 {
 	if (f->state == PS_FLOW_CLOSED)
-		return 3;
+		return 4;
 	if (ps_state_half_open(f->state))
-		return 2;
+		return ps_class(f) == flooded ? 3 : 2;
 	return f->state == PS_FLOW_TIME_WAIT && syn && ps_may_follow(f, syn);
 }
 
 /*
  * A port that is free for (SNAT address, backend), taking up the search where the last one ended, so that a port
  * given back is used again last. -> port in wire order, 0 = none. Then *oldest, unless it is set already, is the flow
- * whose port may be taken: one that has ended, else one that is half open, else one whose port the backend still keeps
- * but will give to this SYN. Of several the one that was seen longest ago. `syn`: NULL for UDP.
+ * whose port may be taken: one that has ended, else one that is half open, of the listener that has most of these if it
+ * can be, else one whose port the backend still keeps but will give to this SYN. Of several the one that was seen longest ago. `syn`: NULL for UDP.
  */
 static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s, uint32_t bucket, uint16_t snat,
 				    const uint8_t *backend, uint16_t backend_port, const struct ps_opening *syn,
 				    struct ps_entry **oldest)
 {
-	uint32_t n = ps_ports_per_bucket(a->buckets), first = ps_port_first(a->buckets);
+	uint32_t n = ps_ports_per_bucket(a->buckets), first = ps_port_first(a->buckets), flooded = PS_CLASSES;
 	struct ps_key k = { .sport = backend_port, .udp = !syn };
 	struct ps_entry *best = NULL;
+	int best_rank = 0;
 
 	memcpy(k.source, backend, 16);
 	memcpy(k.destination, ps_address(a, snat), 16);
@@ -840,7 +849,7 @@ static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s
 		uint32_t at = (s->port_cursor + i) % n;
 		uint32_t port = (first + at) * a->buckets + bucket;
 		struct ps_entry *f;
-		int better;
+		int rank;
 
 		k.dport = __builtin_bswap16((uint16_t)port);
 		f = ps_find_reply(a, s, &k);
@@ -848,11 +857,15 @@ static inline uint16_t ps_port_find(const struct ps_arena *a, struct ps_shard *s
 			s->port_cursor = (uint16_t)((at + 1) % n);
 			return k.dport;
 		}
-		if (*oldest || !ps_port_rank(f, syn))
+		if (*oldest)
 			continue;
-		better = best ? ps_port_rank(f, syn) - ps_port_rank(best, syn) : 1;
-		if (better > 0 || (!better && (int32_t)(f->last_seen - best->last_seen) < 0))
+		if (flooded == PS_CLASSES)
+			flooded = ps_class_flooded(a, s);
+		rank = ps_port_rank(f, syn, flooded);
+		if (rank > best_rank || (best && rank == best_rank && (int32_t)(f->last_seen - best->last_seen) < 0)) {
 			best = f;
+			best_rank = rank;
+		}
 	}
 	if (!*oldest)
 		*oldest = best;

@@ -1163,6 +1163,41 @@ static void an_opener_takes_the_port_of_an_ended_or_half_open_flow(void)
 	CHECK(entry_of(&c[0])->state == PS_FLOW_TIME_WAIT, "TIME_WAIT went");
 }
 
+/* Listeners with the same backends share their ports, but a flood of one takes those of its own half-open flows. */
+static void a_flood_without_ports_takes_those_of_its_own_half_open_flows(void)
+{
+	struct ps_config *config;
+	struct conversation opening[2];
+
+	stack_free(&t);
+	stack_new(&t, 8192, 64, 128);
+	config = t.config;
+	config->listener[1] = config->listener[0];
+	config->listener[1].port = htons(ntohs(config->listener[0].port) + 1);
+	config->listener[1].number = 8;
+	listener_is(t.arena, 8, config->listener[1].address, config->listener[1].port, 6);
+	one_pair(); /* 7 ports in a bucket */
+	config->listeners = 2;
+	config->listener[1].backends = config->listener[1].lookup_size = 1;
+	ps_configure(&t.handler, config);
+	for (uint32_t i = 0; i < 2; i++) {
+		opening[i] = client_in(9, i);
+		opening[i].forward.dport = config->listener[1].port;
+		LEADS(opening[i], CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	}
+	for (uint32_t i = 0; i < 200; i++) {
+		struct conversation c = client_in(9, 1000 + i);
+
+		t.handler.now += i % 3 == 0;
+		LEADS(c, CLIENT, TCP_SYN, 0, 0, 0, SYN);
+	}
+	for (uint32_t i = 0; i < 2; i++) {
+		CHECK(entry_of(&opening[i]), "flow %u of the other listener went", i);
+		LEADS(opening[i], BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
+		LEADS(opening[i], CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
+	}
+}
+
 /* ---- limits --------------------------------------------------------------------------------------------------- */
 
 /* newFlowsPerSecond: a second's worth at once, then one each part of a second; ports that are used again count. */
@@ -1544,6 +1579,7 @@ int main(int argc, char **argv)
 		what_is_kept_for_others_is_kept_when_a_handshake_ends_too,
 		a_full_shard_evicts_in_order,
 		an_opener_takes_the_port_of_an_ended_or_half_open_flow,
+		a_flood_without_ports_takes_those_of_its_own_half_open_flows,
 		openers_beyond_the_rate_are_dropped,
 		proven_flows_are_limited,
 		the_proven_flows_of_a_client_are_limited,

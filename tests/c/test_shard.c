@@ -118,24 +118,36 @@ static uint16_t port_of(struct ps_arena *a, struct ps_shard *s, const struct ps_
 	return ps_port_find(a, s, BUCKET, f->snat, b->address, b->port, f->flags & PS_FLOW_UDP ? NULL : &never, victim);
 }
 
-/* The victim is of the pair, and none of the pair should rather go: ended ones first, of those the oldest. */
+/* How readily a flow gives its port up: one that has ended, then one of the listener with most half-open flows. */
+static int readiness(const struct ps_entry *f, uint32_t flooded)
+{
+	return f->state == PS_FLOW_CLOSED ? 2 : f->listener % 64 == flooded;
+}
+
+/* The victim is of the pair, and none of the pair should rather go: by readiness, then the oldest. */
 static void check_port_victim(const struct reference *r, const struct ps_entry *victim, const struct ps_entry *f)
 {
-	uint32_t ports = 0;
+	uint32_t ports = 0, half_open[64] = { 0 }, flooded = 0;
+
+	for (int i = 0; i < MOST; i++)
+		half_open[r->flow[i].listener % 64] += ps_state_half_open(r->flow[i].state);
+	for (uint32_t c = 1; c < 64; c++)
+		if (half_open[c] > half_open[flooded])
+			flooded = c;
 
 	for (int i = 0; i < MOST; i++) {
 		const struct ps_entry *other = &r->flow[i];
-		bool closed = other->state == PS_FLOW_CLOSED;
 
 		if (!other->state || other->snat != f->snat || other->backend != f->backend ||
 		    (other->flags ^ f->flags) & PS_FLOW_UDP)
 			continue;
 		ports++;
-		if (!closed && !ps_state_half_open(other->state))
+		if (other->state != PS_FLOW_CLOSED && !ps_state_half_open(other->state))
 			continue;
 		CHECK(victim, "a port could be taken, of a flow in state %u", other->state);
-		CHECK((victim->state == PS_FLOW_CLOSED) > closed ||
-			      ((victim->state == PS_FLOW_CLOSED) == closed && victim->last_seen <= other->last_seen),
+		CHECK(readiness(victim, flooded) > readiness(other, flooded) ||
+			      (readiness(victim, flooded) == readiness(other, flooded) &&
+			       victim->last_seen <= other->last_seen),
 		      "state %u of %u goes before state %u of %u", victim->state, victim->last_seen, other->state,
 		      other->last_seen);
 	}
