@@ -95,7 +95,7 @@ class Autoscalers:
             self._stacks[key] = scaled, asyncio.create_task(self._run(key, scaled))
 
     def forget(self, key: Key) -> None:
-        """The stack is gone."""
+        """End the task of a stack that is gone."""
         if key in self._stacks:
             self._stacks.pop(key)[1].cancel()
         self._metrics.autoscalers.known.pop(key, None)

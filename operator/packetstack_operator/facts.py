@@ -30,14 +30,14 @@ class Pool:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is there. Nothing in it is decided."""
+    """What was found of a stack, before anything is decided."""
 
     world: World
     stack: PacketStack
     now: float
     """Unix time."""
     template: str
-    """Of the engines that the resource asks for."""
+    """Hash of the shape that engines are made from now."""
     pods: Mapping[str, Raw]
     """Pods of engines, by name."""
     table: FlowTable | None

@@ -103,7 +103,7 @@ class Autoscalers(Collector):
 
 
 class Metrics:
-    """All of them, with a registry of their own."""
+    """The operator's metrics, with a registry of their own."""
 
     def __init__(self) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]

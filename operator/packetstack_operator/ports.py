@@ -81,4 +81,4 @@ class Stopped(Protocol):
     """Set when a stack's loop shall end."""
 
     def wait(self) -> Awaitable[object]:
-        """Until it is set."""
+        """Returns when it is set."""

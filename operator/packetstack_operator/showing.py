@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 
 
 class Shown:
-    """What was shown of one stack."""
+    """The events of one stack that were shown lately, so that none is repeated."""
 
     def __init__(self) -> None:
         self._at: dict[tuple[str, str], float] = {}
 
     def show(self, body: kopf.Body, events: Iterable[Event]) -> None:
-        """Those that were not shown lately. Failures are the same whatever their message says."""
+        """Post the events that were not posted within `REPEAT_SECONDS`. Failures are the same whatever their message says."""
         now = time.monotonic()
         for event in events:
             what: tuple[str, str] = (event.reason, "" if event.reason.startswith("Failed") else event.message)

@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def register(registry: kopf.OperatorRegistry, keepers: Keepers) -> None:
-    """All of it."""
+    """Have kopf watch everything that stacks are made of, and wake and release them."""
     _index(registry)
     _wake(registry, keepers)
     _keep(registry, keepers)

@@ -209,7 +209,7 @@ def table_write(world: World, spec: FlowTableSpec) -> Write:
 
 
 def delete(kind: Kind, raw: Raw) -> Write:
-    """Of this object, and no other one of its name."""
+    """The deletion of this object, and of no other one of its name."""
     return Write("delete", kind, str(raw["metadata"]["name"]), {"preconditions": {"uid": raw["metadata"]["uid"]}})
 
 
