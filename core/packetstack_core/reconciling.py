@@ -158,6 +158,8 @@ class RemoveEngine:
 Action = CreateEngine | ActivateEngine | DrainEngine | AssignBuckets | RemoveEngine
 
 MOST_DOUBLINGS = 6
+"""Of the time that an engine is given: at a minute, an hour and four minutes at most."""
+
 _KEEP = {State.ACTIVE: 0, State.DRAINING: 1, State.STARTING: 2, State.PENDING: 3}
 
 
@@ -166,7 +168,7 @@ def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
 
     `now`: seconds on the clock of `Observed.create_after`. O(engines x log + buckets).
     """
-    owned = Counter(o.slot for o in observed.owners if o is not None and o != NOBODY)
+    owned = Counter(o.slot for o in observed.owners if o is not None and o.slot)
     lost = given_up(desired, observed, now)
     alive = [e for e in observed.engines if e.state is not State.FAILED and not e.leaving and e.slot not in lost]
     kept = alive if desired.paused else _kept(desired, alive, owned)
