@@ -126,6 +126,8 @@ class Endpoint:
     """Segments that came before those in front of them, by sequence number: payload, and whether a FIN follows it."""
     numbers_sent: set[int] = field(default_factory=set)
     """Every number that it ever acknowledged."""
+    ends_sent: set[int] = field(default_factory=set)
+    """The number behind every segment that it ever sent."""
     waited: float = 0
     challenges: int = 0
 
@@ -435,6 +437,7 @@ class Endpoint:
     def _emit(self, segment: Segment) -> None:
         if segment.flags & ACK:
             self.numbers_sent.add(segment.acknowledgement)
+        self.ends_sent.add(segment.end % NUMBERS)
         self.outbox.append(segment)
 
     # ---- bookkeeping -------------------------------------------------------------------------------------
@@ -467,7 +470,7 @@ class Endpoint:
         """Would this segment be believed: change anything but what is sent in answer to it?"""
         twin = Endpoint(self.number)
         twin.__dict__.update(self.__dict__)
-        twin.outbox, twin.numbers_sent = [], set()
+        twin.outbox, twin.numbers_sent, twin.ends_sent = [], set(), set()
         twin.received, twin.stream, twin.early = bytearray(), self.stream, dict(self.early)
         twin.receive(segment)
         return (twin.state, twin.una, twin.window, twin.expected, twin.early, bytes(twin.received)) != (

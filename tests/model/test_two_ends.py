@@ -221,7 +221,7 @@ class TwoEnds(RuleBasedStateMachine):
         if receiver:
             exact |= {receiver.expected, *receiver.numbers_sent}
         if sender:
-            exact |= {sender.next, sender.una, sender.number}
+            exact |= {sender.next, sender.una, sender.number, *sender.ends_sent}
         if segment.flags & RST and segment.sequence in exact:
             return False
         if receiver is None:

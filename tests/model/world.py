@@ -202,6 +202,9 @@ class World:
             seen.acknowledged is None or behind(segment.acknowledgement, seen.acknowledged) > 0
         ):
             seen.acknowledged = segment.acknowledgement
+            # The same: who acknowledges more has not taken the other one's reset.
+            if other in self.seen:
+                self.seen[other].reset = False
 
     def arrive(self, packet: Packet) -> None:
         """Its receiver gets this packet, as the engine rewrote it."""
