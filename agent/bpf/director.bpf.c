@@ -309,6 +309,31 @@ PS_INLINE int in_vlan(const struct ps_uplink *here, const uint8_t *data, const u
 	return !id || here->vlans[id >> 6] >> (id & 63) & 1;
 }
 
+/*
+ * Do the options of this IPv4 header, of `size` bytes, hold a source route? Hosts and routers refuse those (RFC 7126, 4.3
+ * and 4.4). What is no well-formed option ends the search.
+ */
+NOINLINE int source_route(struct xdp_md *ctx, uint32_t l3, uint32_t size)
+{
+	uint8_t options[64] = { 0 };
+	uint32_t at = 0;
+
+	size = (size - 20) & 63;
+	if (!size || size > 40 || bpf_xdp_load_bytes(ctx, l3 + 20, options, size))
+		return 0;
+	for (int i = 0; i < 40 && at < 40; i++) {
+		uint8_t kind = options[at & 63];
+		uint32_t length = options[(at + 1) & 63];
+
+		if (kind == 131 || kind == 137)
+			return at + 1 < size;
+		if (!kind || (kind != 1 && length < 2))
+			return 0;
+		at += kind == 1 ? 1 : length;
+	}
+	return 0;
+}
+
 #include "shedding.h"
 
 /* ---- what is done ------------------------------------------------------------------------------------------- */
@@ -718,6 +743,8 @@ NOINLINE int slow(struct xdp_md *ctx, const struct ps_uplink *here)
 	if (p.kind == PS_PKT_MALFORMED && !here)
 		return refuse(count, PS_D_DROP_MALFORMED);
 	if (p.kind == PS_PKT_MALFORMED || p.kind == PS_PKT_OTHER)
+		return not_ours(count, here);
+	if (p.family == 4 && p.l4 - p.l3 != 20 && source_route(ctx, p.l3, (uint32_t)p.l4 - p.l3))
 		return not_ours(count, here);
 
 	if (p.kind == PS_PKT_ICMP_ERROR) {

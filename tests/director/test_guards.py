@@ -246,6 +246,41 @@ def test_a_listener_with_allowed_sources_takes_packets_of_no_others(
     assert director.run(ethernet(everybody), uplink=uplink).action == REDIRECT
 
 
+# ---- routes in packets -----------------------------------------------------------------------------------------
+
+ROUTE = bytes([7, 4]) + ip_address("192.0.2.99").packed
+"""Length, pointer and one hop of a source route."""
+
+
+@PROTOCOLS
+@pytest.mark.parametrize(
+    "options",
+    [
+        b"\x83" + ROUTE + b"\0", b"\x89" + ROUTE + b"\0", b"\1\x83" + ROUTE, b"\1" * 32 + b"\x89" + ROUTE + b"\0",
+        b"\x44\x0c\x05\0" + bytes(8) + b"\x83" + ROUTE + b"\0", b"\x83\3\4\0",
+    ],
+    ids=["loose", "strict", "behind padding", "at the end", "behind timestamps", "empty"],
+)  # fmt: skip
+def test_a_packet_with_a_source_route_is_left_to_the_kernel_and_dropped_on_the_pair(
+    director: Director, protocol: int, port: int, options: bytes
+) -> None:
+    for source, destination, dport in ((CLIENT[4], ONE.vip[4], port), (BACKEND[4], ONE.snat[4], 5000)):
+        for fragment in (None, 0x2000, 2):
+            body = transport(protocol, 999, dport)
+            frame = ethernet(ip(source, destination, protocol, body, options=options, fragment=fragment))
+            assert director.run(frame, uplink=True) == Result(PASS, frame, None, {"received": 1, "passed": 1})
+            assert director.run(frame) == Result(DROP, frame, None, {"received": 1, "drop_not_ours": 1})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [b"\0\x83" + ROUTE[:6], b"\x07" + ROUTE + b"\0", b"\x44\0\x83\3", b"\x94\4\0\0", b"\1\1\1\x83"],
+    ids=["behind the end", "recorded", "behind rubbish", "router alert", "cut off"],
+)
+def test_other_options_are_no_source_route(director: Director, options: bytes) -> None:
+    assert director.run(ethernet(opener(CLIENT[4], options=options))).action == REDIRECT
+
+
 # ---- drivers without metadata --------------------------------------------------------------------------------
 
 
