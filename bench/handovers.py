@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from packetstack_cli.backend import not_ready
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab
 from packetstack_cli.outage import Outage, hang
@@ -35,14 +36,11 @@ def running(prefix: str, replicas: int) -> Iterator[tuple[Lab, Client, Servers]]
 
 
 def settled(client: Client, timeout_seconds: float = 30) -> dict[str, Any]:
-    deadline = time.monotonic() + timeout_seconds
-    while True:
-        status: dict[str, Any] = client.call("get", name="demo")[0]["status"]
-        if status["ready"]:
-            return status
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"the stack did not settle: {status['conditions']}")
-        time.sleep(0.01)
+    """The status of the stack, once it is as its resource says."""
+    for item in client.wait(["demo"], timeout_seconds):
+        raise TimeoutError(not_ready(item, timeout_seconds))
+    status: dict[str, Any] = client.get("demo")[0]["status"]
+    return status
 
 
 def resizes(quick: bool) -> Iterator[Row]:

@@ -183,7 +183,7 @@ def test_sizes_wished_faster_than_they_can_be_had_converge(node: Node, talks: li
     for replicas in (4, 1, 3, 1, 4, 2, 3):
         node.client.call("scale", name="web", replicas=replicas)
         time.sleep(0.05)
-    status = eventually(lambda: (s := node.status())["ready"] and s)
+    status = node.wait_ready()
     assert status["readyReplicas"] == 3
     assert sorted(status["owners"].values()) == [85, 85, 86]
     eventually(lambda: len(node.status()["engines"]) == 3)
@@ -266,7 +266,7 @@ def test_an_engine_that_cannot_be_made_is_a_condition_and_tried_again(node: Node
         assert len(tries) <= 2, "with pauses"
     finally:
         node.lab.run("node", "sh", "-c", "; ".join(f"rm -f /run/netns/{name}" for name in free))
-    status = eventually(lambda: (s := node.status())["ready"] and s)
+    status = node.wait_ready()
     assert status["readyReplicas"] == 3
     assert all(c["status"] == "True" for c in status["conditions"] if c["type"] == "CapacityAvailable")
 

@@ -57,7 +57,7 @@ def test_a_handover_is_finished_by_the_agent_that_follows(served: Node, step: st
     node.lab.packetstack("upgrade", "--agent")
     for c, answer in zip(connections[:4], answers, strict=False):
         assert c.recv(4096).split()[0].decode() == answer
-    eventually(lambda: node.status()["ready"])
+    node.wait_ready()
     assert len(node.status()["owners"]) == wanted
     for c, answer in zip(connections, answers, strict=True):
         assert ask(c) == answer

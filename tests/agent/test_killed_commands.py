@@ -77,7 +77,7 @@ def test_a_killed_command_is_repeated_and_all_is_right(
         ask(served)
     node.lab.packetstack("upgrade", "--agent")
     node.lab.packetstack(*words)
-    eventually(lambda: node.status()["ready"])
+    node.wait_ready()
 
 
 def test_without_an_agent_all_stacks_are_ended_or_none(node: Node) -> None:

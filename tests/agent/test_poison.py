@@ -39,7 +39,7 @@ def test_a_packet_that_ends_every_datapath_is_dropped_and_told_of(node: Node) ->
         )
         assert "ended the datapath twice" in event["message"]
         assert ask(connection) == first
-        eventually(lambda: node.status()["ready"])
+        node.wait_ready()
         status = node.status()
         assert status["drops"]["engine"]["poison"] == 1
         captures = [c for e in status["engines"] for c in e["captures"]]

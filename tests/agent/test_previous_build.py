@@ -194,7 +194,7 @@ def test_an_agent_of_a_cluster_stands_by_until_it_is_told_to_end_flows(node: Nod
         said = node.command("upgrade", "--agent", "--end-flows")
         assert said.returncode == 0, said.stderr
         assert node.client.agent_pid() == pid, "a container ends with its first process"
-        eventually(lambda: node.status()["ready"])
+        node.wait_ready()
         assert node.who() == set(BACKENDS)
     finally:
         new.terminate()

@@ -53,7 +53,7 @@ def test_a_full_disk_stops_changes_and_no_packets(node: Node, disk: Path) -> Non
         assert ask(connection) == first
         filler.unlink()
         eventually(lambda: "RecordWritten" in node.reasons())
-        eventually(lambda: node.status()["ready"], 20)
+        node.wait_ready(timeout_seconds=20)
         assert node.status()["readyReplicas"] == 3
         assert ask(connection) == first
 

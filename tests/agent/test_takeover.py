@@ -65,7 +65,7 @@ def test_an_agent_that_is_terminated_leaves_everything_running(node: Node, serve
 def test_what_a_person_moved_stays_where_it_is_after_a_restart(node: Node, served: Any) -> None:
     slot = node.status()["engines"][0]["slot"]
     node.lab.packetstack("move", "web", "--buckets", "0-199", "--engine", str(slot))
-    eventually(lambda: node.status()["ready"])
+    node.wait_ready()
     before = same(node)
     kill_agent(node)
     again(node)
@@ -174,7 +174,7 @@ def test_an_engine_that_cannot_be_made_again_gives_its_buckets_to_the_others(nod
     try:
         eventually(lambda: str(slot) not in node.status()["owners"])
         assert ask(served) in BACKENDS
-        eventually(lambda: node.status()["ready"])
+        node.wait_ready()
         assert sum(node.status()["owners"].values()) == 256
     finally:
         node.lab.run("node", "ip", "link", "del", f"pe{slot}", check=False)

@@ -50,7 +50,7 @@ def test_many_events_on_a_full_disk_do_not_stop_the_agent(node: Node, full: Call
         assert told == [1]
         full()
         eventually(lambda: "RecordWritten" in node.reasons())
-        eventually(lambda: node.status()["ready"])
+        node.wait_ready()
         assert ask(connection) == first
 
 
@@ -59,7 +59,7 @@ def test_an_agent_that_dies_on_a_full_disk_is_followed(node: Node, full: Callabl
         first = ask(connection)
         kill_agent(node)
         node.lab.packetstack("upgrade", "--agent")
-        eventually(lambda: node.status()["ready"])
+        node.wait_ready()
         victim = node.status()["engines"][0]["pid"]
         os.kill(victim, signal.SIGKILL)
         eventually(lambda: node.status()["engines"][0]["pid"] not in (0, victim))

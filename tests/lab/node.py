@@ -12,6 +12,7 @@ from typing import Any
 from tests.waiting import eventually
 
 from packetstack_agent.node import RunDirectory
+from packetstack_cli.backend import not_ready
 from packetstack_cli.client import Client
 from packetstack_cli.lab import NODE_UPLINK, Lab, inside
 
@@ -92,6 +93,12 @@ class Node:
     def reasons(self) -> list[str]:
         """Of all events, oldest first."""
         return [e["reason"] for e in self.client.call("events")]
+
+    def wait_ready(self, name: str = "web", timeout_seconds: float = 10) -> dict[str, Any]:
+        """Until the stack is as its resource says; its status."""
+        for item in self.client.wait([name], timeout_seconds):
+            raise AssertionError(not_ready(item, timeout_seconds))
+        return self.status(name)
 
     def start_backend(self, address: str) -> None:
         """A server that answers with its address."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from packetstack_cli.backend import not_ready
 from packetstack_cli.client import Client
 from packetstack_cli.lab import NODE_UPLINK, Lab
 from packetstack_cli.outage import Outage
@@ -48,11 +49,9 @@ class Pool:
 
     def settle(self, timeout_seconds: float = 30) -> dict[str, Any]:
         """Until the pool is as wanted and every engine has a datapath; its status."""
-        deadline = time.monotonic() + timeout_seconds
-        while not (status := self.status())["ready"]:
-            assert time.monotonic() < deadline, f"not ready in {timeout_seconds:g} s: {status['conditions']}"
-            time.sleep(0.05)
-        return status
+        for item in self.client.wait(["demo"], timeout_seconds):
+            raise AssertionError(not_ready(item, timeout_seconds))
+        return self.status()
 
     def drops(self, outcome: Outcome | None = None) -> dict[str, int]:
         """Every named drop between the generator's sockets and the servers', by place and reason."""
