@@ -24,7 +24,6 @@ from packetstack_core.firewalls import (
     Chain,
     Change,
     Drop,
-    Packet,
     Rule,
     arrange,
     distinct,
@@ -147,7 +146,7 @@ class Firewall:
         owned = tables.owned()
         for place, base in _others_chains(tables):
             locked = (place.family, place.table) in owned
-            yield from self._examine_chain(_Nft(tables, place, base), uplinks, base.family in families, locked=locked)
+            yield from self._examine_chain(_Nft(tables, place, base), uplinks, families, locked=locked)
         for family in iptables.FAMILIES:
             if not iptables.in_use(family):
                 continue
@@ -157,22 +156,25 @@ class Firewall:
                 message = f"rules of legacy iptables ({family}) cannot be read: {e}"
                 yield Obstacle(message, "install iptables", sure=False)
             else:
-                yield from self._examine_chain(legacy, uplinks, family in families)
+                yield from self._examine_chain(legacy, uplinks, families)
 
     def _examine_chain(
-        self, chain: "_Nft | _Legacy", uplinks: Sequence[str], passed: bool, *, locked: bool = False
+        self, chain: "_Nft | _Legacy", uplinks: Sequence[str], families: Sequence[str], *, locked: bool = False
     ) -> Iterator[Obstacle]:
-        """`passed`: packets of stacks see this chain. `locked`: nobody may add a rule."""
+        """`families`: of chains that packets of stacks see. `locked`: nobody may add a rule."""
         base = chain.base
+        passed = base.family in families
         key = base.family, base.table, base.name
         if self.mode is Mode.REPORT or base.hook == PREROUTING:
             if passed:
-                yield from _stops(chain, uplinks, tracked=self.mode is Mode.REPORT)
+                yield from _stops(chain, uplinks, families, tracked=self.mode is Mode.REPORT)
             return
         change = arrange(base, _certain(chain) if passed else None, _RULES)
         if change is None:
             if not any(r.ours for r in base.rules):
                 self._accepted.discard(key)
+            if passed:  # what ends only packets of some interface or family is somebody's will, but it is said
+                yield from _stops(chain, uplinks, families, tracked=False, ours=True)
             return
         why = "its table belongs to a process that lets nobody else add a rule" if locked else ""
         if self._changes and not locked:
@@ -187,7 +189,7 @@ class Firewall:
                     return
                 why = f"no rule can be added: {e}"
         if why:
-            for stop in _stops(chain, uplinks, tracked=False):
+            for stop in _stops(chain, uplinks, families, tracked=False):
                 yield replace(stop, message=f"{stop.message}; {why}")
         if why or not self._changes:
             return
@@ -246,16 +248,22 @@ def _certain(chain: "_Nft | _Legacy") -> Drop | None:
     return min((d for d in found if d is not None), key=lambda d: d.index, default=None)
 
 
-def _stops(chain: "_Nft | _Legacy", uplinks: Sequence[str], *, tracked: bool) -> Iterator[Obstacle]:
-    """What ends our packets in this chain. Looked at for each interface that they may come by."""
+def _stops(
+    chain: "_Nft | _Legacy", uplinks: Sequence[str], families: Sequence[str], *, tracked: bool, ours: bool = False
+) -> Iterator[Obstacle]:
+    """What ends our packets in this chain. Looked at for each interface that they may come by, and each family.
+
+    `ours`: although our rules are there.
+    """
     base = chain.base
+    versions = [v for v, name in _CHAINS.items() if name in families and base.family in (name, "inet")]
     by: dict[str, list[Drop]] = {}
     for device in (*_devices(uplinks), ""):
-        kinds: Iterable[Packet] = packets(networks.ROUTED, device, tracked=tracked)
+        kinds = [replace(p, family=v) for p in packets(networks.ROUTED, device, tracked=tracked) for v in versions]
         if base.hook == PREROUTING:
             kinds = [replace(p, leaves_by="") for p in kinds]
         for packet in kinds:
-            drop = first_drop(base, packet, chain.find)
+            drop = first_drop(base, packet, chain.find, ours=ours)
             if drop is not None and (packet.came_by or not any(by)):
                 by.setdefault(packet.came_by, []).append(drop)
     for drop in distinct(d for drops in by.values() for d in drops):

@@ -36,6 +36,9 @@ _VERDICTS = {0: "drop", 1: "accept", -1: "continue", -2: "break", -3: "jump", -4
 _INTERVAL, _INTERVAL_END, _OWNER = 0x4, 0x1, 0x2
 _PROTOCOL = 16
 """Key of `meta` for the protocol above IP."""
+_NAMES = {("meta", 6), ("meta", 7)}
+"""`iifname` and `oifname`."""
+_NAME_BYTES = 16
 _ENOENT = 2
 _LONGEST_ANSWER = 1 << 17
 _WAIT_SECONDS = 5.0
@@ -280,6 +283,8 @@ class Tables:
                 yield Expression(name, key=e.key, verdicts=tuple(self._verdicts(place, e.text)))
             elif e.name == "lookup" and (last.name, last.key) == ("meta", _PROTOCOL):
                 yield replace(e, verdicts=tuple(self._verdicts(place, e.text)))
+            elif e.name == "lookup" and (last.name, last.key) in _NAMES:
+                yield replace(e, verdicts=self._by_name(place, e.text))
             else:
                 yield e
 
@@ -288,6 +293,12 @@ class Tables:
             parts = dict(attributes(element))
             key = dict(attributes(parts.get(1, b""))).get(1, b"")
             yield key, *_verdict(parts.get(2, b""))
+
+    def _by_name(self, place: Place, name: str) -> tuple[tuple[bytes, str, str], ...]:
+        """The same of names of interfaces; nothing if there are ranges, an element for all others, or concatenations."""
+        elements = [dict(attributes(e)) for e in self.elements(Place(place.family, place.table, name))]
+        found = tuple(self._verdicts(place, name))
+        return () if any(3 in e for e in elements) or any(len(key) != _NAME_BYTES for key, _, _ in found) else found
 
     def elements(self, place: Place) -> Iterator[bytes]:
         """Elements of a set (`place.chain` is its name), as the kernel tells them."""

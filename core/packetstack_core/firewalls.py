@@ -19,6 +19,8 @@ INVALID, ESTABLISHED, RELATED, NEW, UNTRACKED = 1, 2, 4, 8, 64
 """States of a packet's connection, as bits of nf_tables' `ct state`."""
 PROTOCOLS = {b"\x06", b"\x11"}
 """Packets of stacks are TCP or UDP. (ICMP too; but a rule for it alone decides nothing for a stack.)"""
+_NFPROTO = {4: b"\x02", 6: b"\x0a"}
+"""How `meta nfproto` tells the family."""
 _XT_UNTRACKED = 256
 """The same of the match `conntrack` of iptables: 1 << (IP_CT_NUMBER + 3). The other bits are equal."""
 
@@ -80,6 +82,8 @@ class Packet:
     came_by: str
     leaves_by: str
     state: int
+    family: int = 0
+    """4 or 6; 0: either."""
 
 
 @dataclass(frozen=True)
@@ -111,10 +115,10 @@ Find = Callable[[Chain, str], Sequence[Rule]]
 """Rules of the chain with this name in the table of the other."""
 
 
-def first_drop(base: Chain, packet: Packet, find: Find) -> Drop | None:
-    """Where packets of this kind end in a base chain, if they do; rules of ours are left out of account."""
+def first_drop(base: Chain, packet: Packet, find: Find, *, ours: bool = False) -> Drop | None:
+    """Where packets of this kind end in a base chain, if they do; without `ours` as if no rule were ours."""
     walk = _Walk(base, packet, find)
-    through, drop = walk.chain(replace(base, rules=tuple(r for r in base.rules if not r.ours)), 0)
+    through, drop = walk.chain(replace(base, rules=tuple(r for r in base.rules if ours or not r.ours)), 0)
     if drop is None and through and base.policy == "drop":
         drop = Drop(base, base, len(base.rules), None, 0, walk.sure)
     if drop is None or drop.rule is None:
@@ -181,7 +185,8 @@ class _Walk:
                     continue
                 case "meta" | "ct":
                     known = {
-                        ("meta", 6): "came_by", ("meta", 7): "leaves_by", ("meta", 16): "protocol", ("ct", 0): "state"
+                        ("meta", 6): "came_by", ("meta", 7): "leaves_by", ("meta", 15): "family", ("meta", 16): "protocol",
+                        ("ct", 0): "state",
                     }  # fmt: skip
                     registers[e.register] = known.get((e.name, e.key), "")
                     masks.pop(e.register, None)
@@ -189,6 +194,17 @@ class _Walk:
                         fits = False  # there is no connection that could be asked
                     else:
                         continue
+                case "lookup" if registers.get(e.register) in ("came_by", "leaves_by") and e.verdicts:
+                    named = self._named(e, getattr(self.packet, registers[e.register]))
+                    if not e.to_verdict:
+                        fits = None if named is None else bool(named) != bool(e.key)
+                    elif named is None:
+                        verdict = "some"
+                    elif named:
+                        _, verdict, target = named[0]
+                        continue
+                    else:
+                        fits = False
                 case "lookup" if not e.to_verdict and registers.get(e.register) == "protocol" and e.verdicts:
                     if not {k for k, _, _ in e.verdicts} & PROTOCOLS:
                         fits = bool(e.key)
@@ -237,6 +253,14 @@ class _Walk:
             every = every and fits is True
         return every, True, verdict, target, state
 
+    @staticmethod
+    def _named(e: Expression, name: str) -> list[tuple[bytes, str, str]] | None:
+        """What a set or map of names of interfaces has for this one; None if that cannot be told."""
+        found = [(_same_name(name, key), verdict, chain) for key, verdict, chain in e.verdicts]
+        if any(same is None for same, _, _ in found):
+            return None
+        return [(b"", verdict, chain) for same, verdict, chain in found if same]
+
     def _compare(self, e: Expression, what: str, mask: int | None) -> bool | None:
         equal: bool | None = None
         if what in ("came_by", "leaves_by"):
@@ -246,6 +270,8 @@ class _Walk:
             equal = masked == struct.unpack("=I", e.data)[0]
         elif what == "protocol" and e.data not in PROTOCOLS:
             equal = False
+        elif what == "family" and self.packet.family:
+            equal = e.data == _NFPROTO[self.packet.family]
         if equal is None or e.key not in (0, 1):
             return None
         return equal == (e.key == 0)

@@ -164,6 +164,52 @@ def arranged(*rules: Rule, policy: str = "accept") -> Change | None:
     return arrange(base, drop, len(OURS))
 
 
+def names(*of: str) -> tuple[tuple[bytes, str, str], ...]:
+    return tuple((name.encode().ljust(16, b"\0"), "", "") for name in of)
+
+
+@pytest.mark.parametrize("out", [False, True], ids=["iifname", "oifname"])
+def test_sets_of_interfaces_are_looked_into(out: bool) -> None:
+    load = Expression("meta", key=7 if out else 6, register=1)
+    name = "ps0" if out else "eth0"
+    for among, negated, drops in ((True, 0, True), (True, 1, False), (False, 0, False), (False, 1, True)):
+        there = names("lan0", name) if among else names("lan0", "lan1")
+        looked = Expression("lookup", key=negated, register=1, verdicts=there)
+        assert ends(chain(rule(1, load, looked, verdict("drop"))), IN) == ((0, True) if drops else None)
+    # What is in the set is not known, or which interface: some packets may end.
+    unread = Expression("lookup", key=1, register=1)
+    assert ends(chain(rule(1, load, unread, verdict("drop"))), IN) is None
+    anywhere = Packet("", "", UNTRACKED)
+    looked = Expression("lookup", key=1, register=1, verdicts=names("lan0"))
+    assert ends(chain(rule(1, load, looked, verdict("drop"))), anywhere) is None
+
+
+def test_a_map_of_interfaces_is_followed() -> None:
+    to = tuple((key, "jump", "REJECTS") for key, _, _ in names("eth0"))
+    zones = Expression("lookup", register=1, to_verdict=True, verdicts=to)
+    base = chain(rule(1, Expression("meta", key=6, register=1), zones))
+    assert ends(base, IN) == (0, True)
+    assert ends(base, OUT) is None
+    unread = Expression("lookup", register=1, to_verdict=True)
+    assert ends(chain(rule(1, Expression("meta", key=6, register=1), unread), policy="drop"), IN) == (1, False)
+
+
+def test_rules_for_one_family_end_packets_of_it_alone() -> None:
+    for data, family in ((b"\x02", 4), (b"\x0a", 6)):
+        one = rule(1, Expression("meta", key=15, register=1), Expression("cmp", register=1, data=data), verdict("drop"))
+        base = Chain("inet", "filter", "forward", FORWARD, "accept", (one,))
+        for packet in (4, 6):
+            assert ends(base, Packet("eth0", "ps0", UNTRACKED, packet)) == ((0, True) if packet == family else None)
+        assert ends(base, IN) is None
+
+
+def test_what_ends_packets_although_ours_is_there_is_found() -> None:
+    base = chain(rule(1, *device("eth0"), verdict("drop")), *OURS, policy="drop")
+    for packet, index in ((IN, 0), (Packet("eth1", "ps0", UNTRACKED), None), (OUT, None)):
+        drop = first_drop(base, packet, lambda _, name: (), ours=True)
+        assert (drop.index if drop else None) == index
+
+
 def test_ours_stand_right_before_what_ends_everything() -> None:
     some, rest = rule(1, UNKNOWN, verdict("drop")), rule(2, verdict("reject"))
     assert arranged(some, rest) == Change(insert=True, before=2)

@@ -260,6 +260,31 @@ def test_rules_that_look_closer_keep_their_say(node: Filtered) -> None:
     assert [line.split()[-1] for line in listed[-3:]] == ["icmp-port-unreachable", "ACCEPT", "ACCEPT"]
 
 
+ZONES = """
+table inet zones {
+  chain forward {
+    type filter hook forward priority 0; policy drop;
+    iifname vmap { "up0" : jump world, "dn0" : jump servers };
+  }
+  chain world { drop; }
+  chain servers { oifname "up0" accept; }
+}
+"""
+
+
+def test_what_is_not_opened_since_it_stops_one_interface_is_named(node: Filtered) -> None:
+    node.restore("nft -f -", ZONES)
+    node.start(web())
+    eventually(lambda: node.open()["status"] == "False")
+    message = node.open()["message"]
+    assert "a rule in chain world of table inet zones drops" in message
+    assert "it stops packets that come by up0" in message
+    assert not node.tcp(timeout_seconds=0.5)
+    node.nft("flush", "chain", "inet", "zones", "world")
+    eventually(lambda: node.open()["status"] == "True")
+    assert node.passes() == ALL
+
+
 def test_each_stacks_addresses_leave_with_it(node: Filtered) -> None:
     node.load("docker")
     node.start(web(), web("second", SECOND, "198.51.100.8/31"))
