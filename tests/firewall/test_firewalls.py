@@ -12,6 +12,7 @@ import pytest
 from tests.lab.node import BACKENDS, BACKENDS6, VIP, VIP6, Node, ask, listener, stack
 from tests.waiting import eventually
 
+from packetstack_cli.backend import Wishes
 from packetstack_cli.lab import Lab, inside
 from packetstack_core import reading
 
@@ -67,7 +68,7 @@ class Filtered(Node):
     def start(self, *stacks: dict[str, Any], firewall: str = "Manage") -> None:
         """`packetstack up` without an uplink."""
         if self.client.alive():
-            self.client.apply([reading.parse(s) for s in stacks], (), False, firewall)
+            self.client.apply([reading.parse(s) for s in stacks], Wishes(firewall=firewall))
         else:
             file = self.lab.directory / "stack.yaml"
             file.write_text("\n---\n".join(json.dumps(s) for s in stacks))
