@@ -48,7 +48,7 @@ def test_a_stack_follows_its_flows_until_a_person_takes_its_size_over(node: Node
         events = [e for e in node.client.call("events", name="web") if e["reason"] == "SuccessfulRescale"]
         assert "engine metric ActiveFlows above target" in events[-1]["message"]
         for verb in ("explain", "describe"):
-            assert "engine metric ActiveFlows" in node.lab.packetstack(verb, "web")
+            assert "engine metric ActiveFlows" in node.packetstack(verb, "web")
         text = node.client.metrics()
         assert 'packetstack_node_autoscaler_limit{limit="max",stack="web"} 3.0' in text
         assert 'packetstack_node_autoscaler_decision{stack="web",step="desired"} 3.0' in text
@@ -56,18 +56,18 @@ def test_a_stack_follows_its_flows_until_a_person_takes_its_size_over(node: Node
         assert "unchanged" in node.up(autoscaled()), "the size is the autoscaler's, not that of the file"
         assert serving(node, 3)
         before = node.status()["autoscaling"]["lastScaleTime"]
-        node.lab.packetstack("upgrade", "--agent")
+        node.packetstack("upgrade", "--agent")
         assert node.status()["autoscaling"]["lastScaleTime"] == before, "the next agent knows"
 
         scaled = node.command("scale", "web", "--replicas", "2")
         assert (scaled.returncode, scaled.stdout) == (0, "stack web: from 3 to 2 engines\n")
         assert scaled.stderr.startswith("stack web: note: its autoscaler changes nothing any more")
         assert condition(node, "ScalingActive")["reason"] == "ExternallyScaled"
-        node.lab.packetstack("upgrade", "--agent")
+        node.packetstack("upgrade", "--agent")
         time.sleep(3)
         assert serving(node, 2)
         assert condition(node, "ScalingActive")["reason"] == "ExternallyScaled"
-        assert "packetstack scale set spec.replicas to 2" in node.lab.packetstack("explain", "web")
+        assert "packetstack scale set spec.replicas to 2" in node.packetstack("explain", "web")
 
         node.up(autoscaled(paused=True))
         eventually(lambda: condition(node, "ScalingActive")["reason"] == "ValidMetricFound", 5)

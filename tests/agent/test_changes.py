@@ -192,10 +192,10 @@ def test_sizes_wished_faster_than_they_can_be_had_converge(node: Node, talks: li
 def test_a_connection_outlives_a_pool_of_none(node: Node) -> None:
     with node.connect(timeout_seconds=20) as connection:
         backend = ask(connection)
-        node.lab.packetstack("scale", "web", "--replicas", "0")
+        node.packetstack("scale", "web", "--replicas", "0")
         assert node.status()["owners"] == {}
         eventually(lambda: node.status()["engines"] == [])
-        node.lab.packetstack("scale", "web", "--replicas", "2")
+        node.packetstack("scale", "web", "--replicas", "2")
         assert ask(connection) == backend
 
 
@@ -218,11 +218,11 @@ def test_a_queue_that_was_moved_stays_where_it_is(node: Node, talks: list[Talk])
         return [[q["queue"] for q in core["queues"]] for core in cores]
 
     assert queues() == [[0], [1]]
-    assert "core 1 after" in node.lab.packetstack("move", "web", "--queue", f"{slot}:0", "--core", "1")
+    assert "core 1 after" in node.packetstack("move", "web", "--queue", f"{slot}:0", "--core", "1")
     assert queues() == [[], [0, 1]]
     time.sleep(1.2)
     assert queues() == [[], [0, 1]]
-    node.lab.packetstack("move", "web", "--queue", f"{slot}:0", "--core", "0")
+    node.packetstack("move", "web", "--queue", f"{slot}:0", "--core", "0")
     assert queues() == [[0], [1]]
 
 
@@ -405,8 +405,8 @@ def test_an_engine_in_a_slot_of_before_has_answered_no_fence(node: Node) -> None
 
     bpftool("update", "value", *map(str, (1 << 48).to_bytes(8, "little")))
     assert json.loads(bpftool("lookup"))["value"] == 1 << 48
-    node.lab.packetstack("scale", "web", "--replicas", "3")
+    node.packetstack("scale", "web", "--replicas", "3")
     assert max(e["slot"] for e in node.status()["engines"]) == slot
     assert json.loads(bpftool("lookup"))["value"] < 1 << 48
-    node.lab.packetstack("scale", "web", "--replicas", "2")
+    node.packetstack("scale", "web", "--replicas", "2")
     assert node.who() == set(BACKENDS)

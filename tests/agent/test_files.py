@@ -50,7 +50,7 @@ def test_a_file_that_was_being_made_when_the_agent_was_killed_is_made_again(node
 
 
 @pytest.mark.parametrize("content", [None, b"", b"only half"])
-def test_a_lost_secret_is_not_replaced_while_flows_live(node: Node, served: Any, content: bytes | None) -> None:
+def test_a_lost_secret_is_not_replaced_while_flows_live(node: Node, fresh: Any, content: bytes | None) -> None:
     secret = node.lab.run_directory / "stacks/web/secret"
     good = secret.read_bytes()
     kill_agent(node)
@@ -60,10 +60,10 @@ def test_a_lost_secret_is_not_replaced_while_flows_live(node: Node, served: Any,
         secret.write_bytes(content)
     said = node.refused("up", str(node.lab.directory / "stack.yaml"))
     assert f"{secret}: has {len(content or b'')} bytes instead of 16, and 1 live flow of the stack" in said
-    assert ask(served) in BACKENDS
+    assert ask(fresh) in BACKENDS
     kill_agent(node)
     secret.write_bytes(good)
-    node.lab.packetstack("up", str(node.lab.directory / "stack.yaml"))
+    node.packetstack("up", str(node.lab.directory / "stack.yaml"))
     assert node.curl() in BACKENDS
 
 

@@ -42,7 +42,7 @@ def up(node: Node, definition: dict[str, Any], *uplinks: str) -> None:
     file = node.lab.directory / "guards.yaml"
     file.write_text(json.dumps(definition))
     words = [word for uplink in uplinks for word in ("--uplink", uplink)]
-    node.lab.packetstack("up", str(file), *words)
+    node.packetstack("up", str(file), *words)
 
 
 @pytest.fixture(autouse=True)
@@ -106,9 +106,9 @@ def test_only_allowed_sources_reach_a_listener_and_who_loses_the_right_is_cut_of
         ask(lives)
         assert refused(node, "10.71.4.1")
         eventually(lambda: drops(node)["not_allowed"] > 0)
-        said = node.lab.packetstack("explain", "web", "tcp", "10.71.4.1:40000", f"{VIP}:80")
+        said = node.packetstack("explain", "web", "tcp", "10.71.4.1:40000", f"{VIP}:80")
         assert "10.71.4.1 is not in allowedSources of listener web: dropped as not_allowed" in said
-        node.lab.packetstack("upgrade", "--agent")  # who restarts forgets nothing
+        node.packetstack("upgrade", "--agent")  # who restarts forgets nothing
         assert refused(node, "10.71.4.1")
         ask(lives)
         up(node, allowing("10.71.4.1"), *uplinks)

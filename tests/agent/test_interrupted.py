@@ -54,7 +54,7 @@ def test_a_handover_is_finished_by_the_agent_that_follows(served: Node, step: st
     assert agent.returncode == -signal.SIGKILL, f"no handover came to {step}"
     for c in connections[:4]:
         c.sendall(b"who?\n")  # some of them wait in a park ring now
-    node.lab.packetstack("upgrade", "--agent")
+    node.packetstack("upgrade", "--agent")
     for c, answer in zip(connections[:4], answers, strict=False):
         assert c.recv(4096).split()[0].decode() == answer
     node.wait_ready()

@@ -3,80 +3,109 @@
 import os
 import signal
 import socket
-import time
-from typing import Any
+import sys
 
 import pytest
 from tests.lab.node import BACKENDS, BACKENDS6, VIP6, Node, ask, listener, stack
 from tests.waiting import eventually
 
+# The command as it is, killed before it asks its agent for the so-many-th time, while it waits for the so-many-th
+# answer, or some milliseconds after it has begun to wait for that.
+DYING = """
+import os, signal, socket, sys, threading
+moment, number, milliseconds = sys.argv.pop(1).split(":")
+asked = answering = 0
 
-def start(node: Node, *words: str) -> Any:
-    return node.lab.start("node", *node.lab.command(*words))
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def connect(self, address, connect=socket.socket.connect):
+    global asked, answering
+    if self.family == socket.AF_UNIX:
+        asked += 1
+        if moment == "before" and asked == int(number):
+            die()
+    connect(self, address)
+    answering += self.family == socket.AF_UNIX
+
+def waiting(name):
+    real = getattr(socket.socket, name)
+    def call(self, *arguments):
+        if self.family == socket.AF_UNIX and moment == "waiting" and answering == int(number):
+            if not int(milliseconds):
+                die()
+            threading.Timer(int(milliseconds) / 1000, die).start()
+        return real(self, *arguments)
+    setattr(socket.socket, name, call)
+
+socket.socket.connect = connect
+waiting("recv")
+waiting("recv_into")
+from packetstack_cli.main import main
+main(prog_name="packetstack")
+"""
 
 
-@pytest.mark.parametrize("milliseconds", range(0, 700, 100))
-def test_a_killed_down_is_repeated_and_leaves_nothing(node: Node, milliseconds: int) -> None:
+def begin(node: Node, moment: str, *words: str) -> None:
+    """The command, until it dies at `moment`."""
+    moment, quick = (moment, True) if moment.count(":") == 2 else (f"{moment}:0", False)
+    line = [sys.executable, "-c", DYING, moment, "--run-dir", str(node.lab.run_directory), *words]
+    dying = node.lab.start("node", *line)
+    dying.wait(30)
+    done = dying.returncode == 0 and quick  # sooner than the milliseconds
+    assert done or dying.returncode == -signal.SIGKILL, (
+        f"{' '.join(words)}: ended with {dying.returncode} before {moment}"
+    )
+
+
+@pytest.mark.parametrize("moment", ["before:1", "waiting:1", "before:2", "waiting:2", "waiting:2:60"])
+def test_a_killed_down_is_repeated_and_leaves_nothing(node: Node, moment: str) -> None:
     node.command("down", "--all", "--yes")
     before = node.traces()
     node.up(stack())
-    first = start(node, "down", "--all", "--yes")
-    time.sleep(milliseconds / 1000)
-    first.kill()
-    first.wait()
+    begin(node, moment, "down", "--all", "--yes")
     second = node.command("down", "--all", "--yes")
     assert second.returncode == 0, second
     assert node.traces() == before
-    node.up(stack())
-    assert node.curl() in BACKENDS
 
 
-@pytest.mark.parametrize("milliseconds", range(200, 600, 100))
-def test_a_killed_move_is_repeated_and_all_is_right(node: Node, milliseconds: int) -> None:
-    node.up(stack(replicas=2))
-    node.lab.packetstack("scale", "web", "--replicas", "2")
+@pytest.mark.parametrize("moment", ["before:1", "waiting:1", "waiting:1:5", "waiting:1:30"])
+def test_a_killed_move_is_repeated_and_all_is_right(node: Node, moment: str) -> None:
+    node.up_again()
     with node.connect() as connection, node.connect(VIP6) as connection6:
         served = ask(connection), ask(connection6)
         slot = node.status()["engines"][-1]["slot"]
         words = ("move", "web", "--buckets", "0-199", "--engine", str(slot))
-        first = start(node, *words)
-        time.sleep(milliseconds / 1000)
-        first.kill()
-        first.wait()
-        node.lab.packetstack(*words)
+        begin(node, moment, *words)
+        node.packetstack(*words)
         assert (ask(connection), ask(connection6)) == served
         assert next(e for e in node.status()["engines"] if e["slot"] == slot)["buckets"] >= 200
     assert node.who(VIP6) == set(BACKENDS6)
 
 
-@pytest.mark.parametrize("milliseconds", range(0, 900, 150))
-def test_a_killed_up_is_repeated_and_all_is_right(node: Node, milliseconds: int) -> None:
+@pytest.mark.parametrize("moment", ["before:1", "before:3", "waiting:1", "waiting:3", "waiting:3:100"])
+def test_a_killed_up_is_repeated_and_all_is_right(node: Node, moment: str) -> None:
     file = node.lab.directory / "stack.yaml"
-    node.up(stack())
-    node.lab.packetstack("down", "--yes")
-    first = start(node, "up", str(file))
-    time.sleep(milliseconds / 1000)
-    first.kill()
-    first.wait()
-    node.lab.packetstack("up", str(file))
+    node.up_again()
+    node.packetstack("down", "--yes")
+    begin(node, moment, "up", str(file))
+    node.packetstack("up", str(file))
     assert node.status()["readyReplicas"] == 2
     assert node.curl() in BACKENDS
-    node.lab.packetstack("down", "--yes")
+    node.packetstack("down", "--yes")
     assert not node.lab.run_directory.exists()
 
 
-@pytest.mark.parametrize("words", [("scale", "web", "--replicas", "3"), ("upgrade", "web-1"), ("upgrade", "--agent")])
+@pytest.mark.parametrize("words", [("scale", "web", "--replicas", "3"), ("upgrade", "ENGINE"), ("upgrade", "--agent")])
 def test_a_killed_command_is_repeated_and_all_is_right(
     node: Node, served: socket.socket, words: tuple[str, ...]
 ) -> None:
-    for milliseconds in range(100, 500, 80):
-        first = start(node, *words)
-        time.sleep(milliseconds / 1000)
-        first.kill()
-        first.wait()
+    words = tuple(node.status()["engines"][0]["name"] if word == "ENGINE" else word for word in words)
+    for moment in ("before:1", "waiting:1", "waiting:1:60", "before:2"):
+        begin(node, moment, *words)
         ask(served)
-    node.lab.packetstack("upgrade", "--agent")
-    node.lab.packetstack(*words)
+    node.packetstack("upgrade", "--agent")
+    node.packetstack(*words)
     node.wait_ready()
 
 

@@ -60,7 +60,7 @@ def test_connections_live_on_until_they_end_when_their_snat_address_leaves(
         ask(connection)
     assert set(leaving(node)) == {ROUTED, NEAR}
     assert sum(leaving(node).values()) == len(held)
-    described = node.lab.packetstack("describe", "web")
+    described = node.packetstack("describe", "web")
     assert f"SNAT address {ROUTED}: {leaving(node)[ROUTED]} flow" in described
     with node.connect() as fresh:
         ask(fresh)
@@ -72,7 +72,7 @@ def test_connections_live_on_until_they_end_when_their_snat_address_leaves(
 
     os.kill(node.client.agent_pid(), signal.SIGKILL)
     eventually(lambda: not node.client.alive())
-    node.lab.packetstack("up", str(file))
+    node.packetstack("up", str(file))
     node.lab.run("server", "ip", "neigh", "flush", "dev", "s0")
     for connection in held:
         ask(connection)

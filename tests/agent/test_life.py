@@ -39,7 +39,7 @@ def test_up_serves_and_down_leaves_nothing(node: Node, clean: dict[str, Any]) ->
     pings = node.lab.run("client", "ping", "-c3", "-i0.05", "-W1", VIP6).stdout
     assert pings.count("bytes from") == 3
     assert "DUP" not in pings
-    said = node.lab.packetstack("down")
+    said = node.packetstack("down")
     assert said == "stack web: removed\n"
     assert not differences(clean, node.traces())
 
@@ -56,7 +56,7 @@ def test_down_leaves_nothing_after_a_crash(node: Node, clean: dict[str, Any], vi
         os.kill(engines[0]["pid"], signal.SIGKILL)
     if victims != ("agent", "engine"):
         assert node.curl() in BACKENDS, "engines serve without their agent, and come back with it"
-    node.lab.packetstack("down")
+    node.packetstack("down")
     assert not differences(clean, node.traces())
 
 
@@ -70,7 +70,7 @@ def test_down_leaves_nothing_of_engines_that_are_being_made(
     time.sleep(pause_seconds)
     if crash:
         os.kill(int((node.lab.run_directory / "agent.pid").read_text()), signal.SIGKILL)
-    node.lab.packetstack("down", "--yes")
+    node.packetstack("down", "--yes")
     assert not differences(clean, node.traces())
 
 
@@ -78,7 +78,7 @@ def test_down_leaves_nothing_of_an_agent_that_died_while_it_wrote_its_record(nod
     node.up(stack())
     os.kill(int((node.lab.run_directory / "agent.pid").read_text()), signal.SIGKILL)
     (node.lab.run_directory / "state.new").write_text("{")
-    node.lab.packetstack("down", "--yes")
+    node.packetstack("down", "--yes")
     assert not differences(clean, node.traces())
 
 

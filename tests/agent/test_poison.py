@@ -46,4 +46,4 @@ def test_a_packet_that_ends_every_datapath_is_dropped_and_told_of(node: Node) ->
         assert len(captures) == 1
         assert b"poison!!".hex() in captures[0]["bytes"]
         assert ask(connection) == first
-    node.lab.packetstack("down", "--yes")
+    node.packetstack("down", "--yes")

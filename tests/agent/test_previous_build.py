@@ -147,12 +147,12 @@ def test_end_flows_lets_this_build_serve_the_same_stacks(node: Node, old: Old, h
     assert status["readyReplicas"] == 2
     with node.connect() as connection:
         first = ask(connection)
-        node.lab.packetstack("upgrade", "--agent")
-        node.lab.packetstack("upgrade", status["engines"][0]["name"])
-        node.lab.packetstack("scale", "web", "--replicas", "1")
+        node.packetstack("upgrade", "--agent")
+        node.packetstack("upgrade", status["engines"][0]["name"])
+        node.packetstack("scale", "web", "--replicas", "1")
         assert ask(connection) == first
     assert "no flow has to end" in node.refused("upgrade", "--agent", "--end-flows")
-    node.lab.packetstack("down", "--yes")
+    node.packetstack("down", "--yes")
     assert not node.lab.run_directory.exists()
 
 

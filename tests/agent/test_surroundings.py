@@ -30,7 +30,7 @@ def test_up_on_a_disk_that_is_too_small_says_which_file_and_leaves_nothing(node:
     before = node.traces()
     file = node.lab.directory / "stack.yaml"
     node.up(stack(replicas=0))  # it fits; the engines' files and a larger arena do not
-    node.lab.packetstack("down", "--yes")
+    node.packetstack("down", "--yes")
     file.write_text(file.read_text().replace('"maxFlows": 4096', '"maxFlows": 1000000'))
     said = node.refused("up", str(file))
     assert said.startswith(f"{disk}/stacks/web/arena: cannot take ")
@@ -132,7 +132,7 @@ def test_an_agent_in_a_cpuset_without_all_cpus_hands_over_and_stays_on_its_cpus(
     assert all(c == {0} for c in cpus())
     with node.connect() as connection:
         for replicas in (1, 3, 2):
-            node.lab.packetstack("scale", "web", "--replicas", str(replicas))
+            node.packetstack("scale", "web", "--replicas", str(replicas))
             assert ask(connection)
     assert all(c == {0} for c in cpus())
     assert (one_cpu / "cgroup.procs").read_text().split().count(pid) == 1

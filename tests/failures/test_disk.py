@@ -58,7 +58,7 @@ def test_an_agent_that_dies_on_a_full_disk_is_followed(node: Node, full: Callabl
     with node.connect() as connection:
         first = ask(connection)
         kill_agent(node)
-        node.lab.packetstack("upgrade", "--agent")
+        node.packetstack("upgrade", "--agent")
         node.wait_ready()
         victim = node.status()["engines"][0]["pid"]
         os.kill(victim, signal.SIGKILL)

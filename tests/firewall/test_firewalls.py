@@ -313,17 +313,17 @@ def test_another_agent_finds_the_rules_and_a_dead_ones_are_removed(node: Filtere
     node.start(web())
     assert [c["result"] for c in node.preflight()] == ["ok"]
     ours = node.ruleset()
-    node.lab.packetstack("upgrade", "--agent")
+    node.packetstack("upgrade", "--agent")
     assert node.ruleset() == ours
     assert "FirewallRestored" not in node.reasons()
     assert node.passes() == ALL
     node.start(web(), firewall="Report")
-    node.lab.packetstack("upgrade", "--agent")
+    node.packetstack("upgrade", "--agent")
     assert node.ruleset() == before
     node.start(web(), firewall="Manage")
     pid = node.client.agent_pid()
     subprocess.run(["kill", "-9", str(pid)], check=True)
-    node.lab.packetstack("down", "--all", "--yes")
+    node.packetstack("down", "--all", "--yes")
     assert node.ruleset() == before
 
 

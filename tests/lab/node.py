@@ -3,22 +3,27 @@
 import json
 import socket
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
-from subprocess import Popen
+from subprocess import CompletedProcess, Popen
 from typing import Any
 
-from tests.waiting import eventually
+from tests.waiting import POLL_SECONDS, eventually
 
 from packetstack_agent.node import RunDirectory
 from packetstack_cli.backend import not_ready
 from packetstack_cli.client import Client
-from packetstack_cli.lab import NODE_UPLINK, Lab, inside
+from packetstack_cli.lab import NODE_UPLINK, Lab, LabError, inside
+from packetstack_cli.main import main
 
 VIP, VIP6 = "192.0.2.10", "2001:db8:1::10"
 BACKENDS = ("10.71.5.1", "10.71.5.2")
 BACKENDS6 = ("fd71:5::1",)
+ENDING_SECONDS = 1.0
+"""Of processes whose end `down` has brought about, on a busy machine."""
 
 
 def stack(name: str = "web", **changes: Any) -> dict[str, Any]:
@@ -70,7 +75,15 @@ class Node:
         """`packetstack up` with these stacks in one file."""
         file = self.lab.directory / "stack.yaml"
         file.write_text("\n---\n".join(json.dumps(s) for s in stacks))
-        return self.lab.packetstack("up", str(file), "--uplink", uplink)
+        return self.packetstack("up", str(file), "--uplink", uplink)
+
+    def up_again(self) -> None:
+        """The stack `stack()` and no other, whatever the test before has left of it; its engines stay where they can."""
+        try:
+            self.up(stack())
+        except LabError:
+            self.command("down", "--all", "--yes")
+            self.up(stack())
 
     def refused(self, *words: str) -> str:
         """The one line with which the command refuses."""
@@ -81,9 +94,33 @@ class Node:
         assert "\n" not in said, said
         return said
 
-    def command(self, *words: str) -> Any:
-        """The command, whatever comes of it."""
-        return self.lab.run("node", *self.lab.command(*words), check=False)
+    def command(self, *words: str) -> CompletedProcess[str]:
+        """`packetstack WORDS`, whatever comes of it.
+
+        In this process, which spares the start of an interpreter; as a process of its own where it starts an agent, whose
+        parent must not be a test.
+        """
+        starts = "--agent" in words or (words[0] == "up" and not self.client.alive())
+        if starts:
+            return self.lab.run("node", *self.lab.command(*words), check=False)
+        out, err, code = StringIO(), StringIO(), 0
+        arguments = ["--run-dir", str(self.lab.run_directory), *words]
+        with inside(self.lab.namespace("node")), redirect_stdout(out), redirect_stderr(err):
+            try:
+                main(arguments, prog_name="packetstack")
+            except SystemExit as e:
+                code = e.code if isinstance(e.code, int) else 1
+                if isinstance(e.code, str):
+                    err.write(f"{e.code}\n")
+        return CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+
+    def packetstack(self, *words: str) -> str:
+        """What `packetstack WORDS` printed; `LabError` with its last line if it fails."""
+        done = self.command(*words)
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip()).splitlines()
+            raise LabError(f"packetstack {' '.join(words)}: {said[-1] if said else f'exit code {done.returncode}'}")
+        return done.stdout
 
     def status(self, name: str = "web") -> dict[str, Any]:
         """Of a stack."""
@@ -142,15 +179,9 @@ class Node:
         host = f"[{address}]" if ":" in address else address
         return self.lab.run("client", "curl", "-sS", "--max-time", "5", f"http://{host}/").stdout
 
-    def traces(self) -> dict[str, Any]:
-        """All that a stack may leave on the machine."""
-        run = self.lab.run_directory
-        mark = RunDirectory(run).namespace("x", 0).removesuffix("x-0")
-        found: dict[str, Any] = {"directory": run.exists(), "namespaces": [], "cgroups": [], "processes": []}
-        found["namespaces"] = [p.name for p in Path("/run/netns").iterdir() if p.name.startswith(mark)]
-        found["cgroups"] = [str(p) for p in Path("/sys/fs/cgroup").glob(f"*/packetstack/{mark}*")]
-        found["cgroups"] += [str(p) for p in Path("/sys/fs/cgroup").glob(f"packetstack/{mark}*")]
-        found["mounts"] = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(run) in line]
+    def _processes(self) -> list[str]:
+        """Command lines of those that name the run directory."""
+        run, found = self.lab.run_directory, []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 try:
@@ -159,7 +190,23 @@ class Node:
                 except OSError:
                     continue
                 if f"{run}/" in f"{line}/" and "pytest" not in line and state not in "ZX":
-                    found["processes"].append(line)
+                    found.append(line)
+        return found
+
+    def traces(self) -> dict[str, Any]:
+        """All that a stack may leave on the machine."""
+        run = self.lab.run_directory
+        mark = RunDirectory(run).namespace("x", 0).removesuffix("x-0")
+        found: dict[str, Any] = {"directory": run.exists(), "namespaces": [], "cgroups": []}
+        found["namespaces"] = [p.name for p in Path("/run/netns").iterdir() if p.name.startswith(mark)]
+        found["cgroups"] = [str(p) for p in Path("/sys/fs/cgroup").glob(f"*/packetstack/{mark}*")]
+        found["cgroups"] += [str(p) for p in Path("/sys/fs/cgroup").glob(f"packetstack/{mark}*")]
+        found["mounts"] = [line for line in Path("/proc/self/mounts").read_text().splitlines() if str(run) in line]
+        found["processes"] = self._processes()
+        deadline = time.monotonic() + ENDING_SECONDS
+        while found["processes"] and not found["directory"] and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)  # told to end, and the directory is gone: some are still about to
+            found["processes"] = self._processes()
         for words in (
             "-j link show", "-4 route show table all", "-6 route show table all", "neigh show proxy",
             "-6 neigh show proxy", "rule show",
