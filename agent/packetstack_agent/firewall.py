@@ -93,7 +93,9 @@ class Firewall:
                 legacy = any(iptables.in_use(family) for family in iptables.FAMILIES)
                 devices = _devices(uplinks) if self.mode is Mode.REPORT else ()
                 now = (tables.generation(), wanted, self.mode, tuple(uplinks), tuple(devices))
-                if now == self._looked and not (legacy and wanted) and not self._again:
+                # A table that belongs to a process goes with it, and the generation does not say so: what is in the way
+                # may be gone, too.
+                if now == self._looked and not (legacy and wanted) and not self._again and not self.obstacles:
                     return
                 self._again = False
                 found: tuple[Obstacle, ...] = ()
