@@ -212,7 +212,7 @@ class EngineReport(Model):
     flows: Annotated[int, Whole(0, 2**31 - 1, "a number of flows")] = 0
     """Live flows, rounded down to a power of two so that the number changes seldom. Exact ones are metrics."""
     interface: str = ""
-    """Name of its interface on the node."""
+    """Name of its interface in its pod."""
     mac: str = ""
     """MAC address of its interface."""
     message: str = ""

@@ -61,7 +61,7 @@ class EngineCounters:
     name: str
     """Its own, in a cluster that of its pod."""
     state: str
-    """`reconciling.State`."""
+    """`planning.State`."""
     ready: bool
     """Its datapath serves."""
     cores: tuple[CoreCounters, ...]

@@ -36,7 +36,7 @@ class Desired:
 
     replicas: int
     template: str
-    """`resources.Engine.template_hash()`."""
+    """`engines.Engine.template_hash()`."""
     queues: int
     """Queues of an engine of this template."""
     max_surge: int = 1

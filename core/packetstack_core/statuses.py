@@ -129,7 +129,7 @@ class PacketStackStatus(Model):
     selector: str = ""
     """Label selector of the active engines' pods, for HPA and KEDA."""
     flow_table_generation: int = 0
-    """Generation of the flow table that the agent carries out."""
+    """Generation of the flow table as it was last written."""
     node: str = ""
     """Node that the engines run on."""
     capacity: dict[str, int] = Field(default_factory=dict)

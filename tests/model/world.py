@@ -86,6 +86,8 @@ class World:
         self.expired = False
         self.hidden = False
         """Its handshake came by while the engine still held the connection before it, whose end nobody had seen."""
+        self.asked = False
+        """Since `last_genuine` the client has spoken."""
         self.ever_synchronized = getattr(self, "ever_synchronized", False)
         self.last_peer: Endpoint | None = None
         """The backend's end, also when it is gone and another one has its port."""
@@ -157,7 +159,11 @@ class World:
         if genuine:
             # A SYN, or a reset, of a connection that lives keeps nothing: anybody may have sent it.
             if not (had and had.state in ("ESTABLISHED", "CLOSING") and packet.segment.flags & (SYN | RST)):
-                self.last_genuine = self.now
+                # Where its beginning was hidden, its two ends keep the flow only by speaking in turns.
+                if not self.hidden or (self.asked and packet.sender is peer):
+                    self.last_genuine, self.asked = self.now, False
+                elif packet.sender is self.client:
+                    self.asked = True
             alive = peer is not None and not {self.client.state, peer.state} & (ENDED | {State.LISTEN})
             if frame is None and not self.expired and alive and (known or self.ends()) and not self._stale(packet):
                 raise AssertionError(f"a packet between two ends that live was dropped: {packet.segment}, flow {had}")
