@@ -200,12 +200,13 @@ class Client:
 
     def upgrade(self, engine: str) -> Json:
         """Let a datapath of the build that is installed now follow that of `engine`, as in `web-1` or its slot."""
+        # First: an agent of an earlier build cannot be asked for engines, and whether it can be followed says this.
+        if self._process.has_state() and (problem := self._process.what_hinders()):
+            raise CliError(problem)
         engines = [e | {"stack": s["metadata"]["name"]} for s in self.get() for e in s["status"]["engines"]]
         found = next((e for e in engines if engine in (e["name"], str(e["slot"]))), None)
         if found is None:
             raise CliError(f"engine {engine}: not found; there are {', '.join(e['name'] for e in engines) or 'none'}")
-        if problem := self._process.what_hinders():
-            raise CliError(problem)
         done = self._socket.ask(verbs.UPGRADE, verbs.Upgrade(name=found["stack"], slot=found["slot"]))
         return {"engine": found["name"], **done}
 

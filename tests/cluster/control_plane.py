@@ -371,14 +371,17 @@ def _write_private(path: Path, content: bytes) -> None:
 
 
 def free_ports(address: str, count: int) -> list[int]:
-    """Ports that nobody uses now. All are held together before they are let go, so that they differ."""
+    """Ports that nobody uses now on any address: etcd listens on the loopback interface, whatever `address` is.
+
+    All are held together before they are let go, so that they differ.
+    """
     held = []
     try:
-        for _ in range(count):
+        for host in (address, *[""] * count):
             one = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
             held.append(one)
-            one.bind((address, 0))
-        return [one.getsockname()[1] for one in held]
+            one.bind((host, 0))
+        return [one.getsockname()[1] for one in held[1:]]
     except OSError as error:
         raise ClusterError(f"{address}: {error.strerror}; a control plane needs an address of this machine") from None
     finally:
