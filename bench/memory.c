@@ -102,7 +102,7 @@ int main(int argc, char **argv)
 	for (uint32_t i = 0; i < SNATS; i++) {
 		address(c->snat[i].address, 0xc0000240 + i);
 		c->snat[i].family = 4;
-		c->snat[i].id = (uint16_t)ps_arena_address(h.arena, c->snat[i].address);
+		c->snat[i].id = (uint16_t)ps_arena_address(h.arena, NULL, c->snat[i].address);
 	}
 	c->listener[0].number = (uint16_t)ps_arena_listener(h.arena, c->listener[0].address, c->listener[0].port, 6);
 	ps_configure(&h, c);

@@ -155,7 +155,7 @@ int main(int argc, char **argv)
 	c->backend[0].id = (uint16_t)ps_arena_backend(h.arena, c->backend[0].address, htons(8080));
 	c->snat[0].family = 4;
 	address(c->snat[0].address, 0xc0000240);
-	c->snat[0].id = (uint16_t)ps_arena_address(h.arena, c->snat[0].address);
+	c->snat[0].id = (uint16_t)ps_arena_address(h.arena, NULL, c->snat[0].address);
 	ps_configure(&h, c);
 	for (uint32_t i = 0, made = 0; made < FLOWS; i++) {
 		uint32_t source = 0x0a000000 + i, seq = i * 7919, theirs = i * 104729;
