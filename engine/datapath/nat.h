@@ -487,6 +487,32 @@ static inline bool ps_track_tcp(struct ps_handler *h, struct ps_shard *s, struct
 	return true;
 }
 
+/* -> false when the packet is dropped, its reason counted */
+static inline bool ps_follow(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, const uint8_t *frame,
+			     const struct ps_packet *p, bool udp, bool reply)
+{
+	if (!udp && __builtin_expect(p->kind != PS_PKT_FRAGMENT, 1))
+		return ps_track_tcp(h, s, f, frame, p, reply);
+	if (udp)
+		ps_track_udp(h, s, f, reply);
+	else
+		f->flags |= PS_FLOW_FRAGMENTED;
+	return true;
+}
+
+/* What others than its client send must not hide that a flow is to leave its backend: see ps_flow_leaves. */
+static PS_RARE bool ps_follow_leaving(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f,
+				      const uint8_t *frame, const struct ps_packet *p, bool udp, bool reply)
+{
+	uint32_t seen = f->last_seen;
+	uint8_t state = f->state;
+	bool passes = ps_follow(h, s, f, frame, p, udp, reply);
+
+	if (f->state == state)
+		f->last_seen = seen;
+	return passes;
+}
+
 /*
  * Does the client itself ask for a connection that is to be reset? Its answer is a reset that the client must believe, and
  * the flow is over then: somebody else must not bring that about. A reset of the client's own is followed as always.
@@ -863,20 +889,10 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	} else if (__builtin_expect(!f, 0)) {
 		return ps_turn_away(h, frame, &p, h->config->unknown_flow_reset && !reply, PS_C_DROP_NO_FLOW);
 	} else {
-		/* What others than its client send must not hide that a flow is to leave its backend: see ps_flow_leaves. */
-		uint32_t seen = f->last_seen;
-		uint8_t state = f->state;
-
 		leaves = leaves || (reply && ps_flow_leaves(h, f) != PS_STAYS);
-		if (k.udp) {
-			ps_track_udp(h, s, f, reply);
-		} else if (__builtin_expect(p.kind == PS_PKT_FRAGMENT, 0)) {
-			f->flags |= PS_FLOW_FRAGMENTED;
-		} else if (__builtin_expect(!ps_track_tcp(h, s, f, frame, &p, reply), 0)) {
+		if (__builtin_expect(leaves, 0) ? !ps_follow_leaving(h, s, f, frame, &p, k.udp, reply)
+						: !ps_follow(h, s, f, frame, &p, k.udp, reply))
 			return PS_DROP;
-		}
-		if (leaves && f->state == state)
-			f->last_seen = seen;
 	}
 	return ps_rewrite(h, f, frame, &p, reply);
 }
