@@ -17,7 +17,7 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent import processes
+from packetstack_agent import processes, words
 from packetstack_agent.directing import Directions, Listening
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
@@ -25,7 +25,7 @@ from packetstack_agent.hash_keys import hash_key
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
 from packetstack_agent.probes import Checked, Place
 from packetstack_core import hashing, maglev, slow_start
-from packetstack_core.planning import NOBODY, Move, Owner
+from packetstack_core.planning import Move, Owner
 from packetstack_core.resources import Listener, PacketStack
 from packetstack_core.values import Address, Network
 
@@ -329,11 +329,14 @@ class Stack:
 
     def words(self) -> "array[int]":
         """The flow-table words, as directors read them now."""
-        return array("Q", bytes(ffi.buffer(self._words + self._offset, self.buckets * 8)))
+        return array("Q", self._raw_words())
+
+    def _raw_words(self) -> bytes:
+        return bytes(ffi.buffer(self._words + self._offset, self.buckets * 8))
 
     def owners(self) -> list[Owner | None]:
         """Owner by bucket; NOBODY where there is none."""
-        return [Owner(w >> 22 & 1023, w >> 16 & 63) if w >> 22 & 1023 else NOBODY for w in self.words()]
+        return list(words.owners(self._raw_words()))
 
     def epochs(self) -> int:
         """Sum of all epochs: how many changes of owner there have been."""
@@ -341,27 +344,22 @@ class Stack:
 
     def open_fences(self) -> frozenset[int]:
         """Buckets whose word and shard disagree: their handover is not finished."""
-        words = self.words()
-        return frozenset(b for b, owner in enumerate(self._shard_owners()) if owner != words[b] & ~0xFFFF)
+        return frozenset(words.open_fences(self._raw_words(), self._headers()[0]))
 
     def shard_slots(self) -> set[int]:
         """Slots that shards name: those engines may be handling packets of them still."""
-        return {owner >> 22 & 1023 for owner in self._shard_owners()} - {0}
+        return set(words.shard_slots(self._headers()[0]))
 
     def held(self) -> Counter[int]:
         """Slot -> how many buckets it still has to hand over: their shards name it, and their words another."""
-        words = self.words()
-        slots = (o >> 22 & 1023 for b, o in enumerate(self._shard_owners()) if o != words[b] & ~0xFFFF)
+        slots = words.open_fences(self._raw_words(), self._headers()[0]).values()
         return Counter(slot for slot in slots if slot)
 
-    def _shard_owners(self) -> list[int]:
-        return self._headers()[0]
-
-    def _headers(self) -> tuple[list[int], list[int]]:
-        """Owner and live flows of each shard."""
+    def _headers(self) -> tuple[bytes, Sequence[int]]:
+        """Owner, as 64-bit words, and live flows of each shard."""
         owners, live = ffi.new("uint64_t[]", self.buckets), ffi.new("uint16_t[]", self.buckets)
         lib().ps_arena_headers(self.arena, owners, live)
-        return list(owners), list(live)
+        return bytes(ffi.buffer(owners)), array("H", bytes(ffi.buffer(live)))
 
     def transfer(self, engines: Sequence[Engine], moves: Sequence[Move]) -> Report:
         """Move buckets, in batches of one fence each. Stops at an engine that does not answer. Blocks.
