@@ -37,7 +37,7 @@ from packetstack_core.autoscaling.metrics import Container, MetricError, Pod, Re
 from packetstack_core.autoscaling.numbers import approximate
 from packetstack_core.autoscaling.settings import Settings, Tolerances
 from packetstack_core.autoscaling.spec import Metric, Spec, Target
-from packetstack_core.autoscaling.status import Decision, MetricStatus, Status
+from packetstack_core.autoscaling.status import Decision, Error, MetricStatus, Status
 from packetstack_core.reasons import ConditionReason, EventReason, why_not
 
 Case = Mapping[str, Any]
@@ -46,7 +46,7 @@ Found = tuple[str, Any, Any]
 
 ABSENT = "absent"
 WRITE_FAILURES = ("scaleUpdate", "conflict")
-TARGET_FAILURES = {
+TARGET_FAILURES: dict[str, Error] = {
     "scaleGet": "get_scale_failed",
     "noMapping": "get_scale_failed",
     "mapping": "mapping_failed",
@@ -430,7 +430,7 @@ def reconcile(
 ) -> tuple[Decision, bool]:
     now, fail = number(tick["t"]), tick.get("fail", "")
     if fail in TARGET_FAILURES:
-        return controller.no_scale(remembered, status, fail, now, TARGET_FAILURES[fail]), False  # type: ignore[arg-type]
+        return controller.no_scale(remembered, status, fail, now, TARGET_FAILURES[fail]), False
     if fail and not fail.startswith(WRITE_FAILURES):
         raise ValueError(f"fail {fail!r} is unknown")
     scale = Scale(number(tick["scale"]["specReplicas"]), number(tick["scale"]["statusReplicas"]))

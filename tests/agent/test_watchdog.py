@@ -3,6 +3,7 @@
 import asyncio
 import socket
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource, turns
@@ -82,12 +83,15 @@ class World:
         self.killed: list[tuple[float, int]] = []
         for slot, engine in self.engines.items():
             engine.init = self.inits[slot]
-            engine.attachments = Served(lambda slot=slot: self.killed.append((self.now, slot)))  # type: ignore[misc]
+            engine.attachments = Served(partial(self._kill, slot))
         self.repairs = Slow()
         self.journal = Journal()
         self.background = Background(self.journal)
         self.stacks = {"web": managed(self.stack, *self.engines.values())}
         self.watchdog = Watchdog(self.stacks, self.journal, self.background, self.repairs)
+
+    def _kill(self, slot: int) -> None:
+        self.killed.append((self.now, slot))
 
     async def live(self, seconds: float) -> None:
         for _ in range(round(seconds / WATCH_SECONDS)):
@@ -208,17 +212,17 @@ async def test_an_engine_that_is_being_mended_is_killed_when_it_hangs(world: Cal
 
 
 async def test_a_repair_that_fails_is_told_and_tried_again(world: Callable[[int], World]) -> None:
-    w = world(1)
+    class Failing(Slow):
+        async def _mend(self, what: str, engine: Engine, why: str) -> None:
+            self.begun.append((what, engine.slot, why))
+            raise OSError("no more processes")
 
-    async def fails(managed: Managed, engine: Engine, why: str) -> None:
-        assert managed.stack is w.stack
-        w.repairs.begun.append(("start again", engine.slot, why))
-        raise OSError("no more processes")
-
-    w.repairs.start_again = fails  # type: ignore[method-assign]
+    w, repairs = world(1), Failing()
+    w.watchdog = Watchdog(w.stacks, w.journal, w.background, repairs)
     w.inits[1].lives = False
     await w.live(1)
-    assert len(w.repairs.begun) > 1
+    assert len(repairs.begun) > 1
+    assert {what for what, _, _ in repairs.begun} == {"start again"}
     assert [e["reason"] for e in w.journal.events] == ["Failed"]
 
 

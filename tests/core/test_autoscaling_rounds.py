@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,6 +66,11 @@ def load_of(busy: Sequence[float], now: float, *, packets: float = 0.0) -> Stack
 
 def pods(replicas: int) -> list[Pod]:
     return [Pod(f"web-{i}", ready="True") for i in range(replicas)]
+
+
+def each(busy: float, engines: int) -> list[float]:
+    """Each engine is as busy."""
+    return [busy] * engines
 
 
 class Pool:
@@ -291,7 +297,7 @@ def test_whatever_happens_the_limits_hold_and_partial_data_takes_no_engine(
     for busy, what, jump in history:
         pool.now += jump  # the clock is set, forwards or backwards
         before = pool.replicas
-        pool.step(lambda n, busy=busy: [busy] * n, changes[what])  # type: ignore[misc]
+        pool.step(partial(each, busy), changes[what])
         assert 2 <= pool.replicas <= 8
         if what != "all":
             assert pool.replicas >= before
