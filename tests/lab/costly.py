@@ -62,39 +62,39 @@ def becomes_even(unevenness: Callable[[float], float], off: float, *, within: fl
     return now
 
 
-class Costly:
-    """A stack `web` in a lab, with its servers."""
+class CostlyStack:
+    """A stack `web` in a lab, of engines whose packets take a set time each."""
 
-    def __init__(self, lab: Lab, replicas: int, cores: int, queues_per_core: int) -> None:
-        self.lab = lab
-        self.client = Client(lab.run_directory)
-        self._shape = {"cores": cores, "queuesPerCore": queues_per_core, "cpuPolicy": "Shared"}
-        self._replicas = replicas
+    def __init__(self, lab: Lab, client: Client) -> None:
+        self.lab, self.client = lab, client
 
-    def up(self, mode: str) -> None:
-        """With this `spec.rebalance.mode`."""
+    def make(
+        self, engine: dict[str, Any], replicas: int, mode: str, listeners: dict[str, tuple[str, int]], max_flows: int
+    ) -> None:
+        """Brings it up. `mode`: of `spec.rebalance`; `listeners`: name -> protocol and port."""
         servers = [f"10.71.5.{n}" for n in range(1, 5)]
-        listeners = [
-            {
-                "name": protocol.lower(),
-                "address": "192.0.2.10",
-                "protocol": protocol,
-                "port": port,
-                "healthCheck": {"type": "None"},
-                "backends": {"endpoints": [{"address": a, "port": there} for a in servers]},
-            }
-            for protocol, port, there in (("TCP", 80, 8080), ("UDP", 53, 8081))
-        ]
         spec = {
-            "replicas": self._replicas,
-            "engine": self._shape,
+            "replicas": replicas,
+            "engine": engine | {"cpuPolicy": "Shared"},
             "rebalance": {"mode": mode},
-            "listeners": listeners,
+            "listeners": [
+                {
+                    "name": name,
+                    "address": "192.0.2.10",
+                    "protocol": protocol,
+                    "port": port,
+                    "healthCheck": {"type": "None"},
+                    "backends": {
+                        "endpoints": [{"address": a, "port": {"TCP": 8080, "UDP": 8081}[protocol]} for a in servers]
+                    },
+                }
+                for name, (protocol, port) in listeners.items()
+            ],
             "snat": {"addresses": ["198.51.100.0/29"]},
-            "flowTable": {"maxFlows": 4096},
+            "flowTable": {"maxFlows": max_flows},
         }
         meta = {"apiVersion": "packetstack.io/v1alpha1", "kind": "PacketStack", "metadata": {"name": "web"}}
-        file = self.lab.directory / "costly.yaml"
+        file = self.lab.directory / "web.yaml"
         file.write_text(json.dumps({**meta, "spec": spec}))
         self.lab.packetstack("up", str(file))
 
@@ -107,6 +107,19 @@ class Costly:
         """Of the stack."""
         status: dict[str, Any] = self.client.call("get", name="web")[0]["status"]
         return status
+
+
+class Costly(CostlyStack):
+    """One with its servers, whose engines are to be evened out."""
+
+    def __init__(self, lab: Lab, replicas: int, cores: int, queues_per_core: int) -> None:
+        super().__init__(lab, Client(lab.run_directory))
+        self._shape = {"cores": cores, "queuesPerCore": queues_per_core}
+        self._replicas = replicas
+
+    def up(self, mode: str) -> None:
+        """With this `spec.rebalance.mode`."""
+        self.make(self._shape, self._replicas, mode, {"tcp": ("TCP", 80), "udp": ("UDP", 53)}, 4096)
 
     def unevenness(self, seconds: float) -> float:
         """Busiest core by the mean of all, over this time."""

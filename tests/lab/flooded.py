@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
-from tests.lab.costly import AGENT, cost
+from tests.lab.costly import AGENT, CostlyStack
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab, inside
@@ -220,11 +220,8 @@ def attack(lab: Lab, kind: str, rate: float, seconds: float, established: Sequen
     return Attack(kind, rate, sent, other, flooded_, lost)
 
 
-class Flooded:
-    """A stack `web` of one engine in a lab."""
-
-    def __init__(self, lab: Lab, client: Client) -> None:
-        self.lab, self.client = lab, client
+class Flooded(CostlyStack):
+    """One of one engine."""
 
     def start(self) -> None:
         """An agent."""
@@ -239,41 +236,7 @@ class Flooded:
 
     def up(self) -> None:
         """Makes the stack."""
-        servers = [f"10.71.5.{n}" for n in range(1, 5)]
-        listeners = [
-            {
-                "name": name,
-                "address": VIP,
-                "protocol": protocol,
-                "port": port,
-                "healthCheck": {"type": "None"},
-                "backends": {
-                    "endpoints": [{"address": a, "port": {"TCP": 8080, "UDP": 8081}[protocol]} for a in servers]
-                },
-            }
-            for name, (protocol, port) in LISTENERS.items()
-        ]
-        spec = {
-            "replicas": 1,
-            "engine": {"cores": 1, "queuesPerCore": 1, "cpuPolicy": "Shared"},
-            "rebalance": {"mode": "Off"},
-            "listeners": listeners,
-            "snat": {"addresses": ["198.51.100.0/29"]},
-            "flowTable": {"maxFlows": 65536},
-        }
-        meta = {"apiVersion": "packetstack.io/v1alpha1", "kind": "PacketStack", "metadata": {"name": "web"}}
-        file = self.lab.directory / "flooded.yaml"
-        file.write_text(json.dumps({**meta, "spec": spec}))
-        self.lab.packetstack("up", str(file))
-
-    def cost(self, ns: int) -> None:
-        """What each packet takes from now on."""
-        for engine in self.status()["engines"]:
-            cost(self.lab.run_directory / "engines" / str(engine["slot"]) / "queues", ns)
-
-    def status(self) -> dict[str, Any]:
-        status: dict[str, Any] = self.client.call("get", name="web")[0]["status"]
-        return status
+        self.make({"cores": 1, "queuesPerCore": 1}, 1, "Off", LISTENERS, 65536)
 
     def metrics(self) -> dict[str, float]:
         """By name, and the values of the labels that tell samples apart, in the order of the labels' names."""
