@@ -26,7 +26,7 @@ enum ps_limits {
 	PS_MAX_CORES = 32,	 /* worker threads of a datapath process */
 	PS_MAX_CPUS = 256,
 	PS_MAX_ADDRESSES = 4096, /* SNAT addresses that a configuration or live flows of a stack may name */
-	PS_MAX_BACKENDS = 4096,	 /* backends (address, port) a stack has ever had */
+	PS_MAX_BACKENDS = 4096,	 /* backends (address, port), as for addresses */
 	PS_MAX_LISTENERS = 256,
 	PS_MAX_NUMBERS = 1024, /* listeners that a stack's live flows may name, those that were removed too */
 	PS_CLASSES = 64,       /* listeners are told apart in a shard by number % PS_CLASSES */
@@ -541,7 +541,7 @@ struct ps_entry {
 	uint32_t acked[2];  /* highest number it has acknowledged */
 	uint16_t window[2]; /* largest window it has offered, unscaled. In TIME_WAIT a timestamp */
 	uint16_t client_port, snat_port;
-	uint16_t snat;	   /* index into the arena's addresses; never reused */
+	uint16_t snat;	   /* index into the arena's addresses */
 	uint16_t backend;  /* index into the arena's backends */
 	uint16_t listener; /* number: index into the arena's listeners */
 	uint16_t flags;	   /* ps_flow_flags */
