@@ -37,7 +37,7 @@ def steps(quick: bool) -> Iterator[Row]:
     The busiest core is compared with what it must have at least: the mean of all, or the biggest bucket where that is
     more. With 8 cores it is: one of 512 buckets has 14.7 % of the load, a core's mean is 12.5 %.
     """
-    from packetstack_core.planning import Owner
+    from packetstack_core.assignment import Owner
     from packetstack_core.rebalancing import BUCKETS as USUAL
     from packetstack_core.rebalancing import decide
 

@@ -92,7 +92,7 @@ def slab_bytes(name: str) -> int:
 
 def planning(quick: bool) -> Iterator[Row]:
     """T8: how many buckets move when engines join and leave, beside a plain modulo table. Computed."""
-    from packetstack_core.planning import EngineShare, assign, moved
+    from packetstack_core.assignment import EngineShare, assign, moved
 
     buckets = 4096
     rounds = 40 if quick else 400

@@ -335,6 +335,7 @@ NOINLINE int source_route(struct xdp_md *ctx, uint32_t l3, uint32_t size)
 }
 
 #include "shedding.h"
+#include "stamp.h"
 
 /* ---- what is done ------------------------------------------------------------------------------------------- */
 
@@ -345,8 +346,6 @@ PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const st
 	uint32_t at = target->offset + (bucket & target->mask), slot;
 	volatile uint64_t *word_at = bpf_map_lookup_elem(&words, &at);
 	uint64_t *packets, word;
-	struct ps_stamp *stamp;
-	long have;
 	int action;
 
 	if (!word_at)
@@ -357,24 +356,11 @@ PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const st
 		count->value[PS_D_DROP_NO_OWNER]++;
 		return XDP_DROP;
 	}
-	/* adjust_meta is relative, and a frame may come with metadata: make it 16 bytes exactly. */
-	have = (long)ctx->data - (long)ctx->data_meta;
-	if (have != sizeof(*stamp) && ((here && here->flags & PS_UPLINK_NO_METADATA) ||
-				       bpf_xdp_adjust_meta(ctx, (int)have - (int)sizeof(*stamp)))) {
+	if ((here && here->flags & PS_UPLINK_NO_METADATA) || !stamp_frame(ctx, word, bucket, hash, flags)) {
 		/* Some drivers leave no room (ENA, netvsc). The routed pair's does. */
 		count->value[here ? PS_D_PASSED_METADATA : PS_D_DROP_METADATA]++;
 		return here ? XDP_PASS : XDP_DROP;
 	}
-	stamp = (void *)(long)ctx->data_meta;
-	if ((void *)(stamp + 1) > (void *)(long)ctx->data)
-		return XDP_ABORTED;
-	stamp->magic = PS_STAMP_MAGIC;
-	stamp->flags = flags;
-	stamp->epoch = ps_word_epoch(word);
-	stamp->bucket = bucket;
-	stamp->queue = ps_word_queue(word);
-	stamp->prev_queue = ps_word_prev_queue(word);
-	stamp->hash = hash;
 	action = bpf_redirect_map(&engines, slot, XDP_DROP);
 	if (action != XDP_REDIRECT) {
 		count->value[PS_D_DROP_NO_ENGINE]++;

@@ -11,5 +11,9 @@ int ps_fail(struct ps_error *e, const char *format, ...) __attribute__((format(p
 void *ps_file_create(const char *path, uint64_t bytes, int *keep, struct ps_error *e);
 /* Runs `work` in a thread whose network namespace is `netns` (-1: the caller's); the caller's never changes. */
 int ps_in_netns(int netns, int (*work)(void *), void *argument, struct ps_error *e);
+/* A queue of an engine, in shared memory. */
+struct ps_queue *ps_queue_of(const struct ps_fence_engine *f, uint32_t queue);
+/* Wakes all cores of an engine. */
+void ps_wake_engine(const struct ps_fence_engine *f);
 
 #endif

@@ -95,11 +95,6 @@ static int engine_at(const struct transfer *t, uint32_t slot)
 
 static int is_gone(const struct ps_fence_engine *f) { return !f->engine; }
 
-static struct ps_queue *queue_of(const struct ps_fence_engine *f, uint32_t queue)
-{
-	return (struct ps_queue *)((uint8_t *)f->engine + f->engine->queues_offset + queue * f->engine->queue_stride);
-}
-
 /* ---- visits ------------------------------------------------------------------------------------------ */
 
 static int send_marker(int socket, const struct ps_marker *m)
@@ -162,7 +157,7 @@ static void visit(struct transfer *t, int kind)
 			}
 			for (uint32_t q = 0; q < PS_MAX_QUEUES; q++) {
 				if (!(t->sources[i] >> q & 1) ||
-				    LOAD(&queue_of(&t->engines[i], q)->fence_acked) >= t->id)
+				    LOAD(&ps_queue_of(&t->engines[i], q)->fence_acked) >= t->id)
 					continue;
 				m.queue = (uint8_t)q;
 				t->report->markers += !send_marker(t->engines[i].ingress, &m);
@@ -187,7 +182,7 @@ static uint32_t unanswered(const struct transfer *t, int kind)
 			continue;
 		}
 		for (uint32_t q = 0; q < PS_MAX_QUEUES; q++)
-			if (t->sources[i] >> q & 1 && LOAD(&queue_of(&t->engines[i], q)->fence_acked) < t->id)
+			if (t->sources[i] >> q & 1 && LOAD(&ps_queue_of(&t->engines[i], q)->fence_acked) < t->id)
 				return slot;
 	}
 	return 0;
@@ -231,15 +226,6 @@ int ps_probe(const struct ps_fence_engine *f, struct ps_error *e)
 				       strerror(errno));
 	}
 	return 0;
-}
-
-static void wake_engine(const struct ps_fence_engine *f)
-{
-	uint64_t one = 1;
-
-	for (uint32_t i = 0; i < f->engine->cores && i < PS_MAX_CORES; i++)
-		if (f->events[i] >= 0 && write(f->events[i], &one, sizeof(one)) < 0)
-			continue; /* counter full: awake already */
 }
 
 /* ---- the move ---------------------------------------------------------------------------------------- */
@@ -399,7 +385,7 @@ static int transfer_run(struct transfer *t)
 	STEP("released");
 	for (int i = 0; i < t->n_engines; i++)
 		if (touched[t->engines[i].slot / 8] >> (t->engines[i].slot % 8) & 1 && !is_gone(&t->engines[i]))
-			wake_engine(&t->engines[i]);
+			ps_wake_engine(&t->engines[i]);
 	return 0;
 }
 
@@ -453,28 +439,4 @@ int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *
 		return ps_fail(e, "cannot start the fence thread: %s", strerror(errno));
 	pthread_join(thread, &result);
 	return (int)(intptr_t)result;
-}
-
-int ps_queue_to_core(struct ps_fence_engine *f, uint32_t queue, uint32_t core, uint32_t limit_ms, uint64_t *took_ns,
-		     struct ps_error *e)
-{
-	uint64_t begun = clock_ns();
-	struct ps_queue *q;
-	uint32_t want;
-
-	if (queue >= f->engine->queues || core >= f->engine->cores)
-		return ps_fail(e, "engine %u: no queue %u or no core %u; it has %u queues and %u cores", f->slot, queue,
-			       core, f->engine->queues, f->engine->cores);
-	q = queue_of(f, queue);
-	want = (LOAD(&q->cur) & ~0xffu) | (core + 1);
-	STORE(&q->want, want);
-	wake_engine(f);
-	while (LOAD(&q->cur) != want) {
-		if (clock_ns() - begun > limit_ms * 1000000ull)
-			return ps_fail(e, "engine %u: queue %u stays at core %u, which has not answered for %u ms",
-				       f->slot, queue, (LOAD(&q->cur) & 0xff) - 1, limit_ms);
-		pause_ns(20000);
-	}
-	*took_ns = clock_ns() - begun;
-	return 0;
 }

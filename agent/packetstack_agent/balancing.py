@@ -16,8 +16,8 @@ from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed
 from packetstack_agent.natives import ffi, lib
 from packetstack_core import rebalancing
+from packetstack_core.assignment import Move, State
 from packetstack_core.load import KEEP_SECONDS, Snapshot, bucket_loads, stack_load
-from packetstack_core.planning import Move, State
 from packetstack_core.reasons import EventReason
 from packetstack_core.rebalancing import HOLD_SECONDS, Decision, Memory, Noted
 from packetstack_core.verbs import Json

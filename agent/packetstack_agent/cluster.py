@@ -18,6 +18,8 @@ from kubernetes.aio import client, config, watch
 from kubernetes.aio.client.exceptions import ApiException
 from pyroute2.netlink.exceptions import NetlinkError
 
+from packetstack_agent import deleted_tables
+from packetstack_agent.deleted_tables import DeletedTables
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall
 from packetstack_agent.keeping import News
@@ -33,8 +35,6 @@ from packetstack_core.reasons import EventReason, Reason
 GROUP, VERSION, PLURAL = "packetstack.io", "v1alpha1", "flowtables"
 WATCH_SECONDS = 240
 """The server ends a watch after this time; it is begun again where it ended."""
-ORPHAN_SECONDS = 60.0
-"""How long engines go on when their table is gone: time for the operator to write it anew."""
 RESYNC_SECONDS = 5.0
 """Before all tables are looked at again, changed or not."""
 FLOWS_SECONDS = 15.0
@@ -118,7 +118,7 @@ class Follower:
         """Stack -> what this node has reported of it before; true while the agent stands by."""
         self._unwanted_since: float | None = None
         """Since when no table asks for an engine that another build has made."""
-        self._orphans: dict[str, asyncio.TimerHandle] = {}
+        self._deleted = DeletedTables(self._touch)
         self._dirty: set[str] = set()
         self._changed = asyncio.Event()
         self._acting: dict[str, asyncio.Task[None]] = {}
@@ -133,8 +133,7 @@ class Follower:
 
     async def close(self) -> None:
         """Let the agent be; nothing of it ends."""
-        for timer in self._orphans.values():
-            timer.cancel()
+        self._deleted.close()
         tasks = [*self._tasks, *self._acting.values()]
         for task in tasks:
             task.cancel()
@@ -210,8 +209,7 @@ class Follower:
         before = self._wanted.get(name)
         if before is not None and before.generation == generation and not before.unreadable:
             return  # our own report came back
-        if timer := self._orphans.pop(name, None):
-            timer.cancel()
+        self._deleted.back(name)
         if self._agent.foreign:
             nodes = (item.get("status") or {}).get("nodes") or ()
             self._former.setdefault(name, next((n for n in nodes if n.get("node") == self._node), {}))
@@ -233,21 +231,19 @@ class Follower:
             self._touch(name)
 
     def _gone(self, name: str) -> None:
-        """The table was deleted. Engines that it named go on for a while: a table may come again, connections not."""
+        """The table was deleted; see `deleted_tables`."""
         had = self._wanted.pop(name, None)
         self._sent.pop(name, None)
         self._refused.pop(name, None)
         if name in self._former:  # generations of another table begin anew
             self._former[name] = self._former[name] | {"observedGeneration": 0, "settled": False}
         managed = self._agent.stacks.get(name)
-        if managed is None or name in self._orphans:
+        if managed is None or name in self._deleted:
             return
         ended = had is not None and had.table is not None and not had.table.spec.engines
-        pause = 0.0 if ended or not managed.engines else ORPHAN_SECONDS
-        if pause:
-            message = f"its FlowTable is gone; its engines go on for {pause:g} s"
+        if seconds := self._deleted.gone(name, at_once=ended or not managed.engines):
+            message = f"its FlowTable is gone; its engines go on for {seconds:g} s"
             self._agent.event(name, EventReason.FLOW_TABLE_LOST, message)
-        self._orphans[name] = asyncio.get_running_loop().call_later(pause, self._touch, name)
 
     def _refuse(self, name: str, why: str) -> None:
         if self._refused.get(name) != why:
@@ -284,7 +280,7 @@ class Follower:
             if time.monotonic() - looked > RESYNC_SECONDS:
                 # A stack that could not be followed, or that somebody took away: what was in the way may be gone.
                 looked = time.monotonic()
-                self._dirty.update(self._wanted, self._orphans)
+                self._dirty.update(self._wanted, self._deleted)
             if self._agent.foreign:
                 self._end_what_nobody_wants()
             for name in sorted(self._dirty - self._acting.keys()):  # those that are being acted on come back after that
@@ -315,13 +311,13 @@ class Follower:
         now = time.monotonic()
         if self._unwanted_since is None:
             self._unwanted_since = now
-        elif now - self._unwanted_since > ORPHAN_SECONDS:  # as for any table that is lost
+        elif now - self._unwanted_since > deleted_tables.ORPHAN_SECONDS:  # as for any table that is lost
             self._begin_anew()
 
     async def _act_on(self, name: str) -> None:
         wanted = self._wanted.get(name)
         if wanted is None:
-            await self._end_orphan(name)
+            await self._end_deleted(name)
             return
         if self._agent.foreign:
             stack = f"{wanted.name} --end-flows -n {wanted.namespace}"
@@ -334,16 +330,15 @@ class Follower:
             await self._follow(name, wanted.table, wanted.generation)
         await self._report(name, wanted)
 
-    async def _end_orphan(self, name: str) -> None:
+    async def _end_deleted(self, name: str) -> None:
         """Remove a stack whose table has been gone for long enough. If that fails, it is tried again."""
-        timer = self._orphans.get(name)
-        if timer is None or asyncio.get_running_loop().time() < timer.when():
+        ending = self._deleted.due(name)
+        if ending is None:
             return
         async with self._agent.applying:
             if name in self._agent.stacks and name not in self._wanted:
                 await self._agent.delete(name)
-        if self._orphans.get(name) is timer:
-            del self._orphans[name]
+        self._deleted.ended(ending)
 
     async def _follow(self, name: str, table: kinds.FlowTable, generation: int) -> None:
         managed = self._agent.stacks.get(name)

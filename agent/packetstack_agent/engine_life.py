@@ -26,11 +26,11 @@ from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Stack
 from packetstack_agent.threads import to_the_end
 from packetstack_core import kinds
+from packetstack_core.assignment import State
 from packetstack_core.backing_off import ENGINE_SECONDS, back_off
 from packetstack_core.kinds import TableEngine
-from packetstack_core.planning import State
+from packetstack_core.planning import CreateEngine
 from packetstack_core.reasons import EventReason
-from packetstack_core.reconciling import CreateEngine
 from packetstack_core.verbs import Json
 
 AWAY_SECONDS = 10.0

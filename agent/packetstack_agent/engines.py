@@ -24,7 +24,7 @@ from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.processes import Process
 from packetstack_agent.structs import Core, Queue
 from packetstack_core import abi
-from packetstack_core.planning import State
+from packetstack_core.assignment import State
 from packetstack_core.verbs import Json
 
 RING_SLOTS = 2048

@@ -12,7 +12,7 @@ from packetstack_agent.probes import Watched
 from packetstack_agent.stacks import Stack
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
-from packetstack_core.reconciling import GivenUp
+from packetstack_core.planning import GivenUp
 from packetstack_core.verbs import Json
 
 LAST_MOVES = 20

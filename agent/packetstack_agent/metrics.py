@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 from packetstack_agent.agent import Agent
 from packetstack_agent.engines import Engine
 from packetstack_agent.managed import Managed
-from packetstack_core.planning import State
+from packetstack_core.assignment import State
 from packetstack_core.verbs import Json
 
 

@@ -12,11 +12,11 @@ from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
 from packetstack_core import kinds
+from packetstack_core.assignment import State as EngineState
 from packetstack_core.autoscaling import rounds
 from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.metrics import MetricError, Pod
 from packetstack_core.autoscaling.options import State
-from packetstack_core.planning import State as EngineState
 from packetstack_core.reasons import Event
 from packetstack_core.statuses import AutoscalingStatus
 from packetstack_core.verbs import Json

@@ -25,7 +25,7 @@ from packetstack_agent.hash_keys import hash_key
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
 from packetstack_agent.probes import Checked, Place
 from packetstack_core import hashing, maglev, slow_start
-from packetstack_core.planning import Move, Owner
+from packetstack_core.assignment import Move, Owner
 from packetstack_core.resources import Listener, PacketStack
 from packetstack_core.values import Address, Network
 

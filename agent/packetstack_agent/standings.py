@@ -8,7 +8,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.firewall import Firewall
 from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
-from packetstack_core.planning import State
+from packetstack_core.assignment import State
 from packetstack_core.reasons import ConditionReason, Problem, split
 from packetstack_core.standing import EngineStanding, Pool, Standing
 

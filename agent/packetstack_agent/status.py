@@ -17,8 +17,8 @@ from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.shedding import Shedders, listener_names
 from packetstack_agent.stacks import Stack
 from packetstack_core import abi, standing
+from packetstack_core.assignment import State
 from packetstack_core.load import EngineLoad
-from packetstack_core.planning import State
 from packetstack_core.verbs import Json
 
 

@@ -17,8 +17,8 @@ from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Stack
 from packetstack_agent.underlay import Underlay
 from packetstack_core import kinds, reading
+from packetstack_core.assignment import State
 from packetstack_core.kinds import FlowTable
-from packetstack_core.planning import State
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import EventReason
 from packetstack_core.wording import counted

@@ -15,7 +15,7 @@ from packetstack_agent.natives import call, ffi, lib
 from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.status import Status
 from packetstack_agent.threads import to_the_end
-from packetstack_core.planning import Move, Owner, State
+from packetstack_core.assignment import Move, Owner, State
 from packetstack_core.reasons import EventReason
 from packetstack_core.verbs import Json
 from packetstack_core.wording import counted

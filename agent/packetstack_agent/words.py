@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Mapping
 from functools import lru_cache
 
-from packetstack_core.planning import NOBODY, Owner
+from packetstack_core.assignment import NOBODY, Owner
 
 
 @lru_cache(maxsize=32)

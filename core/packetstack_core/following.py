@@ -1,7 +1,7 @@
 """What an agent does next so that packets see a flow table: no plan of its own, only the way to the operator's.
 
 `follow` compares a table with what is attached on the node and names the next actions. It is level-based, as
-`reconciling.plan` is. Engines have two names: the table's *id*, and the *slot* that the node gave.
+`planning.plan` is. Engines have two names: the table's *id*, and the *slot* that the node gave.
 
 Rules
 - A bucket goes to its owner of the table when that engine serves. Until then it stays where it is.
@@ -15,8 +15,8 @@ Rules
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from packetstack_core.assignment import NOBODY, Move, Owner
 from packetstack_core.kinds import FlowTableSpec, TableEngine
-from packetstack_core.planning import NOBODY, Move, Owner
 
 
 @dataclass(frozen=True, slots=True)

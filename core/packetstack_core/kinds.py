@@ -20,8 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import ValidationError, model_validator
 
 from packetstack_core import reading, resources, values
+from packetstack_core.assignment import NOBODY, Owner, State
 from packetstack_core.limits import MAX_BUCKETS, MAX_CORES, MAX_QUEUES, MAX_REPLICAS
-from packetstack_core.planning import NOBODY, Owner, State
 from packetstack_core.reading import ResourceError
 from packetstack_core.resources import API_VERSION, Handover, Listener, Metadata, PacketStack, Snat
 from packetstack_core.values import Items, Model, Whole

@@ -13,8 +13,8 @@ from typing import Annotated
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from packetstack_core.assignment import Owner
 from packetstack_core.limits import MAX_BUCKETS, MAX_CORES, MAX_QUEUES
-from packetstack_core.planning import Owner
 
 MAX_ENGINES = 1023
 """Most engines that a stack may have on one node: slots of the flow table's word."""
@@ -61,7 +61,7 @@ class EngineCounters:
     name: str
     """Its own, in a cluster that of its pod."""
     state: str
-    """`planning.State`."""
+    """`assignment.State`."""
     ready: bool
     """Its datapath serves."""
     cores: tuple[CoreCounters, ...]

@@ -1,198 +1,254 @@
-"""Which bucket belongs to which queue: the fewest moves that make the owners' shares fair."""
+"""What to do next so that a stack's engines become what its resource says: the planner of operator and local agent.
 
-import heapq
+`plan` compares what is wanted with what is there and names the next actions. It is level-based: it remembers
+nothing, any action may fail or be repeated, and at the goal it returns nothing.
+
+Rules
+- An engine is removed only when it owns no bucket, and none is still on its way from it. One that is given up cannot
+  hand over: what is on its way from it is taken over without it.
+- A bucket is given only to an engine that is ready and stays.
+- Which engines stay: active ones before draining before starting ones, and those with more load first, of equal
+  ones those with more flows: what carries least is the cheapest to move. So those that never served go first, and a
+  draining engine is taken back when it is wanted again.
+- Engines share the buckets evenly, unless these were moved by load: then in proportion to what they have.
+- An engine that is leaving does not stay; another is made for it while it can still hand its buckets over.
+- An engine with buckets that has not served for `replace_after` seconds is given up: it counts as leaving until it
+  serves again, and each such engine in a row makes the next wait twice as long. While paused none is given up.
+- Engines of another template are replaced: at most `max_surge` engines beyond `replicas` (draining ones are
+  not counted, but for those that are given up), and never fewer than `replicas - max_unavailable` that are ready.
+- `replicas` 0 takes the owner from every bucket and removes all engines. The flows stay in the arena and go
+  on when an engine comes back before they time out.
+- While paused all engines stay as they are, and no other is made. Only buckets that no engine will serve, since
+  theirs is leaving, given up or gone, are given to active ones.
+"""
+
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import StrEnum
-from math import isfinite, lcm
+
+from packetstack_core.assignment import NOBODY, EngineShare, Move, Owner, State, assign
+from packetstack_core.resources import Spec
 
 
 @dataclass(frozen=True, slots=True)
-class Owner:
-    """A queue of an engine. Slot 0 is no engine: `NOBODY`."""
+class Desired:
+    """What the resource asks for."""
 
-    slot: int
-    queue: int
-
-
-NOBODY = Owner(0, 0)
-"""Owner of a bucket that has none: its packets are dropped and counted, its flows stay in the arena."""
-
-
-class State(StrEnum):
-    """Where an engine is in its life, as `PacketEngine` shows it."""
-
-    PENDING = "Pending"
-    """Being created."""
-    STARTING = "Starting"
-    """Created, never yet activated."""
-    ACTIVE = "Active"
-    """Owns buckets, or may."""
-    DRAINING = "Draining"
-    """Gets no more buckets and will be removed."""
-    FAILED = "Failed"
-    """Given up; it will not be ready again."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineShare:
-    """An engine that takes part, with its queues and its weight relative to the others. Weight 0: gets nothing."""
-
-    slot: int
+    replicas: int
+    template: str
+    """`engines.Engine.template_hash()`."""
     queues: int
-    weight: float = 1.0
+    """Queues of an engine of this template."""
+    max_surge: int = 1
+    max_unavailable: int = 0
+    paused: bool = False
+    replace_after: float = 0.0
+    """Seconds after which an engine that does not serve is given up; 0: never."""
+
+    @classmethod
+    def of(cls, spec: Spec, template: str) -> "Desired":
+        """What a resource asks for, when engines are made from `template`."""
+        return cls(
+            replicas=spec.replicas,
+            template=template,
+            queues=spec.engine.queues,
+            max_surge=spec.update_strategy.surge(spec.replicas),
+            max_unavailable=spec.update_strategy.unavailable(spec.replicas),
+            paused=spec.paused,
+            replace_after=float(spec.repair.replace_after_seconds),
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """A bucket that gets another owner."""
+class Engine:
+    """An engine as observed."""
 
-    bucket: int
-    to: Owner
+    slot: int
+    state: State
+    ready: bool
+    """Its datapath serves packets now."""
+    template: str
+    queues: int
+    flows: int
+    leaving: bool
+    """It will be gone soon whatever is wanted: its pod is being deleted. It never stays."""
+    holds: int
+    """Buckets that packets reach it for though `owners` says another: they are on their way."""
+    load: float
+    """Load of the engine in busy cores; 0 if it is not known."""
+    down_since: float | None
+    """Since when its datapath does not serve, on the clock of `plan`'s `now`; None while it serves, or nobody knows."""
 
 
-def quotas(total: int, weights: Sequence[float], present: Sequence[int]) -> list[int]:
-    """Splits `total` by `weights`: each share is its exact part rounded down or up, and they add up to `total`.
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """Engines that were given up. One that fails again and again is not replaced again and again."""
 
-    Of all such roundings one that keeps the most of `present` is chosen: first the parts that have more present
-    than their rounded-down share are rounded up, then those with the largest remainder, then the earlier ones.
-    All zero weights count as equal ones. Raises ValueError for a weight below 0 or not finite.
+    slots: frozenset[int] = frozenset()
+    """Those that are still there, and have not served since."""
+    count: int = 0
+    """How many in a row."""
+    at: float = 0.0
+    """When the last one was, on the clock of `plan`'s `now`."""
+
+    def patience(self, desired: Desired) -> float:
+        """Seconds that the next one is given: twice as many for each one before it, up to 64 times."""
+        return float(desired.replace_after * (1 << min(self.count, MOST_DOUBLINGS)))
+
+    def after(self, desired: Desired, observed: "Observed", now: float) -> "GivenUp":
+        """The value for the next plan, after one for this world."""
+        slots = frozenset(given_up(desired, observed, now))
+        if fresh := slots - self.slots:
+            return GivenUp(slots, self.count + len(fresh), now)
+        calm = all(e.down_since is None for e in observed.engines) and now > self.at + 2 * self.patience(desired)
+        return GivenUp() if calm else GivenUp(slots, self.count, self.at)
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What is there. `owners[b]` owns bucket b by the flow table; None or `NOBODY` if none does."""
+
+    engines: Sequence[Engine]
+    owners: Sequence[Owner | None]
+    moving: frozenset[int]
+    """Buckets with an open fence: they are left alone until it is closed."""
+    create_after: float
+    """No engine is created before this time, on the clock of `plan`'s `now`: back-off after failures."""
+    rebalanced: bool
+    """The numbers of buckets were set by load; see `assignment.assign`."""
+    given_up: GivenUp
+
+
+@dataclass(frozen=True, slots=True)
+class CreateEngine:
+    """Make an engine of this template, on any free slot."""
+
+    template: str
+    queues: int
+
+
+@dataclass(frozen=True, slots=True)
+class ActivateEngine:
+    """Make it Active: it may own buckets from now on."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class AssignBuckets:
+    """Give the buckets to other owners: by Transfer, or at once where a bucket has no owner."""
+
+    moves: tuple[Move, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class DrainEngine:
+    """Make it Draining: its buckets go to others next."""
+
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class RemoveEngine:
+    """Remove it. It owns and holds no bucket."""
+
+    slot: int
+
+
+Action = CreateEngine | ActivateEngine | DrainEngine | AssignBuckets | RemoveEngine
+
+MOST_DOUBLINGS = 6
+"""Of the time that an engine is given: at a minute, an hour and four minutes at most."""
+
+_KEEP = {State.ACTIVE: 0, State.DRAINING: 1, State.STARTING: 2, State.PENDING: 3}
+
+
+def plan(desired: Desired, observed: Observed, now: float) -> list[Action]:
+    """The next actions, to be carried out in this order; empty at the goal.
+
+    `now`: seconds on the clock of `Observed.create_after`. O(engines x log + buckets).
     """
-    if any(not isfinite(w) or w < 0 for w in weights):
-        raise ValueError(f"weights: {list(weights)} has a value that is negative or not finite; use 0 or more")
-    ratios = [float(w).as_integer_ratio() for w in weights] if any(weights) else [(1, 1)] * len(weights)
-    unit = lcm(*(d for _, d in ratios))
-    return _split(total, [n * (unit // d) for n, d in ratios], present)
+    owned = Counter(o.slot for o in observed.owners if o is not None and o.slot)
+    lost = given_up(desired, observed, now)
+    alive = [e for e in observed.engines if e.state is not State.FAILED and not e.leaving and e.slot not in lost]
+    kept = alive if desired.paused else _kept(desired, alive, owned)
+    actions: list[Action] = []
+
+    stay = {e.slot for e in kept}
+    serving = []
+    for engine in kept:
+        if desired.paused:
+            if engine.ready and engine.state is State.ACTIVE:
+                serving.append(engine)
+            continue
+        if engine.state is State.DRAINING or (engine.state is State.STARTING and engine.ready):
+            actions.append(ActivateEngine(engine.slot))
+        if engine.ready and engine.state is not State.PENDING:
+            serving.append(engine)
+    leaving = [e for e in observed.engines if e.slot not in stay]
+    for engine in leaving:
+        if engine.state is State.ACTIVE or (engine.state in (State.STARTING, State.PENDING) and owned[engine.slot]):
+            actions.append(DrainEngine(engine.slot))
+
+    missing = desired.replicas - sum(e.template == desired.template for e in kept)
+    room = desired.replicas + desired.max_surge - len(kept) - len(lost)
+    if now >= observed.create_after and not desired.paused:
+        # With nobody to serve, one engine is made whatever the surge says.
+        count = min(missing, max(room, 0 if kept else 1))
+        actions += [CreateEngine(desired.template, desired.queues)] * max(0, count)
+
+    # An engine that stays but is not ready keeps what it owns: it cannot hand it over now, and may be back soon.
+    pinned = {e.slot for e in kept if not e.ready or desired.paused}
+    moves = _moves(desired, observed, serving, pinned)
+    if moves:
+        actions.append(AssignBuckets(tuple(moves)))
+
+    for engine in leaving:
+        hands_over = engine.holds and engine.slot not in lost
+        if not owned[engine.slot] and not hands_over and engine.state is not State.ACTIVE:
+            actions.append(RemoveEngine(engine.slot))
+    return actions
 
 
-def _split(total: int, weights: Sequence[int], present: Sequence[int]) -> list[int]:
-    whole = sum(weights)
-    shares, remainders = [], []
-    for w in weights:
-        share, remainder = divmod(total * w, whole)
-        shares.append(share)
-        remainders.append(remainder)
-    left = total - sum(shares) if shares else 0
-    if left:
-        # Rounding up saves one move exactly where more is present than the part rounded down.
-        fractional = [i for i, r in enumerate(remainders) if r]
-        fractional.sort(key=lambda i: (present[i] <= shares[i], -remainders[i], i))
-        for i in fractional[:left]:
-            shares[i] += 1
-    return shares
+def give_up_at(desired: Desired, observed: Observed, engine: Engine) -> float | None:
+    """When the engine is given up if it does not serve until then; None if it will not be, or is already."""
+    had_buckets = engine.state in (State.ACTIVE, State.DRAINING)
+    if not desired.replace_after or desired.paused or engine.down_since is None or not had_buckets:
+        return None
+    return None if engine.slot in observed.given_up.slots else engine.down_since + observed.given_up.patience(desired)
 
 
-def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare], rebalanced: bool = False) -> list[Move]:
-    """The fewest moves after which every engine has its share of the buckets, and every queue of its engine's.
-
-    `current[b]` owns bucket b; None has no owner yet. Owners that are not among `engines` (or are queues that
-    an engine does not have) lose their buckets. Between engines exactly sum(max(0, owned - quota)) buckets move
-    beside those without a valid owner; inside an engine a bucket moves only if its queue has too many. Moves
-    come in bucket order. Without engines there is nothing to give buckets to, so there are no moves. O(buckets +
-    engines x log). Raises ValueError for repeated slots or an engine without queues.
-
-    `rebalanced`: the numbers of buckets were set by load, and their proportions are kept. The present number of
-    each engine and queue is its weight (0 stays 0); an engine without buckets is a new one and has the mean. So all
-    give to a new engine, and take from one that leaves, in proportion; else nothing moves.
-    """
-    if not engines:
-        return []
-    index = {e.slot: i for i, e in enumerate(engines)}
-    if len(index) != len(engines):
-        raise ValueError(f"engines: slots {sorted(e.slot for e in engines)} repeat one; use each slot once")
-    for e in engines:
-        if e.queues < 1:
-            raise ValueError(f"engine {e.slot}: {e.queues} queues cannot own buckets; use 1 or more")
-
-    held: list[list[int]] = [[] for _ in engines]
-    homeless: list[int] = []
-    for bucket, owner in enumerate(current):
-        i = index.get(owner.slot) if owner is not None else None
-        if i is None:
-            homeless.append(bucket)
-        else:
-            held[i].append(bucket)
-    present = [len(h) for h in held]
-    weights: list[float] = [e.weight for e in engines]
-    if rebalanced:
-        owning, new = sum(n > 0 for n in present), sum(present)  # `new` is their mean, in units of 1 / owning
-        weights = [(n * owning or new) if e.weight else 0 for n, e in zip(present, engines, strict=True)]
-    shares = quotas(len(current), weights, present)
-
-    # Buckets that leave an engine are taken from its fullest queues: that also evens out what stays.
-    stays: list[list[list[int]]] = []  # engine -> queue -> buckets
-    queue_weights: list[list[int]] = []
-    strays: list[list[int]] = []  # engine -> buckets on queues that it does not have (any more)
-    for i, engine in enumerate(engines):
-        queues: list[list[int]] = [[] for _ in range(engine.queues)]
-        stray = []
-        for bucket in held[i]:
-            owner = current[bucket]
-            if owner is not None and 0 <= owner.queue < engine.queues:
-                queues[owner.queue].append(bucket)
-            else:
-                stray.append(bucket)
-        kept = rebalanced and any(queues)
-        queue_weights.append([len(q) for q in queues] if kept else [1] * engine.queues)
-        surplus = len(held[i]) - shares[i]
-        while surplus > 0 and stray:
-            homeless.append(stray.pop())
-            surplus -= 1
-        if kept and surplus > 0:
-            for owned, limit in zip(queues, _split(shares[i], queue_weights[i], queue_weights[i]), strict=True):
-                while len(owned) > limit:
-                    homeless.append(owned.pop())
-        else:
-            homeless.extend(_take_from_fullest(queues, surplus))
-        stays.append(queues)
-        strays.append(stray)
-
-    homeless.sort()
-    moves: list[Move] = []
-    taken = 0
-    for i, engine in enumerate(engines):
-        queues = stays[i]
-        deficit = shares[i] - sum(map(len, queues)) - len(strays[i])
-        arriving = strays[i] + homeless[taken : taken + max(0, deficit)]
-        taken += max(0, deficit)
-        limits = _split(shares[i], queue_weights[i], [len(q) for q in queues])
-        for q, owned in enumerate(queues):
-            while len(owned) > limits[q]:
-                arriving.append(owned.pop())
-        arriving.sort()
-        start = 0
-        for q, owned in enumerate(queues):
-            wanted = limits[q] - len(owned)
-            moves += [Move(bucket, Owner(engine.slot, q)) for bucket in arriving[start : start + wanted]]
-            start += wanted
-    moves.sort(key=lambda m: m.bucket)
-    return moves
+def given_up(desired: Desired, observed: Observed, now: float) -> set[int]:
+    """Slots of the engines that have not served for so long that others take their place."""
+    found = {e.slot for e in observed.engines if e.down_since is not None and not desired.paused}
+    found &= observed.given_up.slots
+    for engine in observed.engines:
+        at = give_up_at(desired, observed, engine)
+        if at is not None and now >= at:
+            found.add(engine.slot)
+    return found
 
 
-def _take_from_fullest(queues: list[list[int]], count: int) -> list[int]:
-    """Removes `count` buckets, each from a queue that has the most at that time."""
-    taken: list[int] = []
-    if count <= 0:
-        return taken
-    fullest = [(-len(buckets), q) for q, buckets in enumerate(queues)]
-    heapq.heapify(fullest)
-    for _ in range(count):
-        size, q = fullest[0]
-        taken.append(queues[q].pop())
-        heapq.heapreplace(fullest, (size + 1, q))
-    return taken
+def _kept(desired: Desired, alive: Sequence[Engine], owned: Counter[int]) -> list[Engine]:
+    """The engines that stay for now, best first."""
+
+    def rank(e: Engine) -> tuple[int, bool, float, int, int, int]:
+        return (_KEEP[e.state], not e.ready, -e.load, -e.flows, -owned[e.slot], e.slot)
+
+    fresh = sorted((e for e in alive if e.template == desired.template), key=rank)[: desired.replicas]
+    stale = sorted((e for e in alive if e.template != desired.template), key=rank)
+    able = sum(e.ready and e.state is State.ACTIVE for e in fresh)
+    # Of the old template as many stay as the new one cannot yet replace.
+    return fresh + stale[: max(0, desired.replicas - desired.max_unavailable - able)]
 
 
-def moved(current: Sequence[Owner | None], moves: Sequence[Move]) -> list[Owner | None]:
-    """The owners after `moves`."""
-    owners = list(current)
-    for move in moves:
-        owners[move.bucket] = move.to
-    return owners
-
-
-def spread_queues(queues: int, cores: int) -> tuple[int, ...]:
-    """The core of each queue: neighbours on different cores, and no core more than one queue above another."""
-    if queues < 0 or cores < 1:
-        raise ValueError(f"{queues} queues on {cores} cores; use at least one core")
-    return tuple(q % cores for q in range(queues))
+def _moves(desired: Desired, observed: Observed, serving: Sequence[Engine], pinned: set[int]) -> list[Move]:
+    owners = observed.owners
+    free = [b for b, owner in enumerate(owners) if owner is None or owner.slot not in pinned]
+    if desired.replicas == 0 and not desired.paused:
+        moves = [Move(b, NOBODY) for b in free if owners[b] not in (None, NOBODY)]
+    else:
+        shares = [EngineShare(e.slot, e.queues) for e in sorted(serving, key=lambda e: e.slot)]
+        moves = [Move(free[m.bucket], m.to) for m in assign([owners[b] for b in free], shares, observed.rebalanced)]
+    # Buckets with an open fence count where their word says, but wait for their next move.
+    return [m for m in moves if m.bucket not in observed.moving]

@@ -19,7 +19,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from packetstack_core.planning import Move, Owner
+from packetstack_core.assignment import Move, Owner
 from packetstack_core.reasons import Event, EventReason
 from packetstack_core.wording import counted
 

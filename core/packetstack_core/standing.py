@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from packetstack_core import hashing, reconciling
-from packetstack_core.planning import Owner, State
+from packetstack_core import hashing, planning
+from packetstack_core.assignment import Owner, State
+from packetstack_core.planning import GivenUp
 from packetstack_core.reasons import ConditionReason, Problem, Value
-from packetstack_core.reconciling import GivenUp
 from packetstack_core.resources import Spec
 from packetstack_core.values import Address
 
@@ -112,15 +112,15 @@ class Finding:
 # ---- what the planner sees -------------------------------------------------------------------------------------
 
 
-def desired(pool: Pool) -> reconciling.Desired:
+def desired(pool: Pool) -> planning.Desired:
     """What the resource asks of the planner."""
-    return reconciling.Desired.of(pool.spec, pool.template)
+    return planning.Desired.of(pool.spec, pool.template)
 
 
-def observed(pool: Pool) -> reconciling.Observed:
+def observed(pool: Pool) -> planning.Observed:
     """What the planner sees. Loads count to a tenth of a core: less is chance."""
     engines = [
-        reconciling.Engine(
+        planning.Engine(
             slot=e.slot,
             state=e.state,
             ready=e.ready,
@@ -135,7 +135,7 @@ def observed(pool: Pool) -> reconciling.Observed:
         for e in pool.engines
     ]
     surplus = len(engines) > pool.spec.replicas
-    return reconciling.Observed(
+    return planning.Observed(
         engines=engines,
         owners=pool.owners,
         moving=pool.moving if surplus else pool.moving | pool.pinned,
@@ -149,7 +149,7 @@ def observed(pool: Pool) -> reconciling.Observed:
 class Plan:
     """What to do next, and what to remember of it."""
 
-    actions: tuple[reconciling.Action, ...]
+    actions: tuple[planning.Action, ...]
     """To be carried out in this order; empty at the goal."""
     given_up: GivenUp
     """Engines that did not serve for too long: for the next `Pool`."""
@@ -162,9 +162,9 @@ class Plan:
 def plan(pool: Pool, now: float) -> Plan:
     """What to do next. `now`: seconds on the clock of `Pool.create_after`."""
     wanted, seen = desired(pool), observed(pool)
-    times = [at for e in seen.engines if (at := reconciling.give_up_at(wanted, seen, e)) is not None and at > now]
+    times = [at for e in seen.engines if (at := planning.give_up_at(wanted, seen, e)) is not None and at > now]
     return Plan(
-        actions=tuple(reconciling.plan(wanted, seen, now)),
+        actions=tuple(planning.plan(wanted, seen, now)),
         given_up=pool.given_up.after(wanted, seen, now),
         patience=pool.given_up.patience(wanted),
         wake_at=min(times, default=None),

@@ -1,6 +1,6 @@
 """What to write next for one stack. Pure: a `World` and the time in, a `Decision` out.
 
-Engines and buckets are planned by `packetstack_core.reconciling.plan`, as they are without Kubernetes; here its
+Engines and buckets are planned by `packetstack_core.planning.plan`, as they are without Kubernetes; here its
 actions become one flow table, pods and status. Whatever happens between two writes, or after any of them, the next
 decision goes on from what is there. So their order counts:
 
@@ -11,19 +11,19 @@ decision goes on from what is there. So their order counts:
 
 from dataclasses import replace
 
-from packetstack_core import reading, reconciling, resources, standing
+from packetstack_core import planning, reading, resources, standing
+from packetstack_core.assignment import NOBODY, moved
 from packetstack_core.backing_off import ENGINE_SECONDS, back_off
 from packetstack_core.kinds import MAX_ENGINE_ID, TableEngine
-from packetstack_core.planning import NOBODY, moved
-from packetstack_core.reading import ResourceError
-from packetstack_core.reasons import ConditionReason, Event, EventReason, Problem
-from packetstack_core.reconciling import (
+from packetstack_core.planning import (
     ActivateEngine,
     AssignBuckets,
     CreateEngine,
     DrainEngine,
     RemoveEngine,
 )
+from packetstack_core.reading import ResourceError
+from packetstack_core.reasons import ConditionReason, Event, EventReason, Problem
 from packetstack_core.statuses import RebalanceStatus
 from packetstack_core.wording import counted
 from packetstack_operator import conditions, facts, observing, obstacles, standings, writing
@@ -302,7 +302,7 @@ def _reconcile(found: Facts, plan: Plan) -> None:
         _act(found, plan, action)
 
 
-def _act(found: Facts, plan: Plan, action: reconciling.Action) -> None:
+def _act(found: Facts, plan: Plan, action: planning.Action) -> None:
     match action:
         case CreateEngine(template, queues):
             # Without a node one engine finds one; the others go where it is.

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from packetstack_core import kinds, reconciling
+from packetstack_core import kinds, planning
+from packetstack_core.assignment import NOBODY, Owner
 from packetstack_core.autoscaling import rounds
 from packetstack_core.kinds import EngineReport, FlowTable, NodeReport, PacketEngine, PacketEngineStatus, TableEngine
-from packetstack_core.planning import NOBODY, Owner
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import Event, Reason
 from packetstack_core.resources import Listener, PacketStack
@@ -142,7 +142,7 @@ class Plan:
     """Buckets were moved by load: their numbers need not be even."""
     moved: RebalanceStatus | None = None
     """What was moved by load just now."""
-    actions: Sequence[reconciling.Action] = ()
+    actions: Sequence[planning.Action] = ()
     events: list[Event] = field(default_factory=list)
 
     def event(self, reason: Reason, message: str) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from packetstack_core.assignment import Move
 from packetstack_core.kinds import FlowTable, TableEngine, read
-from packetstack_core.planning import Move
+from packetstack_core.planning import GivenUp
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import ConditionReason, Problem
-from packetstack_core.reconciling import GivenUp
 from packetstack_operator import pods
 
 Raw = Mapping[str, Any]

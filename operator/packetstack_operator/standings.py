@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
+from packetstack_core.assignment import State
 from packetstack_core.kinds import TableEngine
-from packetstack_core.planning import State
 from packetstack_core.reasons import ConditionReason, Problem, split
 from packetstack_core.standing import EngineStanding, Pool, Standing, staying
 from packetstack_operator import observing, obstacles, pods

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from packetstack_core import kinds, resources
+from packetstack_core.assignment import NOBODY
 from packetstack_core.kinds import FlowTable, FlowTableSpec
-from packetstack_core.planning import NOBODY
 from packetstack_core.reasons import ConditionReason
 from packetstack_core.resources import API_VERSION
 from packetstack_core.statuses import PacketStackStatus
-from packetstack_operator import conditions, observing, pods
+from packetstack_operator import conditions, observing, pod_deletion, pods
 from packetstack_operator.facts import Facts, Plan, engine_status, stack_status
 from packetstack_operator.observing import Raw, World
 from packetstack_operator.outcome import Kind, Write
@@ -113,18 +113,10 @@ def marks(found: Facts, plan: Plan) -> list[Write]:
 
 
 def pods_to_delete(found: Facts, plan: Plan) -> list[Write]:
-    """Pods of engines that the node's agent has let go, or never had."""
-    named = {e.name for e in plan.entries.values()}
-    still = {e.name for e in found.table.spec.engines} if found.table is not None else set()
-    writes = []
-    for name, pod in sorted(found.pods.items()):
-        if name in named or observing.terminating(pod):
-            continue
-        never = observing.phase(pod) == "Pending" and not observing.started(pod)
-        let_go = found.current and name not in still and observing.number_of(pod) not in found.reported
-        if never or observing.dead(pod, found.now) or let_go:
-            writes.append(delete("Pod", pod))
-    return writes
+    """Pods that may be deleted now."""
+    return [
+        delete("Pod", pod) for name, pod in sorted(found.pods.items()) if pod_deletion.may_go(found, plan, name, pod)
+    ]
 
 
 def packet_engines(found: Facts, plan: Plan) -> list[Write]:

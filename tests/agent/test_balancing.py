@@ -14,8 +14,8 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
 from packetstack_core import standing
+from packetstack_core.assignment import Move, Owner
 from packetstack_core.load import CoreCounters, EngineCounters, QueueCounters, Snapshot
-from packetstack_core.planning import Move, Owner
 from packetstack_core.rebalancing import TELL_SECONDS
 
 CYCLES = 1_000_000

@@ -9,7 +9,7 @@ from tests.model.node import PlayedStack, resource
 from packetstack_agent.errors import AgentError
 from packetstack_agent.explaining import Flow, explain
 from packetstack_core import hashing
-from packetstack_core.planning import NOBODY, Owner
+from packetstack_core.assignment import NOBODY, Owner
 
 WEB = Flow.of("tcp", "10.0.0.9", 40000, "192.0.2.10", 80)
 

@@ -16,7 +16,7 @@ from tests.cluster.control_plane import ControlPlane
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource
 from tests.operator.players import TABLES, Server
 
-from packetstack_agent import cluster
+from packetstack_agent import cluster, deleted_tables
 from packetstack_agent.cluster import Follower
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall, Obstacle
@@ -354,7 +354,7 @@ async def test_a_table_that_cannot_be_read_stays_told_until_one_can() -> None:
 async def test_an_agent_that_stands_by_does_not_end_the_flows_of_a_table_that_it_cannot_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.0)
+    monkeypatch.setattr(deleted_tables, "ORPHAN_SECONDS", 0.0)
     agent = PlayedAgent()
     agent.foreign = "LayoutMismatch: another build"
     agent.run.record.tables["shop.web"] = {}
@@ -372,7 +372,7 @@ async def test_an_agent_that_stands_by_does_not_end_the_flows_of_a_table_that_it
 
 
 async def test_a_stack_that_cannot_be_removed_with_its_table_is_removed_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.0)
+    monkeypatch.setattr(deleted_tables, "ORPHAN_SECONDS", 0.0)
     agent = PlayedAgent()
     await heard(agent, item(1))
     agent.run.record.tables["shop.web"] = {}
@@ -485,8 +485,8 @@ async def test_a_server_that_cannot_be_reached_is_told_once_and_asked_ever_less_
 async def test_engines_go_on_while_their_table_is_gone_and_end_only_after_a_while(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert cluster.ORPHAN_SECONDS == 60
-    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 1.5)
+    assert deleted_tables.ORPHAN_SECONDS == 60
+    monkeypatch.setattr(deleted_tables, "ORPHAN_SECONDS", 1.5)
     await place.create()
     async with following(place.node) as (agent, _):
         await answered(place, 1)
@@ -516,7 +516,7 @@ async def test_a_stack_whose_engines_had_been_let_go_ends_with_its_table(place: 
 async def test_a_table_that_went_while_there_was_no_agent_is_missed_by_the_next_one(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 0.5)
+    monkeypatch.setattr(deleted_tables, "ORPHAN_SECONDS", 0.5)
     agent = PlayedAgent()
     agent.run.record.tables[place.stack] = {}
     wanted = resource()
@@ -530,7 +530,7 @@ async def test_an_agent_that_stands_by_repeats_what_was_reported_and_says_how_to
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "RESYNC_SECONDS", 0.1)
-    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 1.0)
+    monkeypatch.setattr(deleted_tables, "ORPHAN_SECONDS", 1.0)
     await place.create()
     async with following(place.node):
         await answered(place, 1)
@@ -561,7 +561,7 @@ async def test_an_agent_that_stands_by_waits_for_a_table_that_is_written_anew(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cluster, "RESYNC_SECONDS", 0.1)
-    monkeypatch.setattr(cluster, "ORPHAN_SECONDS", 1.0)
+    monkeypatch.setattr(deleted_tables, "ORPHAN_SECONDS", 1.0)
     agent = PlayedAgent()
     agent.foreign = "LayoutMismatch: another build"
     agent.run.record.tables[place.stack] = {}

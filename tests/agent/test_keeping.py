@@ -19,8 +19,8 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.node import RunDirectory
-from packetstack_core.planning import Move, Owner, State
-from packetstack_core.reconciling import ActivateEngine, DrainEngine, RemoveEngine
+from packetstack_core.assignment import Move, Owner, State
+from packetstack_core.planning import ActivateEngine, DrainEngine, RemoveEngine
 from packetstack_core.values import Network
 
 

@@ -15,9 +15,9 @@ from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.scaling import Autoscaler, Autoscalers
 from packetstack_core import reading
+from packetstack_core.assignment import State
 from packetstack_core.autoscaling.rounds import Round
 from packetstack_core.load import CoreCounters, EngineCounters, Snapshot
-from packetstack_core.planning import State
 
 BEGIN = 1_000_000_000.0
 BUSY = {

@@ -10,7 +10,7 @@ from packetstack_agent.firewall import Firewall, Obstacle
 from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
 from packetstack_core import standing
-from packetstack_core.planning import NOBODY, Owner, State
+from packetstack_core.assignment import NOBODY, Owner, State
 from packetstack_core.standing import Standing
 
 

@@ -13,7 +13,7 @@ from packetstack_agent.agent import Agent
 from packetstack_agent.errors import AgentError
 from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
-from packetstack_core.planning import Owner
+from packetstack_core.assignment import Owner
 
 
 @pytest.fixture

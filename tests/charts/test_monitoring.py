@@ -13,7 +13,7 @@ from tests.charts.conftest import CHART, ROOT, Render
 from tests.house.exported import of_the_agent, of_the_operator
 
 from packetstack_core import abi
-from packetstack_core.planning import State
+from packetstack_core.assignment import State
 
 ALERTS_FILE = CHART / "files/alerts.yaml"
 ALERTS = {rule["alert"]: rule for group in yaml.safe_load(ALERTS_FILE.read_text())["groups"] for rule in group["rules"]}

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from packetstack_core import kinds
+from packetstack_core.assignment import NOBODY, Move, Owner
 from packetstack_core.following import Assign, Attach, Attached, Detach, follow, table_is_live, target
 from packetstack_core.kinds import FlowTableSpec
-from packetstack_core.planning import NOBODY, Move, Owner
 
 BUCKETS = 256
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packetstack_core import kinds
-from packetstack_core.planning import NOBODY, Owner
+from packetstack_core.assignment import NOBODY, Owner
 from packetstack_core.reading import ResourceError
 
 ENGINE = {"id": 1, "name": "web-1", "state": "Active", "template": "ab12", "queues": 4, "cores": 1}

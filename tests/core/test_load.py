@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from packetstack_core.assignment import Owner
 from packetstack_core.autoscaling.engine_metrics import samples
 from packetstack_core.load import (
     CoreCounters,
@@ -19,7 +20,6 @@ from packetstack_core.load import (
     stack_load,
     to_json,
 )
-from packetstack_core.planning import Owner
 
 
 def engine(id_: int = 1, at: int = 0, *, state: str = "Active", ready: bool = True, busy: int = 60) -> EngineCounters:

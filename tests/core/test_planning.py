@@ -1,240 +1,560 @@
-"""Min-move planning against independent oracles: brute force over all splits, and a maximum matching."""
+"""The planner against a world in which actions fail, engines die and wishes change at any time."""
 
-import itertools
-import time
+from collections import Counter
+from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from packetstack_core.planning import NOBODY, EngineShare, Move, Owner, assign, moved, quotas, spread_queues
+from packetstack_core.assignment import NOBODY, EngineShare, Owner, State, assign, moved
+from packetstack_core.planning import (
+    ActivateEngine,
+    AssignBuckets,
+    CreateEngine,
+    Desired,
+    DrainEngine,
+    Engine,
+    GivenUp,
+    Observed,
+    RemoveEngine,
+    give_up_at,
+    plan,
+)
+from packetstack_core.reading import parse
 
-
-def engines_moves(current, moves):
-    """Moves that change the engine, not only the queue."""
-    return sum(current[m.bucket] is None or current[m.bucket].slot != m.to.slot for m in moves)
-
-
-def counts(owners, slots):
-    return {slot: sum(o is not None and o.slot == slot for o in owners) for slot in slots}
-
-
-@st.composite
-def situations(draw, most_engines=6, most_buckets=64):
-    engines = [
-        EngineShare(slot, draw(st.integers(1, 5)), draw(st.sampled_from([0.5, 1.0, 1.0, 1.0, 2.0, 3.3])))
-        for slot in draw(st.lists(st.integers(1, 9), min_size=1, max_size=most_engines, unique=True))
-    ]
-    owner = st.none() | st.builds(Owner, st.integers(0, 9), st.integers(0, 5))
-    return draw(st.lists(owner, max_size=most_buckets)), engines
+BUCKETS = 64
 
 
-@given(situations())
-def test_a_plan_is_complete_fair_and_at_rest(situation):
-    current, engines = situation
-    moves = assign(current, engines)
-    after = moved(current, moves)
-    assert [m.bucket for m in moves] == sorted({m.bucket for m in moves}), "each bucket at most once, in order"
-    assert all(current[m.bucket] != m.to for m in moves), "no move that changes nothing"
-    by_slot = {e.slot: e for e in engines}
-    assert all(o is not None and o.slot in by_slot and 0 <= o.queue < by_slot[o.slot].queues for o in after)
-    whole = sum(e.weight for e in engines)
-    for e in engines:
-        owned = [o.queue for o in after if o.slot == e.slot]
-        assert abs(len(owned) - len(current) * e.weight / whole) < 1 + 1e-9
-        per_queue = [owned.count(q) for q in range(e.queues)]
-        assert max(per_queue) - min(per_queue) <= 1
-    assert assign(after, engines) == [], "a second plan at the goal is empty"
-    assert assign(current, engines) == moves, "the same question has the same answer"
+class World:
+    """Carries out actions as an agent would. Refuses what may never be asked for."""
+
+    def __init__(self, buckets=BUCKETS):
+        self.engines = {}
+        self.owners = [None] * buckets
+        self.next_slot = 1
+        self.engine_moves = 0
+
+    def observed(self, moving=()):
+        return Observed(
+            tuple(self.engines.values()),
+            tuple(self.owners),
+            frozenset(moving),
+            create_after=0.0,
+            rebalanced=False,
+            given_up=GivenUp(),
+        )
+
+    def do(self, action):
+        match action:
+            case CreateEngine(template, queues):
+                self.engines[self.next_slot] = Engine(
+                    self.next_slot,
+                    State.PENDING,
+                    False,
+                    template,
+                    queues,
+                    flows=0,
+                    leaving=False,
+                    holds=0,
+                    load=0.0,
+                    down_since=None,
+                )
+                self.next_slot += 1
+            case ActivateEngine(slot):
+                assert self.engines[slot].state in (State.STARTING, State.DRAINING)
+                self.change(slot, state=State.ACTIVE)
+            case DrainEngine(slot):
+                assert self.engines[slot].state is not State.FAILED
+                self.change(slot, state=State.DRAINING)
+            case RemoveEngine(slot):
+                assert all(o is None or o.slot != slot for o in self.owners), "never removes an owner"
+                mute = self.engines[slot].down_since is not None
+                assert mute or not self.engines[slot].holds, "never removes an engine that still holds a bucket"
+                del self.engines[slot]
+            case AssignBuckets(moves):
+                for move in moves:
+                    old = self.owners[move.bucket]
+                    assert move.to != old
+                    if move.to == NOBODY:
+                        assert old not in (None, NOBODY)
+                    else:
+                        to = self.engines[move.to.slot]
+                        assert to.ready, "never gives a bucket to an engine that is not ready"
+                        assert to.state is State.ACTIVE
+                        assert move.to.queue < to.queues
+                    self.engine_moves += old is None or old.slot != move.to.slot
+                    self.owners[move.bucket] = move.to
+
+    def change(self, slot, **fields):
+        self.engines[slot] = replace(self.engines[slot], **fields)
+
+    def come_up(self):
+        for slot, engine in list(self.engines.items()):
+            if engine.state is State.PENDING:
+                self.change(slot, state=State.STARTING)
+            elif engine.state is not State.FAILED:
+                self.change(slot, ready=True)
+
+    def settle(self, desired, most=400):
+        """Plans and acts until nothing is left to do. -> rounds"""
+        for turn in range(most):
+            for slot in list(self.engines):
+                self.change(slot, holds=0)
+            actions = plan(desired, self.observed(), now=0.0)
+            for action in actions:
+                self.do(action)
+            if not actions and all(e.ready for e in self.engines.values()):
+                return turn
+            self.come_up()
+        raise AssertionError(f"no rest after {most} rounds: {self.engines} {plan(desired, self.observed(), 0.0)}")
+
+    def check_goal(self, desired):
+        assert len(self.engines) == desired.replicas
+        assert all(e.state is State.ACTIVE and e.template == desired.template for e in self.engines.values())
+        owned = Counter(o.slot if o else 0 for o in self.owners)
+        if desired.replicas:
+            assert set(owned) == set(self.engines)
+            assert max(owned.values()) - min(owned.values()) <= 1
+        else:
+            assert set(owned) == {0}
 
 
-@given(situations())
-def test_no_allowed_split_between_engines_needs_fewer_moves(situation):
-    """Brute force over every rounding of the exact shares: moves = buckets - those that may stay."""
-    current, engines = situation
-    total = len(current)
-    whole = sum(e.weight for e in engines)
-    exact = [total * e.weight / whole for e in engines]
-    near = [round(x) if abs(x - round(x)) < 1e-9 else None for x in exact]
-    choices = [[n] if n is not None else [int(x), int(x) + 1] for x, n in zip(exact, near, strict=True)]
-    present = counts(current, [e.slot for e in engines])
-    least = min(
-        total - sum(min(share, present[e.slot]) for share, e in zip(split, engines, strict=True))
-        for split in itertools.product(*choices)
-        if sum(split) == total
+def desired(replicas, template="a", queues=2, **limits):
+    return Desired(replicas, template, queues, **limits)
+
+
+def started(replicas, template="a"):
+    world = World()
+    world.settle(desired(replicas, template))
+    world.engine_moves = 0
+    return world
+
+
+def kinds(actions):
+    return Counter(type(a).__name__ for a in actions)
+
+
+def test_a_new_stack_gets_its_engines_and_then_its_buckets():
+    world = World()
+    assert kinds(plan(desired(3), world.observed(), 0)) == {"CreateEngine": 3}
+    world.settle(desired(3))
+    world.check_goal(desired(3))
+
+
+def test_at_the_goal_there_is_nothing_to_do():
+    assert plan(desired(3), started(3).observed(), 0) == []
+
+
+@pytest.mark.parametrize("wish", [desired(0), desired(1), desired(5), desired(3, "b")])
+def test_while_paused_nothing_is_done(wish):
+    assert plan(replace(wish, paused=True), started(3).observed(), 0) == []
+
+
+@pytest.mark.parametrize("trouble", [{"leaving": True}, {"state": State.FAILED, "ready": False}, None])
+@pytest.mark.parametrize("replicas", [0, 3])
+def test_while_paused_buckets_that_nobody_will_serve_go_to_those_that_serve_and_no_others_move(trouble, replicas):
+    world = started(3)
+    before = list(world.owners)
+    if trouble is None:
+        del world.engines[1]
+    else:
+        world.change(1, **trouble)
+    world.settle(desired(replicas, paused=True))
+    assert set(world.engines) == {2, 3}
+    owned = Counter(o.slot for o in world.owners)
+    assert set(owned) == {2, 3}
+    assert max(owned.values()) - min(owned.values()) <= 1
+    assert all(a == b for a, b in zip(before, world.owners, strict=True) if a.slot != 1)
+
+
+def test_while_paused_an_engine_that_is_leaving_keeps_its_buckets_if_no_other_serves():
+    world = started(1)
+    world.change(1, leaving=True)
+    assert kinds(plan(desired(1, paused=True), world.observed(), 0)) == {"DrainEngine": 1}
+    world.change(1, state=State.DRAINING)
+    assert plan(desired(1, paused=True), world.observed(), 0) == []
+
+
+def test_before_the_back_off_is_over_no_engine_is_created():
+    observed = replace(started(1).observed(), create_after=10.0)
+    assert plan(desired(2), observed, now=9.9) == []
+    assert kinds(plan(desired(2), observed, now=10.0)) == {"CreateEngine": 1}
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (4, 1), (1, 3), (3, 2), (8, 7)])
+def test_a_resize_moves_the_fewest_buckets(before, after):
+    world = started(before)
+    current = list(world.owners)
+    world.settle(desired(after))
+    world.check_goal(desired(after))
+    slots = list(world.engines)
+    best = assign(current, [EngineShare(slot, 2) for slot in slots])
+    after_best = moved(current, best)
+    least = sum(a.slot != b.slot for a, b in zip(current, after_best, strict=True))
+    assert world.engine_moves == least
+
+
+def test_an_engine_that_never_served_is_the_first_to_go():
+    world = started(2)
+    world.do(CreateEngine("a", 2))
+    world.come_up()
+    assert plan(desired(2), world.observed(), 0) == [RemoveEngine(3)]
+
+
+def test_of_active_engines_the_one_with_the_fewest_flows_goes():
+    world = started(3)
+    for slot, flows in ((1, 50), (2, 10), (3, 40)):
+        world.change(slot, flows=flows)
+    actions = plan(desired(2), world.observed(), 0)
+    assert actions[0] == DrainEngine(2)
+    assert all(world.owners[m.bucket].slot == 2 for m in actions[1].moves), "only its own buckets move"
+
+
+def test_of_active_engines_the_one_with_the_least_load_goes_whatever_flows_it_has():
+    world = started(3)
+    for slot, load, flows in ((1, 0.7, 10), (2, 0.2, 90), (3, 0.5, 20)):
+        world.change(slot, load=load, flows=flows)
+    actions = plan(desired(2), world.observed(), 0)
+    assert DrainEngine(2) in actions
+    assert sum(isinstance(a, DrainEngine) for a in actions) == 1
+
+
+def test_buckets_that_were_moved_by_load_stay_until_the_mark_is_gone():
+    world = started(2)
+    owners = world.owners
+    world.owners = [Owner(1, b % 2) if b < 48 else owner for b, owner in enumerate(owners)]
+    observed = world.observed()
+    assert plan(desired(2), replace(observed, rebalanced=True), 0) == []
+    assert plan(desired(2), observed, 0), "even numbers again"
+
+
+def test_a_draining_engine_is_taken_back_when_it_is_wanted_again():
+    world = started(2)
+    world.do(DrainEngine(2))
+    assert plan(desired(2), world.observed(), 0) == [ActivateEngine(2)]
+
+
+def test_an_engine_that_is_not_ready_keeps_its_buckets_and_gets_none():
+    world = started(3)
+    before = list(world.owners)
+    world.change(2, ready=False)
+    assert plan(desired(3), world.observed(), 0) == []
+    for action in plan(desired(4), world.observed(), 0):
+        world.do(action)
+    world.change(4, state=State.STARTING, ready=True)
+    for action in plan(desired(4), world.observed(), 0):
+        world.do(action)
+    assert [b for b, o in enumerate(before) if o.slot == 2] == [b for b, o in enumerate(world.owners) if o.slot == 2]
+
+
+def test_a_failed_engine_is_replaced_and_removed_when_it_owns_nothing():
+    world = started(2)
+    world.change(2, state=State.FAILED, ready=False)
+    actions = plan(desired(2), world.observed(), 0)
+    assert kinds(actions) == {"CreateEngine": 1, "AssignBuckets": 1}
+    for action in actions:
+        world.do(action)
+    assert RemoveEngine(2) in plan(desired(2), world.observed(), 0)
+
+
+def test_an_engine_that_is_leaving_hands_over_to_another_that_is_made_for_it():
+    world = started(1)
+    world.change(1, leaving=True)
+    assert kinds(plan(desired(1), world.observed(), 0)) == {"DrainEngine": 1, "CreateEngine": 1}
+    world.settle(desired(1))
+    world.check_goal(desired(1))
+    assert 1 not in world.engines
+
+
+def test_an_engine_that_is_leaving_is_not_taken_back():
+    world = started(2)
+    world.do(DrainEngine(2))
+    world.change(2, leaving=True)
+    assert kinds(plan(desired(2), world.observed(), 0)) == {"CreateEngine": 1, "AssignBuckets": 1}
+
+
+def test_an_engine_is_kept_while_buckets_are_still_on_their_way_from_it():
+    world = started(2)
+    world.do(DrainEngine(2))
+    world.change(2, holds=5)
+    for action in plan(desired(1), world.observed(), 0):
+        world.do(action)
+    assert plan(desired(1), world.observed(), 0) == []
+    world.change(2, holds=0)
+    assert plan(desired(1), world.observed(), 0) == [RemoveEngine(2)]
+
+
+def test_buckets_with_an_open_fence_are_left_alone():
+    world = started(1)
+    actions = plan(desired(1), world.observed(), 0)
+    world.change(1, state=State.DRAINING)
+    world.do(CreateEngine("a", 2))
+    world.change(2, state=State.ACTIVE, ready=True)
+    world.change(1, template="b")
+    actions = plan(desired(1), world.observed(moving=range(60)), 0)
+    (moves,) = [a.moves for a in actions if isinstance(a, AssignBuckets)]
+    assert {m.bucket for m in moves} == {60, 61, 62, 63}
+
+
+def test_an_open_fence_does_not_make_the_rest_move_too_far():
+    world = started(1)
+    world.do(CreateEngine("a", 2))
+    world.change(2, state=State.ACTIVE, ready=True)
+    (first,) = plan(desired(2), world.observed(), 0)
+    for move in first.moves[:16]:
+        world.owners[move.bucket] = move.to
+    rest = plan(desired(2), world.observed(moving=[m.bucket for m in first.moves[:16]]), 0)
+    assert len(rest[0].moves) <= 16 + 1
+
+
+def test_zero_replicas_take_the_owners_first_and_then_the_engines():
+    world = started(2)
+    actions = plan(desired(0), world.observed(), 0)
+    assert kinds(actions) == {"DrainEngine": 2, "AssignBuckets": 1}
+    world.settle(desired(0))
+    world.check_goal(desired(0))
+    assert set(world.owners) == {NOBODY}
+    world.settle(desired(1))
+    world.check_goal(desired(1))
+
+
+@pytest.mark.parametrize(("surge", "unavailable"), [(1, 0), (0, 1), (3, 0), (2, 2), (0, 4), (1, 4)])
+@pytest.mark.parametrize("replicas", [1, 2, 4])
+def test_a_changed_template_is_rolled_out_within_its_limits(replicas, surge, unavailable):
+    world = started(replicas)
+    want = desired(replicas, "b", max_surge=surge, max_unavailable=unavailable)
+    for _ in range(200):
+        actions = plan(want, world.observed(), 0)
+        for action in actions:
+            world.do(action)
+            lasting = [e for e in world.engines.values() if e.state is not State.DRAINING]
+            assert len(lasting) <= replicas + max(surge, 1 if unavailable >= replicas else 0)
+        able = sum(e.ready and e.state is State.ACTIVE for e in world.engines.values())
+        assert able >= replicas - unavailable
+        assert all(o not in (None, NOBODY) for o in world.owners), "every bucket has an owner all the time"
+        if not actions and all(e.ready for e in world.engines.values()):
+            break
+        world.come_up()
+    world.check_goal(want)
+
+
+def test_a_template_that_never_gets_ready_leaves_the_old_engines_serving():
+    world = started(3)
+    want = desired(3, "broken")
+    for _ in range(20):
+        for action in plan(want, world.observed(), 0):
+            world.do(action)
+    assert sum(e.ready and e.state is State.ACTIVE for e in world.engines.values()) == 3
+    assert len(world.engines) == 4
+
+
+def test_what_is_desired_comes_from_the_resource():
+    stack = parse(
+        {
+            "apiVersion": "packetstack.io/v1alpha1",
+            "kind": "PacketStack",
+            "metadata": {"name": "edge"},
+            "spec": {
+                "replicas": 4,
+                "engine": {"cores": 2},
+                "updateStrategy": {"maxSurge": "30%", "maxUnavailable": "30%"},
+                "listeners": [
+                    {"name": "w", "address": "192.0.2.1", "port": 1, "backends": {"endpoints": []}},
+                ],
+                "snat": {"addresses": ["192.0.2.64"]},
+            },
+        }
     )
-    assert engines_moves(current, assign(current, engines)) == least
+    want = Desired.of(stack.spec, "a")
+    assert (want.replicas, want.queues, want.max_surge, want.max_unavailable) == (4, 8, 2, 1)
+    assert want.template == "a"
 
 
-@given(situations())
-@settings(max_examples=500)
-def test_no_queue_gives_and_gets_in_one_plan(situation):
-    """Otherwise its parked packets could wait for each other: see `ownership.Protections.apart`."""
-    current, engines = situation
-    moves = assign(current, engines)
-    assert not {current[m.bucket] for m in moves} & {m.to for m in moves}
+class Reconciling(RuleBasedStateMachine):
+    """Any interleaving of wishes, deaths, slow starts and failed actions; then peace, and the goal must come."""
+
+    @initialize(replicas=st.integers(0, 4))
+    def start(self, replicas):
+        self.world = World(buckets=32)
+        self.want = desired(replicas)
+
+    @rule(replicas=st.integers(0, 5))
+    def scale(self, replicas):
+        self.want = replace(self.want, replicas=replicas)
+
+    @rule(template=st.sampled_from("abc"), limits=st.sampled_from([(1, 0), (0, 1), (2, 1)]))
+    def change_template(self, template, limits):
+        self.want = replace(self.want, template=template, max_surge=limits[0], max_unavailable=limits[1])
+
+    @rule(data=st.data())
+    def act(self, data):
+        """Some of the plan succeeds: each action is carried out, fails, or is carried out in part."""
+        for action in plan(self.want, self.world.observed(), 0):
+            outcome = data.draw(st.sampled_from(["done", "done", "done", "failed", "part"]))
+            if outcome == "failed":
+                return
+            if outcome == "part" and isinstance(action, AssignBuckets):
+                self.world.do(AssignBuckets(action.moves[: len(action.moves) // 2]))
+                return
+            self.world.do(action)
+
+    @precondition(lambda self: self.world.engines)
+    @rule(data=st.data(), change=st.sampled_from(["ready", "unready", "fail", "start", "leave", "hold"]))
+    def something_happens(self, data, change):
+        slot = data.draw(st.sampled_from(sorted(self.world.engines)))
+        engine = self.world.engines[slot]
+        if engine.state is State.FAILED:
+            return
+        if change == "fail":
+            self.world.change(slot, state=State.FAILED, ready=False)
+        elif change == "start" and engine.state is State.PENDING:
+            self.world.change(slot, state=State.STARTING)
+        elif change == "leave":
+            self.world.change(slot, leaving=True)
+        elif change == "hold":
+            self.world.change(slot, holds=1)
+        elif engine.state is not State.PENDING:
+            self.world.change(slot, ready=change == "ready")
+
+    @invariant()
+    def owners_exist(self):
+        assert all(o in (None, NOBODY) or o.slot in self.world.engines for o in self.world.owners)
+
+    @invariant()
+    def the_plan_is_a_function_of_what_is_seen(self):
+        assert plan(self.want, self.world.observed(), 0) == plan(self.want, self.world.observed(), 0)
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            self.world.settle(self.want)
+            self.world.check_goal(self.want)
+            assert plan(self.want, self.world.observed(), 0) == []
 
 
-def most_that_stay(queues, limits_sets):
-    return max(sum(min(n, limit) for n, limit in zip(queues, limits, strict=True)) for limits in limits_sets)
+TestReconciling = Reconciling.TestCase
+TestReconciling.settings = settings(
+    max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=5))
-def test_inside_an_engine_no_even_split_needs_fewer_moves(queues):
-    current = [Owner(1, q) for q, n in enumerate(queues) for _ in range(n)]
-    low, extra = divmod(len(current), len(queues))
-    splits = [
-        [low + (q in rounded) for q in range(len(queues))]
-        for rounded in itertools.combinations(range(len(queues)), extra)
-    ]
-    least = len(current) - most_that_stay(queues, splits)
-    assert len(assign(current, [EngineShare(1, len(queues))])) == least
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+def test_flapping_sizes_settle_without_an_unowned_bucket(sizes):
+    world = started(2)
+    for size in sizes:
+        for action in plan(desired(size), world.observed(), 0):
+            world.do(action)
+        world.come_up()
+        if 0 not in sizes:
+            assert all(o is not None and o != NOBODY for o in world.owners)
+    world.settle(desired(sizes[-1]))
+    world.check_goal(desired(sizes[-1]))
 
 
-@given(situations(most_engines=3, most_buckets=10))
-def test_the_plan_with_queues_is_a_minimum_over_all_assignments(situation):
-    """Among plans with the least moves between engines, none has fewer moves between queues: all splits are tried."""
-    current, engines = situation
-    moves = assign(current, engines)
-    after = moved(current, moves)
-    between = engines_moves(current, moves)
-    shares = counts(after, [e.slot for e in engines])
-    # What can stay on its queue, at most, if each engine gets this share: per engine over all even splits.
-    stay = 0
-    for e in engines:
-        per_queue = [sum(o == Owner(e.slot, q) for o in current) for q in range(e.queues)]
-        low, extra = divmod(shares[e.slot], e.queues)
-        splits = [[low + (q in up) for q in range(e.queues)] for up in itertools.combinations(range(e.queues), extra)]
-        stay += most_that_stay(per_queue, splits)
-    assert len(moves) - between <= len(current) - between - stay
-    assert len(moves) == len(current) - stay
+def test_owners_given_by_another_shape_of_engine_are_respected():
+    world = started(1)
+    assert {o.queue for o in world.owners} == {0, 1}
+    assert Owner(1, 0) in world.owners
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 4), (4, 1), (1, 3), (3, 2), (7, 8), (64, 63), (10, 10)])
-def test_resizing_moves_exactly_the_surplus(before, after):
-    old = [EngineShare(i + 1, 4) for i in range(before)]
-    new = [EngineShare(i + 1, 4) for i in range(after)]
-    current = moved([None] * 4096, assign([None] * 4096, old))
-    moves = assign(current, new)
-    owned = counts(moved(current, moves), [e.slot for e in new])
-    expected = sum(max(0, n - owned.get(slot, 0)) for slot, n in counts(current, [e.slot for e in old]).items())
-    assert engines_moves(current, moves) == expected
-    assert max(owned.values()) <= -(-4096 // after)
-    if 4096 // after >= 100:
-        assert max(owned.values()) / (4096 / after) <= 1.01
+# ---- engines that do not serve any more --------------------------------------------------------------------------
 
 
-# ---- after a rebalance -------------------------------------------------------------------------------------------
+def down(world, slot, since=0.0, holds=5):
+    world.change(slot, ready=False, down_since=since, holds=holds)
 
 
-@given(situations())
-@settings(max_examples=300)
-def test_after_a_rebalance_the_present_numbers_are_the_shares(situation):
-    current, given_ = situation
-    engines = [EngineShare(e.slot, e.queues) for e in given_]
-    moves = assign(current, engines, rebalanced=True)
-    after = moved(current, moves)
-    by_slot = {e.slot: e for e in engines}
-    assert all(o is not None and o.slot in by_slot and 0 <= o.queue < by_slot[o.slot].queues for o in after)
-    assert assign(after, engines, rebalanced=True) == [], "a second plan at the goal is empty"
-    before = counts(current, by_slot)
-    now = counts(after, by_slot)
-    owning = [slot for slot, n in before.items() if n]
-    if not owning:
-        assert max(now.values()) - min(now.values()) <= 1, "all are new"
-        return
-    held = sum(before.values())
-    units = held + (len(engines) - len(owning)) * held / len(owning)
-    for slot, n in now.items():
-        exact = len(current) * (before[slot] or held / len(owning)) / units
-        assert abs(n - exact) < 1 + 1e-9
-    homeless = len(current) - held
-    gained = sum(max(0, now[s] - before[s]) for s in by_slot)
-    assert engines_moves(current, moves) == gained, "no engine gives and gets"
-    assert gained == homeless or len(owning) < len(engines), "without a new engine only homeless buckets move"
+def test_an_engine_that_does_not_serve_for_long_hands_over_to_others_and_another_is_made():
+    world = started(3)
+    down(world, 2)
+    want = desired(3, replace_after=60.0)
+    assert plan(want, world.observed(), 59.9) == []
+    actions = plan(want, world.observed(), 60.0)
+    assert kinds(actions) == {"DrainEngine": 1, "CreateEngine": 1, "AssignBuckets": 1}
+    for action in actions:
+        world.do(action)
+    assert 2 not in {o.slot for o in world.owners}
+    assert RemoveEngine(2) in plan(want, world.observed(), 60.0), "it cannot hand over what it holds"
 
 
-@given(situations())
-def test_after_a_rebalance_nothing_moves_without_a_new_engine_or_a_homeless_bucket(situation):
-    current, engines = situation
-    by_slot = {e.slot: e for e in engines}
-    owned = [o for o in current if o is not None and o.slot in by_slot and o.queue < by_slot[o.slot].queues]
-    owning = [e for e in engines if any(o.slot == e.slot for o in owned)]
-    assert assign(owned, owning, rebalanced=True) == []
+def given_up_after(world, want, now, known=None):
+    """Plans and acts once. -> what the next plan is to know"""
+    known = known or GivenUp()
+    observed = replace(world.observed(), given_up=known)
+    for action in plan(want, observed, now):
+        world.do(action)
+    return known.after(want, observed, now)
 
 
-def test_after_a_rebalance_all_give_to_a_new_engine_and_take_from_a_leaver_in_proportion():
-    current = [Owner(1, 0)] * 200 + [Owner(1, 1)] * 100 + [Owner(2, 0)] * 100
-    joined = moved(current, assign(current, [EngineShare(s, 2) for s in (1, 2, 3)], rebalanced=True))
-    assert counts(joined, (1, 2, 3)) == {1: 200, 2: 67, 3: 133}
-    assert [sum(o == Owner(1, q) for o in joined) for q in (0, 1)] == [133, 67], "queues too give in proportion"
-    assert [sum(o == Owner(3, q) for o in joined) for q in (0, 1)] == [67, 66], "a new engine's are even"
-    left = moved(joined, assign(joined, [EngineShare(s, 2) for s in (1, 2)], rebalanced=True))
-    assert counts(left, (1, 2)) == {1: 300, 2: 100}
+def test_the_only_engine_keeps_its_buckets_until_another_one_serves():
+    world = started(1)
+    down(world, 1)
+    want = desired(1, replace_after=60.0)
+    known = given_up_after(world, want, 60.0)
+    assert {o.slot for o in world.owners} == {1}
+    assert world.engines[1].state is State.DRAINING
+    assert plan(want, replace(world.observed(), given_up=known), 61.0) == []
+    world.change(2, state=State.STARTING, ready=True)
+    given_up_after(world, want, 62.0, known)
+    assert {o.slot for o in world.owners} == {2}
 
 
-def test_owners_that_are_gone_lose_their_buckets():
-    current = [Owner(1, 0), Owner(2, 0), NOBODY, None]
-    assert assign(current, [EngineShare(1, 1)]) == [Move(b, Owner(1, 0)) for b in (1, 2, 3)]
+def test_an_engine_that_serves_again_before_another_one_does_is_taken_back():
+    world = started(1)
+    down(world, 1)
+    want = desired(1, replace_after=60.0)
+    known = given_up_after(world, want, 60.0)
+    world.change(1, ready=True, down_since=None, holds=0)
+    actions = plan(want, replace(world.observed(), given_up=known), 70.0)
+    assert ActivateEngine(1) in actions
+    assert RemoveEngine(2) in actions
 
 
-def test_buckets_on_queues_that_an_engine_no_longer_has_move_inside_it():
-    assert assign([Owner(1, 7), Owner(1, 0)], [EngineShare(1, 2)]) == [Move(0, Owner(1, 1))]
+def test_when_all_engines_do_not_serve_no_more_are_made_at_once_than_the_surge_says():
+    world = started(4)
+    for slot in list(world.engines):
+        down(world, slot)
+    actions = plan(desired(4, replace_after=60.0), world.observed(), 60.0)
+    assert kinds(actions) == {"DrainEngine": 4, "CreateEngine": 1}
 
 
-def test_without_engines_nothing_moves():
-    assert assign([Owner(1, 0), None], []) == []
+@pytest.mark.parametrize("want", [desired(3), desired(3, replace_after=60.0, paused=True)])
+def test_without_a_limit_or_while_paused_no_engine_is_given_up(want):
+    world = started(3)
+    down(world, 2)
+    assert plan(want, world.observed(), 1e6) == []
 
 
-def test_an_engine_of_weight_zero_gives_everything_away():
-    current = [Owner(1, 0)] * 8
-    assert {m.to.slot for m in assign(current, [EngineShare(1, 1, 0.0), EngineShare(2, 1)])} == {2}
+def test_a_draining_engine_that_does_not_serve_is_given_up_too():
+    world = started(3)
+    down(world, 2)
+    world.change(2, state=State.DRAINING)
+    want = desired(2, replace_after=60.0)
+    assert not any(isinstance(a, RemoveEngine) for a in plan(want, world.observed(), 59.0))
+    known = given_up_after(world, want, 60.0)
+    given_up_after(world, want, 60.0, known)
+    assert set(world.engines) == {1, 3}
 
 
-def test_weights_are_followed():
-    owners = moved([None] * 4096, assign([None] * 4096, [EngineShare(1, 1, 1.0), EngineShare(2, 3, 3.0)]))
-    assert counts(owners, [1, 2]) == {1: 1024, 2: 3072}
-
-
-@pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
-def test_impossible_weights_are_refused(weight):
-    with pytest.raises(ValueError, match="weights"):
-        quotas(8, [1.0, weight], [0, 0])
-
-
-def test_impossible_engines_are_refused():
-    with pytest.raises(ValueError, match="each slot once"):
-        assign([None], [EngineShare(1, 1), EngineShare(1, 1)])
-    with pytest.raises(ValueError, match="engine 3: 0 queues"):
-        assign([None], [EngineShare(3, 0)])
-
-
-@given(st.integers(0, 9000), st.lists(st.floats(0, 1e6), min_size=1, max_size=40))
-@settings(max_examples=200)
-def test_quotas_add_up_and_are_roundings(total, weights):
-    shares = quotas(total, weights, [0] * len(weights))
-    assert sum(shares) == total
-    whole = sum(weights) or len(weights)
-    for share, w in zip(shares, weights, strict=True):
-        assert abs(share - total * (w if sum(weights) else 1) / whole) < 1 + 1e-6 * total
-
-
-def test_a_thousand_engines_with_all_buckets_are_planned_without_a_step_for_each_pair_of_them():
-    engines = [EngineShare(i + 1, 4) for i in range(1000)]
-    current = moved([None] * 8192, assign([None] * 8192, engines))
-    # Some 10 ms; the bench says how many. Eight million steps would take a second.
-    assert max(min(timed(current, engines[k:]) for _ in range(3)) for k in (0, 10, 500)) <= 0.3
-
-
-def timed(current, engines):
-    start = time.thread_time()
-    assign(current, engines)
-    return time.thread_time() - start
-
-
-@given(st.integers(0, 64), st.integers(1, 32))
-def test_queues_are_spread_evenly_over_cores(queues, cores):
-    placed = spread_queues(queues, cores)
-    per_core = [placed.count(c) for c in range(cores)]
-    assert sum(per_core) == queues
-    assert max(per_core) - min(per_core) <= 1
+def test_each_engine_in_a_row_that_is_given_up_is_given_twice_as_long():
+    want = desired(1, replace_after=60.0)
+    world, now, known = started(1), 0.0, GivenUp()
+    waits = []
+    for _ in range(9):
+        (slot,) = world.engines
+        down(world, slot, since=now)
+        at = give_up_at(want, replace(world.observed(), given_up=known), world.engines[slot])
+        waits.append(at - now)
+        now = at
+        while slot in world.engines:
+            known = given_up_after(world, want, now, known)
+            for engine in list(world.engines.values()):
+                if engine.state is State.PENDING:
+                    world.change(engine.slot, state=State.STARTING, ready=True)
+    assert waits == [60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 3840.0, 3840.0, 3840.0]
+    assert list(world.engines) == [10]
+    calm = replace(world.observed(), given_up=known)
+    assert known.after(want, calm, now + 7000).count == 9
+    assert known.after(want, calm, now + 7700) == GivenUp()

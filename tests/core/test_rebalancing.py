@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packetstack_core.planning import Move, Owner, moved
+from packetstack_core.assignment import Move, Owner, moved
 from packetstack_core.rebalancing import (
     BUCKETS,
     ELEPHANT_LOAD,

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from packetstack_core import hashing, standing
-from packetstack_core.planning import NOBODY, Owner, State
+from packetstack_core.assignment import NOBODY, Owner, State
+from packetstack_core.planning import Action, AssignBuckets, CreateEngine, DrainEngine, GivenUp, RemoveEngine
 from packetstack_core.reading import parse
 from packetstack_core.reasons import ConditionReason, why_not
-from packetstack_core.reconciling import Action, AssignBuckets, CreateEngine, DrainEngine, GivenUp, RemoveEngine
 from packetstack_core.resources import Spec
 from packetstack_core.standing import EngineStanding, Finding, Pool, Standing
 

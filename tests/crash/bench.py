@@ -30,7 +30,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_cli.lab import Lab, inside
 from packetstack_core import abi, reading
-from packetstack_core.planning import Move, Owner
+from packetstack_core.assignment import Move, Owner
 
 ROOT = Path(__file__).parents[2]
 DATAPATH = ROOT / "build/meson/engine/packetstack-datapath-inject"

@@ -11,7 +11,7 @@ import pytest
 from tests.house.exported import of_an_engine, of_the_agent, of_the_operator
 
 from packetstack_core import abi
-from packetstack_core.planning import State
+from packetstack_core.assignment import State
 from packetstack_core.reasons import ConditionReason, EventReason
 
 ROOT = Path(__file__).resolve().parents[2]

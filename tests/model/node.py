@@ -21,8 +21,8 @@ from packetstack_agent.natives import ffi
 from packetstack_agent.stacks import Report, Stack
 from packetstack_agent.structs import Core, Queue
 from packetstack_core import reading
+from packetstack_core.assignment import NOBODY, Move, Owner, State
 from packetstack_core.kinds import FlowTable
-from packetstack_core.planning import NOBODY, Move, Owner, State
 from packetstack_core.reasons import Reason
 from packetstack_core.resources import PacketStack
 

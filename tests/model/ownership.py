@@ -23,7 +23,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from packetstack_core.planning import NOBODY, Owner
+from packetstack_core.assignment import NOBODY, Owner
 
 
 @dataclass(frozen=True, slots=True)

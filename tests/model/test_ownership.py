@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 from tests.model.ownership import Held, Node, Packet, Protections
 
-from packetstack_core.planning import NOBODY, EngineShare, Owner, assign
+from packetstack_core.assignment import NOBODY, EngineShare, Owner, assign
 
 cpus = st.integers(0, 1)
 slots = st.integers(1, 5)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from tests.operator.model import BUCKETS, NODE, Model
 
+from packetstack_core.assignment import Move, Owner
 from packetstack_core.kinds import encode_owners
-from packetstack_core.planning import Move, Owner
 from packetstack_operator import deciding, observing
 from packetstack_operator.observing import Holder, Memory, Proposal
 

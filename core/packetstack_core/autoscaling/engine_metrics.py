@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from packetstack_core.assignment import State
 from packetstack_core.autoscaling.metrics import ENGINE_CAPACITY, Sample
 from packetstack_core.load import StackLoad
-from packetstack_core.planning import State
 
 VALUES: Mapping[str, Any] = {
     "Utilization": lambda e: e.utilization * ENGINE_CAPACITY,

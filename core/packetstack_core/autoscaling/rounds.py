@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from packetstack_core import autoscalers, kinds, resources
+from packetstack_core.assignment import State as EngineState
 from packetstack_core.autoscaling import controller
 from packetstack_core.autoscaling.behavior import Memory
 from packetstack_core.autoscaling.calculator import Scale
@@ -30,7 +31,6 @@ from packetstack_core.autoscaling.settings import Settings
 from packetstack_core.autoscaling.spec import Metric, Spec, Target, spec_of
 from packetstack_core.autoscaling.status import Condition, Decision, Proposal, Record, Status, set_condition
 from packetstack_core.load import StackLoad
-from packetstack_core.planning import State as EngineState
 from packetstack_core.reasons import AUTOSCALER, ConditionReason, Event
 from packetstack_core.statuses import AutoscalingStatus
 
