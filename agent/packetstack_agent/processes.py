@@ -184,8 +184,8 @@ def in_namespace(namespace: Path) -> list[int]:
         if entry.name.isdigit():
             with suppress(OSError):
                 there = (entry / "ns/net").stat()
-                state = _stat(entry)[0]
-                if (there.st_ino, there.st_dev) == (wanted.st_ino, wanted.st_dev) and state not in b"ZX":
+                same = (there.st_ino, there.st_dev) == (wanted.st_ino, wanted.st_dev)
+                if same and _stat(entry)[0] not in b"ZX":
                     found.append(int(entry.name))
     return found
 
