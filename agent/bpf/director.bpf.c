@@ -13,6 +13,8 @@
 #include "packetstack/parse.h"
 
 #define NOINLINE static __attribute__((noinline))
+/* The verifier checks a function that is not static once, with any arguments, and not once for each way to each call. */
+#define APART	 __attribute__((noinline))
 
 enum limits {
 	FRAGMENT_WAYS = 8,
@@ -102,13 +104,6 @@ struct {
 	__type(value, uint64_t);
 } words SEC(".maps");
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, PS_TABLE_WORDS);
-	__type(key, uint32_t);
-	__type(value, uint64_t);
-} bucket_packets SEC(".maps");
-
 /* Slot -> the host end of the engine's veth pair. */
 struct {
 	__uint(type, BPF_MAP_TYPE_DEVMAP);
@@ -191,9 +186,18 @@ struct {
 	__type(value, struct scratch);
 } scratches SEC(".maps");
 
+/* The packet at hand, where it takes more than a look at fixed places. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, uint32_t);
+	__type(value, struct ps_packet);
+} parsed SEC(".maps");
+
 PS_INLINE int refuse(struct counters *count, uint32_t why)
 {
-	count->value[why & 31]++;
+	if (why < PS_D_COUNTERS)
+		count->value[why]++;
 	return XDP_DROP;
 }
 
@@ -253,9 +257,9 @@ PS_INLINE int maybe_own(uint32_t mixed)
 }
 
 /* Why a packet from this address of our own is refused, or 0. The node's are those of clients on it, on the pair. */
-NOINLINE int own_fault(const struct address6 *source, int uplink)
+APART int own_fault(const struct address6 *source, int uplink)
 {
-	uint32_t *kind = bpf_map_lookup_elem(&own, source);
+	uint32_t *kind = source ? bpf_map_lookup_elem(&own, source) : 0;
 
 	if (!kind)
 		return 0;
@@ -276,8 +280,10 @@ PS_INLINE int source_fault(const struct ps_uplink *here, uint8_t family, const u
 	return own_fault(&key, here != 0);
 }
 
-NOINLINE int allowed(const struct ps_packet *p)
+APART int allowed(const struct ps_packet *p)
 {
+	if (!p)
+		return 0;
 	if (p->family == 4) {
 		struct ps_allowed4 key = { 96, { p->dst[3], p->dport, p->protocol, 0 }, p->src[3] };
 
@@ -313,7 +319,7 @@ PS_INLINE int in_vlan(const struct ps_uplink *here, const uint8_t *data, const u
  * Do the options of this IPv4 header, of `size` bytes, hold a source route? Hosts and routers refuse those (RFC 7126, 4.3
  * and 4.4). What is no well-formed option ends the search.
  */
-NOINLINE int source_route(struct xdp_md *ctx, uint32_t l3, uint32_t size)
+APART int source_route(struct xdp_md *ctx, uint32_t l3, uint32_t size)
 {
 	uint8_t options[64] = { 0 };
 	uint32_t at = 0;
@@ -345,7 +351,7 @@ PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const st
 {
 	uint32_t at = target->offset + (bucket & target->mask), slot;
 	volatile uint64_t *word_at = bpf_map_lookup_elem(&words, &at);
-	uint64_t *packets, word;
+	uint64_t word;
 	int action;
 
 	if (!word_at)
@@ -366,9 +372,6 @@ PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const st
 		count->value[PS_D_DROP_NO_ENGINE]++;
 		return XDP_DROP;
 	}
-	packets = bpf_map_lookup_elem(&bucket_packets, &at);
-	if (packets)
-		(*packets)++;
 	count->value[PS_D_FORWARDED]++;
 	return action;
 }
@@ -538,14 +541,17 @@ PS_INLINE int answer(struct xdp_md *ctx, uint8_t *bytes, uint32_t size)
 }
 
 /* The packet goes back inside an ICMP error. -> XDP_TX, or -1: nothing was changed */
-NOINLINE int icmp_error(struct xdp_md *ctx, const struct ps_packet *p, uint32_t type, uint32_t code)
+APART int icmp_error(struct xdp_md *ctx, const struct ps_packet *p, uint32_t type, uint32_t code)
 {
-	uint32_t zero = 0, quoted = (uint32_t)p->l4 - p->l3 + 8, header;
+	uint32_t zero = 0, quoted, header;
 	struct scratch *s = bpf_map_lookup_elem(&scratches, &zero);
 	uint8_t *icmp;
 	uint16_t sum;
 
-	if (!s || p->l3 != 14 || quoted < 28 || quoted > QUOTED || !may_answer(0))
+	if (!s || !p)
+		return -1;
+	quoted = (uint32_t)p->l4 - p->l3 + 8;
+	if (p->l3 != 14 || quoted < 28 || quoted > QUOTED || !may_answer(0))
 		return -1;
 	__builtin_memset(s, 0, sizeof(*s));
 	header = p->family == 4 ? 20 : 40;
@@ -563,13 +569,13 @@ NOINLINE int icmp_error(struct xdp_md *ctx, const struct ps_packet *p, uint32_t 
 }
 
 /* A reset for a segment that nobody waits for (RFC 9293, 3.10.7.1). -> XDP_TX, or -1: nothing was changed */
-NOINLINE int reset(struct xdp_md *ctx, const struct ps_packet *p)
+APART int reset(struct xdp_md *ctx, const struct ps_packet *p)
 {
 	uint32_t zero = 0, header, sequence, length;
 	struct scratch *s = bpf_map_lookup_elem(&scratches, &zero);
 	uint8_t theirs[20], *tcp;
 
-	if (!s || p->l3 != 14 || p->tcp_flags & PS_TCP_RST || bpf_xdp_load_bytes(ctx, p->l4, theirs, 20) ||
+	if (!s || !p || p->l3 != 14 || p->tcp_flags & PS_TCP_RST || bpf_xdp_load_bytes(ctx, p->l4, theirs, 20) ||
 	    !may_answer(1))
 		return -1;
 	__builtin_memset(s, 0, sizeof(*s));
@@ -642,7 +648,7 @@ PS_INLINE void fragment_place(const struct ps_target *t, const struct ps_packet 
 }
 
 /* A first fragment. -> -1: it contradicts one of a datagram that is under way */
-NOINLINE int fragment_remember(const struct ps_target *t, const struct ps_packet *p)
+APART int fragment_remember(const struct ps_target *t, const struct ps_packet *p)
 {
 	struct fragment_place at = { 0 };
 	struct fragment_set *kept, *recent;
@@ -650,6 +656,8 @@ NOINLINE int fragment_remember(const struct ps_target *t, const struct ps_packet
 	uint64_t mark, ports, oldest_mark = 0;
 	uint32_t oldest = 0, oldest_age = 0;
 
+	if (!t || !p)
+		return 0;
 	fragment_place(t, p, &at);
 	mark = at.hash >> 24 << 24 | at.now;
 	ports = (uint64_t)p->sport << 48 | (uint64_t)p->dport << 32 | (uint64_t)p->protocol << 24 |
@@ -688,12 +696,14 @@ NOINLINE int fragment_remember(const struct ps_target *t, const struct ps_packet
 }
 
 /* A later fragment gets ports and protocol of its first. -> -1: that is not known */
-NOINLINE int fragment_recall(const struct ps_target *t, struct ps_packet *p)
+APART int fragment_recall(const struct ps_target *t, struct ps_packet *p)
 {
 	struct fragment_place at = { 0 };
 	struct fragment *found;
 	uint64_t ports;
 
+	if (!t || !p)
+		return -1;
 	fragment_place(t, p, &at);
 	found = fragment_in(at.kept, &at);
 	if (!found)
@@ -709,49 +719,62 @@ NOINLINE int fragment_recall(const struct ps_target *t, struct ps_packet *p)
 
 /* ---- the programs ------------------------------------------------------------------------------------------- */
 
+/* Parses the frame into `parsed`. -> ps_packet_kind */
+APART int parse(struct xdp_md *ctx)
+{
+	uint32_t zero = 0;
+	struct ps_packet *p = bpf_map_lookup_elem(&parsed, &zero);
+
+	if (!p)
+		return PS_PKT_OTHER;
+	__builtin_memset(p, 0, sizeof(*p));
+	return ps_parse((void *)(long)ctx->data, (void *)(long)ctx->data_end, p);
+}
+
 /* Everything but plain IPv4 TCP and UDP with hops left: IPv6, VLAN tags, options, fragments, ICMP. */
-NOINLINE int slow(struct xdp_md *ctx, const struct ps_uplink *here)
+APART int slow(struct xdp_md *ctx, int uplink)
 {
 	void *data = (void *)(long)ctx->data, *data_end = (void *)(long)ctx->data_end;
+	const struct ps_uplink *here = uplink ? uplink_of(ctx) : 0;
 	struct ps_target *target, *home;
-	struct ps_packet p = { 0 };
 	uint32_t zero = 0, flags = 0, bucket, stamped, side = PS_UPLINK_CLIENTS;
+	struct ps_packet *p = bpf_map_lookup_elem(&parsed, &zero);
 	struct counters *count = bpf_map_lookup_elem(&counters, &zero);
 	uint8_t announced;
 	uint64_t hash = 0;
 	int why;
 
-	if (!count)
+	if (!count || !p || (uplink && !here))
 		return XDP_ABORTED;
 	if (here && !in_vlan(here, data, data_end))
 		return not_ours(count, here);
-	ps_parse(data, data_end, &p);
-	if (p.kind == PS_PKT_MALFORMED && !here)
+	parse(ctx);
+	if (p->kind == PS_PKT_MALFORMED && !here)
 		return refuse(count, PS_D_DROP_MALFORMED);
-	if (p.kind == PS_PKT_MALFORMED || p.kind == PS_PKT_OTHER)
+	if (p->kind == PS_PKT_MALFORMED || p->kind == PS_PKT_OTHER)
 		return not_ours(count, here);
-	if (p.family == 4 && p.l4 - p.l3 != 20 && source_route(ctx, p.l3, (uint32_t)p.l4 - p.l3))
+	if (p->family == 4 && p->l4 - p->l3 != 20 && source_route(ctx, p->l3, (uint32_t)p->l4 - p->l3))
 		return not_ours(count, here);
 
-	if (p.kind == PS_PKT_ICMP_ERROR) {
+	if (p->kind == PS_PKT_ICMP_ERROR) {
 		/* Its embedded packet is one that we sent; else it is not about us. */
-		if (p.src[0] != p.outer_dst[0] || p.src[1] != p.outer_dst[1] || p.src[2] != p.outer_dst[2] ||
-		    p.src[3] != p.outer_dst[3])
+		if (p->src[0] != p->outer_dst[0] || p->src[1] != p->outer_dst[1] || p->src[2] != p->outer_dst[2] ||
+		    p->src[3] != p->outer_dst[3])
 			return not_ours(count, here);
-		target = listener_of(p.family, p.src, p.sport, p.protocol);
+		target = listener_of(p->family, p->src, p->sport, p->protocol);
 		flags = PS_STAMP_ICMP;
 		if (target) {
-			hash = hash_of(target, p.family, p.dst, p.src, p.dport, p.sport, p.protocol);
+			hash = hash_of(target, p->family, p->dst, p->src, p->dport, p->sport, p->protocol);
 			bucket = (uint32_t)hash & target->mask;
 		} else {
-			target = snat_of(p.family, p.src);
+			target = snat_of(p->family, p->src);
 			if (!target)
 				return not_ours(count, here);
-			bucket = PS_SWAP16(p.sport) & target->mask;
+			bucket = PS_SWAP16(p->sport) & target->mask;
 			flags |= PS_STAMP_REPLY;
 			side = PS_UPLINK_BACKENDS;
 		}
-		why = source_fault(here, p.family, p.outer_src);
+		why = source_fault(here, p->family, p->outer_src);
 		if (why)
 			return refuse(count, why);
 		if (here && !(here->flags & side))
@@ -763,83 +786,83 @@ NOINLINE int slow(struct xdp_md *ctx, const struct ps_uplink *here)
 	}
 
 	/* The address itself: who answers echo requests, and where its fragments are remembered. */
-	home = listener_of(p.family, p.dst, 0, PS_ICMP);
-	announced = p.protocol;
-	if (p.kind == PS_PKT_FRAGMENT) {
+	home = listener_of(p->family, p->dst, 0, PS_ICMP);
+	announced = p->protocol;
+	if (p->kind == PS_PKT_FRAGMENT) {
 		if (!home)
-			home = snat_of(p.family, p.dst);
+			home = snat_of(p->family, p->dst);
 		if (!home)
 			return not_ours(count, here);
-		if (fragment_recall(home, &p))
+		if (fragment_recall(home, p))
 			return refuse(count, PS_D_DROP_FRAGMENT_EARLY);
 		flags = PS_STAMP_FRAGMENT;
 	}
-	if (p.protocol == PS_ICMP || p.protocol == PS_ICMPV6) {
+	if (p->protocol == PS_ICMP || p->protocol == PS_ICMPV6) {
 		if (!home)
 			return not_ours(count, here);
-		why = source_fault(here, p.family, p.src);
+		why = source_fault(here, p->family, p->src);
 		if (why)
 			return refuse(count, why);
-		if (p.first_fragment && fragment_remember(home, &p))
+		if (p->first_fragment && fragment_remember(home, p))
 			return refuse(count, PS_D_DROP_FRAGMENT_CONFLICT);
 		/*
 		 * Answered on the routed pair alone: XDP_TX on a veth uplink is lost unless its peer runs a
 		 * program or GRO, and nobody can tell here.
 		 */
-		if (here || echo_reply(ctx, &p) != XDP_TX)
+		if (here || echo_reply(ctx, p) != XDP_TX)
 			return not_ours(count, here);
 		count->value[PS_D_ECHO_REPLIED]++;
 		return XDP_TX;
 	}
 
-	target = listener_of(p.family, p.dst, p.dport, p.protocol);
+	target = listener_of(p->family, p->dst, p->dport, p->protocol);
 	if (target) {
-		hash = hash_of(target, p.family, p.src, p.dst, p.sport, p.dport, p.protocol);
+		hash = hash_of(target, p->family, p->src, p->dst, p->sport, p->dport, p->protocol);
 		bucket = (uint32_t)hash & target->mask;
 	} else {
-		target = snat_of(p.family, p.dst);
+		target = snat_of(p->family, p->dst);
 		if (!target && (here || !home))
 			return not_ours(count, here);
-		bucket = target ? PS_SWAP16(p.dport) & target->mask : 0;
+		bucket = target ? PS_SWAP16(p->dport) & target->mask : 0;
 		flags |= PS_STAMP_REPLY;
 		side = PS_UPLINK_BACKENDS;
 	}
-	why = source_fault(here, p.family, p.src);
+	why = source_fault(here, p->family, p->src);
 	if (why)
 		return refuse(count, why);
 	if (!target) {
 		/* A port of a virtual address at which nobody listens: its sender is told, as by a host. */
-		if (p.kind == PS_PKT_FRAGMENT || p.first_fragment)
+		if (p->kind == PS_PKT_FRAGMENT || p->first_fragment)
 			return not_ours(count, here);
-		why = p.protocol == PS_TCP ? PS_D_RESET_SENT : PS_D_UNREACHABLE_SENT;
-		if ((p.protocol == PS_TCP
-			     ? reset(ctx, &p)
-			     : icmp_error(ctx, &p, p.family == 4 ? 3 : 1, p.family == 4 ? 3 : 4)) != XDP_TX)
+		why = p->protocol == PS_TCP ? PS_D_RESET_SENT : PS_D_UNREACHABLE_SENT;
+		if ((p->protocol == PS_TCP
+			     ? reset(ctx, p)
+			     : icmp_error(ctx, p, p->family == 4 ? 3 : 1, p->family == 4 ? 3 : 4)) != XDP_TX)
 			return not_ours(count, here);
 		count->value[why & 31]++;
 		return XDP_TX;
 	}
 	if (here && !(here->flags & side))
 		return refuse(count, PS_D_DROP_WRONG_UPLINK);
-	if (!(flags & PS_STAMP_REPLY) && target->flags & PS_TARGET_ALLOWED && !allowed(&p))
+	if (!(flags & PS_STAMP_REPLY) && target->flags & PS_TARGET_ALLOWED && !allowed(p))
 		return refuse(count, PS_D_DROP_NOT_ALLOWED);
-	if (p.first_fragment && fragment_remember(target, &p))
+	if (p->first_fragment && fragment_remember(target, p))
 		return refuse(count, PS_D_DROP_FRAGMENT_CONFLICT);
-	if (p.ttl <= 1) {
+	if (p->ttl <= 1) {
 		if (here) /* the kernel answers */
 			return not_ours(count, here);
-		if (p.kind == PS_PKT_FRAGMENT || icmp_error(ctx, &p, p.family == 4 ? 11 : 3, 0) != XDP_TX)
+		if (p->kind == PS_PKT_FRAGMENT || icmp_error(ctx, p, p->family == 4 ? 11 : 3, 0) != XDP_TX)
 			return refuse(count, PS_D_DROP_TTL);
 		count->value[PS_D_TIME_EXCEEDED_SENT]++;
 		return XDP_TX;
 	}
 	if (side == PS_UPLINK_CLIENTS && target->flags >> PS_WATCH_SHIFT &&
-	    too_many(count, target, (uint32_t)(hash >> 32), p.protocol, p.tcp_flags))
+	    too_many(count, target, (uint32_t)(hash >> 32), p->protocol, p->tcp_flags))
 		return XDP_DROP;
 	stamped = (uint32_t)(hash >> 32);
 	if (flags & PS_STAMP_FRAGMENT) {
-		stamped = (uint32_t)PS_SWAP16(p.sport) << 16 | PS_SWAP16(p.dport);
-		if (p.protocol == PS_UDP && announced != PS_UDP)
+		stamped = (uint32_t)PS_SWAP16(p->sport) << 16 | PS_SWAP16(p->dport);
+		if (p->protocol == PS_UDP && announced != PS_UDP)
 			flags |= PS_STAMP_UDP;
 	}
 	return send_to_owner(ctx, count, here, target, bucket, stamped, flags);
@@ -871,7 +894,7 @@ PS_INLINE int direct(struct xdp_md *ctx, int uplink)
 	}
 	if (data + 14 + 20 + 8 > end || *(uint16_t *)(data + 12) != PS_SWAP16(0x0800) || ip[0] != 0x45 ||
 	    *(uint16_t *)(ip + 6) & PS_SWAP16(0x3fff) || (ip[9] != PS_TCP && ip[9] != PS_UDP) || ip[8] <= 1)
-		return slow(ctx, here);
+		return slow(ctx, uplink);
 	source = *(uint32_t *)(ip + 12);
 	sport = *(uint16_t *)(ip + 20);
 	key.address = *(uint32_t *)(ip + 16);
@@ -887,9 +910,9 @@ PS_INLINE int direct(struct xdp_md *ctx, int uplink)
 	if (!target) {
 		target = bpf_map_lookup_elem(&snat4, &key.address);
 		if (!target)
-			return slow(ctx, here);
+			return slow(ctx, uplink);
 		if (martian4(source) || maybe_own(source) || (here && !(here->flags & PS_UPLINK_BACKENDS)))
-			return slow(ctx, here);
+			return slow(ctx, uplink);
 		return send_to_owner(ctx, count, here, target, PS_SWAP16(key.port) & target->mask, 0, PS_STAMP_REPLY);
 	}
 	if (martian4(source))

@@ -34,17 +34,17 @@ struct {
  * Is this packet one too many? Asked only for a listener that is watched. hash: upper half of the flow's. A SYN is a
  * stranger's whatever its addresses.
  */
-NOINLINE int too_many(struct counters *count, const struct ps_target *target, uint32_t hash, int protocol,
-		      uint32_t tcp_flags)
+APART int too_many(struct counters *count, const struct ps_target *target, uint32_t hash, int protocol,
+		   uint32_t tcp_flags)
 {
 	int syn = protocol == PS_TCP && (tcp_flags & 0x12) == 0x02; /* not with an ACK */
-	uint32_t number = target->flags >> PS_WATCH_SHIFT, at;
+	uint32_t number = target ? target->flags >> PS_WATCH_SHIFT : 0, at;
 	struct ps_watch *w = bpf_map_lookup_elem(&watches, &number);
 	struct ps_watched *seen = bpf_map_lookup_elem(&watched, &number);
 	uint64_t now, next, from, step, *bits;
 	int kind = syn || protocol == PS_UDP ? PS_OPENERS : PS_STRAYS;
 
-	if (!w || !seen)
+	if (!w || !seen || !count)
 		return 0;
 	if (!syn) {
 		at = ps_known_word(hash) + (w->half & 1) * PS_KNOWN_WORDS;

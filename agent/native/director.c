@@ -729,25 +729,6 @@ int ps_host_counters(struct ps_director *d, uint64_t *out, struct ps_error *e)
 	return read_counters(d, map_fd(d->host, "host_counters"), 0, PS_H_COUNTERS, out, e);
 }
 
-int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t buckets, uint64_t *out,
-			       struct ps_error *e)
-{
-	uint64_t *values = calloc((size_t)d->cpus * buckets, 8);
-	uint32_t *keys = calloc(buckets, 4), n = buckets, from = offset - 1, next;
-	int fd = map_fd(d->director, "bucket_packets");
-
-	if (!values || !keys || bpf_map_lookup_batch(fd, offset ? &from : NULL, &next, keys, values, &n, NULL)) {
-		free(values);
-		free(keys);
-		return ps_fail(e, "cannot read packets per bucket: %s", strerror(errno));
-	}
-	for (uint32_t i = 0; i < buckets; i++)
-		out[i] = sum(d, values + (size_t)i * (size_t)d->cpus, 1);
-	free(values);
-	free(keys);
-	return 0;
-}
-
 /* ---- shedding ------------------------------------------------------------------------------------------ */
 
 int ps_director_watch(struct ps_director *d, const uint8_t *address, uint16_t port, uint8_t protocol, uint32_t number,

@@ -344,6 +344,12 @@ void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live)
 	}
 }
 
+void ps_arena_packets(struct ps_arena *a, uint64_t *out)
+{
+	for (uint32_t b = 0; b < a->buckets; b++)
+		out[b] = __atomic_load_n(&ps_shard_at(a, b)->packets, __ATOMIC_RELAXED);
+}
+
 uint64_t ps_arena_live(struct ps_arena *a)
 {
 	uint64_t live = 0;

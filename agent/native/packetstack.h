@@ -77,8 +77,6 @@ int ps_director_counters(struct ps_director *d, uint64_t *out,
 			 struct ps_error *e); /* PS_D_COUNTERS, summed over CPUs */
 /* PS_H_COUNTERS, summed over CPUs */
 int ps_host_counters(struct ps_director *d, uint64_t *out, struct ps_error *e);
-int ps_director_bucket_packets(struct ps_director *d, uint32_t offset, uint32_t buckets, uint64_t *out,
-			       struct ps_error *e);
 
 /*
  * Watched listeners. number: place among PS_MAX_WATCHED, 0 = watch it no more. A listener that is written anew
@@ -129,6 +127,8 @@ int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int
 uint64_t ps_arena_live(struct ps_arena *a); /* flows in all shards that have not ended */
 /* Owner of each shard, and how many of its flows have not ended, into arrays with a place for each bucket. */
 void ps_arena_headers(struct ps_arena *a, uint64_t *owners, uint16_t *live);
+/* Packets handled by bucket */
+void ps_arena_packets(struct ps_arena *a, uint64_t *out);
 
 /* ---- addresses.c ------------------------------------------------------------------------------------- */
 

@@ -189,9 +189,8 @@ class Engine:
         """What the kernel dropped before the engine saw it, summed over queues."""
         names = ("rx_dropped", "rx_ring_full", "rx_fill_ring_empty", "rx_invalid", "tx_invalid")
         total = dict.fromkeys(names, 0)
-        out = ffi.new("uint64_t[6]")
         for q in range(self.blueprint.queues):
-            call(lib().ps_queue_statistics, self.fds.sockets[q], out)
+            out = self._statistics(q)
             for i, name in enumerate(names):
                 # The fill ring is one for all queues: each socket reports the same number.
                 total[name] = max(total[name], out[i]) if i == 2 else total[name] + out[i]
@@ -199,6 +198,16 @@ class Engine:
         total.pop("rx_fill_ring_empty")
         unstamped = ffi.new("uint64_t *")
         return total | ({"unstamped": int(unstamped[0])} if self._unstamped(unstamped) else {})
+
+    def missed(self, index: int) -> int:
+        """Frames that the kernel dropped because the queue's ring was full."""
+        out = self._statistics(index)
+        return int(out[0] + out[1])
+
+    def _statistics(self, index: int) -> Any:
+        out = ffi.new("uint64_t[6]")
+        call(lib().ps_queue_statistics, self.fds.sockets[index], out)
+        return out
 
     def _unstamped(self, out: Any) -> bool:
         error = ffi.new("struct ps_error *")

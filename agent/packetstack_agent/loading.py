@@ -52,7 +52,10 @@ def _counters(engine: Engine, flows: int) -> EngineCounters:
         state=str(engine.state),
         ready=engine.ready,
         cores=tuple(CoreCounters(int(c.busy_cycles), int(c.total_cycles)) for c in cores),
-        queues=tuple(QueueCounters((q.cur & 0xFF) - 1, int(q.cycles), int(q.received), int(q.depth)) for q in queues),
+        queues=tuple(
+            QueueCounters((q.cur & 0xFF) - 1, int(q.cycles), int(q.received), int(q.depth), engine.missed(i))
+            for i, q in enumerate(queues)
+        ),
         packets=counters["received"],
         bytes=counters["received_bytes"],
         flows_created=counters["flows_created"],

@@ -419,9 +419,9 @@ class Stack:
         return [out[i] for i in range(lib().ps_arena_flows(self.arena, bucket, out, len(out)))]
 
     def bucket_packets(self) -> list[int]:
-        """Packets that directors have sent by bucket, since the stack began."""
+        """Packets that engines have handled by bucket, since the stack began."""
         out = ffi.new("uint64_t[]", self.buckets)
-        call(lib().ps_director_bucket_packets, self.director, self._offset, self.buckets, out)
+        lib().ps_arena_packets(self.arena, out)
         return list(out)
 
     def close(self) -> None:

@@ -51,6 +51,8 @@ class QueueCounters:
     """Taken out of its ring."""
     depth: Count
     """Frames that wait in it now."""
+    missed: Count = 0
+    """Frames that found its ring full; the kernel dropped them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Snapshot:
     """Seconds, on a clock of the node that outlives its agent (CLOCK_MONOTONIC)."""
     engines: tuple[EngineCounters, ...]
     bucket_packets: tuple[Count, ...] = ()
-    """Packets that the director has sent by bucket; empty where nobody asked for them."""
+    """Packets that engines have handled by bucket; empty where nobody asked for them."""
 
 
 _SNAPSHOT = TypeAdapter(Snapshot)
@@ -129,6 +131,8 @@ class QueueLoad:
     packets_per_second: float
     depth: int
     """Frames that waited in it at the end."""
+    asked: float = 1.0
+    """Packets that came for it by those that it took: more than 1 while its ring is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +194,11 @@ def engine_load(before: EngineCounters, after: EngineCounters, seconds: float) -
     queues = []
     for was, now in zip(before.queues, after.queues, strict=True):
         spent, packets = now.cycles - was.cycles, now.packets - was.packets
-        if spent < 0 or packets < 0:
+        lost = now.missed - was.missed
+        if spent < 0 or packets < 0 or lost < 0:
             return None
-        queues.append(QueueLoad(now.core, min(1.0, spent / cycles), packets / seconds, now.depth))
+        asked = 1 + lost / packets if packets else 1.0
+        queues.append(QueueLoad(now.core, min(1.0, spent / cycles), packets / seconds, now.depth, asked))
     packets, size = after.packets - before.packets, after.bytes - before.bytes
     created, dropped = after.flows_created - before.flows_created, after.dropped - before.dropped
     missed = after.missed - before.missed
@@ -264,7 +270,9 @@ class History:
 
 
 def bucket_loads(load: StackLoad, owners: Sequence[Owner | None]) -> list[float] | None:
-    """Share of a core that each bucket takes: its packets times the cost of a packet in the queue that owns it.
+    """Share of a core that each bucket asks for: packets that came for it, times the cost of one in the queue that owns it.
+
+    A queue whose ring is full loses packets of all its buckets alike, so each asks for more by the same part.
 
     `Owner.slot` is an `EngineLoad.id`. A queue without packets has the mean cost of the others. None when nothing is
     known of the buckets.
@@ -276,7 +284,7 @@ def bucket_loads(load: StackLoad, owners: Sequence[Owner | None]) -> list[float]
     packets = sum(q.packets_per_second for e in load.engines for q in e.queues)
     mean = busy / packets if packets else 0.0
     cost = {
-        Owner(e.id, i): q.busy / q.packets_per_second if q.packets_per_second else mean
+        Owner(e.id, i): q.asked * q.busy / q.packets_per_second if q.packets_per_second else mean
         for e in load.engines
         for i, q in enumerate(e.queues)
     }

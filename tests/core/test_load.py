@@ -143,6 +143,13 @@ def test_a_bucket_costs_what_its_packets_cost_in_its_queue() -> None:
     assert bucket_loads(load, [Owner(1, 0), Owner(1, 0), Owner(1, 1), None]) == pytest.approx([0.45, 0.15, 0.03, 0])
 
 
+def test_buckets_of_a_queue_whose_ring_is_full_ask_for_more_than_it_gets_done() -> None:
+    before, after = engine(1, 2), engine(1, 4)
+    full = (replace(after.queues[0], missed=1000), after.queues[1])  # 2,000 frames taken, 1,000 lost
+    looks = Snapshot(0.0, (before,), (0, 0)), Snapshot(2.0, (replace(after, queues=full),), (1500, 500))
+    assert bucket_loads(stack_load(*looks, 50.0), [Owner(1, 0), Owner(1, 0)]) == pytest.approx([0.675, 0.225])
+
+
 def test_loads_of_buckets_that_were_not_read_are_unknown() -> None:
     load = stack_load(Snapshot(0.0, (engine(1, 2),)), Snapshot(2.0, (engine(1, 4),)), 50.0)
     assert bucket_loads(load, [Owner(1, 0)]) is None

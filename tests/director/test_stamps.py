@@ -74,14 +74,6 @@ def test_a_backends_packet_goes_to_the_bucket_in_its_port(
         assert result == Result(REDIRECT, frame, stack.stamp(bucket, REPLY, 0), {"received": 1, "forwarded": 1})
 
 
-def test_packets_are_counted_per_bucket(director: Director) -> None:
-    bucket, _ = TWO.forward(4, CLIENT[4], 4242, 80, TCP)
-    before = director.per_cpu("bucket_packets", TWO.offset + bucket, 1)[0]
-    for _ in range(3):
-        director.run(ethernet(ip(CLIENT[4], TWO.vip[4], TCP, transport(TCP, 4242, 80))))
-    assert director.per_cpu("bucket_packets", TWO.offset + bucket, 1)[0] == before + 3
-
-
 @pytest.mark.parametrize("length", [4, 20, 40])
 def test_ipv4_options_do_not_matter(director: Director, length: int) -> None:
     packet = ip(CLIENT[4], ONE.vip[4], TCP, transport(TCP, 999, 80), options=b"\x01" * length)
