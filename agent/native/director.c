@@ -281,7 +281,7 @@ static int link_remove(const struct ps_director *d, const char *name)
 	return unlink(path);
 }
 
-/* The program on `ifindex` in the current network namespace, its link pinned. */
+/* The program on `ifindex` in the current network namespace, its link pinned. -> 1 if it was not there */
 static int link_make(struct ps_director *d, int program, uint32_t ifindex, const char *name, struct ps_error *e)
 {
 	LIBBPF_OPTS(bpf_link_create_opts, options, .flags = XDP_FLAGS_DRV_MODE);
@@ -327,7 +327,33 @@ static int link_make(struct ps_director *d, int program, uint32_t ifindex, const
 		return -1;
 	}
 	close(fd);
-	return 0;
+	return 1;
+}
+
+uint32_t ps_link_device(const struct ps_director *d, const char *name)
+{
+	struct bpf_link_info info = { 0 };
+	uint32_t length = sizeof(info);
+	char path[600];
+	int fd;
+
+	link_path(d, name, path, sizeof(path));
+	fd = bpf_obj_get(path);
+	if (fd < 0)
+		return 0;
+	if (bpf_obj_get_info_by_fd(fd, &info, &length))
+		info.xdp.ifindex = 0;
+	close(fd);
+	return info.xdp.ifindex;
+}
+
+int ps_link_rename(const struct ps_director *d, const char *name, const char *to, struct ps_error *e)
+{
+	char path[600], fresh[600];
+
+	link_path(d, name, path, sizeof(path));
+	link_path(d, to, fresh, sizeof(fresh));
+	return rename(path, fresh) ? ps_fail(e, "%s: cannot become %s: %s", path, fresh, strerror(errno)) : 0;
 }
 
 static int program_fd(struct bpf_object *o, const char *name)
@@ -349,17 +375,25 @@ int ps_director_detach(struct ps_director *d, const char *name, struct ps_error 
 
 /* ---- tc ------------------------------------------------------------------------------------------------ */
 
+/* What is there already is not replaced: each change would be told to those who watch the node's devices. */
 static int tc_attach(struct bpf_object *o, const char *program, uint32_t ifindex, struct ps_error *e)
 {
 	LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = (int)ifindex, .attach_point = BPF_TC_INGRESS);
+	LIBBPF_OPTS(bpf_tc_opts, there, .handle = 1, .priority = 1);
 	LIBBPF_OPTS(bpf_tc_opts, options, .prog_fd = program_fd(o, program), .handle = 1, .priority = 1,
 		    .flags = BPF_TC_F_REPLACE);
-	int result = bpf_tc_hook_create(&hook);
+	struct bpf_prog_info info = { 0 };
+	uint32_t length = sizeof(info);
+	int result;
 
+	if (!bpf_tc_query(&hook, &there) && !bpf_obj_get_info_by_fd(options.prog_fd, &info, &length) &&
+	    there.prog_id == info.id)
+		return 0;
+	result = bpf_tc_hook_create(&hook);
 	if (result && result != -EEXIST)
 		return ps_fail(e, "interface %u: cannot add clsact: %s", ifindex, strerror(-result));
 	result = bpf_tc_attach(&hook, &options);
-	return result ? ps_fail(e, "interface %u: cannot attach %s: %s", ifindex, program, strerror(-result)) : 0;
+	return result ? ps_fail(e, "interface %u: cannot attach %s: %s", ifindex, program, strerror(-result)) : 1;
 }
 
 int ps_host_attach(struct ps_director *d, uint32_t ifindex, struct ps_error *e)
@@ -374,13 +408,14 @@ int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8
 		uint8_t mac[8];
 	} value = { .ifindex = routed_ifindex };
 	uint32_t zero = 0;
+	int link, filter;
 
 	memcpy(value.mac, mac, 6);
 	if (bpf_map_update_elem(map_fd(d->host, "routed"), &zero, &value, BPF_ANY))
 		return ps_fail(e, "interface %u: cannot be made the routed end: %s", routed_ifindex, strerror(errno));
-	if (link_make(d, program_fd(d->host, "routed_pass"), routed_ifindex, "routed_end", e))
-		return -1;
-	return tc_attach(d->host, "routed_ingress", routed_ifindex, e);
+	link = link_make(d, program_fd(d->host, "routed_pass"), routed_ifindex, "routed_end", e);
+	filter = link < 0 ? -1 : tc_attach(d->host, "routed_ingress", routed_ifindex, e);
+	return filter < 0 ? -1 : link | filter;
 }
 
 /* ---- engines ------------------------------------------------------------------------------------------- */
@@ -405,7 +440,7 @@ static int engine_attach(void *argument)
 	o = load(c->d->objects, "engine.bpf.o", prefix, c->e);
 	if (!o)
 		return -1;
-	if (!link_make(c->d, program_fd(o, "engine"), ifindex, c->name, c->e)) {
+	if (link_make(c->d, program_fd(o, "engine"), ifindex, c->name, c->e) >= 0) {
 		fd = dup(map_fd(o, "queues"));
 		if (fd < 0)
 			ps_fail(c->e, "engine %s: out of file descriptors", c->name);

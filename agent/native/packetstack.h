@@ -32,9 +32,16 @@ void ps_director_close(struct ps_director *d); /* forgets; everything stays atta
 /* role of a device the director runs on */
 enum ps_role { PS_ROLE_ROUTED = 0, PS_ROLE_UPLINK = 1 };
 
-/* Native XDP on `ifindex`; the link is pinned as `name`. Attaching again replaces the program in place. */
+/*
+ * Attaching says whether it was needed: 1 if the program was not there, 0 if it was.
+ *
+ * Native XDP on `ifindex`; the link is pinned as `name`. Attaching again replaces the program in place.
+ */
 int ps_director_attach(struct ps_director *d, uint32_t ifindex, int role, const char *name, struct ps_error *e);
 int ps_director_detach(struct ps_director *d, const char *name, struct ps_error *e);
+/* The interface that the program pinned as `name`, or that of an engine, is on, whatever it is called now; 0 = none. */
+uint32_t ps_link_device(const struct ps_director *d, const char *name);
+int ps_link_rename(const struct ps_director *d, const char *name, const char *to, struct ps_error *e);
 
 /*
  * The uplinks: these and no others. Packets are taken on an interface only while it is one of them. A
@@ -186,6 +193,7 @@ struct ps_transfer_report {
 	uint64_t acked_ns; /* word stored -> last source has acknowledged */
 	uint32_t
 		stalled_slot; /* not 0: this engine has not acknowledged in limit_ms, or is not in `engines`; call again */
+	uint32_t stalled_egress; /* it has acknowledged: what does not come by are the markers behind its packets */
 	uint32_t cpus;
 };
 
