@@ -101,6 +101,7 @@ fuzz: build/.packages
 manifests: setup
 	$(BIN)/python -m packetstack_core.crds charts/packetstack-crds/templates
 	$(BIN)/python -m packetstack_core.reasons docs/troubleshoot.md
+	$(BIN)/python -m packetstack_core.preconditions docs/troubleshoot.md
 	HELM=$$($(BIN)/python -c 'from tests.cluster.kubernetes_binaries import find; print(find("helm"))') deploy/render
 
 # ---- to be seen -----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from packetstack_agent.node import RunDirectory, clean
 from packetstack_agent.scaling import Autoscalers
 from packetstack_agent.shedding import Shedders
 from packetstack_agent.status import Status
+from packetstack_agent.surroundings import SurroundingsWatch
 from packetstack_agent.takeover import Takeover
 from packetstack_agent.underlay import Underlay
 from packetstack_agent.verbs import Verbs
@@ -50,6 +51,7 @@ class Agent:
         self.watchdog = Watchdog(self.stacks, self.journal, self.background, self.life)
         self.health = Health(run, self.stacks, self.journal)
         self.underlay = Underlay(run, self.stacks, self.journal, self.director, self.firewall)
+        self.surroundings = SurroundingsWatch(self.stacks, self.journal, self.underlay)
         self.keeper = Keeper(run, self.stacks, self.journal, self.life, self.watchdog, self.health, self.underlay)
         self.autoscalers = Autoscalers(run, self.stacks, self.journal, self.keeper)
         self.balancers = Balancers(self.stacks, self.journal, self.keeper)
@@ -93,7 +95,7 @@ class Agent:
         takeover = Takeover(self.run, self.stacks, self.journal, self.director, self.life, self.keeper)
         await takeover.run(self.health, self.underlay)
         parts: dict[str, Callable[[], Awaitable[None]]] = {
-            "routes": self.underlay.watch,
+            "surroundings": self.surroundings.watch,
             "packet filter": self.underlay.watch_firewall,
             "watchdog": self.watchdog.run,
             "directories of pods": self.life.forget_pods,

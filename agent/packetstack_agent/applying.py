@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from packetstack_agent import networks
@@ -16,10 +16,12 @@ from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.natives import constant, packed
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Stack
+from packetstack_agent.surveying import survey
 from packetstack_agent.threads import to_the_end
 from packetstack_agent.underlay import Underlay
-from packetstack_core import reading, standing
+from packetstack_core import preconditions, reading, standing
 from packetstack_core.kinds import FlowTable
+from packetstack_core.preconditions import Precondition
 from packetstack_core.reasons import EventReason
 from packetstack_core.resources import PacketStack
 from packetstack_core.values import Address
@@ -65,7 +67,7 @@ class Applying:
         """Make the stacks what the documents say; AgentError or ResourceError if that cannot be, and nothing is changed."""
         wanted = [reading.parse(d) for d in documents]
         roles = dict(networks.uplink_role(u) for u in uplinks)
-        await asyncio.to_thread(self._check, {r.name: r for r in wanted}, dict(self._stacks))
+        await asyncio.to_thread(self._check, {r.name: r for r in wanted}, dict(self._stacks), roles)
         for resource in wanted:
             if problem := standing.unsupported(resource.spec, kubernetes=False):
                 raise AgentError(f"stack {resource.name}: {problem}")
@@ -96,7 +98,7 @@ class Applying:
             if managed is not None and managed.generation == generation and managed.table == table:
                 return
             if managed is None or managed.stack.resource != resource:
-                await asyncio.to_thread(self._check, {name: resource}, dict(self._stacks))
+                await asyncio.to_thread(self._check, {name: resource}, dict(self._stacks), ())
             if managed is None:
                 managed = await self._add_stack(name, resource, table)
             elif managed.stack.resource.spec.model_copy(update={"replicas": 0}) != resource.spec.model_copy(
@@ -119,7 +121,7 @@ class Applying:
         await self.remove(name)
         self._journal.event(name, EventReason.DELETED, f"{live} live flows ended")
 
-    def _check(self, wanted: dict[str, PacketStack], there: dict[str, Managed]) -> None:
+    def _check(self, wanted: dict[str, PacketStack], there: dict[str, Managed], uplinks: Collection[str]) -> None:
         """Whether stacks can become what is wanted; AgentError if not. `there`: those of now. Blocks."""
         after = {name: m.stack.resource for name, m in there.items()} | wanted
         if len(after) > constant("PS_MAX_STACKS"):
@@ -137,8 +139,10 @@ class Applying:
             old = there.get(name)
             if old is not None:
                 reading.check_change(old.stack.resource, resource)
-            networks.check_forwarding(a.version for a in resource.virtual_addresses())
-            networks.check_not_local(resource.prefixes())
+            for lack in preconditions.lacking(survey(resource.prefixes(), uplinks), resource.prefixes()):
+                if lack.what is not Precondition.DEVICE_FORWARDING:
+                    raise AgentError(lack.message)
+            networks.check_not_routed(resource.prefixes())
 
     async def _add_stack(self, name: str, resource: PacketStack, table: FlowTable | None = None) -> Managed:
         used = {m.stack.index for m in self._stacks.values()}

@@ -27,7 +27,7 @@ from packetstack_agent.managed import Managed
 from packetstack_agent.natives import constant
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.standings import firewall_problem, trouble
-from packetstack_core import following, kinds
+from packetstack_core import following, kinds, preconditions
 from packetstack_core.backing_off import CONNECT_SECONDS, back_off
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import EventReason, Reason
@@ -387,7 +387,9 @@ class Follower:
                 report = former | {"node": self._node, "message": message, "agentVersion": version("packetstack")}
             return kinds.NodeReport.model_validate(report).model_dump(mode="json", by_alias=True)
         said = firewall_report(self._agent.firewall)
-        full = report_of(managed, self._node, message or managed.problem).model_copy(update={"firewall": said})
+        lost = preconditions.problem(managed.lacks, lost=True)
+        more = {"firewall": said, "lost": f"{lost[0]}: {lost[1]}"[:1000] if lost is not None else ""}
+        full = report_of(managed, self._node, message or managed.problem).model_copy(update=more)
         return full.model_dump(mode="json", by_alias=True)
 
 

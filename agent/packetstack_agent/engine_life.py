@@ -292,13 +292,19 @@ class EngineLife:
             f"engine {engine.slot}: {why}; another init starts a datapath, which goes on with its queues and flows"
         )
         self._journal.event(managed.stack.name, EventReason.ENGINE_RESTARTED, message)
+        gone = ""
         async with engine.processes:
             if engine.removing or engine.view is None:
                 return
             engine.orphans, engine.restarted = True, time.monotonic()
             engine.silent_since = 0.0 if engine.ready else time.monotonic()
-            await to_the_end(engines.start_again, engine)
+            try:
+                await to_the_end(engines.start_again, engine)
+            except FileNotFoundError as e:  # its namespace is gone, or named otherwise for good
+                gone = str(e)
             self._note(engine)
+        if gone:
+            await self.rebuild(managed, engine, gone)
 
     async def lose(self, managed: Managed, engine: Engine, why: str) -> None:
         """An engine whose pod is gone. Its buckets go to others when the table says so; their flows are in the arena."""

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.processes import Process
 from packetstack_agent.structs import Core, Queue
+from packetstack_agent.ways import Made, Way
 from packetstack_core import abi
 from packetstack_core.assignment import State
 from packetstack_core.verbs import Json
@@ -141,6 +142,8 @@ class Engine:
     """Name of its interface's host end."""
     mac: str = ""
     """MAC address of its interface."""
+    way: Way | None = None
+    """What lies between this node and its queues; there from `make` or `regain` on."""
 
     @property
     def ready(self) -> bool:
@@ -270,6 +273,7 @@ def _make(engine: Engine, path: Path) -> None:
         os.close(namespace)
     view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
     _share(engine, view, engine.fds.engine, _rings(b, engine.fds))
+    _keep_way(engine, view, path)
     if not b.pod:
         engine.init = spawn(b)
     complete(engine)
@@ -342,6 +346,10 @@ def regain(engine: Engine, init: tuple[int, int]) -> None:
     """
     b = engine.blueprint
     path = b.place()
+    known = Process.known(*init) if not b.pod else None
+    if not path.exists() and known is not None and known.alive():  # somebody has deleted the name alone
+        with Path(f"/proc/{init[0]}/ns/net").open("rb") as own:
+            namespaces.give_name(own.fileno(), path)
     if not path.exists():
         raise AgentError(f"network namespace {b.namespace}: is gone")
     link = networks.find_engine_link(path, b.interface) if b.interface else networks.engine_link(b.slot, b.owner)
@@ -352,7 +360,7 @@ def regain(engine: Engine, init: tuple[int, int]) -> None:
         raise AgentError(f"{b.directory}/queues: is of another engine than the record says")
     engine.device = socket.if_indextoname(engine.ifindex)
     engine.mac = bytes(view.mac)[:6].hex(":")
-    engine.init = Process.known(*init) if not b.pod else None
+    engine.init = known
     namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # The programs of this build, in place: no packet is without one.
@@ -361,6 +369,24 @@ def regain(engine: Engine, init: tuple[int, int]) -> None:
     finally:
         os.close(namespace)
     _share(engine, view, os.open(b.directory / "queues", os.O_RDWR | os.O_CLOEXEC), [])
+    _keep_way(engine, view, path)
+
+
+def _keep_way(engine: Engine, view: Any, path: Path) -> None:
+    """Remember what its way is made of. A CNI plugin's devices are kept as they are now, ours as we make them."""
+    b = engine.blueprint
+    host = networks.device(engine.ifindex)
+    inside = namespaces.run_in(path, lambda: networks.device(networks.index_of(b.device)))
+    ours = not b.interface
+    made = Made(
+        b.slot, engine.link, path, None if b.pod else path, engine.ifindex,
+        replace(
+            host, name=networks.engine_device(b.slot) if ours else host.name, up=True, offloads=frozenset(),
+            mtu=view.mtu if ours else host.mtu, mac=bytes(view.gateway_mac)[:6], master=0 if ours else host.master,
+        ),
+        replace(inside, up=True, arp=False, offloads=frozenset(), mtu=view.mtu if ours else inside.mtu, mac=bytes(view.mac)[:6]),
+    )  # fmt: skip
+    engine.way = Way(engine.director, made)
 
 
 def attend(engine: Engine, changed: Changed) -> None:
@@ -417,6 +443,8 @@ def spawn(b: Blueprint) -> Process:
 
 def start_again(engine: Engine) -> None:
     """A new init. A datapath that still serves goes on until its successor takes over. Blocks."""
+    if engine.way is not None:
+        engine.way.keep_name()
     if engine.init is not None:
         engine.init.signal(signal.SIGKILL)
         engine.init.wait(2.0)
@@ -487,6 +515,9 @@ def destroy(engine: Engine) -> None:
 
 
 def _close(engine: Engine) -> None:
+    if engine.way is not None:
+        engine.way.close()
+        engine.way = None
     if engine.listener is not None:
         engine.listener.close()
         engine.listener = None

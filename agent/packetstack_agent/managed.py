@@ -13,6 +13,7 @@ from packetstack_agent.stacks import Stack
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
 from packetstack_core.planning import GivenUp
+from packetstack_core.preconditions import Lack
 from packetstack_core.verbs import Json
 
 LAST_MOVES = 20
@@ -57,6 +58,8 @@ class Managed:
     """Last moves of buckets and queues, whoever wanted them, as the status shows them."""
     history: History = field(default_factory=History)
     """What its engines' counters said, once a second."""
+    lacks: tuple[Lack, ...] = ()
+    """What its packets need of the node and have not, as it was last seen."""
     table: FlowTable | None = None
     """What the stack follows in a cluster. None: the agent plans for it."""
     generation: int = 0

@@ -57,6 +57,16 @@ def create(name: str) -> Path:
     return path
 
 
+def give_name(namespace: int, path: Path) -> None:
+    """Make the path name this namespace (a descriptor) again; AgentError if it names another one."""
+    if path.is_mount() or (path.exists() and path.stat().st_size):
+        raise AgentError(f"network namespace {path.name}: the name belongs to another namespace; remove that one")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(0o444)
+    source = f"/proc/self/fd/{namespace}".encode()
+    _check(_libc.mount(source, os.fsencode(path), b"none", _MS_BIND, None), f"{path}: cannot be mounted")
+
+
 def remove(path: Path) -> None:
     """Remove a named network namespace; does nothing when there is none."""
     _libc.umount2(os.fsencode(path), _MNT_DETACH)

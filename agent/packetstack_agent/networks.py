@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from packetstack_agent import devices
 from packetstack_agent.errors import AgentError
 from packetstack_agent.namespaces import run_in
 from packetstack_agent.natives import call, ffi, lib
+from packetstack_core.preconditions import Device, Part, differences
 from packetstack_core.values import Address, Network
 
 ROUTED, DIRECTOR = "ps0", "ps1"
@@ -31,6 +32,7 @@ ROUTE_PROTOCOL = 0x70
 ROLES = {"": 3, "clients": 1, "backends": 2}
 """Who may send on an uplink -> its ps_uplink_flags. None named: both."""
 
+PAIR_MTU = 1500
 _RTN_LOCAL = 2
 _RTN_BROADCAST = 3
 _ETHERTYPE_VLAN = 0x8100
@@ -170,12 +172,17 @@ def with_address_in(network: Network) -> str:
     raise AgentError(f"network {network}: no interface of this node has an address in it; name the interface instead")
 
 
+def name_of(index: int) -> str:
+    """Name of the interface with this index; empty if this namespace has none."""
+    try:
+        return socket.if_indextoname(index)
+    except OSError:
+        return ""
+
+
 def is_there(index: int) -> bool:
     """Whether this namespace has an interface with this index."""
-    try:
-        return bool(socket.if_indextoname(index))
-    except OSError:
-        return False
+    return bool(name_of(index))
 
 
 def engine_device(slot: int) -> str:
@@ -186,38 +193,96 @@ def engine_device(slot: int) -> str:
 # ---- the routed pair --------------------------------------------------------------------------------------------
 
 
-def ensure_pair(owner: str) -> Pair:
-    """Make ps0 and ps1 if they are missing. `owner` marks them as ours (kept as the interface's alias)."""
-    with IPRoute() as ip:
-        link = _find(ip, ROUTED)
+def ensure_pair(owner: str, known: int = 0) -> tuple[Pair, list[str]]:
+    """Make ps0 and ps1 if they are missing, and put back what was changed on them; returns a line for each of that.
+
+    `owner` marks them as ours (kept as the interface's alias). `known`: index of ps0 by which it is found if it is called
+    otherwise now.
+    """
+    with IPRoute() as ip, devices.control() as control:
+        link, done = _find_routed(ip, owner, known), []
+        if link is not None and link.get("IFLA_LINK_NETNSID") is not None:
+            ip.link("del", index=link["index"])  # the other end is in another namespace: it goes with it
+            link = None
+        fresh = link is None
         if link is None:
             ip.link("add", ifname=ROUTED, kind="veth", peer={"ifname": DIRECTOR})
             link = _find(ip, ROUTED)
             ip.link("set", index=link["index"], ifalias=owner)
-        elif link.get("IFLA_IFALIAS") != owner:
-            whose = link.get("IFLA_IFALIAS") or "somebody else"
-            raise AgentError(
-                f"interface {ROUTED}: exists already and belongs to {whose}; one agent a node, so bring that one down first"
-            )
-        peer = _find(ip, DIRECTOR)
-        if peer is None:
-            raise AgentError(
-                f"interface {DIRECTOR}: is missing although {ROUTED} is there; remove {ROUTED} and try again"
-            )
-        pair = Pair(link["index"], _mac(link), peer["index"])
-        if all(device["flags"] & _IFF_UP for device in (link, peer)):
-            return pair
-        for name in (ROUTED, DIRECTOR):
-            # No address on the pair: deleting the last one of a device silently flushes its routes.
-            devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
-            devices.switch(name, False, "tx", "tso", "gso", "gro")
-        ip.link("set", index=link["index"], arp=False)
-        for device in (peer, link):
-            ip.link("set", index=device["index"], state="up")
+        peer = ip.get_links(link.get("IFLA_LINK"))[0]
+        for device, name in ((peer, DIRECTOR), (link, ROUTED)):
+            changed = _keep_end(ip, control, device, name)
+            if changed and not fresh:
+                done.append(f"{name} {', '.join(changed.values())}, and is as it was made again; {_harm(changed)}")
+        if link.get("IFLA_QDISC") != "pfifo":
+            with suppress(NetlinkError):
+                # A full veth ring pushes back on a queueing discipline instead of dropping (Linux 6.16 and newer).
+                ip.tc("replace", "pfifo", index=link["index"], limit=4096)
+        done += _keep_sysctls()
+        return Pair(link["index"], _mac(link), peer["index"]), [] if fresh else done
+
+
+def _find_routed(ip: IPRoute, owner: str, known: int) -> Any:
+    link = _find(ip, ROUTED)
+    if link is None and known:
         with suppress(NetlinkError):
-            # A full veth ring pushes back on a queueing discipline instead of dropping (Linux 6.16 and newer).
-            ip.tc("replace", "pfifo", index=link["index"], limit=4096)
-        return pair
+            renamed = ip.get_links(known)[0]
+            return renamed if renamed.get("IFLA_IFALIAS") == owner else None
+    if link is not None and link.get("IFLA_IFALIAS") != owner:
+        whose = link.get("IFLA_IFALIAS") or "somebody else"
+        raise AgentError(
+            f"interface {ROUTED}: exists already and belongs to {whose}; one agent a node, so bring that one down first"
+        )
+    return link
+
+
+def _keep_end(ip: IPRoute, control: socket.socket, link: Any, name: str) -> dict[Part, str]:
+    """One end of the routed pair as it has to be; returns what was not."""
+    index = link["index"]
+    seen = devices.look(control, index)
+    if seen is None:
+        raise AgentError(f"interface {name}: is gone")
+    seen = replace(seen, master=link.get("IFLA_MASTER") or 0)
+    made = Device(name, up=True, arp=name != ROUTED, mtu=PAIR_MTU, mac=seen.mac)
+    changed = differences(seen, made)
+    if "master" in changed:
+        ip.link("set", index=index, master=0)
+    try:
+        devices.put_back(control, seen, made, [part for part in changed if part != "up"])
+    except OSError as e:
+        raise AgentError(
+            f"interface {name}: {', '.join(changed.values())}, and cannot be put back: {e.strerror}"
+        ) from None
+    # No address on the pair: deleting the last one of a device silently flushes its routes.
+    devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
+    if "up" in changed:
+        ip.link("set", index=index, state="up")
+    return changed
+
+
+def _harm(changed: Mapping[Part, str]) -> str:
+    if "up" in changed:
+        return "packets that come by routes were lost meanwhile"
+    if "offloads" in changed:
+        return "clients on the node itself got no answers meanwhile"
+    return "large packets that come by routes were lost meanwhile" if "mtu" in changed else "packets went on"
+
+
+def _keep_sysctls() -> list[str]:
+    """The routed end forwards whenever the node does, and has IPv6 whenever the node has. Returns what was put back."""
+    done = []
+    for everywhere, here, right in (
+        ("net/ipv4/ip_forward", f"net/ipv4/conf/{ROUTED}/forwarding", "1"),
+        ("net/ipv6/conf/all/forwarding", f"net/ipv6/conf/{ROUTED}/forwarding", "1"),
+        ("net/ipv6/conf/all/disable_ipv6", f"net/ipv6/conf/{ROUTED}/disable_ipv6", "0"),
+    ):
+        was = devices.sysctl(here)
+        if devices.sysctl(everywhere) == right and was not in (None, right):
+            devices.set_sysctl(here, right)
+            done.append(
+                f"{here.replace('/', '.')} was {was}, and is {right} again; packets of that family were lost meanwhile"
+            )
+    return done
 
 
 def remove_pair(owner: str) -> bool:
@@ -310,6 +375,27 @@ def set_up_engine_end(name: str) -> bytes:
         return _mac(link)
 
 
+def device(index: int) -> Device:
+    """A device of this namespace, with whose port it is; AgentError if it is gone."""
+    with IPRoute() as ip, devices.control() as control:
+        seen = devices.look(control, index)
+        if seen is None:
+            raise AgentError(f"interface {index}: is gone")
+        return replace(seen, master=ip.get_links(index)[0].get("IFLA_MASTER") or 0)
+
+
+def masters() -> dict[int, int]:
+    """Index of each device of this namespace that is a port -> index of the bridge or bond whose port it is."""
+    with IPRoute() as ip:
+        return {link["index"]: master for link in ip.get_links() if (master := link.get("IFLA_MASTER"))}
+
+
+def release(index: int) -> None:
+    """Make the device nobody's port."""
+    with IPRoute() as ip:
+        ip.link("set", index=index, master=0)
+
+
 def remove_engine_link(slot: int, owner: str) -> None:
     """Remove an engine's veth pair; does nothing when it is gone or not ours."""
     with IPRoute() as ip:
@@ -326,31 +412,12 @@ def remove_engine_link(slot: int, owner: str) -> None:
 # ---- addresses --------------------------------------------------------------------------------------------------
 
 
-def check_forwarding(versions: Iterable[int]) -> None:
-    """The kernel must forward packets for the IP versions in use."""
-    for version in sorted(set(versions)):
-        name = "net/ipv4/ip_forward" if version == 4 else "net/ipv6/conf/all/forwarding"
-        if devices.sysctl(name) == "0":
-            dotted = name.replace("/", ".")
-            raise AgentError(f"{dotted}: is 0, so this node forwards no packets; set it with: sysctl -w {dotted}=1")
-
-
-def check_not_local(prefixes: Iterable[Network]) -> None:
-    """None of our addresses may be an address of the node itself, nor routed elsewhere by a rule as narrow."""
+def check_not_routed(prefixes: Iterable[Network]) -> None:
+    """None of our addresses may be routed elsewhere by a rule as narrow."""
     wanted = list(prefixes)
     with IPRoute() as ip:
         ours = ip.link_lookup(ifname=ROUTED)
         names = {link["index"]: link.get("IFLA_IFNAME") for link in ip.get_links()}
-        for message in ip.get_addr():
-            address = ip_address(message.get("IFA_ADDRESS").partition("%")[0])
-            local = ip_address((message.get("IFA_LOCAL") or str(address)).partition("%")[0])
-            for prefix in wanted:
-                if local.version == prefix.version and local in prefix:
-                    device = names.get(message["index"], "?")
-                    raise AgentError(
-                        f"address {local}: is in use by this node on {device}; "
-                        "a stack's addresses must be nobody's own, use another"
-                    )
         for route in [*ip.get_routes(family=socket.AF_INET), *ip.get_routes(family=socket.AF_INET6)]:
             target = route.get("RTA_DST")
             if not target or route.get("RTA_OIF") in ours or route["table"] == 255:
@@ -433,8 +500,12 @@ def drops(path: str = "/proc/self/net/dev") -> dict[str, tuple[int, int]]:
 
 
 def change_socket() -> socket.socket:
-    """A netlink socket that becomes readable when links, addresses or routes of this namespace change."""
-    groups = 0x1 | 0x10 | 0x40 | 0x100 | 0x400  # RTMGRP_LINK, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
+    """A netlink socket that becomes readable when something of this namespace changes that packets depend on: links and
+    their offloads, queueing disciplines and filters on them, addresses, routes, whether the node forwards."""
+    groups = (
+        0x1 | 0x8 | 0x10 | 0x40 | 0x100 | 0x400
+    )  # RTMGRP_LINK, TC, IPV4_IFADDR, IPV4_ROUTE, IPV6_IFADDR, IPV6_ROUTE
+    groups |= 1 << 23 | 1 << 24  # RTNLGRP_IPV4_NETCONF, RTNLGRP_IPV6_NETCONF
     watcher = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)
     watcher.bind((0, groups))
     return watcher

@@ -8,6 +8,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.firewall import Firewall
 from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
+from packetstack_core import preconditions
 from packetstack_core.assignment import State
 from packetstack_core.reasons import ConditionReason, Problem, split
 from packetstack_core.standing import EngineStanding, Pool, Standing
@@ -60,8 +61,9 @@ def standing(managed: Managed, run: RunDirectory, firewall: Firewall) -> Standin
         followed=not there.moving and all(o is not None and o.slot for o in there.owners),
         remaining=sum(e.state in (State.DRAINING, State.FAILED) for e in there.engines),
         obstacle=split(managed.problem, ConditionReason.ENGINE_FAILED) if managed.problem else None,
+        lost=preconditions.problem(managed.lacks, lost=True),
         graver=None,
-        lesser=None,
+        lesser=preconditions.problem(managed.lacks, lost=False),
         firewall=firewall_problem(firewall),
     )
 

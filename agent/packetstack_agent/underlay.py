@@ -7,7 +7,7 @@ routes and the filter must agree; what blocks runs in worker threads, which get 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from ipaddress import ip_address, ip_network
 
 from packetstack_agent import neighbours, networks, nftables
@@ -19,11 +19,10 @@ from packetstack_agent.managed import Stacks
 from packetstack_agent.natives import call, constant, lib, packed, text
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.threads import to_the_end
+from packetstack_core.preconditions import Lack, Precondition
 from packetstack_core.reasons import EventReason
 from packetstack_core.values import Address, Network
 
-LOOK_SECONDS = 5.0
-"""How often routes and programs are looked after when nothing tells that they changed."""
 RULES_SECONDS = 0.1
 """Time from the first change of the node's packet filter until it is examined: changes come in showers."""
 
@@ -68,6 +67,7 @@ class Underlay:
         fresh: list[str] = []
         try:
             async with self._lock:
+                await self._rename()
                 before = self._roles()
                 for name, role in roles.items():
                     if before.get(name) != role:
@@ -90,6 +90,8 @@ class Underlay:
         An uplink that cannot be attached only costs speed; it is reported as UplinkFailed.
         """
         names = set()
+        async with self._lock:
+            await self._rename()
         for uplink in wanted:
             try:
                 name, role = networks.uplink_role(uplink)
@@ -105,6 +107,14 @@ class Underlay:
         async with self._lock:
             for name in self._roles().keys() - names:
                 await to_the_end(self._detach_uplink, name)
+
+    async def _rename(self) -> None:
+        for reason, message in await to_the_end(self._follow_names):
+            self._journal.event("-", reason, message)
+
+    def uplinks(self) -> list[str]:
+        """Their names."""
+        return list(self._roles())
 
     def _roles(self) -> dict[str, str]:
         """The uplinks and their roles."""
@@ -138,20 +148,50 @@ class Underlay:
                 self._attached[1].pop(name, None)
             networks.direct_uplinks(self._director.handle, roles)
 
-    def _attach(self) -> bool:
-        """Pair and director on it and on the uplinks, whatever was taken away; returns whether something was. Blocks."""
-        director = self._director.handle
-        pair = networks.ensure_pair(self._run.owner)
+    def _attach(self) -> list[tuple[EventReason, str]]:
+        """Pair and director on it and on the uplinks, whatever was taken away; returns an event for each of that. Blocks."""
+        director, before = self._director.handle, self._attached
+        done = self._follow_names()
+        pair, changed = networks.ensure_pair(self._run.owner, lib().ps_link_device(director, b"routed_end"))
+        done += [(EventReason.PATH_RESTORED, said) for said in changed]
         self._direct_own()
-        call(lib().ps_director_attach, director, pair.director, constant("PS_ROLE_ROUTED"), b"routed")
-        call(lib().ps_routed_attach, director, pair.routed, pair.routed_mac)
+        on = {networks.DIRECTOR: (b"routed", pair.director, "PS_ROLE_ROUTED")}
         uplinks = networks.direct_uplinks(director, self._roles())
-        for name, index in uplinks.items():
-            with contextlib.suppress(AgentError):  # packets come by the routed pair or not at all
-                call(lib().ps_director_attach, director, index, constant("PS_ROLE_UPLINK"), _pin(name))
-        changed = self._attached not in (None, (pair, uplinks))
+        on |= {name: (_pin(name), index, "PS_ROLE_UPLINK") for name, index in uplinks.items()}
+        again = [networks.ROUTED] if call(lib().ps_routed_attach, director, pair.routed, pair.routed_mac) else []
+        for name, (pin, index, role) in on.items():
+            try:
+                again += [name] if call(lib().ps_director_attach, director, index, constant(role), pin) else []
+            except AgentError:
+                if role == "PS_ROLE_ROUTED":
+                    raise
+                continue  # packets come by the routed pair or not at all
         self._attached = pair, uplinks
-        return changed
+        if before is not None:
+            done += _attached_again(again)
+            done += _gone(before[1].keys() - uplinks.keys())
+        return done
+
+    def _follow_names(self) -> list[tuple[EventReason, str]]:
+        """Uplinks that have other names now: the record, and all that goes by their names, follows. Blocks."""
+        done, director, record = [], self._director.handle, self._run.record
+        for name, role in self._roles().items():
+            index = lib().ps_link_device(director, _pin(name))
+            now = networks.name_of(index) if index else name
+            if now in ("", name) or now in self._roles():
+                continue
+            record.uplinks = [
+                u if u != networks.uplink_text(name, role) else networks.uplink_text(now, role) for u in record.uplinks
+            ]
+            record.sysctls = {key.replace(f"/{name}/", f"/{now}/"): value for key, value in record.sysctls.items()}
+            if name in record.proxied:
+                record.proxied[now] = record.proxied.pop(name)
+            self._run.save(must=True)
+            call(lib().ps_link_rename, director, _pin(name), _pin(now))
+            if self._attached is not None and name in self._attached[1]:
+                self._attached[1][now] = self._attached[1].pop(name)
+            done.append((EventReason.UPLINK_RENAMED, f"uplink {name} is called {now} now; packets go on"))
+        return done
 
     def _direct_own(self) -> None:
         """Tell the director the node's own addresses. Blocks."""
@@ -235,41 +275,32 @@ class Underlay:
 
     # ---- watching --------------------------------------------------------------------------------------------
 
-    async def watch(self) -> None:
-        """Routes vanish silently when links change, programs can be detached: put them back, until cancelled."""
-        loop = asyncio.get_running_loop()
-        with networks.change_socket() as watcher:
-            while True:
-                with contextlib.suppress(OSError):  # a TimeoutError too; an overflow means that much has changed
-                    async with asyncio.timeout(LOOK_SECONDS):
-                        await loop.sock_recv(watcher, 65536)
-                await asyncio.sleep(0.05)
-                while True:
-                    try:
-                        watcher.recv(65536)
-                    except OSError:
-                        break
-                await self._put_back()
+    def unchanged(self) -> bool:
+        """Whether programs that vanish without a word are where they were. Cheap."""
+        if self._attached is None or self._lock.locked():
+            return True
+        pair, uplinks = self._attached
+        wanted = {b"routed": pair.director, b"routed_end": pair.routed} | {_pin(n): i for n, i in uplinks.items()}
+        return all(lib().ps_link_device(self._director.handle, pin) in (0, i) for pin, i in wanted.items())
 
-    async def _put_back(self) -> None:
+    async def put_back(self) -> list[Lack]:
+        """Routes vanish silently when links change, programs can be detached: put all of it back. What cannot be is returned."""
         try:
             async with self._lock:
                 attached = await to_the_end(self._attach)
                 added = await to_the_end(self._route, *self._wanted())
         except Exception as e:
             self._journal.event("-", EventReason.ROUTES_FAILED, f"{e}; packets come by uplinks alone until it works")
-            return
+            said = f"{e}; packets come by uplinks alone until it works; it is tried again"
+            return [Lack(Precondition.PAIR, "routed pair", said, lost=not self._run.record.uplinks)]
         self._report_firewall()
-        if attached:
-            self._journal.event(
-                "-",
-                EventReason.DIRECTOR_ATTACHED,
-                "the director runs where it should again: a link had come, gone or been made anew",
-            )
+        for reason, message in attached:
+            self._journal.event("-", reason, message)
         if added:
             prefixes = ", ".join(str(p) for p in added)
             message = f"routes to {prefixes} were missing and are there again; meanwhile packets came by uplinks alone"
             self._journal.event("-", EventReason.ROUTES_RESTORED, message)
+        return []
 
     async def watch_firewall(self) -> None:
         """Rules are flushed and loaded anew by their owners at any time; `watch` looks in between too."""
@@ -300,6 +331,19 @@ class Underlay:
                     self._journal.event("-", EventReason.FIREWALL_FAILED, str(e))
                 else:
                     self._report_firewall()
+
+
+def _attached_again(names: Sequence[str]) -> list[tuple[EventReason, str]]:
+    if not names:
+        return []
+    where = ", ".join(names)
+    message = f"the director runs where it should again, on {where}: its program was taken away, or the link made anew"
+    return [(EventReason.DIRECTOR_ATTACHED, message)]
+
+
+def _gone(names: Collection[str]) -> list[tuple[EventReason, str]]:
+    said = "is gone; its packets come by the routed pair, if by any way. It is an uplink again as soon as it is there"
+    return [(EventReason.UPLINK_FAILED, f"uplink {name}: {said}") for name in sorted(names)]
 
 
 def _pin(uplink: str) -> bytes:

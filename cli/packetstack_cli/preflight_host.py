@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from packetstack_cli.checks import Check, Result, kernel
+from packetstack_core.preconditions import FORWARDING, forwarding
 
 _RESULTS: dict[str, Result] = {"ok": "ok", "warning": "warning", "missing": "missing", "unknown": "unknown"}
 
@@ -37,15 +38,13 @@ def _host(root: Path) -> Iterator[Check]:
         "BPF file system at /sys/fs/bpf", "no BPF file system at /sys/fs/bpf",
         "mount -t bpf bpf /sys/fs/bpf (needed in a cluster)", "warning",
     )  # fmt: skip
-    forward = "net.ipv4.ip_forward"
-    yield check(
-        _text(root / "proc/sys/net/ipv4/ip_forward") == "1", f"{forward}=1", f"{forward}=0", f"sysctl -w {forward}=1"
-    )
-    forward = "net.ipv6.conf.all.forwarding"
-    yield check(
-        _text(root / "proc/sys/net/ipv6/conf/all/forwarding") == "1", f"{forward}=1", f"{forward} is not 1",
-        f"sysctl -w {forward}=1 for stacks with IPv6 addresses", "warning",
-    )  # fmt: skip
+    for version, name in FORWARDING.items():
+        off = forwarding(version, _text(root / "proc/sys" / name.replace(".", "/")) == "1")
+        if off is None:
+            yield Check("ok", "host", f"{name}=1")
+        else:
+            remedy = f"sysctl -w {name}=1" + (" for stacks with IPv6 addresses" if version == 6 else "")
+            yield Check("missing" if version == 4 else "warning", "host", f"{name}=0", remedy)
     yield Check("ok", "host", f"{os.cpu_count()} CPUs, huge pages: {_huge_pages(root)}")
     for card in sorted((root / "sys/class/net").glob("*/device/sriov_totalvfs")):
         name, made = card.parts[-3], _text(card.with_name("sriov_numvfs"))

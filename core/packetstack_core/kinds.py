@@ -240,6 +240,8 @@ class NodeReport(Model):
     """What stands in the way, as in "AddressConflict: 192.0.2.10 belongs to stack default/web"."""
     firewall: str = ""
     """What in the node's packet filter stops the stack's packets, as in "PacketsDropped: the policy of chain FORWARD"."""
+    lost: str = ""
+    """What the node lacks, so that packets of the stack are lost, as in "ForwardingOff: net.ipv4.ip_forward: is 0"."""
 
 
 class FlowTableStatus(Model):

@@ -6,12 +6,14 @@ them between the markers of a document again.
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
 from typing import Literal, Self
+
+MODULE = "packetstack_core.reasons"
 
 Kind = Literal["Normal", "Warning"]
 """Types of Kubernetes' events."""
@@ -134,6 +136,13 @@ class EventReason(StrEnum):
         "do what the message says")
     DIRECTOR_ATTACHED = (
         "DirectorAttached", "Warning", "the director was put back on a link that came, went or was made anew")
+    PATH_RESTORED = (
+        "PathRestored", "Warning",
+        "something that the agent has made for packets between the node and an engine was taken away or changed, and is as it was again. "
+        "The message says what",
+        "find out who does it; see [what packets need](#what-packets-need)")
+    PATH_OPEN = ("PathOpen", "Normal", "what the node lacked for packets of the stack is there again")
+    UPLINK_RENAMED = ("UplinkRenamed", "Normal", "an uplink has another name; the director runs on it as before, and the record has its new name")
     ROUTES_RESTORED = (
         "RoutesRestored", "Warning",
         "routes to the stack's addresses were missing and were added. Meanwhile packets did not reach it, but by uplinks",
@@ -220,6 +229,14 @@ _REFUSED = (
 )
 _CONTAINER = "the kubelet cannot start the container, for the reason in the message"
 _INVALID = "the resource cannot be carried out. What runs goes on as it was"
+_NEEDS = "the message has what helps; see [what packets need](#what-packets-need)"
+_FORWARDING = (
+    "the node does not forward packets any more, all or those of the interface that the message names: they are lost"
+)
+_TAKEN = (
+    "an address of the stack is one of the node's own, or a network or broadcast address there: its packets are lost"
+)
+_BROKEN = "something of the agent's own between the node and engines was taken away, and it cannot put it back. The message says what becomes of packets; it is tried again"
 _FREE = "nothing holds it back"
 _STABLE = "more, or fewer, engines were asked for within the window of `behavior`"
 _STABLE_REMEDY = "wait, or a shorter `stabilizationWindowSeconds`"
@@ -351,6 +368,15 @@ class ConditionReason(StrEnum):
     BACKEND_NOT_FOUND = (
         "BackendNotFound",
         Says("Degraded", "True", "a listener's Service, or its port, is not there; new flows of the listener are dropped as `no_backend`", "create it, or name another"))
+    FORWARDING_OFF = (
+        "ForwardingOff",
+        Says("Available", "False", _FORWARDING, _NEEDS), Says("Degraded", "True", _FORWARDING, _NEEDS))
+    ADDRESS_TAKEN = (
+        "AddressTaken",
+        Says("Available", "False", _TAKEN, _NEEDS), Says("Degraded", "True", _TAKEN, _NEEDS))
+    PATH_BROKEN = (
+        "PathBroken",
+        Says("Available", "False", _BROKEN, _NEEDS), Says("Degraded", "True", _BROKEN, _NEEDS))
     ENGINE_NOT_READY = (
         "EngineNotReady",
         Says("Degraded", "True", "an active engine does not serve; packets of its buckets wait for it, or are lost",
@@ -508,18 +534,19 @@ def _events(reasons: Iterable[EventReason]) -> str:
     return "\n".join(["| event | meaning | what to do |", "|---|---|---|", *rows])
 
 
-def fill(document: str) -> str:
-    """The document with the present tables between its markers. LookupError if it has not each of them once."""
-    for name, table in tables().items():
-        begin, end = f"<!-- {name}: made by python -m {MODULE} -->\n", f"<!-- end of {name} -->"
+def fill(document: str, made: Mapping[str, str] | None = None, module: str = MODULE) -> str:
+    """The document with the present tables between its markers. LookupError if it has not each of them once.
+
+    `made`: other tables than those of this module, by name, and the `module` that makes them.
+    """
+    for name, table in (tables() if made is None else made).items():
+        begin, end = f"<!-- {name}: made by python -m {module} -->\n", f"<!-- end of {name} -->"
         found = re.findall(f"{re.escape(begin)}(.*?){re.escape(end)}", document, re.DOTALL)
         if len(found) != 1:
             raise LookupError(f"no table {name}, or more than one: it stands between {begin.strip()} and {end}")
         document = document.replace(f"{begin}{found[0]}{end}", f"{begin}\n{table}\n\n{end}")
     return document
 
-
-MODULE = "packetstack_core.reasons"
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:

@@ -85,6 +85,8 @@ class Standing:
     """Engines that do not stay and are not gone yet."""
     obstacle: Problem | None
     """Why another engine could not be made."""
+    lost: Problem | None
+    """What the node lacks, so that packets are lost whatever engines do."""
     graver: Problem | None
     """What is wrong and worse than an engine that does not serve: packets may not go where the resource says."""
     lesser: Problem | None
@@ -210,7 +212,7 @@ def ready(standing: Standing) -> bool:
 def conditions(standing: Standing) -> tuple[Finding, ...]:
     """The conditions of the stack, but those of its autoscaler."""
     found = [
-        _available(standing.pool),
+        _available(standing),
         _progressing(standing),
         _capacity_available(standing),
         _degraded(standing),
@@ -220,8 +222,11 @@ def conditions(standing: Standing) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def _available(pool: Pool) -> Finding:
+def _available(standing: Standing) -> Finding:
+    pool = standing.pool
     if serving(pool):
+        if standing.lost is not None:
+            return Finding("Available", False, *standing.lost)
         return Finding("Available", True, ConditionReason.MINIMUM_ENGINES_AVAILABLE)
     reason = ConditionReason.ENGINES_STARTING if pool.spec.replicas else ConditionReason.NO_REPLICAS
     return Finding("Available", False, reason)
@@ -251,8 +256,9 @@ def _capacity_available(standing: Standing) -> Finding:
 
 def _degraded(standing: Standing) -> Finding:
     pool = standing.pool
-    if standing.graver is not None:
-        return Finding("Degraded", True, *standing.graver)
+    for grave in (standing.graver, standing.lost):
+        if grave is not None:
+            return Finding("Degraded", True, *grave)
     if silent := [e for e in staying(pool) if e.state is State.ACTIVE and not e.ready]:
         return Finding("Degraded", True, ConditionReason.ENGINE_NOT_READY, _without_service(pool, silent))
     if evicted := [e for e in pool.engines if e.evicted]:

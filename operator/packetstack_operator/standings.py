@@ -60,6 +60,7 @@ def standing(found: Facts, plan: Plan, *, written: bool) -> Standing:
         followed=found.settled,
         remaining=len(set(found.pods) - {e.name for e in replicas}),
         obstacle=_obstacle(found, plan),
+        lost=_lost(found),
         graver=_nothing_goes_on(found, plan) or _no_agent(found, plan) or _engines_are_wrong(found, replicas),
         lesser=_surroundings_are_wrong(found),
         firewall=_firewall(found.report.firewall) if found.report is not None else None,
@@ -151,6 +152,12 @@ def _surroundings_are_wrong(found: Facts) -> Problem | None:
             "apply the CRDs of its version",
         )
     return None
+
+
+def _lost(found: Facts) -> Problem | None:
+    """What the stack's node lacks, by what its agent says."""
+    said = found.report.lost if found.report is not None else ""
+    return split(said, ConditionReason.PATH_BROKEN) if said else None
 
 
 def _firewall(said: str) -> Problem:

@@ -12,7 +12,7 @@ import pytest
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource, turns
 
 from packetstack_agent import agent as agents
-from packetstack_agent import engine_life, engines, neighbours, networks
+from packetstack_agent import applying, engine_life, engines, neighbours, networks
 from packetstack_agent.agent import Agent
 from packetstack_agent.engine_life import AWAY_SECONDS
 from packetstack_agent.engines import Engine
@@ -21,6 +21,7 @@ from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.node import RunDirectory
 from packetstack_core.assignment import Move, Owner, State
 from packetstack_core.planning import ActivateEngine, DrainEngine, RemoveEngine
+from packetstack_core.preconditions import Surroundings
 from packetstack_core.values import Network
 
 
@@ -212,8 +213,8 @@ async def test_stacks_are_never_counted_off_in_a_thread_beside_the_loop(
 
     monkeypatch.setattr(networks, "ensure_routes", ensure)
     monkeypatch.setattr(neighbours, "on_link", lambda _: {})
-    monkeypatch.setattr(networks, "check_forwarding", lambda _: None)
-    monkeypatch.setattr(networks, "check_not_local", lambda _: None)
+    monkeypatch.setattr(applying, "survey", lambda *_: Surroundings({}, (), ()))
+    monkeypatch.setattr(networks, "check_not_routed", lambda _: None)
     monkeypatch.setattr(agent.underlay, "_open_firewall", lambda: None)
     await agent.underlay.route()
     assert routed == [set(stack.resource.prefixes())]

@@ -84,6 +84,7 @@ def stands(*engines: EngineStanding, facts: dict[str, Any] | None = None, **circ
         followed=True,
         remaining=0,
         obstacle=None,
+        lost=None,
         graver=None,
         lesser=None,
         firewall=None,
@@ -315,3 +316,11 @@ def test_what_is_not_built_is_refused_everywhere_and_what_needs_kubernetes_witho
     ):
         assert standing.unsupported(spec(**alone), kubernetes=True) == ""
         assert standing.unsupported(spec(**alone), kubernetes=False).startswith(field)
+
+
+def test_a_stack_whose_packets_are_lost_on_the_node_is_not_available_whatever_its_engines_do() -> None:
+    off = ConditionReason.FORWARDING_OFF, "net.ipv4.ip_forward: is 0"
+    it = stands(engine(1), engine(2), lost=off)
+    for kind, value in (("Available", False), ("Degraded", True)):
+        assert (found(it, kind).value, found(it, kind).reason, found(it, kind).message) == (value, *off)
+    assert found(stands(lost=off), "Available").reason is ConditionReason.ENGINES_STARTING
