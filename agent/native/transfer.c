@@ -360,8 +360,10 @@ static int transfer_run(struct transfer *t)
 	r->stalled_slot = fence_side(t, PS_MARKER_INGRESS);
 	STEP("acknowledged");
 	r->acked_ns = clock_ns() - begun;
-	if (!r->stalled_slot)
+	if (!r->stalled_slot) {
 		r->stalled_slot = fence_side(t, PS_MARKER_EGRESS);
+		r->stalled_egress = r->stalled_slot != 0;
+	}
 	if (r->stalled_slot) {
 		r->total_ns = clock_ns() - begun;
 		return 0;

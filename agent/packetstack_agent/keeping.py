@@ -305,12 +305,18 @@ class Keeper:
         if not report.stalled:
             self._fences.fences_answered(managed.engines.values())
             return report
-        self._journal.event(
-            managed.stack.name, EventReason.ENGINE_DOES_NOT_ANSWER,
-            f"engine {report.stalled} does not answer a fence: packets of the buckets that it hands over wait until it does, or "
-            f"nobody has served it for {AWAY_SECONDS:g} s; see packetstack logs {report.stalled}",
-        )  # fmt: skip
-        if engine := managed.engines.get(report.stalled):
+        if report.acknowledged:  # it is alive; another process of it would change nothing
+            said = (
+                "has answered a fence, but the markers behind its packets do not come by on this node: packets of the buckets that "
+                "it hands over wait until they do; see PathRestored and PathBroken, or report it"
+            )
+        else:
+            said = (
+                "does not answer a fence: packets of the buckets that it hands over wait until it does, or nobody has served it for "
+                f"{AWAY_SECONDS:g} s; see packetstack logs {report.stalled}"
+            )
+        self._journal.event(managed.stack.name, EventReason.ENGINE_DOES_NOT_ANSWER, f"engine {report.stalled} {said}")
+        if not report.acknowledged and (engine := managed.engines.get(report.stalled)):
             self._fences.fence_missed(engine, time.monotonic())
         return report
 

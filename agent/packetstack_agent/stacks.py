@@ -59,6 +59,8 @@ class Report:
     hold_ns: list[int] = field(default_factory=list)
     stalled: int = 0
     """Slot of an engine that did not answer, 0 = none."""
+    acknowledged: bool = False
+    """It did, but what came behind its packets on their way out of the node has not."""
 
 
 class Stack:
@@ -389,7 +391,7 @@ class Stack:
                     )  # fmt: skip
                     moved = int(out.moved)
                     report.moved += moved
-                    report.stalled = int(out.stalled_slot)
+                    report.stalled, report.acknowledged = int(out.stalled_slot), bool(out.stalled_egress)
                     if moved or not batch:
                         report.fences += 1
                         report.hold_ns.append(int(out.total_ns))

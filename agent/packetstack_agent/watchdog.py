@@ -115,8 +115,13 @@ class Watchdog:
                     self._check(managed, engine, now)
 
     def fence_missed(self, engine: Engine, now: float) -> None:
-        """The engine did not answer a fence in time. One that has missed several, though its cores turn, is killed."""
+        """The engine did not answer a fence in time. One that has missed several, though its cores turn, is killed.
+
+        Not one whose way is broken: then markers do not reach it, and another process would get none either.
+        """
         watch = self._of(engine)
+        if engine.way is not None and (engine.way.lost or engine.way.lacks):
+            return
         if any(now - beat.since > BLOCKED_SECONDS for beat in watch.beats.values()):
             return  # it hangs, or starves: its cores show that
         watch.stalls += 1
@@ -155,6 +160,9 @@ class Watchdog:
             if not networks.is_there(engine.ifindex):
                 mend = repairs.lose if b.pod else repairs.rebuild
                 return mend(managed, engine, f"interface {engine.device} is gone")
+            if engine.way is not None and engine.way.lost:
+                mend = repairs.lose if b.pod else repairs.rebuild
+                return mend(managed, engine, engine.way.lost)
         silent = now - engine.silent_since if engine.silent_since else 0.0
         if b.pod:  # the kubelet starts what ends in it
             if silent > GONE_SECONDS and now - watch.pod_seen > GONE_SECONDS:

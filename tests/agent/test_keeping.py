@@ -19,6 +19,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.node import RunDirectory
+from packetstack_agent.stacks import Report
 from packetstack_core.assignment import Move, Owner, State
 from packetstack_core.planning import ActivateEngine, DrainEngine, RemoveEngine
 from packetstack_core.preconditions import Surroundings
@@ -74,6 +75,20 @@ async def test_an_engine_is_not_removed_while_it_still_holds_what_it_has_to_hand
     assert len(one.engines) == 1
     assert not stack.open_fences()
     assert stack.shard_slots() == set(one.engines)
+
+
+@pytest.mark.parametrize("acknowledged", [True, False])
+async def test_an_engine_that_has_acknowledged_a_fence_is_not_taken_for_one_that_hangs(
+    agent: Agent, monkeypatch: pytest.MonkeyPatch, acknowledged: bool
+) -> None:
+    stack, one = leaving(agent, mute=True)
+    missed: list[int] = []
+    monkeypatch.setattr(agent.watchdog, "fence_missed", lambda engine, _: missed.append(engine.slot))
+    monkeypatch.setattr(stack, "transfer", lambda *_: Report(stalled=1, acknowledged=acknowledged))
+    await agent.keeper.transfer(one, ())
+    assert missed == ([] if acknowledged else [1])
+    (said,) = (e["message"] for e in agent.events if e["reason"] == "EngineDoesNotAnswer")
+    assert ("markers behind its packets do not come by" in said) == acknowledged
 
 
 async def test_a_removal_that_waited_for_the_flow_table_looks_again_what_the_engine_holds(agent: Agent) -> None:

@@ -24,6 +24,7 @@ from packetstack_agent.watchdog import (
     Watchdog,
     judge,
 )
+from packetstack_core.preconditions import Lack, Precondition
 
 
 class Slow:
@@ -249,6 +250,39 @@ async def test_fences_that_are_not_answered_are_a_reason_to_kill_only_while_the_
         await w.live(0.6)
         w.watchdog.fence_missed(w.engines[1], w.now)
     assert bool(w.killed) == killed
+
+
+class BrokenWay:
+    """Of an engine's path something is missing that cannot be put back."""
+
+    lost = ""
+    lacks = (Lack(Precondition.HOST_END, "engine 1", "no permission", lost=True),)
+
+
+async def test_no_datapath_is_killed_for_fences_that_cannot_reach_it(
+    world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w = world(1)
+    monkeypatch.setattr(w.engines[1], "way", BrokenWay())
+    for _ in range(3 * STALLS):
+        await w.live(0.6)
+        w.watchdog.fence_missed(w.engines[1], w.now)
+    assert not w.killed
+    monkeypatch.setattr(w.engines[1], "way", None)
+    for _ in range(STALLS):
+        w.watchdog.fence_missed(w.engines[1], w.now)
+    assert w.killed
+
+
+async def test_an_engine_whose_interface_has_left_its_namespace_is_made_again(
+    world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    w, way = world(1), BrokenWay()
+    monkeypatch.setattr(way, "lost", "its interface eth0 is gone from its namespace")
+    monkeypatch.setattr(w.engines[1], "way", way)
+    await w.live(0.4)
+    assert w.repairs.begun == [("rebuild", 1, "its interface eth0 is gone from its namespace")]
+    await w.end()
 
 
 async def test_fences_that_were_answered_between_make_the_count_begin_anew(world: Callable[[int], World]) -> None:
