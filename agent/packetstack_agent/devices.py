@@ -141,6 +141,10 @@ def receive_queues(device: str) -> int:
     return max(1, channels[5] + channels[8])  # rx_count, combined_count
 
 
+SYSCTLS = (Path("/proc/sys"), Path("/proc/1/root/proc/sys"))
+"""Where sysctls can be written: a container without privileges has them read-only, the node's first process has not."""
+
+
 def sysctl(name: str) -> str | None:
     """Value of a sysctl by its path below /proc/sys, None when this kernel has none."""
     try:
@@ -150,9 +154,17 @@ def sysctl(name: str) -> str | None:
 
 
 def set_sysctl(name: str, value: str) -> None:
-    """Set a sysctl when it differs."""
-    if sysctl(name) not in (None, value):
-        Path("/proc/sys", name).write_text(value)
+    """Set a sysctl when it differs; OSError if it cannot be written."""
+    if sysctl(name) in (None, value):
+        return
+    for root in SYSCTLS:
+        try:
+            (root / name).write_text(value)
+        except OSError as e:
+            if e.errno != errno.EROFS or root == SYSCTLS[-1]:
+                raise
+        else:
+            return
 
 
 def check_preemption(path: Path = Path("/sys/kernel/realtime")) -> None:

@@ -403,8 +403,8 @@ def _listen(path: Path) -> socket.socket:
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
     listener.bind(str(path))
+    path.chmod(0o600)  # before it is another's: then it takes a right more
     os.chown(path, NOBODY, NOBODY)
-    path.chmod(0o600)
     listener.listen(4)
     return listener
 

@@ -207,6 +207,17 @@ def test_monitors_and_policies_select_what_is_there(render: Render) -> None:
 # ---- without Helm ----------------------------------------------------------------------------------------------
 
 
+def test_the_agent_has_these_capabilities_and_no_other(render: Render) -> None:
+    (agent,) = [o for o in render(VALUES[0]) if o["kind"] == "DaemonSet"]
+    (container,) = agent["spec"]["template"]["spec"]["containers"]
+    rights = container["securityContext"]
+    documented = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "docs/security.md").read_text(), re.MULTILINE)
+    assert not rights.get("privileged")
+    assert rights["capabilities"] == {"drop": ["ALL"], "add": sorted(documented)}
+    assert rights["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert rights["readOnlyRootFilesystem"]
+
+
 def test_the_flat_manifest_is_what_the_charts_give(tmp_path: Path) -> None:
     target = tmp_path / "install.yaml"
     environment = {**os.environ, "HELM": str(find("helm"))}
