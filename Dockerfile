@@ -36,7 +36,7 @@ COPY engine/bpf engine/bpf
 COPY engine/datapath engine/datapath
 COPY cli/meson.build cli/
 COPY cli/traffic cli/traffic
-RUN meson setup -Dtests=false build/meson && meson compile -C build/meson
+RUN PATH=/opt/packetstack/bin:$PATH meson setup -Dtests=false build/meson && meson compile -C build/meson
 
 # Our own packages go to /staging: a layer of their own, small, above the dependencies.
 COPY . .

@@ -5,11 +5,11 @@ and has the enumerators as well (`lib().PS_MAX_SLOTS`). Both come from the build
 first used.
 """
 
+import hashlib
 from functools import cache
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
-
-import cffi
 
 ffi: Any
 """The cffi.FFI object."""
@@ -71,8 +71,18 @@ def native(name: str) -> Path:
 
 @cache
 def _ffi() -> Any:
+    declared = native("packetstack.cdef").read_text()
+    parsed = NATIVE / "declarations.py"  # by the build; parsing takes a tenth of a second
+    spec = spec_from_file_location("packetstack_declarations", parsed) if parsed.exists() else None
+    if spec and spec.loader:
+        module = module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if hashlib.sha256(declared.encode()).hexdigest() == module.PARSED:
+            return module.ffi
+    import cffi
+
     ffi = cffi.FFI()
-    ffi.cdef(native("packetstack.cdef").read_text())
+    ffi.cdef(declared)
     return ffi
 
 

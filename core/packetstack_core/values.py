@@ -291,7 +291,7 @@ class Model(BaseModel):
     """What all parts of the resource share: immutable, no unknown fields, no silent conversions, camelCase in YAML."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, alias_generator=to_camel, hide_input_in_errors=True
+        frozen=True, extra="forbid", strict=True, alias_generator=to_camel, hide_input_in_errors=True, defer_build=True
     )
 
     def document(self) -> dict[str, Any]:

@@ -84,3 +84,16 @@ def test_limits_in_the_resource_are_those_of_the_layouts():
     assert limits.MAX_SNAT_ADDRESSES == lib.PS_MAX_SNAT
     assert limits.MAX_REPLICAS < lib.PS_MAX_SLOTS
     assert maglev.PRIMES[-1] <= lib.PS_MAX_LOOKUP
+
+
+def test_declarations_are_read_as_the_build_has_parsed_them_and_parsed_when_they_are_others(monkeypatch, tmp_path):
+    for name in ("packetstack.cdef", "declarations.py"):
+        (tmp_path / name).write_text((abi.NATIVE / name).read_text())
+    monkeypatch.setattr(abi, "NATIVE", tmp_path)
+    read = abi._ffi.__wrapped__
+    assert type(read()).__module__ == "_cffi_backend", "nothing is parsed"
+    with (tmp_path / "packetstack.cdef").open("a") as cdef:
+        cdef.write("struct ps_newer { uint64_t field[7]; };\n")
+    assert read().sizeof("struct ps_newer") == 56
+    (tmp_path / "declarations.py").unlink()
+    assert read().sizeof("struct ps_newer") == 56
