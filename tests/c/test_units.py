@@ -4,18 +4,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from tests.compiled import compiled
 
-ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-g", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
-INCLUDES = [f"-I{ROOT / name}" for name in ("include", "engine/datapath", "agent/native", "tests/c")]
+HERE = Path(__file__).parent
 
 
 @pytest.mark.parametrize("name", ["shard", "nat", "crash", "files"])
 @pytest.mark.parametrize("sanitizers", ["", "address,undefined"], ids=["optimised", "sanitized"])
-def test_random_histories_agree_with_the_reference(name: str, sanitizers: str, tmp_path: Path) -> None:
-    program = tmp_path / name
-    extra = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1"] if sanitizers else ["-O2"]
-    source = ROOT / f"tests/c/test_{name}.c"
-    subprocess.run(["gcc", *FLAGS, *extra, *INCLUDES, str(source), "-o", str(program)], check=True)
+def test_random_histories_agree_with_the_reference(name: str, sanitizers: str) -> None:
+    options = [f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-O1"] if sanitizers else ["-O2"]
+    program = compiled("gcc", HERE / f"test_{name}.c", *options)
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,6 +1,5 @@
-"""Every fuzz program for FUZZ_SECONDS, all at once: 15, or 120 where CI is set. `make soak` runs each for ten minutes."""
+"""Every fuzz program tries RUNS inputs, however busy the machine is; `make soak` lets each try for ten minutes."""
 
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -8,33 +7,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tests.compiled import compiled
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 NAMES = sorted(path.stem.removeprefix("fuzz_") for path in HERE.glob("fuzz_*.c"))
-SECONDS = int(os.environ.get("FUZZ_SECONDS") or (120 if os.environ.get("CI") else 15))
-FLAGS = ["-std=gnu11", "-D_GNU_SOURCE", "-g", "-O1", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Werror"]
-INCLUDES = [f"-I{ROOT / name}" for name in ("include", "engine/datapath", "tests/c")]
+RUNS = 5_000
 SANITIZERS = ["-fsanitize=fuzzer,address,undefined", "-fno-sanitize-recover=all"]
-
-
-def compiled(source: str, program: Path, *extra: str) -> Path:
-    command = ["clang", *FLAGS, *extra, *INCLUDES, str(HERE / source), "-o", str(program)]
-    subprocess.run(command, check=True, capture_output=True, text=True)
-    return program
 
 
 def fuzzed(name: str, directory: Path) -> subprocess.CompletedProcess[str]:
     """Runs one program at the lowest priority: beside it run tests that wait for others."""
-    program = compiled(f"fuzz_{name}.c", directory / name, *SANITIZERS)
+    program = compiled("clang", HERE / f"fuzz_{name}.c", "-O1", *SANITIZERS)
     corpus = directory / "corpus"
     corpus.mkdir()
     if name == "nat":
-        subprocess.run([compiled("seed.c", directory / "seed"), corpus], check=True)
+        subprocess.run([compiled("clang", HERE / "seed.c", "-O1"), corpus], check=True)
     kept = HERE / "corpus" / name
-    command = ["nice", "-n", "19", str(program), f"-max_total_time={SECONDS}", "-max_len=4096", "-print_final_stats=1"]
+    command = ["nice", "-n", "19", str(program), f"-runs={RUNS}", "-max_len=4096", "-print_final_stats=1"]
     command += [f"-artifact_prefix={directory}/", str(corpus), *([str(kept)] if kept.is_dir() else [])]
-    return subprocess.run(command, capture_output=True, text=True, timeout=SECONDS + 120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
@@ -52,4 +43,4 @@ def test_fuzzing_finds_nothing(name: str, runs: dict[str, Future[subprocess.Comp
     assert result.returncode == 0, "\n".join([*found[:3], report])
     executed = re.search(r"stat::number_of_executed_units:\s*(\d+)", result.stderr)
     assert executed, report
-    assert int(executed[1]) > 1000, "next to nothing was tried"
+    assert int(executed[1]) >= RUNS
