@@ -139,8 +139,11 @@ class Applying:
             old = there.get(name)
             if old is not None:
                 reading.check_change(old.stack.resource, resource)
-            for lack in preconditions.lacking(survey(resource.prefixes(), uplinks), resource.prefixes()):
-                if lack.what is not Precondition.DEVICE_FORWARDING:
+            around = survey(resource.prefixes(), uplinks)
+            # What a stack that runs lacks already is told by its conditions, and is no reason to leave it as it is.
+            known = preconditions.lacking(around, old.stack.resource.prefixes()) if old is not None else []
+            for lack in preconditions.lacking(around, resource.prefixes()):
+                if lack not in known and lack.what is not Precondition.DEVICE_FORWARDING:
                     raise AgentError(lack.message)
             networks.check_not_routed(resource.prefixes())
 

@@ -51,7 +51,8 @@ class Underlay:
         """Make the pair and put the director on it and on the uplinks of the record."""
         self._firewall.mode = Mode(self._run.record.firewall)
         async with self._lock:
-            await to_the_end(self._attach)
+            for reason, message in await to_the_end(self._attach):
+                self._journal.event("-", reason, message)
 
     async def rest(self) -> None:
         """Wait until nothing is being changed."""

@@ -260,6 +260,20 @@ def test_an_agent_that_starts_finds_what_was_taken_away_while_there_was_none(nod
     eventually(lambda: passes(node, served))
     assert node.status()["engines"][0]["slot"] == slot
     assert {"EngineLost", "RoutesFailed"}.isdisjoint(node.reasons())
+    for said in ("ps1 was called foo1", "ps0 was called foo0", f"engine {slot}: pe{slot} was down"):
+        assert told(node, RESTORED, said) == 1, said
+
+
+def test_a_stack_that_lacks_something_may_still_be_changed(node: Node, served: socket.socket) -> None:
+    node.lab.run("node", "ip", "address", "add", "198.51.100.7/29", "dev", "up0")
+    try:
+        eventually(lambda: condition(node, "Available") == ("False", "AddressTaken"))
+        node.up(stack(snat={"addresses": ["198.51.100.0/31", "198.51.100.16/31", "2001:db8:2::/127"]}))
+        wanted = stack(snat={"addresses": ["198.51.100.0/31", "198.51.100.7/32", "2001:db8:2::/127"]})
+        (node.lab.directory / "other.yaml").write_text(json.dumps(wanted))
+        assert "198.51.100.7: is in use" in node.refused("up", str(node.lab.directory / "other.yaml"))
+    finally:
+        node.lab.run("node", "ip", "address", "del", "198.51.100.7/29", "dev", "up0")
 
 
 @pytest.mark.parametrize(
