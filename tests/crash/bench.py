@@ -225,7 +225,7 @@ class Keeper:
         directory.mkdir()
         self.pins = directory / "bpf"
         self.director = call(lib().ps_director_open, text(abi.NATIVE), text(self.pins))
-        self.pair = networks.ensure_pair(OWNER)
+        self.pair, _ = networks.ensure_pair(OWNER)
         mac = ffi.from_buffer("uint8_t[]", self.pair.routed_mac)
         call(lib().ps_routed_attach, self.director, self.pair.routed, mac)
         call(lib().ps_director_attach, self.director, self.pair.director, lib().PS_ROLE_ROUTED, b"routed")
