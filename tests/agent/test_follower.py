@@ -6,11 +6,12 @@ import itertools
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from kubernetes.aio import client
 from kubernetes.aio.config import kube_config
 from tests.cluster.control_plane import ControlPlane
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource
@@ -153,16 +154,35 @@ def place(server: Server, control_plane: ControlPlane, monkeypatch: pytest.Monke
 async def connections_end() -> AsyncIterator[None]:
     """Before the loop does: that of a cancelled watch is there until the server has answered the end of TLS."""
     yield
-    selector: Any = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]
+    selector = vars(asyncio.get_running_loop())["_selector"]
     with contextlib.suppress(AssertionError):
         await until(lambda: len(selector.get_map()) <= 1, 5)  # the loop's own
 
 
+class Observed(Follower):
+    """Notes when it has asked for all tables and how many watches it has begun; does `then` after the first list."""
+
+    def __init__(self, agent: PlayedAgent, node: str, then: Callable[[str], Awaitable[str]] | None = None) -> None:
+        super().__init__(agent, node, agent.begin_anew)
+        self.asked: list[float] = []
+        self.watches = 0
+        self._then = then
+
+    async def _list(self, api: client.CustomObjectsApi) -> str:
+        self.asked.append(time.monotonic())
+        seen = await super()._list(api)
+        return await self._then(seen) if self._then and len(self.asked) == 1 else seen
+
+    async def _stream(self, api: client.CustomObjectsApi, seen: str) -> str:
+        self.watches += 1
+        return await super()._stream(api, seen)
+
+
 @contextlib.asynccontextmanager
-async def following(node: str, agent: PlayedAgent | None = None) -> AsyncIterator[tuple[PlayedAgent, Follower]]:
+async def following(node: str, agent: PlayedAgent | None = None) -> AsyncIterator[tuple[PlayedAgent, Observed]]:
     """A Follower at work."""
     agent = agent or PlayedAgent()
-    follower = Follower(agent, node, agent.begin_anew)
+    follower = Observed(agent, node)
     follower.start()
     try:
         yield agent, follower
@@ -258,7 +278,7 @@ async def test_a_table_that_the_agent_cannot_follow_is_refused_once_and_followed
         agent.refuses = ""
 
         async def forgotten() -> bool:
-            return (await place.report()).get("message", "") == ""
+            return not (await place.report()).get("message")
 
         await until(forgotten)
 
@@ -277,10 +297,10 @@ def item(generation: int, **spec: Any) -> dict[str, Any]:
     return {"apiVersion": "packetstack.io/v1alpha1", "kind": "FlowTable", "metadata": meta, "spec": made}
 
 
-class Writing:
-    """An API client that keeps what is written."""
+class Writing(client.CustomObjectsApi):
+    """An API client that keeps what is written, and asks nobody."""
 
-    def __init__(self) -> None:
+    def __init__(self) -> None:  # without a connection
         self.reports: list[dict[str, Any]] = []
 
     async def patch_namespaced_custom_object_status(self, *path: Any, **options: Any) -> None:
@@ -291,7 +311,7 @@ class Writing:
 async def heard(agent: PlayedAgent, *items: dict[str, Any]) -> list[dict[str, Any]]:
     """What a node writes into the status of these tables, which come one after the other."""
     follower, api = Follower(agent, "n1", agent.begin_anew), Writing()
-    follower._api = api  # type: ignore[assignment]
+    follower._api = api
     for one in items:
         follower._see(one)
         await follower._act_on("shop.web")
@@ -336,7 +356,7 @@ async def test_a_table_that_cannot_be_read_stays_told_until_one_can() -> None:
     agent = PlayedAgent()
     agent.refuses = "AddressConflict: 192.0.2.10 belongs to stack shop.other"
     follower, api = Follower(agent, "n1", agent.begin_anew), Writing()
-    follower._api = api  # type: ignore[assignment]
+    follower._api = api
     for table in (item(1), item(2, tunnels=[]), item(3, pairs=[])):
         follower._see(table)
         await follower._act_on("shop.web")
@@ -390,7 +410,7 @@ async def test_a_stack_that_cannot_be_removed_with_its_table_is_removed_later(mo
 async def test_a_stack_whose_table_takes_long_to_follow_keeps_no_other_from_its_report() -> None:
     agent, api = PlayedAgent(), Writing()
     follower = Follower(agent, "n1", agent.begin_anew)
-    follower._api = api  # type: ignore[assignment]
+    follower._api = api
     agent.slow["shop.web"] = asyncio.Event()
     other = item(1)
     other["metadata"] |= {"name": "zoo"}
@@ -414,28 +434,22 @@ async def test_a_stack_whose_table_takes_long_to_follow_keeps_no_other_from_its_
 
 async def test_a_watch_that_is_too_old_is_begun_anew_by_a_list_and_misses_nothing(place: Place) -> None:
     await place.create()
-    follower_lists: list[float] = []
-    agent = PlayedAgent()
-    follower = Follower(agent, place.node, agent.begin_anew)
-    real = follower._list
 
-    async def listed(api: Any) -> str:
-        seen = await real(api)
-        follower_lists.append(time.monotonic())
-        if len(follower_lists) > 1:
-            return seen
+    async def outdated(seen: str) -> str:
+        del seen
         await place.change(unknownFlow="Reset")
         return "1"  # the server has forgotten what came after it, and says so by 410
 
-    follower._list = listed  # type: ignore[method-assign]
+    agent = PlayedAgent()
+    follower = Observed(agent, place.node, outdated)
     follower.start()
     try:
         await answered(place, 2)
-        assert len(follower_lists) == 2
+        assert len(follower.asked) == 2
         assert "ApiServerLost" not in agent.reasons()
         await place.change(unknownFlow="Drop")
         await answered(place, 3)
-        assert len(follower_lists) == 2, "the watch goes on"
+        assert len(follower.asked) == 2, "the watch goes on"
     finally:
         await follower.close()
 
@@ -443,14 +457,14 @@ async def test_a_watch_that_is_too_old_is_begun_anew_by_a_list_and_misses_nothin
 async def test_a_watch_that_the_server_ends_goes_on_without_a_list(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(cluster, "WATCH_SECONDS", 1)
     await place.create()
     async with following(place.node) as (agent, follower):
         await answered(place, 1)
-        follower._list = None  # type: ignore[method-assign, assignment]
-        await asyncio.sleep(2.5)
+        await until(lambda: follower.watches > 2)
         await place.change(unknownFlow="Reset")
         await answered(place, 2)
+        assert len(follower.asked) == 1
         assert agent.reasons() == []
 
 
@@ -463,14 +477,8 @@ async def test_a_server_that_cannot_be_reached_is_told_once_and_asked_ever_less_
     nowhere.write_text(json.dumps(config))
     monkeypatch.setattr(kube_config, "KUBE_CONFIG_DEFAULT_LOCATION", str(nowhere))
     agent = PlayedAgent()
-    follower = Follower(agent, "node-0", agent.begin_anew)
-    real, asked = follower._list, []
-
-    async def listed(api: Any) -> str:
-        asked.append(time.monotonic())
-        return await real(api)
-
-    follower._list = listed  # type: ignore[method-assign]
+    follower = Observed(agent, "node-0")
+    asked = follower.asked
     follower.start()
     try:
         await until(lambda: len(asked) == 4)
