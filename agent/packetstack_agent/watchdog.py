@@ -1,6 +1,6 @@
 """Finds engines that hang, or whose init, pod or interface is gone, and has them mended.
 
-One look at all engines every 0.04 s reads shared memory and never waits: what takes time (a new init, a new engine, the
+One look at all engines every 0.04 s, or 0.1 s while none has anything to do, reads shared memory and never waits: what takes time (a new init, a new engine, the
 processes of a pod) is a task of that engine alone, so that no engine waits for another one's.
 """
 
@@ -20,6 +20,10 @@ from packetstack_core.reasons import EventReason
 
 WATCH_SECONDS = 0.04
 """Time between two checks of all engines."""
+REST_SECONDS = 0.1
+"""The same while no core has anything to do: a core that sleeps turns as often."""
+REST_TURNS = 2
+"""A core that turns more often between two checks has packets."""
 STOPPED_SECONDS = 0.1
 """Time without a turn of its loop after which a core hangs whose thread somebody has stopped."""
 BURNT_SECONDS = 0.08
@@ -64,6 +68,8 @@ class Beat:
     """When that count was first seen."""
     spent: processes.Spent | None = None
     """What its thread had done when it was first found without a turn."""
+    turns: int = 0
+    """How many there were since the check before."""
 
 
 @dataclass
@@ -86,6 +92,10 @@ class Watch:
     """When it was last looked whether its pod is there."""
     mending: asyncio.Task[None] | None = None
 
+    def rests(self, now: float) -> bool:
+        """Whether its cores turn, and have nothing to do."""
+        return all(b.turns <= REST_TURNS and now - b.since < 1.5 * STOPPED_SECONDS for b in self.beats.values())
+
 
 class Watchdog:
     """Watches the engines of `stacks`."""
@@ -101,18 +111,23 @@ class Watchdog:
 
     async def run(self) -> None:
         """Look again and again, until cancelled."""
+        seconds = WATCH_SECONDS
         while True:
-            await asyncio.sleep(WATCH_SECONDS)
-            self.check_all(time.monotonic())
+            await asyncio.sleep(seconds)
+            seconds = self.check_all(time.monotonic())
 
-    def check_all(self, now: float) -> None:
-        """Check each engine that has been made; what it needs is done by tasks."""
+    def check_all(self, now: float) -> float:
+        """Check each engine that has been made; what it needs is done by tasks. Returns seconds until the next check."""
+        seconds = REST_SECONDS
         for managed in list(self._stacks.values()):
             for engine in list(managed.engines.values()):
                 if engine.removing or engine.view is None or (engine.making and not engine.making.done()):
                     continue
                 with self._journal.going_on(managed.stack.name, f"engine {engine.slot}"):
                     self._check(managed, engine, now)
+                    if not self._of(engine).rests(now):
+                        seconds = WATCH_SECONDS
+        return seconds
 
     def fence_missed(self, engine: Engine, now: float) -> None:
         """The engine did not answer a fence in time. One that has missed several, though its cores turn, is killed.
@@ -214,7 +229,7 @@ def hung(engine: Engine, beats: dict[int, Beat], now: float) -> str:
         count, thread = int(core.heartbeat), int(core.thread)
         beat = beats.get(c)
         if beat is None or beat.count != count:
-            beats[c] = Beat(count, now)
+            beats[c] = Beat(count, now, turns=0 if beat is None else count - beat.count)
             continue
         still = now - beat.since
         # One that sleeps is often seen twice between two turns. What its thread does is dear to ask for.

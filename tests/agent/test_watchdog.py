@@ -17,6 +17,7 @@ from packetstack_agent.processes import Process, Spent
 from packetstack_agent.watchdog import (
     BLOCKED_SECONDS,
     BURNT_SECONDS,
+    REST_SECONDS,
     STALLS,
     STARVED_SECONDS,
     STOPPED_SECONDS,
@@ -76,6 +77,8 @@ class World:
 
     def __init__(self, count: int) -> None:
         self.now = 100.0
+        self.wait = WATCH_SECONDS
+        """Until the next look."""
         self.stack = PlayedStack(resource(replicas=count), owners=range(1, count + 1))
         self.engines = {slot: PlayedEngine(slot, self.stack.resource) for slot in range(1, count + 1)}
         self.inits = {slot: Init() for slot in self.engines}
@@ -94,13 +97,19 @@ class World:
     def _kill(self, slot: int) -> None:
         self.killed.append((self.now, slot))
 
-    async def live(self, seconds: float) -> None:
-        for _ in range(round(seconds / WATCH_SECONDS)):
-            self.now += WATCH_SECONDS
+    async def live(self, seconds: float, turns_a_second: float = 1000.0) -> list[float]:
+        """Cores turn so often meanwhile. Returns the times between the watchdog's looks."""
+        end, waits, turned = self.now + seconds - 1e-6, [], 0.0
+        while self.now < end:
+            self.now += self.wait
+            waits.append(self.wait)
+            turned += self.wait * turns_a_second
             for slot, engine in self.engines.items():
-                engine.cores[0].heartbeat += slot not in self.still
-            self.watchdog.check_all(self.now)
+                engine.cores[0].heartbeat += int(turned) if slot not in self.still else 0
+            turned %= 1
+            self.wait = self.watchdog.check_all(self.now)
             await turns(3)
+        return waits
 
     async def end(self) -> None:
         self.repairs.go_on.set()
@@ -130,6 +139,21 @@ async def test_a_core_that_does_not_turn_is_killed_after_the_limit_and_only_once
     [(when, slot)] = w.killed
     assert slot == 2
     assert STOPPED_SECONDS <= when - began + 1e-6 < STOPPED_SECONDS + 2 * WATCH_SECONDS
+
+
+async def test_at_rest_the_watchdog_looks_less_often_and_finds_a_core_that_stops_all_the_same(
+    world: Callable[[int], World],
+) -> None:
+    w = world(2)
+    await w.live(0.3)
+    assert set(await w.live(1)) == {WATCH_SECONDS}, "cores with packets"
+    await w.live(0.2, turns_a_second=10)
+    assert set(await w.live(1, turns_a_second=10)) == {REST_SECONDS}, "cores that sleep"
+    w.still, began = {2}, w.now
+    await w.live(0.5, turns_a_second=10)
+    [(when, slot)] = w.killed
+    assert slot == 2
+    assert when - began < STOPPED_SECONDS + 2 * REST_SECONDS
 
 
 async def test_a_core_that_gets_no_cpu_has_more_time(
