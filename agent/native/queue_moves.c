@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * A queue moves to another core of its engine: the agent writes which core shall serve it (ps_queue.want), and the core
- * that serves it hands it over after the batch at hand (ps_queue.cur; hand_over in engine/datapath/datapath.c).
+ * that serves it hands it over after the batch at hand (ps_queue.cur; run() in engine/datapath/datapath.c).
  * Who decides that it moves: core/packetstack_core/rebalancing.py, or a person (`packetstack move --queue`).
  */
 #include <time.h>
