@@ -106,6 +106,7 @@ class Node:
         self._init: Daemon | None = None
         self._init_pid = 0
         self._veths = 0
+        self._loaded: set[tuple[Path, int, int]] = set()
         self._daemons: dict[str, Daemon] = {}
 
     # ---- life
@@ -265,8 +266,16 @@ class Node:
         return self._daemons[name]
 
     def load(self, archive: Path) -> None:
-        """Import an OCI archive; pods must name the image with a tag other than `latest`, or never be pulled."""
+        """Import an OCI archive; pods must name the image with a tag other than `latest`, or never be pulled.
+
+        Said again of a file that is the same, it does nothing.
+        """
+        file = archive.stat()
+        loaded = (archive.resolve(), file.st_ino, file.st_mtime_ns)
+        if loaded in self._loaded:
+            return
         self.run(find("ctr"), "--namespace=k8s.io", "images", "import", archive.resolve(), timeout_seconds=300)
+        self._loaded.add(loaded)
 
     def tag(self, image: str, name: str) -> None:
         """Another name for an image that is loaded: to the operator and the kubelet, another image."""

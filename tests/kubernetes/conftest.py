@@ -130,15 +130,11 @@ class Installed:
 
 
 @pytest.fixture(scope="session")
-def packetstack() -> Iterator[Installed]:
-    """One node; operator and agent run from this checkout's image."""
-    from tests.cluster.cluster import Cluster
-    from tests.cluster.slots import Slot
-
-    with Slot() as slot, Cluster(slot) as cluster:
-        install(cluster, f"--set=agent.uplinks={{{NODE_UPLINK}}}")
-        cluster.node.tag(f"{REPOSITORY}:{TAG}", f"{REPOSITORY}:next")
-        yield Installed(cluster)
+def packetstack(cluster: Cluster) -> Installed:
+    """In the cluster that other tests have left without it; operator and agent run from this checkout's image."""
+    install(cluster, f"--set=agent.uplinks={{{NODE_UPLINK}}}")
+    cluster.node.tag(f"{REPOSITORY}:{TAG}", f"{REPOSITORY}:next")
+    return Installed(cluster)
 
 
 @pytest.fixture(scope="session")
