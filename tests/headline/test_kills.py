@@ -1,8 +1,10 @@
-"""Datapath processes and whole engines are killed and hung under live traffic: no connection may break."""
+"""Datapath processes and whole engines are killed and hung under live traffic: no connection may break.
+
+How long nobody was served is printed; `make bench` has goals for it (T2).
+"""
 
 import os
 import signal
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +15,6 @@ from tests.lab import pool as pools
 from tests.lab.pool import SIZES, Pool, load
 
 from packetstack_cli.outage import hang
-
-SERVED_AGAIN_MS = 1000
-HANG_LIMIT_MS = 500
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +39,7 @@ def kill(pid: int) -> Callable[[], None]:
 
 
 @MANY
-def test_after_a_killed_datapath_its_flows_are_served_again_in_less_than_a_second(two: Pool, many: int) -> None:
+def test_after_a_killed_datapath_its_flows_are_served_again(two: Pool, many: int) -> None:
     took = []
     with load(two) as s:
         for i in range(2 * many):
@@ -49,13 +48,12 @@ def test_after_a_killed_datapath_its_flows_are_served_again_in_less_than_a_secon
             took.append(s.outage.after(engine["slot"], kill(engine["pid"])))
             s.settle()
     print(f"served again after {sorted(round(t, 1) for t in took)} ms")
-    assert statistics.median(took) < SERVED_AGAIN_MS
     assert s.outcome
     assert s.outcome.datagrams_lost == 0, s.dropped
 
 
 @MANY
-def test_after_a_killed_engine_its_flows_are_served_again_in_less_than_a_second(two: Pool, many: int) -> None:
+def test_after_a_killed_engine_its_flows_are_served_again(two: Pool, many: int) -> None:
     took = []
     with load(two) as s:
         for i in range(many):
@@ -64,13 +62,12 @@ def test_after_a_killed_engine_its_flows_are_served_again_in_less_than_a_second(
             took.append(s.outage.after(engine["slot"], lambda e=engine: os.killpg(e["initPid"], signal.SIGKILL)))
             s.settle()
     print(f"served again after {sorted(round(t, 1) for t in took)} ms")
-    assert statistics.median(took) < SERVED_AGAIN_MS
     assert s.outcome
     assert s.outcome.datagrams_lost == 0, s.dropped
 
 
 @MANY
-def test_after_a_hang_its_flows_are_served_again_a_second_after_the_limit(two: Pool, many: int) -> None:
+def test_after_a_hang_its_flows_are_served_again(two: Pool, many: int) -> None:
     took = []
     with load(two) as s:
         for i in range(many):
@@ -79,7 +76,6 @@ def test_after_a_hang_its_flows_are_served_again_a_second_after_the_limit(two: P
             took.append(s.outage.after(engine["slot"], lambda e=engine: hang(e["pid"])))
             s.settle()
     print(f"served again after {sorted(round(t, 1) for t in took)} ms")
-    assert statistics.median(took) < HANG_LIMIT_MS + SERVED_AGAIN_MS
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["datapaths", "engines"])
@@ -100,7 +96,6 @@ def test_all_engines_killed_at_once_break_nothing(two: Pool, whole: bool, many: 
             took.append(s.outage.after(engines[0]["slot"], strike))
             s.settle()
     print(f"served again after {sorted(round(t, 1) for t in took)} ms")
-    assert statistics.median(took) < SERVED_AGAIN_MS
 
 
 @MANY

@@ -50,7 +50,7 @@ def scene(packetstack: Installed, servers: Servers, space: str) -> Iterator[Scen
     made.wait()
     traffic = Traffic(
         packetstack.lab, [f"{VIP}:{PORT}"], [f"{VIP}:{UDP_PORT}"],
-        connections=CONNECTIONS, udp_flows=FLOWS, request_interval_ms=1000, new_rate=20,
+        connections=CONNECTIONS, udp_flows=FLOWS, request_interval_ms=1000, new_rate=20, cpu=1,
     )  # fmt: skip
     traffic.wait_open()
     yield made
@@ -66,11 +66,7 @@ def test_a_new_stack_answers_its_first_packet_in_ten_seconds(
     packetstack: Installed, servers: Servers, space: str
 ) -> None:
     packetstack.cluster.apply(stack("web", space))
-    began = time.monotonic()
-    eventually(packetstack.answers, WAIT_SECONDS, "an answer")
-    took = time.monotonic() - began
-    print(f"first answer after {took:.1f} s")
-    assert took < FIRST_ANSWER_SECONDS * 3  # a machine that is shared; what is promised is in docs/kubernetes.md
+    eventually(packetstack.answers, 3 * FIRST_ANSWER_SECONDS, "an answer")  # on a machine that is shared
 
 
 def test_scaling_breaks_no_connection(scene: Scene) -> None:
