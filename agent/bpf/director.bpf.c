@@ -362,6 +362,11 @@ PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const st
 		count->value[PS_D_DROP_NO_OWNER]++;
 		return XDP_DROP;
 	}
+	if (here && ctx->data_end - ctx->data > PS_MAX_FRAME) {
+		/* No engine's interface takes it. The kernel cuts it up or tells its sender, as on any way to the pair. */
+		count->value[PS_D_PASSED_TOO_LONG]++;
+		return XDP_PASS;
+	}
 	if ((here && here->flags & PS_UPLINK_NO_METADATA) || !stamp_frame(ctx, word, bucket, hash, flags)) {
 		/* Some drivers leave no room (ENA, netvsc). The routed pair's does. */
 		count->value[here ? PS_D_PASSED_METADATA : PS_D_DROP_METADATA]++;

@@ -40,6 +40,7 @@ enum ps_limits {
 	PS_BATCH = 64,		 /* frames of one ring transaction */
 	PS_UNDO_BYTES = 128,	 /* all that rewriting one frame may touch */
 	PS_FRAME_BYTES = 2048,
+	PS_MAX_FRAME = 1518,	  /* what an engine's interface takes: an MTU of 1500, and one VLAN tag */
 	PS_TICKS_PER_SECOND = 10, /* unit of ps_entry.last_seen, CLOCK_MONOTONIC */
 	PS_CAPTURES = 8,
 	PS_CAPTURE_BYTES = 256,
@@ -175,6 +176,7 @@ enum ps_director_counter {
 	PS_D_FORWARDED,		 /* stamped and sent to an engine */
 	PS_D_PASSED,		 /* not ours, left to the kernel (uplink) */
 	PS_D_PASSED_METADATA,	 /* ours, but no room for the stamp: takes the routed pair (uplink) */
+	PS_D_PASSED_TOO_LONG,	 /* ours, but longer than PS_MAX_FRAME: takes the routed pair (uplink) */
 	PS_D_ECHO_REPLIED,	 /* ICMP echo to a VIP, answered */
 	PS_D_TIME_EXCEEDED_SENT, /* no hops left: ICMP time exceeded sent back */
 	PS_D_UNREACHABLE_SENT,	 /* UDP to a VIP's port without listener: ICMP port unreachable sent back */

@@ -64,9 +64,9 @@ def drops(node: Node) -> dict[str, int]:
     return found
 
 
-def counted(node: Node, result: str) -> int:
-    """How many packets the director gave this result."""
-    mark = f'packetstack_director_packets_total{{result="{result}"}} '
+def counted(node: Node, result: str, where: str = "director") -> int:
+    """How many packets got this result, from the director or on the `host`."""
+    mark = f'packetstack_{where}_packets_total{{result="{result}"}} '
     lines = node.command("metrics").stdout.splitlines()
     return next(int(float(line.removeprefix(mark))) for line in lines if line.startswith(mark))
 
