@@ -19,16 +19,11 @@ if TYPE_CHECKING:
 asyncio.set_event_loop(None)
 
 ALONE = (
-    "crash",
     "headline",
     "traffic/test_generator.py",
     "failures/test_failure_table.py",
-    "kubernetes/test_autoscaling.py",
-    "kubernetes/test_rebalancing.py",
-    "kubernetes/test_traffic.py",
-    "operator/test_many_stacks.py",
 )
-"""Tests that count what is lost, or measure time: two of them beside each other would measure each other."""
+"""Tests that count what is lost, or measure a rate: two of them beside each other would measure each other."""
 
 
 CLUSTER = ("charts/test_installed.py", "cluster", "kubernetes/test_documents.py", "kubernetes")

@@ -38,12 +38,14 @@ def cost(queues: Path, ns: int) -> None:
     abi.lib().ps_unmap(view)
 
 
-def skewed_traffic(lab: Lab, tcp: str, udp: str, unevenness: Callable[[float], float]) -> Traffic:
-    """Which flows share a core is chance: until they load two cores unevenly."""
+def skewed_traffic(
+    lab: Lab, tcp: str, udp: str, unevenness: Callable[[float], float], cpu: int | None = None
+) -> Traffic:
+    """Which flows share a core is chance: until they load two cores unevenly. `cpu`: the generator's only one."""
     for _ in range(12):
         traffic = Traffic(
             lab, [tcp], [udp], connections=20, request_interval_ms=1000, answer_bytes="64", udp_flows=40,
-            udp_rate=RATE, udp_skew=1.2, ramp_seconds=0.5,
+            udp_rate=RATE, udp_skew=1.2, ramp_seconds=0.5, cpu=cpu,
         )  # fmt: skip
         traffic.wait_open()
         time.sleep(1.5)
