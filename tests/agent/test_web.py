@@ -10,17 +10,21 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import pytest
+from tests.model.node import PlayedStack, resource
 
+from packetstack_agent.agent import Agent
 from packetstack_agent.ending import Ending
 from packetstack_agent.errors import AgentError
-from packetstack_agent.managed import Managed
+from packetstack_agent.journal import Journal
+from packetstack_agent.managed import Managed, Stacks
+from packetstack_agent.node import RunDirectory
+from packetstack_agent.verbs import Verbs
 from packetstack_agent.web import app
 from packetstack_agent.web.answers import Answers
 from packetstack_agent.web.app import Web
@@ -28,27 +32,22 @@ from packetstack_cli.asking import AgentSocket
 from packetstack_cli.client import Client
 from packetstack_cli.errors import CliError, EarlierAgent, NoAgent
 from packetstack_core import reading, verbs
+from packetstack_core.verbs import Json
 
 ROOT = Path(__file__).parents[2]
 
 
-class PlayedAgent:
-    """What is asked through HTTP. Its stack `web` is ready when `ready` says so."""
+class PlayedVerbs(Verbs):
+    """Answers for the stack `web`, which is ready when `ready` says so."""
 
-    def __init__(self, run: Path) -> None:
-        self.run = SimpleNamespace(socket=run / "agent.sock", record=SimpleNamespace(documents={"web": {}}))
-        self.foreign = ""
-        self.applying = asyncio.Lock()
-        self.managed = Managed(SimpleNamespace(name="web"), converged=True)  # type: ignore[arg-type]
-        self.stacks = {"web": self.managed}
-        self.verbs = self
+    def __init__(self, journal: Journal) -> None:  # without a node
+        self._journal = journal
         self.ready = True
         self.shown = 0
-        self.happened: list[dict[str, Any]] = []
         self.told: list[tuple[Any, ...]] = []
         self.slow = asyncio.Event()
 
-    def get(self, name: str | None = None) -> list[dict[str, Any]]:
+    def get(self, name: str | None = None) -> list[Json]:
         self.shown += 1
         if name not in (None, "web"):
             raise AgentError(f"stack {name}: not found; stacks of this agent: web")
@@ -56,19 +55,10 @@ class PlayedAgent:
         status = {"ready": self.ready, "readyReplicas": 1, "conditions": conditions}
         return [{"metadata": {"name": "web"}, "spec": {"replicas": 2}, "status": status}]
 
-    def event(self, stack: str, reason: str, message: str) -> None:
-        self.happened.append({"stack": stack, "reason": reason, "message": message})
+    def events(self, name: str | None = None) -> list[Json]:
+        return [e for e in self._journal.events if name in (None, e["stack"])]
 
-    def events(self, name: str | None = None) -> list[dict[str, Any]]:
-        return [e for e in self.happened if name in (None, e["stack"])]
-
-    async def apply(self, documents: Any, uplinks: Any) -> list[dict[str, str]]:
-        for document in documents:
-            reading.parse(document)
-        self.told.append(("apply", len(documents), uplinks))
-        return [{"stack": "web", "result": "created"}]
-
-    async def scale(self, name: str, replicas: int) -> dict[str, Any]:
+    async def scale(self, name: str, replicas: int) -> Json:
         self.told.append(("scale", name, replicas))
         if replicas == 7:
             await self.slow.wait()
@@ -76,9 +66,31 @@ class PlayedAgent:
             raise ZeroDivisionError("a fault")
         return {"from": 1, "to": replicas, "note": ""}
 
+
+class PlayedAgent(Agent):
+    """What is asked through HTTP. `played` answers."""
+
+    def __init__(self, run: Path) -> None:  # without a node
+        self.run = RunDirectory(run)
+        self.run.record.documents["web"] = {}
+        self.managed = Managed(PlayedStack(resource()), converged=True)
+        self.stacks = Stacks()
+        self.stacks["web"] = self.managed
+        self.journal = Journal()
+        self.event = self.journal.event
+        self.applying = asyncio.Lock()
+        self.apply = self._applied
+        self.verbs = self.played = PlayedVerbs(self.journal)
+
+    async def _applied(self, documents: Sequence[Json], uplinks: Sequence[str]) -> list[dict[str, str]]:
+        for document in documents:
+            reading.parse(document)
+        self.played.told.append(("apply", len(documents), uplinks))
+        return [{"stack": "web", "result": "created"}]
+
     def step(self, ready: bool) -> None:
         """As its task does after each look at the stack."""
-        self.ready = self.managed.converged = ready
+        self.played.ready = self.managed.converged = ready
         self.managed.note_step()
 
 
@@ -88,7 +100,7 @@ class Served:
     def __init__(self, run: Path) -> None:
         self.agent = PlayedAgent(run)
         self.ending = Ending()
-        self.web = Web(self.agent, self.ending, lambda: True)  # type: ignore[arg-type]
+        self.web = Web(self.agent, self.ending, lambda: True)
         self.client = Client(run)
         self.path = self.agent.run.socket
 
@@ -124,20 +136,19 @@ async def served(tmp_path: Path) -> AsyncIterator[Served]:
     made = Served(tmp_path)
     await made.web.listen(made.path)
     yield made
-    made.agent.slow.set()
+    made.agent.played.slow.set()
     await made.web.close()
 
 
 async def test_questions_and_answers_are_typed(served: Served) -> None:
     assert await served.ask(lambda: served.client.scale("web", 3)) == {"from": 1, "to": 3, "note": ""}
-    assert await served.ask(lambda: served.client.get("web")) == served.agent.get("web")
+    assert await served.ask(lambda: served.client.get("web")) == served.agent.verbs.get("web")
     assert await served.ask(lambda: served.client.events(None)) == []
-    assert served.agent.told == [("scale", "web", 3)]
+    assert served.agent.played.told == [("scale", "web", 3)]
 
 
 def test_each_verb_is_answered(tmp_path: Path) -> None:
-    agent: Any = SimpleNamespace()
-    assert [a.verb for a in Answers(agent, Ending()).table()] == list(verbs.TABLE.values())
+    assert [a.verb for a in Answers(PlayedAgent(tmp_path), Ending()).table()] == list(verbs.TABLE.values())
 
 
 def test_each_verb_and_each_code_is_documented() -> None:
@@ -182,7 +193,7 @@ async def test_a_refusal_has_a_code_and_names_the_field(
     said = answer["error"]["message"]
     assert message in said
     assert len(said) < 500
-    assert [e["reason"] for e in served.agent.happened] == (["InternalError"] if status == 500 else [])
+    assert [e["reason"] for e in served.agent.journal.events] == (["InternalError"] if status == 500 else [])
     assert await served.ask(lambda: served.client.get()), "it goes on"
 
 
@@ -192,29 +203,29 @@ async def test_the_command_shows_the_agents_own_words(served: Served) -> None:
 
 
 async def test_an_agent_that_stands_by_answers_what_needs_no_stack(served: Served) -> None:
-    served.agent.foreign = "LayoutMismatch: stack web has memory layout 2"
+    served.agent.stacks.foreign = "LayoutMismatch: stack web has memory layout 2"
     status, answer = await served.raw("POST", "/v1/scale", b'{"name": "web", "replicas": 3}')
     assert (status, answer["error"]) == (503, {"code": "StandingBy", "message": served.agent.foreign})
     assert await served.ask(lambda: served.client.get())
-    assert served.agent.told == []
+    assert served.agent.played.told == []
 
 
 async def test_who_waits_is_answered_as_soon_as_the_stack_is_ready_and_not_by_looking_all_the_time(
     served: Served,
 ) -> None:
     served.agent.step(ready=False)
-    served.agent.shown = 0
+    served.agent.played.shown = 0
     waiting = asyncio.create_task(served.ask(lambda: served.client.wait(["web"], 10)))
     for _ in range(4):
         await asyncio.sleep(0.05)
         served.agent.step(ready=False)
     assert not waiting.done()
-    assert served.agent.shown == 0, "a status of a stack on its way is not made"
+    assert served.agent.played.shown == 0, "a status of a stack on its way is not made"
     began = time.monotonic()
     served.agent.step(ready=True)
     assert await waiting == []
     assert time.monotonic() - began < 0.5
-    assert served.agent.shown == 1
+    assert served.agent.played.shown == 1
 
 
 async def test_who_waits_in_vain_is_told_what_is_not_ready(served: Served) -> None:
@@ -229,7 +240,7 @@ async def test_an_agent_that_ends_answers_who_waits_and_finishes_what_it_was_tol
     served.agent.step(ready=False)
     waiting = asyncio.create_task(served.raw("GET", "/v1/wait?names=web&seconds=20"))
     told = asyncio.create_task(served.raw("POST", "/v1/scale", b'{"name": "web", "replicas": 7}'))
-    while not served.agent.told:
+    while not served.agent.played.told:
         await asyncio.sleep(0.01)
     left = await served.raw("POST", "/v1/leave")
     assert left == (200, None)
@@ -240,7 +251,7 @@ async def test_an_agent_that_ends_answers_who_waits_and_finishes_what_it_was_tol
     with pytest.raises(NoAgent):
         await served.ask(lambda: served.client.get())
     assert not told.done()
-    served.agent.slow.set()
+    served.agent.played.slow.set()
     assert await told == (200, {"from": 1, "to": 7, "note": ""})
     await closing
 
@@ -253,7 +264,7 @@ async def test_a_request_that_never_ends_does_not_keep_the_agent_from_ending(
     other.path.parent.mkdir()
     await other.web.listen(other.path)
     told = asyncio.create_task(other.ask(lambda: other.client.scale("web", 7)))
-    while not other.agent.told:
+    while not other.agent.played.told:
         await asyncio.sleep(0.01)
     await asyncio.wait_for(other.web.close(), 5)
     with pytest.raises(NoAgent, match="the agent ended before it answered"):
@@ -276,7 +287,7 @@ async def test_bytes_that_are_no_request_do_not_hurt(served: Served) -> None:
     ):
         await served.line(data + b"\r\n\r\n")
     assert await served.ask(lambda: served.client.get())
-    assert served.agent.happened == []
+    assert not served.agent.journal.events
 
 
 async def test_an_agent_of_an_earlier_build_is_told_apart(tmp_path: Path) -> None:
@@ -311,7 +322,7 @@ async def test_nobody_but_root_and_the_agents_own_user_is_let_in(served: Served,
     line = [sys.executable, "-S", "-c", stranger, str(served.path)]
     done = await asyncio.to_thread(subprocess.run, line, capture_output=True, text=True, check=False)
     assert done.stdout == "b''\n", done
-    assert served.agent.shown == 0
+    assert served.agent.played.shown == 0
 
 
 async def test_the_tcp_port_only_reads(served: Served) -> None:
