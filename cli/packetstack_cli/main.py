@@ -8,7 +8,6 @@ import click
 
 from packetstack_cli import changing, files, looking, simulate, views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY
-from packetstack_cli.demo import run_demo
 from packetstack_cli.errors import CliError
 from packetstack_cli.target import Group, Target, cluster_options, output_option, show
 from packetstack_core.autoscaling.spec import spec_of
@@ -100,6 +99,8 @@ def simulate_(
 @click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
 def demo(connections: int, udp_flows: int, seconds: int, build_dir: Path) -> None:
     """Resize, kill and upgrade a pool under live traffic in network namespaces of its own, and count what breaks."""
+    from packetstack_cli.demo import run_demo  # only here: each command would import it
+
     sys.exit(run_demo(build_dir, connections, udp_flows, seconds))
 
 

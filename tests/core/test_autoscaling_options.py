@@ -4,11 +4,11 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 import pytest
+from croniter import croniter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packetstack_core import autoscalers
-from packetstack_core.autoscaling import options
 from packetstack_core.autoscaling.behavior import Memory
 from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.controller import decide, written
@@ -229,8 +229,8 @@ def test_without_options_nothing_is_added():
 
 
 def test_a_schedule_of_each_minute_is_not_looked_up_for_hours(monkeypatch):
-    looked, get_prev = [], options.croniter.get_prev
-    monkeypatch.setattr(options.croniter, "get_prev", lambda *a, **k: looked.append(1) or get_prev(*a, **k))
+    looked, get_prev = [], croniter.get_prev
+    monkeypatch.setattr(croniter, "get_prev", lambda *a, **k: looked.append(1) or get_prev(*a, **k))
     assert not is_active(schedule("* * * * *", 1.5 / 3600), at("2026-11-03T12:00:30"))
     assert not is_active(schedule("* * * * *", 1.5 / 3600, zone="Europe/Berlin"), at("2026-11-03T12:00:30"))
     assert len(looked) <= 4

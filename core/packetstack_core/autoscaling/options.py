@@ -11,8 +11,6 @@ from datetime import UTC, datetime, timedelta
 from math import ceil
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from croniter import CroniterBadDateError, CroniterError, croniter
-
 from packetstack_core import autoscalers
 from packetstack_core.autoscaling import controller
 from packetstack_core.autoscaling.behavior import Memory
@@ -33,6 +31,8 @@ def is_active(schedule: autoscalers.Schedule, now: datetime) -> bool:
     `now` has a time zone. A beginning in an hour that a change of clocks leaves out is an hour later; one in an
     hour that comes twice is in the first. Raises ValueError for a wrong cron or an unknown time zone.
     """
+    from croniter import CroniterBadDateError, CroniterError, croniter  # only here: few stacks have a schedule
+
     try:
         zone = ZoneInfo(schedule.time_zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
