@@ -21,7 +21,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.namespaces import run_in
 from packetstack_agent.natives import call, ffi, lib
 from packetstack_core.preconditions import Device, Part, differences
-from packetstack_core.values import Address, Network
+from packetstack_core.values import Network
 
 ROUTED, DIRECTOR = "ps0", "ps1"
 """The pair that virtual and SNAT addresses are routed into, and the end the director runs on."""
@@ -34,7 +34,6 @@ ROLES = {"": 3, "clients": 1, "backends": 2}
 
 PAIR_MTU = 1500
 _RTN_LOCAL = 2
-_RTN_BROADCAST = 3
 _ETHERTYPE_VLAN = 0x8100
 _IFF_UP = 1
 _EEXIST = 17
@@ -147,19 +146,6 @@ def _vlans(links: Iterable[Any], index: int) -> frozenset[int]:
         if data is not None and data.get("IFLA_VLAN_PROTOCOL", _ETHERTYPE_VLAN) == _ETHERTYPE_VLAN:
             found.add(int(data.get("IFLA_VLAN_ID")))
     return frozenset(found)
-
-
-def own_addresses() -> tuple[frozenset[Address], frozenset[Address]]:
-    """The node's own addresses, and the broadcast addresses of its networks."""
-    own, broadcast = set(), set()
-    with IPRoute() as ip:
-        for message in ip.get_addr():
-            text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
-            own.add(ip_address(text.partition("%")[0]))
-        for route in ip.get_routes(family=socket.AF_INET, table=255):
-            if route["type"] == _RTN_BROADCAST and route["dst_len"] == 32:
-                broadcast.add(ip_address(route.get("RTA_DST")))
-    return frozenset(own), frozenset(broadcast) - frozenset(own)
 
 
 def with_address_in(network: Network) -> str:

@@ -8,9 +8,10 @@ from pyroute2 import IPRoute
 
 from packetstack_agent import devices, networks
 from packetstack_core.preconditions import FORWARDING, Own, Surroundings
-from packetstack_core.values import Network
+from packetstack_core.values import Address, Network
 
-_MAIN_TABLE = 254
+_MAIN_TABLE, _LOCAL_TABLE = 254, 255
+_RTN_BROADCAST = 3
 
 
 def survey(prefixes: Iterable[Network], uplinks: Collection[str]) -> Surroundings:
@@ -30,6 +31,19 @@ def survey(prefixes: Iterable[Network], uplinks: Collection[str]) -> Surrounding
         if deaf:
             deaf &= _leading_out(ip, names) | {o.device for o in own if any(_lies_in(p, o.network) for p in prefixes)}
     return Surroundings(forwards, own, sorted(deaf))
+
+
+def own_addresses() -> tuple[frozenset[Address], frozenset[Address]]:
+    """The node's own addresses, and the broadcast addresses of its networks."""
+    own, broadcast = set(), set()
+    with IPRoute() as ip:
+        for message in ip.get_addr():
+            text = message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")
+            own.add(ip_address(text.partition("%")[0]))
+        for route in ip.get_routes(family=socket.AF_INET, table=_LOCAL_TABLE):
+            if route["type"] == _RTN_BROADCAST and route["dst_len"] == 32:
+                broadcast.add(ip_address(route.get("RTA_DST")))
+    return frozenset(own), frozenset(broadcast) - frozenset(own)
 
 
 def _own(message: dict[str, object], device: str) -> Own:

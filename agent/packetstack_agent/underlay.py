@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from ipaddress import ip_address, ip_network
 
-from packetstack_agent import neighbours, networks, nftables
+from packetstack_agent import neighbours, networks, nftables, surveying
 from packetstack_agent.director import Director
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall, Mode, Obstacle
@@ -196,7 +196,7 @@ class Underlay:
 
     def _direct_own(self) -> None:
         """Tell the director the node's own addresses. Blocks."""
-        found = networks.own_addresses()
+        found = surveying.own_addresses()
         if found == self._own:
             return
         kinds = (constant("PS_OWN_NODE"), constant("PS_OWN_BROADCAST"))
