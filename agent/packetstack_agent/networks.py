@@ -306,8 +306,15 @@ def _set_up_host_end(ip: IPRoute, link: Any) -> EngineLink:
     devices.set_sysctl(f"net/ipv6/conf/{name}/addr_gen_mode", "1")
     # GRO may hold segments back while a marker passes; partial checksums cannot be updated incrementally.
     devices.switch(name, False, "tx", "tso", "gso", "gro")
+    _make_room(ip, link)
     ip.link("set", index=link["index"], state="up")
     return EngineLink(link["index"], _mac(link), link.get("IFLA_LINK"))
+
+
+def _make_room(ip: IPRoute, link: Any) -> None:
+    """A CNI plugin's interface may be made for shorter packets; those that the routed pair takes would be lost on it."""
+    if link.get("IFLA_MTU") < PAIR_MTU:
+        ip.link("set", index=link["index"], mtu=PAIR_MTU)
 
 
 def find_engine_link(namespace: Path, inside: str) -> EngineLink:
@@ -357,6 +364,7 @@ def set_up_engine_end(name: str) -> bytes:
     with IPRoute() as ip:
         link = _find(ip, name)
         ip.link("set", index=link["index"], arp=False)
+        _make_room(ip, link)
         ip.link("set", index=link["index"], state="up")
         return _mac(link)
 

@@ -1,5 +1,6 @@
 """Packets that are too long for a part of their way, both ways through an engine."""
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +11,8 @@ from tests.agent.test_ways_out import definition, talk
 from tests.lab.node import Node
 from tests.waiting import eventually
 
-from packetstack_cli.lab import NODE_UPLINK, Room
+from packetstack_agent import networks
+from packetstack_cli.lab import NODE_UPLINK, Room, inside
 
 
 @pytest.fixture
@@ -72,3 +74,20 @@ def test_whoever_sends_too_big_a_packet_is_told_and_then_served(
             speak = both.asks if path.says == "client" else both.hears
             eventually(partial(speak, path.size), 3, f"a datagram of {path.size} bytes, IPv{family}")
         assert not path.counter or counted(node, path.counter, path.where) > before
+
+
+def test_an_interface_that_a_plugin_made_for_shorter_packets_takes_those_of_the_routed_pair(node: Node) -> None:
+    def mtu(room: Room, device: str) -> int:
+        [link] = json.loads(node.lab.run(room, "ip", "-j", "link", "show", device).stdout)
+        return int(link["mtu"])
+
+    pair = f"ip link add cni7 mtu 1400 type veth peer name pod7 mtu 1400 netns {node.lab.namespace('server')}"
+    node.lab.run("node", *pair.split())
+    try:
+        with inside(node.lab.namespace("node")):
+            networks.find_engine_link(node.lab.netns_path("server"), "pod7")
+        with inside(node.lab.namespace("server")):
+            networks.set_up_engine_end("pod7")
+        assert (mtu("node", "cni7"), mtu("server", "pod7")) == (1500, 1500)
+    finally:
+        node.lab.run("node", "ip", "link", "del", "cni7")
