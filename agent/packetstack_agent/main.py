@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from packetstack_agent import devices, layouts
-from packetstack_agent.agent import Agent
 from packetstack_agent.ending import Ending
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Mode, examine
 from packetstack_agent.node import DEFAULT_RUN_DIRECTORY, RunDirectory, clean
-from packetstack_agent.web.app import Web
 from packetstack_core.abi import NativeError as NotBuilt
 
 if TYPE_CHECKING:
+    from packetstack_agent.agent import Agent
     from packetstack_agent.cluster import Follower
 
 LONGEST_PATH = 80
@@ -123,6 +122,10 @@ def _meet(run: RunDirectory, end_flows: bool, stand_by: bool) -> str:
 
 async def _serve(run: RunDirectory, node: str | None, uplinks: list[str], foreign: str) -> bool:
     """Run the agent until it is told to end. Returns whether it shall begin again and end the flows of another build."""
+    # Half of the time of a start; `up`, `upgrade` and `down` also start agents that only look, or only remove.
+    from packetstack_agent.agent import Agent
+    from packetstack_agent.web.app import Web
+
     first = not run.record.documents
     agent = Agent(run, foreign)
     ending = Ending()
@@ -148,7 +151,7 @@ async def _serve(run: RunDirectory, node: str | None, uplinks: list[str], foreig
     return ending.anew
 
 
-async def _follow(agent: Agent, node: str, uplinks: list[str], ending: Ending) -> "Follower":
+async def _follow(agent: "Agent", node: str, uplinks: list[str], ending: Ending) -> "Follower":
     # Heavy, and of no use without a cluster.
     from packetstack_agent.cluster import Follower
 
