@@ -6,7 +6,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -101,6 +101,37 @@ def kills(quick: bool) -> Iterator[Row]:
     lost = outcome.datagrams_lost
     yield Row("T15", f"datagrams lost of {outcome.datagrams_sent} meanwhile", lost, "", goal="0", met=yes(lost == 0))
     yield Row("T15", f"hot restart, nobody serves, median of {n}", round(statistics.median(pauses), 2), "ms")
+
+
+def all_killed(quick: bool) -> Iterator[Row]:
+    """T2: outages when no engine is left; datagrams that come meanwhile may find no room, so none of them is promised."""
+    kinds: dict[str, tuple[str, Callable[[int, int], None]]] = {
+        "all datapaths": ("pid", os.kill),
+        "all engines": ("initPid", os.killpg),
+    }
+    took: dict[str, list[float]] = {name: [] for name in kinds}
+    with running("pkb-all", 2) as (lab, client, servers), Outage(lab, client, "demo", ("192.0.2.10", 53)) as outage:
+        traffic = Traffic(lab, (TCP,), (UDP,), connections=2000, udp_flows=200, request_interval_ms=1000)
+        traffic.wait_open()
+        for _ in range(4 if quick else 20):
+            for name, (field, kill) in kinds.items():
+                engines = settled(client)["engines"]
+                strike = partial(each, kill, [e[field] for e in engines])
+                took[name].append(outage.after(engines[0]["slot"], strike))
+        settled(client)
+        outcome = traffic.stop()
+        servers.stop()
+    for name, seen in took.items():
+        what = f"kill -9 of {name} at once -> flows answered again, median of {len(seen)}"
+        yield Row("T2", what, round(statistics.median(seen), 1), "ms")
+    what = f"broken of {outcome.connections} connections, all killed {sum(map(len, took.values()))} times"
+    yield Row("T2", what, outcome.broken, "", goal="0", met=yes(outcome.broken == 0))
+
+
+def each(kill: Callable[[int, int], None], pids: Iterable[int]) -> None:
+    """SIGKILL to all of them."""
+    for pid in pids:
+        kill(pid, signal.SIGKILL)
 
 
 def moves(quick: bool) -> Iterator[Row]:

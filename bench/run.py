@@ -145,6 +145,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "director": director_cost,
     "resizes": handovers.resizes,
     "kills": handovers.kills,
+    "all_killed": handovers.all_killed,
     "moves": handovers.moves,
     "joining": handovers.joining,
     "steps": rebalancing.steps,
