@@ -61,7 +61,8 @@ image: build/.packages
 
 # ---- checks ---------------------------------------------------------------------------------------------
 
-# Most tests wait more than they work, so they run side by side; those that measure follow, one by one.
+# Most tests wait more than they work, so they run side by side; those that count losses or measure rates follow, one by
+# one. Which is which, and what shares a cluster, is in tests/conftest.py.
 test: setup build lint
 	@status=0; \
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder -m "not alone" $(PYTEST_ARGS) || status=1; \

@@ -47,7 +47,7 @@ def test_a_handover_is_finished_by_the_agent_that_follows(served: Node, step: st
         "node", sys.executable, "-c", AGENT, "--run-dir", str(run),
         env={"PACKETSTACK_DIE_AT": step}, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    eventually(node.client.alive)
+    eventually(node.client.alive, 30)
     wanted = 3 if node.status()["replicas"] < 3 else 2
     node.client.call("scale", name="web", replicas=wanted)
     agent.wait(20)
