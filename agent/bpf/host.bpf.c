@@ -71,7 +71,7 @@ struct {
 	__type(value, struct host_counts);
 } host_counters SEC(".maps");
 
-/* slot * PS_MAX_CPUS + CPU -> last fence whose egress marker came by */
+/* slot * PS_MAX_CPUS + CPU -> fence of the last egress marker that came by */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, PS_MAX_SLOTS *PS_MAX_CPUS);
@@ -80,14 +80,41 @@ struct {
 	__type(value, uint64_t);
 } egress SEC(".maps");
 
+/* Address -> ps_own_kind; the director's. */
+struct address6 {
+	uint32_t word[4];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1 << 17);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct address6);
+	__type(value, uint32_t);
+} own SEC(".maps");
+
+/* Whose host end this is; set before the program is loaded. */
+const volatile struct ps_end end SEC(".rodata.end") = { 0 };
+
+/* An engine may answer for itself alone, and only what the agent has asked: the agent alone knows the token too. */
+static int is_own_marker(struct __sk_buff *skb)
+{
+	struct ps_marker marker;
+
+	return !bpf_skb_load_bytes(skb, 14, &marker, sizeof(marker)) && marker.magic == PS_MARKER_MAGIC &&
+	       marker.kind == PS_MARKER_EGRESS && marker.slot == end.slot && marker.token == end.token &&
+	       marker.cpu < PS_MAX_CPUS;
+}
+
 SEC("tc")
 int host_egress(struct __sk_buff *skb)
 {
 	struct bpf_fib_lookup fib = { .ifindex = skb->ingress_ifindex };
+	struct address6 source = { { 0, 0, 0xffff0000, 0 } };
 	struct host_counts *count;
-	uint8_t *data, *end, *ip;
+	uint8_t *data, *data_end, *ip;
 	struct routed *r;
-	uint32_t zero = 0;
+	uint32_t zero = 0, *kind;
 	long result;
 
 	r = bpf_map_lookup_elem(&routed, &zero);
@@ -96,29 +123,38 @@ int host_egress(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	count->value[PS_H_RECEIVED]++;
 	if (skb->protocol == PS_SWAP16(PS_MARKER_ETHERTYPE)) {
+		if (!is_own_marker(skb)) {
+			count->value[PS_H_DROP_FORGED_MARKER]++;
+			return TC_ACT_SHOT;
+		}
 		count->value[PS_H_MARKERS]++;
 		return bpf_redirect(r->ifindex, BPF_F_INGRESS);
 	}
 	data = (void *)(long)skb->data;
-	end = (void *)(long)skb->data_end;
+	data_end = (void *)(long)skb->data_end;
 	ip = data + 14;
-	if (skb->protocol == PS_SWAP16(0x0800) && ip + 20 <= end) {
+	if (skb->protocol == PS_SWAP16(0x0800) && ip + 20 <= data_end) {
 		fib.family = AF_INET;
 		fib.tos = ip[1];
 		fib.l4_protocol = ip[9];
 		fib.tot_len = PS_SWAP16(*(uint16_t *)(ip + 2));
-		fib.ipv4_src = *(uint32_t *)(ip + 12);
+		fib.ipv4_src = source.word[3] = *(uint32_t *)(ip + 12);
 		fib.ipv4_dst = *(uint32_t *)(ip + 16);
-	} else if (skb->protocol == PS_SWAP16(0x86dd) && ip + 40 <= end) {
+	} else if (skb->protocol == PS_SWAP16(0x86dd) && ip + 40 <= data_end) {
 		fib.family = AF_INET6;
 		fib.l4_protocol = ip[6];
 		fib.tot_len = PS_SWAP16(*(uint16_t *)(ip + 4)) + 40;
 		for (int i = 0; i < 4; i++) {
-			fib.ipv6_src[i] = *(uint32_t *)(ip + 8 + 4 * i);
+			fib.ipv6_src[i] = source.word[i] = *(uint32_t *)(ip + 8 + 4 * i);
 			fib.ipv6_dst[i] = *(uint32_t *)(ip + 24 + 4 * i);
 		}
 	} else {
 		count->value[PS_H_DROP_NOT_IP]++;
+		return TC_ACT_SHOT;
+	}
+	kind = bpf_map_lookup_elem(&own, &source);
+	if (!kind || !(*kind & PS_OWN_STACK) || *kind >> PS_OWN_SHIFT != end.stack) {
+		count->value[PS_H_DROP_FOREIGN_SOURCE]++;
 		return TC_ACT_SHOT;
 	}
 	/* A lookup as for a packet that came in on the routed end: its forwarding settings are ours. */
@@ -145,7 +181,7 @@ int host_egress(struct __sk_buff *skb)
 	return bpf_redirect(r->ifindex, BPF_F_INGRESS);
 }
 
-/* On the routed end's ingress, the last queue of the node: counts egress markers. */
+/* On the routed end's ingress, the last queue of the node: counts egress markers, which host ends have let through. */
 SEC("tc")
 int routed_ingress(struct __sk_buff *skb)
 {
@@ -160,7 +196,7 @@ int routed_ingress(struct __sk_buff *skb)
 		return TC_ACT_SHOT;
 	key = (uint32_t)marker.slot * PS_MAX_CPUS + marker.cpu;
 	seen = bpf_map_lookup_elem(&egress, &key);
-	if (seen && *seen < marker.fence)
+	if (seen)
 		*(volatile uint64_t *)seen = marker.fence;
 	return TC_ACT_SHOT;
 }

@@ -7,6 +7,7 @@
 #include <bpf/bpf.h>
 #include <bpf/libbpf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/if_link.h>
 #include <linux/magic.h>
 #include <net/if.h>
@@ -112,8 +113,23 @@ int ps_pins_check(const char *objects, const char *file, const char *prefix, str
 	return result;
 }
 
-/* Maps of the object that are pinned as `prefix`NAME are used again; others are pinned there. */
-static struct bpf_object *load(const char *objects, const char *file, const char *prefix, struct ps_error *e)
+/* A program that knows whose end it is on: its read-only data, and no other program of the object. */
+static int specialize(struct bpf_object *o, const char *name, const struct ps_end *of)
+{
+	struct bpf_map *map = bpf_object__find_map_by_name(o, ".rodata.end");
+	struct bpf_program *program;
+
+	bpf_object__for_each_program(program, o)
+		bpf_program__set_autoload(program, !strcmp(bpf_program__name(program), name));
+	return map ? bpf_map__set_initial_value(map, of, sizeof(*of)) : -ENOENT;
+}
+
+/*
+ * Maps of the object that are pinned as `prefix`NAME are used again; others are pinned there. of: its `program` alone,
+ * for the end of one engine.
+ */
+static struct bpf_object *load(const char *objects, const char *file, const char *prefix, const char *program,
+			       const struct ps_end *of, struct ps_error *e)
 {
 	struct bpf_object *o;
 	struct bpf_map *map;
@@ -140,7 +156,9 @@ static struct bpf_object *load(const char *objects, const char *file, const char
 			}
 		}
 	}
-	result = bpf_object__load(o);
+	result = of ? specialize(o, program, of) : 0;
+	if (!result)
+		result = bpf_object__load(o);
 	if (result) {
 		if (result == -EPERM)
 			ps_fail(e,
@@ -214,8 +232,8 @@ struct ps_director *ps_director_open(const char *objects, const char *pins, stru
 	strcpy(d->pins, pins);
 	d->cpus = libbpf_num_possible_cpus();
 	snprintf(prefix, sizeof(prefix), "%s/", pins);
-	d->director = load(objects, "director.bpf.o", prefix, e);
-	d->host = d->director ? load(objects, "host.bpf.o", prefix, e) : NULL;
+	d->director = load(objects, "director.bpf.o", prefix, NULL, NULL, e);
+	d->host = d->director ? load(objects, "host.bpf.o", prefix, NULL, NULL, e) : NULL;
 	if (!d->host)
 		goto failed;
 	d->known =
@@ -376,12 +394,11 @@ int ps_director_detach(struct ps_director *d, const char *name, struct ps_error 
 /* ---- tc ------------------------------------------------------------------------------------------------ */
 
 /* What is there already is not replaced: each change would be told to those who watch the node's devices. */
-static int tc_attach(struct bpf_object *o, const char *program, uint32_t ifindex, struct ps_error *e)
+static int tc_attach(int program, const char *name, uint32_t ifindex, struct ps_error *e)
 {
 	LIBBPF_OPTS(bpf_tc_hook, hook, .ifindex = (int)ifindex, .attach_point = BPF_TC_INGRESS);
 	LIBBPF_OPTS(bpf_tc_opts, there, .handle = 1, .priority = 1);
-	LIBBPF_OPTS(bpf_tc_opts, options, .prog_fd = program_fd(o, program), .handle = 1, .priority = 1,
-		    .flags = BPF_TC_F_REPLACE);
+	LIBBPF_OPTS(bpf_tc_opts, options, .prog_fd = program, .handle = 1, .priority = 1, .flags = BPF_TC_F_REPLACE);
 	struct bpf_prog_info info = { 0 };
 	uint32_t length = sizeof(info);
 	int result;
@@ -393,12 +410,29 @@ static int tc_attach(struct bpf_object *o, const char *program, uint32_t ifindex
 	if (result && result != -EEXIST)
 		return ps_fail(e, "interface %u: cannot add clsact: %s", ifindex, strerror(-result));
 	result = bpf_tc_attach(&hook, &options);
-	return result ? ps_fail(e, "interface %u: cannot attach %s: %s", ifindex, program, strerror(-result)) : 1;
+	return result ? ps_fail(e, "interface %u: cannot attach %s: %s", ifindex, name, strerror(-result)) : 1;
 }
 
-int ps_host_attach(struct ps_director *d, uint32_t ifindex, struct ps_error *e)
+int ps_host_program(struct ps_director *d, const struct ps_end *of, struct ps_error *e)
 {
-	return tc_attach(d->host, "host_egress", ifindex, e);
+	struct bpf_object *o;
+	char prefix[300];
+	int fd;
+
+	snprintf(prefix, sizeof(prefix), "%s/", d->pins);
+	o = load(d->objects, "host.bpf.o", prefix, "host_egress", of, e);
+	if (!o)
+		return -1;
+	fd = fcntl(program_fd(o, "host_egress"), F_DUPFD_CLOEXEC, 0);
+	if (fd < 0)
+		ps_fail(e, "engine %u: out of file descriptors", of->slot);
+	bpf_object__close(o);
+	return fd;
+}
+
+int ps_host_attach(uint32_t ifindex, int program, struct ps_error *e)
+{
+	return tc_attach(program, "host_egress", ifindex, e);
 }
 
 int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8_t mac[6], struct ps_error *e)
@@ -414,7 +448,7 @@ int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8
 	if (bpf_map_update_elem(map_fd(d->host, "routed"), &zero, &value, BPF_ANY))
 		return ps_fail(e, "interface %u: cannot be made the routed end: %s", routed_ifindex, strerror(errno));
 	link = link_make(d, program_fd(d->host, "routed_pass"), routed_ifindex, "routed_end", e);
-	filter = link < 0 ? -1 : tc_attach(d->host, "routed_ingress", routed_ifindex, e);
+	filter = link < 0 ? -1 : tc_attach(program_fd(d->host, "routed_ingress"), "routed_ingress", routed_ifindex, e);
 	return filter < 0 ? -1 : link | filter;
 }
 
@@ -423,6 +457,7 @@ int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8
 struct engine_call {
 	struct ps_director *d;
 	const char *ifname, *name;
+	const struct ps_end *of;
 	struct ps_error *e;
 };
 
@@ -437,7 +472,7 @@ static int engine_attach(void *argument)
 	if (!ifindex)
 		return ps_fail(c->e, "interface %s: not found in the engine's network namespace", c->ifname);
 	snprintf(prefix, sizeof(prefix), "%s/%s_", c->d->pins, c->name);
-	o = load(c->d->objects, "engine.bpf.o", prefix, c->e);
+	o = load(c->d->objects, "engine.bpf.o", prefix, "engine", c->of, c->e);
 	if (!o)
 		return -1;
 	if (link_make(c->d, program_fd(o, "engine"), ifindex, c->name, c->e) >= 0) {
@@ -449,20 +484,21 @@ static int engine_attach(void *argument)
 	return fd;
 }
 
-int ps_engine_attach(struct ps_director *d, int netns, const char *ifname, const char *name, struct ps_error *e)
+int ps_engine_attach(struct ps_director *d, int netns, const char *ifname, const char *name, const struct ps_end *of,
+		     struct ps_error *e)
 {
-	struct engine_call c = { d, ifname, name, e };
+	struct engine_call c = { d, ifname, name, of, e };
 
 	return ps_in_netns(netns, engine_attach, &c, e);
 }
 
 int ps_engine_detach(struct ps_director *d, const char *name, struct ps_error *e)
 {
-	static const char *const maps[] = { "queues", "unstamped" };
+	static const char *const maps[] = { "queues", "unstamped", "forged" };
 	char path[600];
 	int missing = link_remove(d, name);
 
-	for (int i = 0; i < 2; i++) {
+	for (int i = 0; i < 3; i++) {
 		snprintf(path, sizeof(path), "%s/%s_%s", d->pins, name, maps[i]);
 		unlink(path);
 	}
@@ -478,22 +514,26 @@ static uint64_t sum(const struct ps_director *d, const uint64_t *values, int str
 	return total;
 }
 
-int ps_engine_unstamped(struct ps_director *d, const char *name, uint64_t *frames, struct ps_error *e)
+int ps_engine_refused(struct ps_director *d, const char *name, uint64_t frames[2], struct ps_error *e)
 {
-	uint64_t values[1024];
-	uint32_t zero = 0;
-	char path[600];
-	int fd, result;
+	static const char *const maps[] = { "unstamped", "forged" };
 
-	snprintf(path, sizeof(path), "%s/%s_unstamped", d->pins, name);
-	fd = bpf_obj_get(path);
-	if (fd < 0)
-		return ps_fail(e, "%s: %s", path, strerror(errno));
-	result = d->cpus > 1024 ? -1 : bpf_map_lookup_elem(fd, &zero, values);
-	close(fd);
-	if (result)
-		return ps_fail(e, "%s: cannot read", path);
-	*frames = sum(d, values, 1);
+	for (int i = 0; i < 2; i++) {
+		uint64_t values[1024];
+		uint32_t zero = 0;
+		char path[600];
+		int fd, result;
+
+		snprintf(path, sizeof(path), "%s/%s_%s", d->pins, name, maps[i]);
+		fd = bpf_obj_get(path);
+		if (fd < 0)
+			return ps_fail(e, "%s: %s", path, strerror(errno));
+		result = d->cpus > 1024 ? -1 : bpf_map_lookup_elem(fd, &zero, values);
+		close(fd);
+		if (result)
+			return ps_fail(e, "%s: cannot read", path);
+		frames[i] = sum(d, values, 1);
+	}
 	return 0;
 }
 
@@ -519,16 +559,18 @@ static int update(int fd, const void *key, const void *value, struct ps_error *e
 	return 0;
 }
 
-/* Sets or clears one ps_own_kind of an address. */
-static int own(struct ps_director *d, const uint8_t *address, uint32_t kind, int is, struct ps_error *e)
+/* Sets or clears one ps_own_kind of an address. of: the stack's number, if it is a stack's */
+static int own(struct ps_director *d, const uint8_t *address, uint32_t kind, int is, uint32_t of, struct ps_error *e)
 {
 	int fd = map_fd(d->director, "own");
-	uint32_t kinds = 0, bit = own_bit(address);
+	uint32_t had = 0, kinds, bit = own_bit(address);
 
-	bpf_map_lookup_elem(fd, address, &kinds);
-	if (is == !!(kinds & kind))
+	bpf_map_lookup_elem(fd, address, &had);
+	kinds = is ? had | kind : had & ~kind;
+	if (kind == PS_OWN_STACK)
+		kinds = (kinds & ((1u << PS_OWN_SHIFT) - 1)) | (is ? of << PS_OWN_SHIFT : 0);
+	if (kinds == had)
 		return 0;
-	kinds ^= kind;
 	if (is)
 		__atomic_fetch_or(&d->filter->word[bit >> 6], 1ull << (bit & 63), __ATOMIC_RELAXED);
 	return update(fd, address, kinds ? &kinds : NULL, e, "address");
@@ -541,7 +583,7 @@ int ps_director_node(struct ps_director *d, const uint8_t *addresses, const uint
 
 	for (int i = 0; i < n; i++)
 		for (uint32_t kind = PS_OWN_NODE; kind <= PS_OWN_BROADCAST; kind <<= 1)
-			if (own(d, addresses + 16 * i, kind, !!(kinds[i] & kind), e))
+			if (own(d, addresses + 16 * i, kind, !!(kinds[i] & kind), 0, e))
 				return -1;
 	more = !bpf_map_get_next_key(fd, NULL, next);
 	while (more) {
@@ -551,7 +593,7 @@ int ps_director_node(struct ps_director *d, const uint8_t *addresses, const uint
 		more = !bpf_map_get_next_key(fd, at, next);
 		while (i < n && memcmp(addresses + 16 * i, at, 16))
 			i++;
-		if (i == n && (own(d, at, PS_OWN_NODE, 0, e) || own(d, at, PS_OWN_BROADCAST, 0, e)))
+		if (i == n && (own(d, at, PS_OWN_NODE, 0, 0, e) || own(d, at, PS_OWN_BROADCAST, 0, 0, e)))
 			return -1;
 	}
 	return 0;
@@ -683,11 +725,12 @@ int ps_director_listener(struct ps_director *d, const uint8_t *address, uint16_t
 	if (target) {
 		whole = *target;
 		whole.flags = 0;
-		return listener(d, address, 0, 1, &whole, e) || own(d, address, PS_OWN_STACK, 1, e) ? -1 : 0;
+		return listener(d, address, 0, 1, &whole, e) || own(d, address, PS_OWN_STACK, 1, target->stack, e) ? -1
+														   : 0;
 	}
 	if (address_used(d, address))
 		return 0;
-	return listener(d, address, 0, 1, NULL, e) || own(d, address, PS_OWN_STACK, 0, e) ? -1 : 0;
+	return listener(d, address, 0, 1, NULL, e) || own(d, address, PS_OWN_STACK, 0, 0, e) ? -1 : 0;
 }
 
 int ps_director_allow(struct ps_director *d, const struct ps_allowed *a, int allow, struct ps_error *e)
@@ -736,7 +779,7 @@ int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct
 	int failed = is_v4(address) ? update(map_fd(d->director, "snat4"), address + 12, target, e, "SNAT address")
 				    : update(map_fd(d->director, "snat6"), address, target, e, "SNAT address");
 
-	return failed ? -1 : own(d, address, PS_OWN_STACK, target != NULL, e);
+	return failed ? -1 : own(d, address, PS_OWN_STACK, target != NULL, target ? target->stack : 0, e);
 }
 
 /* Element `at` of a per-CPU map, `n` counters, summed over CPUs. */

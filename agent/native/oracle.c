@@ -48,7 +48,7 @@ uint64_t ps_size_of(const char *structure)
 		SIZE(ps_arena),	     SIZE(ps_listener),	   SIZE(ps_config_backend), SIZE(ps_config_snat),
 		SIZE(ps_config),     SIZE(ps_config_file), SIZE(ps_message),	    SIZE(ps_capture),
 		SIZE(ps_census),     SIZE(ps_allowed4),	   SIZE(ps_allowed6),	    SIZE(ps_uplink),
-		SIZE(ps_own_filter), SIZE(ps_watch),	   SIZE(ps_watched),
+		SIZE(ps_own_filter), SIZE(ps_watch),	   SIZE(ps_watched),	    SIZE(ps_end),
 	};
 
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)

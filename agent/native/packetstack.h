@@ -52,14 +52,18 @@ int ps_director_uplinks(struct ps_director *d, const struct ps_uplink *uplinks, 
 int ps_director_node(struct ps_director *d, const uint8_t *addresses, const uint8_t *kinds, int n, struct ps_error *e);
 
 /* tc programs. `routed_ifindex` is ps0, the end whose ingress takes what the FIB cannot decide. */
-int ps_host_attach(struct ps_director *d, uint32_t ifindex, struct ps_error *e); /* engine's host end, ingress */
+/* The program of an engine's host end, for this engine alone. -> descriptor, or -1 */
+int ps_host_program(struct ps_director *d, const struct ps_end *of, struct ps_error *e);
+/* On the ingress of that end. */
+int ps_host_attach(uint32_t ifindex, int program, struct ps_error *e);
 int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8_t mac[6], struct ps_error *e);
 
 /* The engine's XDP program on `ifname` in the network namespace `netns`; own queue map. -> xskmap fd, or -1 */
-int ps_engine_attach(struct ps_director *d, int netns, const char *ifname, const char *name, struct ps_error *e);
+int ps_engine_attach(struct ps_director *d, int netns, const char *ifname, const char *name, const struct ps_end *of,
+		     struct ps_error *e);
 int ps_engine_detach(struct ps_director *d, const char *name, struct ps_error *e);
-/* Frames the engine's program dropped because they had no valid stamp. */
-int ps_engine_unstamped(struct ps_director *d, const char *name, uint64_t *frames, struct ps_error *e);
+/* Frames the engine's program dropped: {without a stamp, markers without the engine's token} */
+int ps_engine_refused(struct ps_director *d, const char *name, uint64_t frames[2], struct ps_error *e);
 
 uint64_t *ps_director_words(struct ps_director *d);  /* PS_TABLE_WORDS flow-table words, mmap of the map */
 uint64_t *ps_director_egress(struct ps_director *d); /* PS_MAX_SLOTS * PS_MAX_CPUS: last egress fence seen */
@@ -149,6 +153,7 @@ struct ps_queue_options {
 	uint32_t rx_slots, tx_slots; /* per queue, powers of two */
 	uint32_t spare_frames;	     /* beyond sum of all receive and transmit rings */
 	uint32_t mtu, spin_us;
+	uint64_t token; /* as its ends have it (ps_end) */
 	uint8_t mac[8], gateway_mac[8];
 };
 

@@ -242,6 +242,7 @@ int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap
 		return ps_fail(e, "engine %u: rings of %u and %u slots; use powers of two from 64 to 65536", o->slot,
 			       o->rx_slots, o->tx_slots);
 	layout.slot = o->slot;
+	layout.token = o->token;
 	layout.queues = o->queues;
 	layout.cores = o->cores;
 	layout.rx_slots = o->rx_slots;

@@ -127,8 +127,6 @@ static int send_marker(int socket, const struct ps_marker *m)
 /* Runs on every online CPU in turn. kind 0: the visit alone is the point. */
 static void visit(struct transfer *t, int kind)
 {
-	uint32_t cpus = (uint32_t)CPU_COUNT(&t->cpus);
-
 	for (uint32_t cpu = 0; cpu < PS_MAX_CPUS; cpu++) {
 		cpu_set_t one;
 
@@ -143,7 +141,6 @@ static void visit(struct transfer *t, int kind)
 				.magic = PS_MARKER_MAGIC,
 				.kind = (uint8_t)kind,
 				.cpu = (uint16_t)cpu,
-				.cpus = (uint16_t)cpus,
 				.slot = (uint16_t)t->engines[i].slot,
 				.attempt = t->attempt,
 				.fence = t->id,
@@ -151,6 +148,7 @@ static void visit(struct transfer *t, int kind)
 
 			if (!t->sources[i])
 				continue;
+			m.token = t->engines[i].engine->token;
 			if (kind == PS_MARKER_EGRESS) {
 				t->report->markers += !send_marker(t->engines[i].egress, &m);
 				continue;
@@ -177,7 +175,7 @@ static uint32_t unanswered(const struct transfer *t, int kind)
 			continue;
 		if (kind == PS_MARKER_EGRESS) {
 			for (uint32_t cpu = 0; cpu < PS_MAX_CPUS; cpu++)
-				if (CPU_ISSET(cpu, &t->cpus) && LOAD(&t->egress[slot * PS_MAX_CPUS + cpu]) < t->id)
+				if (CPU_ISSET(cpu, &t->cpus) && LOAD(&t->egress[slot * PS_MAX_CPUS + cpu]) != t->id)
 					return slot;
 			continue;
 		}
@@ -217,7 +215,10 @@ static uint32_t fence_side(struct transfer *t, int kind)
 
 int ps_probe(const struct ps_fence_engine *f, struct ps_error *e)
 {
-	struct ps_marker m = { .magic = PS_MARKER_MAGIC, .kind = PS_MARKER_INGRESS, .slot = (uint16_t)f->slot };
+	struct ps_marker m = { .magic = PS_MARKER_MAGIC,
+			       .kind = PS_MARKER_INGRESS,
+			       .slot = (uint16_t)f->slot,
+			       .token = f->engine->token };
 
 	for (uint32_t q = 0; q < f->engine->queues; q++) {
 		m.queue = (uint8_t)q;
@@ -309,6 +310,7 @@ static int transfer_run(struct transfer *t)
 	STORE(&fence->id, 0);
 	memset(fence->bitmap, 0, sizeof(fence->bitmap));
 	fence->buckets = 0;
+	fence->cpus = (uint32_t)CPU_COUNT(&t->cpus);
 
 	for (int i = 0; i < t->n_moves; i++) {
 		const struct ps_move *m = &t->moves[i];

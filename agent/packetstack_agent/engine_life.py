@@ -128,6 +128,7 @@ class EngineLife:
             ),
             arena=stack.arena_path,
             config=stack.config_path,
+            index=stack.index,
         )
 
     async def regain(self, managed: Managed, slot: int, known: Json) -> None:

@@ -6,6 +6,7 @@ serves them; the datapath gets copies over its socket. Functions that block are 
 
 import asyncio
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -63,6 +64,8 @@ class Blueprint:
     pod_uid: str = ""
     interface: str = ""
     """One that a CNI plugin has made in the pod. Empty: the agent makes a veth pair."""
+    index: int = 0
+    """The stack's number on the node."""
 
     def record(self) -> Json:
         """What an agent that comes later cannot know otherwise."""
@@ -189,7 +192,11 @@ class Engine:
         return {names[i].removeprefix("PS_C_").lower(): n for i, n in total.items()}
 
     def kernel_drops(self) -> dict[str, int]:
-        """What the kernel dropped before the engine saw it, summed over queues."""
+        """What the kernel dropped before the engine saw it."""
+        return self.ring_drops() | self.refused()
+
+    def ring_drops(self) -> dict[str, int]:
+        """What its rings did not take, summed over queues."""
         names = ("rx_dropped", "rx_ring_full", "rx_fill_ring_empty", "rx_invalid", "tx_invalid")
         total = dict.fromkeys(names, 0)
         for q in range(self.blueprint.queues):
@@ -199,8 +206,14 @@ class Engine:
                 total[name] = max(total[name], out[i]) if i == 2 else total[name] + out[i]
         # An empty fill ring is counted per attempt and, as a drop, in rx_dropped.
         total.pop("rx_fill_ring_empty")
-        unstamped = ffi.new("uint64_t *")
-        return total | ({"unstamped": int(unstamped[0])} if self._unstamped(unstamped) else {})
+        return total
+
+    def refused(self) -> dict[str, int]:
+        """Frames that its program dropped: of those who reach its interface and are not the director. Empty: it has none."""
+        out = ffi.new("uint64_t[2]")
+        if lib().ps_engine_refused(self.director, text(self.link), out, ffi.new("struct ps_error *")):
+            return {}
+        return {"unstamped": int(out[0]), "forged_marker": int(out[1])}
 
     def missed(self, index: int) -> int:
         """Frames that the kernel dropped because the queue's ring was full."""
@@ -211,10 +224,6 @@ class Engine:
         out = ffi.new("uint64_t[6]")
         call(lib().ps_queue_statistics, self.fds.sockets[index], out)
         return out
-
-    def _unstamped(self, out: Any) -> bool:
-        error = ffi.new("struct ps_error *")
-        return bool(lib().ps_engine_unstamped(self.director, text(self.link), out, error) == 0)
 
 
 def make(engine: Engine) -> None:
@@ -243,8 +252,9 @@ def _make(engine: Engine, path: Path) -> None:
         mac = namespaces.run_in(path, partial(networks.set_up_engine_end, b.device))
         engine.mac = mac.hex(":")
         # The engine's program before anything is directed to it: until then frames vanish silently.
-        queues = call(lib().ps_engine_attach, engine.director, namespace, text(b.device), text(engine.link))
-        call(lib().ps_host_attach, engine.director, link.ifindex)
+        end = _end(b, secrets.randbits(64))
+        queues = call(lib().ps_engine_attach, engine.director, namespace, text(b.device), text(engine.link), end)
+        program = _host_program(engine, end)
         _forget_fences(engine)
         options = ffi.new(
             "struct ps_queue_options *",
@@ -257,6 +267,7 @@ def _make(engine: Engine, path: Path) -> None:
                 "spare_frames": SPARE_FRAMES,
                 "mtu": 1500,
                 "spin_us": SPIN_US[b.cpu_policy],
+                "token": end.token,
             },
         )
         ffi.memmove(options.mac, mac, 6)
@@ -273,10 +284,23 @@ def _make(engine: Engine, path: Path) -> None:
         os.close(namespace)
     view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
     _share(engine, view, engine.fds.engine, _rings(b, engine.fds))
-    _keep_way(engine, view, path)
+    _keep_way(engine, view, path, end, program)
     if not b.pod:
         engine.init = spawn(b)
     complete(engine)
+
+
+def _end(b: Blueprint, token: int) -> Any:
+    """What the programs at both ends of its interface know of it."""
+    return ffi.new("struct ps_end *", {"token": token, "slot": b.slot, "stack": b.index})
+
+
+def _host_program(engine: Engine, end: Any) -> int:
+    """The program of its host end, attached. A descriptor among the engine's files."""
+    program: int = call(lib().ps_host_program, engine.director, end)
+    engine.files.append(program)
+    call(lib().ps_host_attach, engine.ifindex, program)
+    return program
 
 
 def _forget_fences(engine: Engine) -> None:
@@ -364,15 +388,16 @@ def regain(engine: Engine, init: tuple[int, int]) -> None:
     namespace = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         # The programs of this build, in place: no packet is without one.
-        os.close(call(lib().ps_engine_attach, engine.director, namespace, text(b.device), text(engine.link)))
-        call(lib().ps_host_attach, engine.director, engine.ifindex)
+        end = _end(b, view.token)
+        os.close(call(lib().ps_engine_attach, engine.director, namespace, text(b.device), text(engine.link), end))
+        program = _host_program(engine, end)
     finally:
         os.close(namespace)
     _share(engine, view, os.open(b.directory / "queues", os.O_RDWR | os.O_CLOEXEC), [])
-    _keep_way(engine, view, path)
+    _keep_way(engine, view, path, end, program)
 
 
-def _keep_way(engine: Engine, view: Any, path: Path) -> None:
+def _keep_way(engine: Engine, view: Any, path: Path, end: Any, program: int) -> None:
     """Remember what its way is made of. A CNI plugin's devices are kept as they are now, ours as we make them."""
     b = engine.blueprint
     host = networks.device(engine.ifindex)
@@ -385,6 +410,7 @@ def _keep_way(engine: Engine, view: Any, path: Path) -> None:
             mtu=view.mtu if ours else host.mtu, mac=bytes(view.gateway_mac)[:6], master=0 if ours else host.master,
         ),
         replace(inside, up=True, arp=False, offloads=frozenset(), mtu=view.mtu if ours else inside.mtu, mac=bytes(view.mac)[:6]),
+        end, program,
     )  # fmt: skip
     engine.way = Way(engine.director, made)
 

@@ -61,5 +61,5 @@ def _counters(engine: Engine, flows: int) -> EngineCounters:
         flows_created=counters["flows_created"],
         dropped=dropped,
         flows=flows,
-        missed=sum(engine.kernel_drops().values()),
+        missed=sum(engine.ring_drops().values()),
     )

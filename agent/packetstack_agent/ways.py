@@ -33,6 +33,10 @@ class Made:
     host_index: int
     host: Device
     inside: Device
+    end: Any
+    """`struct ps_end *`: what its programs know of it."""
+    program: int
+    """Of the host end. A descriptor that is the engine's."""
 
 
 class Way:
@@ -137,7 +141,7 @@ class Way:
         return self._put_back(self._here, seen, made, changed)
 
     def _keep_host_program(self) -> str:
-        if call(lib().ps_host_attach, self._director, self._made.host_index) == 0:
+        if call(lib().ps_host_attach, self._made.host_index, self._made.program) == 0:
             return ""
         return (
             f"the program on {self._made.host.name} (tc filter) was gone and is there again; meanwhile packets went on through "
@@ -156,7 +160,7 @@ class Way:
         if lib().ps_link_device(self._director, link) == self._index:
             return ""
         device = self._made.inside.name
-        os.close(call(lib().ps_engine_attach, self._director, self._namespace, text(device), link))
+        os.close(call(lib().ps_engine_attach, self._director, self._namespace, text(device), link, self._made.end))
         return f"the XDP program on its {device} was gone and is there again; {MEANWHILE['up']}"
 
     def _put_back(self, control: socket.socket, seen: Device, made: Device, changed: Mapping[Part, str]) -> str:

@@ -20,6 +20,7 @@ NATIVE = Path(__file__).parent / "native"
 SHARED = (
     "ps_stamp",
     "ps_marker",
+    "ps_end",
     "ps_listener_key4",
     "ps_listener_key6",
     "ps_target",

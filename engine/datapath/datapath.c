@@ -248,14 +248,20 @@ static const struct ps_marker *marker_of(const uint8_t *frame, uint32_t length)
 
 static void marker_received(struct worker *w, struct queue *q, const uint8_t *frame)
 {
+	const struct ps_fence *f;
 	struct ps_queue *s = q->shared;
 	struct ps_marker m;
 	uint32_t seen = 0;
 
 	memcpy(&m, frame + 14, sizeof(m));
+	f = &w->d->arena->fences[m.fence % PS_MAX_FENCES];
+	if (m.magic != PS_MARKER_MAGIC || m.kind != PS_MARKER_INGRESS || m.token != w->d->engine->token ||
+	    m.cpu >= PS_MAX_CPUS || (m.fence > s->fence_acked && LOAD(&f->id) != m.fence)) {
+		w->core->counters[PS_C_DROP_UNKNOWN_MARKER]++;
+		return;
+	}
 	w->core->counters[PS_C_MARKERS]++;
-	if (m.magic != PS_MARKER_MAGIC || m.kind != PS_MARKER_INGRESS || m.cpu >= PS_MAX_CPUS ||
-	    m.fence <= s->fence_acked)
+	if (m.fence <= s->fence_acked)
 		return;
 	if (m.fence > s->fence) {
 		memset(s->fence_cpus, 0, sizeof(s->fence_cpus));
@@ -266,7 +272,7 @@ static void marker_received(struct worker *w, struct queue *q, const uint8_t *fr
 	s->fence_cpus[m.cpu / 64] |= 1ull << (m.cpu % 64);
 	for (int i = 0; i < 4; i++)
 		seen += (uint32_t)__builtin_popcountll(s->fence_cpus[i]);
-	if (seen >= m.cpus)
+	if (seen >= f->cpus)
 		s->fence_complete = m.fence; /* acknowledged when everything before it has left */
 	PS_POINT(MARKER);
 }

@@ -16,7 +16,7 @@
 #endif
 
 enum ps_limits {
-	PS_LAYOUT_VERSION = 3,
+	PS_LAYOUT_VERSION = 4,
 	PS_MAX_STACKS = 64,
 	PS_MIN_BUCKETS = 256,
 	PS_MAX_BUCKETS = 8192,
@@ -89,10 +89,18 @@ struct ps_marker {
 	uint8_t kind;
 	uint8_t queue;
 	uint16_t cpu;  /* the CPU that sent it */
-	uint16_t cpus; /* how many CPUs send one */
 	uint16_t slot; /* the engine that is being fenced */
+	uint16_t spare;
 	uint32_t attempt;
-	uint64_t fence; /* id, rises; its description is at fences[id % PS_MAX_FENCES] */
+	uint64_t fence; /* id, rises; its description is at fences[id % PS_MAX_FENCES]. 0: a probe, of no fence */
+	uint64_t token; /* the engine's: others who reach its interface do not know it */
+};
+
+/* What the programs at both ends of an engine's interface know of it. */
+struct ps_end {
+	uint64_t token; /* ps_engine.token */
+	uint32_t slot;
+	uint32_t stack; /* 0 .. PS_MAX_STACKS-1 */
 };
 
 /* ---- director maps ----------------------------------------------------------------------------- */
@@ -164,6 +172,7 @@ enum ps_own_kind {
 	PS_OWN_STACK = 1,     /* a virtual or SNAT address of a stack of this node */
 	PS_OWN_NODE = 2,      /* the node's: nobody else's on an uplink */
 	PS_OWN_BROADCAST = 4, /* of a network of the node */
+	PS_OWN_SHIFT = 8,     /* value >> this: number of the stack whose address it is */
 };
 
 /* A bit for each of them, and for others by chance. */
@@ -205,6 +214,8 @@ enum ps_host_counter {
 	PS_H_RESOLVED,	/* sent on, the kernel resolves the next hop */
 	PS_H_TO_KERNEL, /* left to the kernel: local processes, smaller MTU, no route */
 	PS_H_DROP_NOT_IP,
+	PS_H_DROP_FOREIGN_SOURCE, /* no virtual or SNAT address of the engine's stack */
+	PS_H_DROP_FORGED_MARKER,  /* not of the engine whose end it came through, or without its token */
 	PS_H_COUNTERS
 };
 
@@ -260,6 +271,7 @@ enum ps_counter {
 	PS_C_RESETS_SENT,
 	PS_C_UNPROVEN, /* segments that would have changed a connection's state, by somebody who does not know its numbers */
 	PS_C_DROP_NO_STAMP,
+	PS_C_DROP_UNKNOWN_MARKER, /* of no fence that is open, or not the agent's */
 	PS_C_DROP_MALFORMED,
 	PS_C_DROP_BAD_CHECKSUM,
 	PS_C_DROP_NO_LISTENER,
@@ -389,6 +401,7 @@ struct ps_engine {
 	uint32_t queues, cores;
 	uint32_t frames; /* frames of the UMEM */
 	uint32_t rx_slots, tx_slots, fill_slots, completion_slots, park_slots, free_slots;
+	uint64_t token;		/* of its markers: random, made with the engine */
 	uint64_t bytes;		/* size of this file */
 	uint64_t cores_offset;	/* ps_core[cores], stride sizeof */
 	uint64_t queues_offset; /* ps_queue and its slots */
@@ -593,7 +606,7 @@ struct ps_shard {
 struct ps_fence {
 	uint64_t id;
 	uint32_t buckets;
-	uint32_t spare;
+	uint32_t cpus;	      /* how many send a marker */
 	uint8_t bitmap[1024]; /* PS_MAX_BUCKETS bits */
 };
 

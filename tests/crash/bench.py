@@ -265,14 +265,17 @@ class Keeper:
             link = networks.make_engine_link(SLOT, namespace, "eth0", OWNER)
             e.ifindex = link.ifindex
             mac = namespaces.run_in(path, partial(networks.set_up_engine_end, "eth0"))
-            queues = call(lib().ps_engine_attach, self.director, namespace, b"eth0", text(e.link))
-            call(lib().ps_host_attach, self.director, link.ifindex)
+            end = ffi.new("struct ps_end *", {"token": 0x70616361706B, "slot": SLOT, "stack": self.stack.index})
+            queues = call(lib().ps_engine_attach, self.director, namespace, b"eth0", text(e.link), end)
+            program = call(lib().ps_host_program, self.director, end)
+            call(lib().ps_host_attach, link.ifindex, program)
+            os.close(program)
             call(lib().ps_director_engine, self.director, SLOT, link.ifindex)
             options = ffi.new(
                 "struct ps_queue_options *",
                 {
                     "slot": SLOT, "queues": QUEUES, "cores": CORES, "rx_slots": RING, "tx_slots": RING,
-                    "spare_frames": 2 * RING, "mtu": 1500, "spin_us": 0,
+                    "spare_frames": 2 * RING, "mtu": 1500, "spin_us": 0, "token": end.token,
                 },
             )  # fmt: skip
             ffi.memmove(options.mac, mac, 6)

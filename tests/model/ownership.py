@@ -146,6 +146,7 @@ class Node:
         self.next_fence = 1
         self.fences: dict[int, frozenset[int]] = {}
         self.egress_seen: Counter[tuple[int, int]] = Counter()
+        """(CPU, slot) -> fence of the last marker that came by."""
         self.sent_numbers: Counter[int] = Counter()
         self.wire: list[Packet] = []
         self.last_out: Counter[int] = Counter()
@@ -271,7 +272,7 @@ class Node:
         return True
 
     def _marker(self, queue: Queue, marker: Marker) -> None:
-        if marker.fence <= queue.acked or marker.fence < queue.fence:
+        if marker.fence <= queue.acked or marker.fence < queue.fence or marker.fence not in self.fences:
             return  # of an older attempt
         if marker.fence > queue.fence:
             queue.fence, queue.fence_cpus = marker.fence, set()
@@ -310,7 +311,7 @@ class Node:
             return False
         frame = ring.popleft()
         if isinstance(frame, Marker):
-            self.egress_seen[cpu, slot] = max(self.egress_seen[cpu, slot], frame.fence)
+            self.egress_seen[cpu, slot] = frame.fence
         else:
             self.leaving[cpu].append(frame)
         return True
@@ -476,7 +477,7 @@ class Node:
         if not self.protections.egress:
             return True
         return all(
-            self.egress_seen[cpu, source.slot] >= transfer.fence
+            self.egress_seen[cpu, source.slot] == transfer.fence
             for source in transfer.sources
             for cpu in range(self.cpus)
         )
