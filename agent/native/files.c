@@ -1,85 +1,50 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The files that outlive processes: arena, configuration, engine. Layouts: packetstack/abi.h. */
 #include <errno.h>
-#include <fcntl.h>
-#include <stdarg.h>
-#include <stdio.h>
 #include <string.h>
-#include <sys/mman.h>
 #include <sys/random.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include "native.h"
+#include "packetstack/parts.h"
 #include "packetstack/shard.h"
 
-int ps_fail(struct ps_error *e, const char *format, ...)
+static uint64_t pages(uint64_t bytes) { return (bytes + PS_PAGE - 1) & ~(uint64_t)(PS_PAGE - 1); }
+
+static int is_power_of_two(uint32_t n) { return n && !(n & (n - 1)); }
+
+/* Where the parts of an arena with these numbers lie. */
+struct arena_places {
+	uint64_t shards, stride, clients, bytes;
+};
+
+static struct arena_places arena_places(uint32_t buckets, uint32_t entries, uint32_t index, uint32_t clients)
 {
-	va_list arguments;
+	struct arena_places at = { .shards = pages(sizeof(struct ps_arena)), .stride = ps_shard_bytes(entries, index) };
 
-	va_start(arguments, format);
-	if (e)
-		vsnprintf(e->text, sizeof(e->text), format, arguments);
-	va_end(arguments);
-	return -1;
-}
-
-void *ps_file_create(const char *path, uint64_t bytes, int *keep, struct ps_error *e)
-{
-	int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
-	void *at;
-
-	if (fd < 0) {
-		ps_fail(e, "%s: cannot create: %s", path, strerror(errno));
-		return NULL;
-	}
-	/* All of it now: a file system that is full later would end whoever touches a new page by SIGBUS. */
-	errno = posix_fallocate(fd, 0, (off_t)bytes);
-	if (errno || (at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0)) == MAP_FAILED) {
-		ps_fail(e, "%s: cannot take %lu MiB for it: %s", path, (unsigned long)(bytes + (1 << 20) - 1) >> 20,
-			strerror(errno));
-		unlink(path);
-		close(fd);
-		return NULL;
-	}
-	if (keep)
-		*keep = fd;
-	else
-		close(fd);
+	at.clients = at.shards + at.stride * buckets;
+	at.bytes = pages(at.clients + clients * sizeof(ps_client_count));
 	return at;
 }
 
-static void *file_open(const char *path, int read_only, uint32_t magic, const char *what, struct ps_error *e)
+/* Does each number of an arena fit to the others? */
+static int arena_fits(const struct ps_arena *a)
 {
-	int fd = open(path, (read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
-	struct stat st;
-	uint32_t *at;
+	struct arena_places at = arena_places(a->buckets, a->entries, a->index_slots, a->clients);
 
-	if (fd < 0 || fstat(fd, &st) || st.st_size < 4096) {
-		ps_fail(e, "%s: cannot open this %s: %s", path, what, fd < 0 ? strerror(errno) : "it is too short");
-		if (fd >= 0)
-			close(fd);
-		return NULL;
-	}
-	at = mmap(NULL, (size_t)st.st_size, read_only ? PROT_READ : PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	close(fd);
-	if (at == MAP_FAILED) {
-		ps_fail(e, "%s: cannot map: %s", path, strerror(errno));
-		return NULL;
-	}
-	if (at[0] != magic || at[1] != PS_LAYOUT_VERSION) {
-		ps_fail(e, "LayoutMismatch: %s: has memory layout %u, and this build reads %d (magic %08x, %08x)", path,
-			at[1], PS_LAYOUT_VERSION, at[0], magic);
-		munmap(at, (size_t)st.st_size);
-		return NULL;
-	}
-	return at;
+	return is_power_of_two(a->buckets) && a->buckets >= PS_MIN_BUCKETS && a->buckets <= PS_MAX_BUCKETS &&
+	       a->entries >= 16 && a->entries <= PS_MAX_ENTRIES && is_power_of_two(a->index_slots) &&
+	       a->index_slots > a->entries && a->index_slots <= 65536 && is_power_of_two(a->clients) &&
+	       a->clients >= 8 && a->addresses <= PS_MAX_ADDRESSES && a->backends <= PS_MAX_BACKENDS &&
+	       a->shards_offset == at.shards && a->shard_stride == at.stride && a->clients_offset == at.clients &&
+	       a->bytes == at.bytes;
 }
 
-struct ps_arena *ps_arena_create(const char *path, uint32_t buckets, uint64_t max_flows, struct ps_error *e)
+struct ps_arena *ps_arena_create(const char *path, const char *pin, uint32_t buckets, uint64_t max_flows,
+				 struct ps_error *e)
 {
-	uint64_t mean = (max_flows + buckets - 1) / buckets, entries, index, stride, offset, bytes;
-	uint64_t clients;
+	uint64_t mean, entries, index, clients;
+	struct arena_places at;
 	struct ps_arena *a;
 
 	if (buckets < PS_MIN_BUCKETS || buckets > PS_MAX_BUCKETS || buckets & (buckets - 1)) {
@@ -88,39 +53,40 @@ struct ps_arena *ps_arena_create(const char *path, uint32_t buckets, uint64_t ma
 		return NULL;
 	}
 	/* Flows fall into buckets at random: mean + 5 standard deviations, so that no bucket refuses early. */
+	mean = (max_flows + buckets - 1) / buckets;
 	for (entries = 1; entries * entries < mean; entries++)
 		;
 	entries = mean + 5 * entries;
 	if (entries < 16)
 		entries = 16;
-	if (entries > 32000) {
+	if (entries > PS_MAX_ENTRIES) {
 		ps_fail(e, "maxFlows: %lu in %u buckets is more than a shard can hold; use more buckets or at most %lu",
 			(unsigned long)max_flows, buckets, 30000ul * buckets);
 		return NULL;
 	}
 	for (index = 16; index < entries + entries / 4; index *= 2)
 		;
-	stride = ps_shard_bytes((uint32_t)entries, (uint32_t)index);
-	offset = (sizeof(*a) + 4095) & ~4095ull;
 	for (clients = 1024; clients < max_flows / 16; clients *= 2)
 		;
-	bytes = (offset + stride * buckets + clients * sizeof(ps_client_count) + 4095) & ~4095ull;
-	a = ps_file_create(path, bytes, NULL, e);
+	at = arena_places(buckets, (uint32_t)entries, (uint32_t)index, (uint32_t)clients);
+	a = ps_parts_create(path, pin, PS_ARENA_FILE_BYTES, at.bytes, e);
 	if (!a)
 		return NULL;
 	a->layout = PS_LAYOUT_VERSION;
+	a->bytes = at.bytes;
 	a->buckets = buckets;
 	a->entries = (uint32_t)entries;
 	a->index_slots = (uint32_t)index;
-	a->bytes = bytes;
-	a->shards_offset = offset;
-	a->shard_stride = stride;
+	a->shards_offset = at.shards;
+	a->shard_stride = at.stride;
 	a->clients = (uint32_t)clients;
-	a->clients_offset = offset + stride * buckets;
+	a->clients_offset = at.clients;
 	if (getrandom(a->clients_key, sizeof(a->clients_key), 0) != sizeof(a->clients_key)) {
 		ps_fail(e, "%s: no random numbers: %s", path, strerror(errno));
-		munmap(a, bytes);
+		munmap(a, at.bytes);
 		unlink(path);
+		if (pin)
+			unlink(pin);
 		return NULL;
 	}
 	a->next_fence = 1;
@@ -128,14 +94,21 @@ struct ps_arena *ps_arena_create(const char *path, uint32_t buckets, uint64_t ma
 	return a;
 }
 
-struct ps_arena *ps_arena_open(const char *path, int read_only, struct ps_error *e)
+struct ps_arena *ps_arena_open(const char *path, const char *pin, struct ps_error *e)
 {
-	return file_open(path, read_only, PS_ARENA_MAGIC, "arena", e);
+	struct ps_arena *a = ps_parts_open(path, pin, PS_ARENA_MAGIC, PS_ARENA_FILE_BYTES, "arena", e);
+
+	if (a && !arena_fits(a)) {
+		ps_fail(e, "%s: its numbers do not fit together: this arena is damaged and not used", path);
+		munmap(a, a->bytes);
+		return NULL;
+	}
+	return a;
 }
 
 struct ps_config_file *ps_config_create(const char *path, struct ps_error *e)
 {
-	struct ps_config_file *c = ps_file_create(path, sizeof(*c), NULL, e);
+	struct ps_config_file *c = ps_parts_create(path, NULL, sizeof(*c), sizeof(*c), e);
 
 	if (c) {
 		c->layout = PS_LAYOUT_VERSION;
@@ -146,12 +119,68 @@ struct ps_config_file *ps_config_create(const char *path, struct ps_error *e)
 
 struct ps_config_file *ps_config_open(const char *path, int read_only, struct ps_error *e)
 {
-	return file_open(path, read_only, PS_CONFIG_MAGIC, "configuration", e);
+	return ps_file_open(path, read_only, PS_CONFIG_MAGIC, sizeof(struct ps_config_file), "configuration", e);
 }
 
-struct ps_engine *ps_engine_open(const char *path, int read_only, struct ps_error *e)
+static uint64_t queue_stride(const struct ps_engine *n)
 {
-	return file_open(path, read_only, PS_ENGINE_MAGIC, "engine file", e);
+	return pages(sizeof(struct ps_queue) + n->park_slots * sizeof(struct ps_descriptor) + n->free_slots * 8ull);
+}
+
+void ps_engine_places(struct ps_engine *n)
+{
+	n->captures_offset = (sizeof(*n) + 63) & ~63ull;
+	n->cores_offset = pages(n->captures_offset + PS_CAPTURES * sizeof(struct ps_capture));
+	n->queues_offset = pages(n->cores_offset + n->cores * sizeof(struct ps_core));
+	n->queue_stride = queue_stride(n);
+	n->bytes = n->queues_offset + n->queues * n->queue_stride;
+}
+
+static int engine_fits(const struct ps_engine *n)
+{
+	const uint32_t rings[] = { n->rx_slots,		n->tx_slots,   n->fill_slots,
+				   n->completion_slots, n->park_slots, n->free_slots };
+	struct ps_engine at = {
+		.queues = n->queues, .cores = n->cores, .park_slots = n->park_slots, .free_slots = n->free_slots
+	};
+
+	for (size_t i = 0; i < sizeof(rings) / sizeof(rings[0]); i++)
+		if (!is_power_of_two(rings[i]) || rings[i] > 1 << 24)
+			return 0;
+	ps_engine_places(&at);
+	return n->slot && n->slot < PS_MAX_SLOTS && n->queues && n->queues <= PS_MAX_QUEUES && n->cores &&
+	       n->cores <= PS_MAX_CORES && n->frames && n->frames <= n->fill_slots && n->frames <= n->free_slots &&
+	       n->captures_offset == at.captures_offset && n->cores_offset == at.cores_offset &&
+	       n->queues_offset == at.queues_offset && n->queue_stride == at.queue_stride && n->bytes == at.bytes;
+}
+
+struct ps_engine *ps_engine_open(const char *path, const char *pin, struct ps_error *e)
+{
+	struct ps_engine *n = ps_parts_open(path, pin, PS_ENGINE_MAGIC, PS_ENGINE_FILE_BYTES, "engine file", e);
+
+	if (n && !engine_fits(n)) {
+		ps_fail(e, "%s: its numbers do not fit together: this engine file is damaged and not used", path);
+		munmap(n, n->bytes);
+		return NULL;
+	}
+	return n;
+}
+
+struct ps_engine *ps_engine_view(int file, int map, struct ps_error *e)
+{
+	struct ps_engine *n, head;
+
+	if (pread(file, &head, PS_ENGINE_FILE_BYTES, 0) != PS_ENGINE_FILE_BYTES || head.magic != PS_ENGINE_MAGIC ||
+	    head.layout != PS_LAYOUT_VERSION || !engine_fits(&head)) {
+		ps_fail(e, "what the agent has given is no engine's memory of layout %d", PS_LAYOUT_VERSION);
+		return NULL;
+	}
+	n = ps_parts_map(file, map, PS_ENGINE_FILE_BYTES, head.bytes, PROT_READ, PROT_READ);
+	if (n == MAP_FAILED) {
+		ps_fail(e, "the engine's memory cannot be mapped: %s", strerror(errno));
+		return NULL;
+	}
+	return n;
 }
 
 void ps_unmap(void *map)
@@ -235,6 +264,7 @@ int ps_arena_backend(struct ps_arena *a, const uint8_t *address, uint16_t port)
 		if (found < 0)
 			return -1;
 	}
+	a->backend_count[found] = (struct ps_backend_count){ 0 };
 	a->backend[found] = (struct ps_backend){ .port = port, .used = 1 };
 	memcpy(a->backend[found].address, address, 16);
 	if ((uint32_t)found == a->backends)
@@ -249,7 +279,7 @@ int ps_arena_listener(struct ps_arena *a, const uint8_t *address, uint16_t port,
 	int found = -1;
 
 	for (int i = 0; i < PS_MAX_NUMBERS; i++) {
-		struct ps_listener_state *l = &a->listener[i];
+		struct ps_listener_name *l = &a->listener[i];
 
 		if (l->protocol == protocol && l->port == port && !memcmp(l->address, address, 16)) {
 			l->used = 1;
@@ -265,7 +295,8 @@ int ps_arena_listener(struct ps_arena *a, const uint8_t *address, uint16_t port,
 			found = i;
 	if (found < 0)
 		return -1;
-	a->listener[found] = (struct ps_listener_state){ .port = port, .protocol = protocol, .used = 1 };
+	a->listener_count[found] = (struct ps_listener_count){ 0 };
+	a->listener[found] = (struct ps_listener_name){ .port = port, .protocol = protocol, .used = 1 };
 	memcpy(a->listener[found].address, address, 16);
 	return found;
 }
@@ -300,12 +331,11 @@ int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int
 	for (uint32_t i = 0; i < s->high && i < a->entries && n < max; i++) {
 		uint16_t version = __atomic_load_n(&flows[i].version, __ATOMIC_ACQUIRE);
 		struct ps_entry f = flows[i];
-		const struct ps_listener_state *l = ps_listener_of(a, &f);
+		const struct ps_listener_name *l = ps_listener_of(a, &f);
 		const struct ps_backend *b = ps_backend_of(a, &f);
 
 		__atomic_thread_fence(__ATOMIC_ACQUIRE);
-		if (version & 1 || version != __atomic_load_n(&flows[i].version, __ATOMIC_RELAXED) ||
-		    f.state == PS_FLOW_FREE)
+		if (version & 1 || version != __atomic_load_n(&flows[i].version, __ATOMIC_RELAXED) || !ps_flow_sane(&f))
 			continue;
 		out[n] = (struct ps_flow){
 			.client_port = f.client_port,

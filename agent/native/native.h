@@ -7,8 +7,19 @@
 
 /* Puts one line into *e; -> -1 */
 int ps_fail(struct ps_error *e, const char *format, ...) __attribute__((format(printf, 2, 3)));
-/* New file of `bytes` zeros, mapped shared. *keep (may be NULL) gets its descriptor. */
-void *ps_file_create(const char *path, uint64_t bytes, int *keep, struct ps_error *e);
+/*
+ * parts.c. New file of zeros and, if `bytes` is more than `file_bytes`, behind it a map of zeros, pinned as `pin`; NULL:
+ * memory of this process alone, for tests. Mapped to be written.
+ */
+void *ps_parts_create(const char *path, const char *pin, uint64_t file_bytes, uint64_t bytes, struct ps_error *e);
+/* Opens what ps_parts_create has made; refuses what is not of this magic, layout and size. `what`: what to call it */
+void *ps_parts_open(const char *path, const char *pin, uint32_t magic, uint64_t file_bytes, const char *what,
+		    struct ps_error *e);
+/* The same of a file without a map. */
+void *ps_file_open(const char *path, int read_only, uint32_t magic, uint64_t bytes, const char *what,
+		   struct ps_error *e);
+/* files.c. Sets offsets and `bytes` of an engine file by its other numbers. */
+void ps_engine_places(struct ps_engine *n);
 /* Runs `work` in a thread whose network namespace is `netns` (-1: the caller's); the caller's never changes. */
 int ps_in_netns(int netns, int (*work)(void *), void *argument, struct ps_error *e);
 /* A queue of an engine, in shared memory. */

@@ -40,15 +40,16 @@ uint64_t ps_size_of(const char *structure)
 		const char *name;
 		uint64_t bytes;
 	} sizes[] = {
-		SIZE(ps_stamp),	     SIZE(ps_marker),	   SIZE(ps_listener_key4),  SIZE(ps_listener_key6),
-		SIZE(ps_target),     SIZE(ps_core),	   SIZE(ps_progress),	    SIZE(ps_journal),
-		SIZE(ps_ring),	     SIZE(ps_descriptor),  SIZE(ps_queue),	    SIZE(ps_recycle),
-		SIZE(ps_engine),     SIZE(ps_flow),	   SIZE(ps_entry),	    SIZE(ps_listener_state),
-		SIZE(ps_shard),	     SIZE(ps_fence),	   SIZE(ps_address),	    SIZE(ps_backend),
-		SIZE(ps_arena),	     SIZE(ps_listener),	   SIZE(ps_config_backend), SIZE(ps_config_snat),
-		SIZE(ps_config),     SIZE(ps_config_file), SIZE(ps_message),	    SIZE(ps_capture),
-		SIZE(ps_census),     SIZE(ps_allowed4),	   SIZE(ps_allowed6),	    SIZE(ps_uplink),
-		SIZE(ps_own_filter), SIZE(ps_watch),	   SIZE(ps_watched),	    SIZE(ps_end),
+		SIZE(ps_stamp),	     SIZE(ps_marker),	     SIZE(ps_listener_key4),  SIZE(ps_listener_key6),
+		SIZE(ps_target),     SIZE(ps_core),	     SIZE(ps_progress),	      SIZE(ps_journal),
+		SIZE(ps_ring),	     SIZE(ps_descriptor),    SIZE(ps_queue),	      SIZE(ps_recycle),
+		SIZE(ps_engine),     SIZE(ps_flow),	     SIZE(ps_entry),	      SIZE(ps_listener_name),
+		SIZE(ps_shard),	     SIZE(ps_fence),	     SIZE(ps_address),	      SIZE(ps_backend),
+		SIZE(ps_arena),	     SIZE(ps_listener),	     SIZE(ps_config_backend), SIZE(ps_config_snat),
+		SIZE(ps_config),     SIZE(ps_config_file),   SIZE(ps_message),	      SIZE(ps_capture),
+		SIZE(ps_census),     SIZE(ps_allowed4),	     SIZE(ps_allowed6),	      SIZE(ps_uplink),
+		SIZE(ps_own_filter), SIZE(ps_backend_count), SIZE(ps_listener_count), SIZE(ps_watch),
+		SIZE(ps_watched),    SIZE(ps_end),
 	};
 
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)

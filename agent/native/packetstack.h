@@ -113,15 +113,25 @@ struct ps_flow {
 	uint8_t state;				/* ps_flow_state */
 };
 
-/* ---- files.c: arena, engine file, configuration file ----------------------------------------------- */
+/* ---- files.c, parts.c: arena, engine file, configuration file ----------------------------------------------- */
 
-/* Creates (refuses to overwrite) or opens; maps shared. Layout mismatch is refused. */
-struct ps_arena *ps_arena_create(const char *path, uint32_t buckets, uint64_t max_flows, struct ps_error *e);
-struct ps_arena *ps_arena_open(const char *path, int read_only, struct ps_error *e);
+/*
+ * Creates (refuses to overwrite) or opens, to be written; maps shared. What is of another layout, or has numbers that do
+ * not fit to each other, to the file and to its map, is refused. `pin`: where the map is pinned that engines write
+ * (packetstack/parts.h); for the creation of an arena in tests it may be NULL, then that part is nobody else's.
+ */
+struct ps_arena *ps_arena_create(const char *path, const char *pin, uint32_t buckets, uint64_t max_flows,
+				 struct ps_error *e);
+struct ps_arena *ps_arena_open(const char *path, const char *pin, struct ps_error *e);
 struct ps_config_file *ps_config_create(const char *path, struct ps_error *e);
 struct ps_config_file *ps_config_open(const char *path, int read_only, struct ps_error *e);
-struct ps_engine *ps_engine_open(const char *path, int read_only, struct ps_error *e);
-void ps_unmap(void *map); /* any of the above */
+struct ps_engine *ps_engine_open(const char *path, const char *pin, struct ps_error *e);
+/* To read alone, from descriptors that the agent has given (PS_MSG_VIEW). */
+struct ps_engine *ps_engine_view(int file, int map, struct ps_error *e);
+/* A descriptor of a pinned map, or -1. */
+int ps_map_open(const char *pin, int read_only, struct ps_error *e);
+uint64_t ps_map_bytes(const char *pin); /* 0: it is not there, or no memory of engines */
+void ps_unmap(void *map);		/* any of the above */
 
 /*
  * Index in the arena's table, added if it is new; -1 if the table is full. Entries that no flow names any more, and no
@@ -159,17 +169,23 @@ struct ps_queue_options {
 
 /* Descriptors of an engine. The agent keeps them; the datapath gets copies. */
 struct ps_queue_fds {
-	int engine, umem;
+	int engine, map; /* engine file, to read alone; its map */
+	int umem;
 	int sockets[64];
-	int events[32];
-	int egress; /* AF_PACKET socket on the engine's interface, for egress markers */
+	int wake[32], woken[32]; /* per core: to wake it, and what it waits on. Two ends of a socket pair */
+	int egress;		 /* AF_PACKET socket on the engine's interface, for egress markers */
 };
 
-int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap, const struct ps_queue_options *o,
-		     struct ps_queue_fds *out, struct ps_error *e);
+int ps_queues_create(const char *path, const char *pin, int netns, const char *ifname, int xskmap,
+		     const struct ps_queue_options *o, struct ps_queue_fds *out, struct ps_error *e);
 void ps_queues_close(struct ps_queue_fds *fds);
 /* Drops the kernel counted for a queue: {rx_dropped, rx_ring_full, rx_fill_ring_empty, tx_invalid, ...} (6). */
 int ps_queue_statistics(int socket, uint64_t *out, struct ps_error *e);
+/*
+ * Are these the descriptors that ps_queues_create has made for the engine? `fds`: UMEM, a socket a queue, `wake` and
+ * `woken` of each core, `n` in all. -1: no, *e says which is not.
+ */
+int ps_queues_known(const struct ps_engine *engine, const int *fds, int n, struct ps_error *e);
 /* Walks all rings: each frame is in exactly one. Exact while no packets flow. */
 int ps_queues_census(struct ps_engine *engine, const struct ps_queue_fds *fds, struct ps_census *out,
 		     struct ps_error *e);
@@ -183,7 +199,7 @@ struct ps_fence_engine { /* an engine that a fence may have to visit */
 	uint32_t ifindex;	  /* host end */
 	int ingress;		  /* AF_PACKET socket in the node's namespace */
 	int egress;		  /* AF_PACKET socket on the engine's interface */
-	int events[32];		  /* wake its cores */
+	int wake[32];		  /* wake its cores */
 	struct ps_engine *engine; /* NULL: it is gone, its processes have ended and its interface does not exist */
 };
 
@@ -215,6 +231,8 @@ int ps_probe(const struct ps_fence_engine *engine, struct ps_error *e);
 int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *egress, struct ps_fence_engine *engines,
 		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms, int all_cpus,
 		struct ps_transfer_report *report, struct ps_error *e);
+/* Wakes a core by its `wake`. Never waits. */
+void ps_wake(int socket);
 /* Gives a queue to another core of the same engine; returns when it has it, or after limit_ms with -1. */
 int ps_queue_to_core(struct ps_fence_engine *engine, uint32_t queue, uint32_t core, uint32_t limit_ms,
 		     uint64_t *took_ns, struct ps_error *e);

@@ -19,16 +19,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "native.h"
 #include "packetstack/census.h"
 #include "packetstack/shard.h"
+
+#define LOAD(p) __atomic_load_n(p, __ATOMIC_ACQUIRE)
 
 #ifndef SOL_XDP
 #define SOL_XDP 283
@@ -205,29 +207,82 @@ static int create_sockets(void *argument)
 
 void ps_queues_close(struct ps_queue_fds *fds)
 {
-	int *all[] = { &fds->engine, &fds->umem, &fds->egress };
+	int *all = (int *)fds; /* it has nothing else */
 
-	for (int i = 0; i < 3; i++) {
-		if (*all[i] >= 0)
-			close(*all[i]);
-		*all[i] = -1;
-	}
-	for (int i = 0; i < PS_MAX_QUEUES; i++) {
-		if (fds->sockets[i] >= 0)
-			close(fds->sockets[i]);
-		fds->sockets[i] = -1;
-	}
-	for (int i = 0; i < PS_MAX_CORES; i++) {
-		if (fds->events[i] >= 0)
-			close(fds->events[i]);
-		fds->events[i] = -1;
+	for (size_t i = 0; i < sizeof(*fds) / sizeof(int); i++) {
+		if (all[i] >= 0)
+			close(all[i]);
+		all[i] = -1;
 	}
 }
 
 static int is_ring_size(uint32_t n) { return n >= 64 && n <= 65536 && !(n & (n - 1)); }
 
-int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap, const struct ps_queue_options *o,
-		     struct ps_queue_fds *out, struct ps_error *e)
+/* ---- descriptors that are known again ----------------------------------------------------------------- */
+
+static uint64_t cookie_of(int socket)
+{
+	uint64_t cookie = 0;
+	socklen_t length = sizeof(cookie);
+
+	return getsockopt(socket, SOL_SOCKET, SO_COOKIE, &cookie, &length) ? 0 : cookie;
+}
+
+static uint64_t inode_of(int fd)
+{
+	struct stat st;
+
+	return fstat(fd, &st) ? 0 : st.st_ino;
+}
+
+/* No two sockets of a machine ever have the same cookie; a memfd's inode is its own while it is there. */
+static void remember(struct ps_engine *n, const struct ps_queue_fds *fds)
+{
+	n->umem_inode = inode_of(fds->umem);
+	for (uint32_t i = 0; i < n->queues; i++)
+		n->socket_cookie[i] = cookie_of(fds->sockets[i]);
+	for (uint32_t i = 0; i < n->cores; i++) {
+		n->wake_cookie[i] = cookie_of(fds->wake[i]);
+		n->woken_cookie[i] = cookie_of(fds->woken[i]);
+	}
+}
+
+/* The engine could map another file with an inode of this number, but none that is sealed and of this size. */
+static int is_umem(const struct ps_engine *n, int fd)
+{
+	struct stat st;
+
+	return !fstat(fd, &st) && st.st_ino == n->umem_inode && st.st_size == (off_t)n->frames * PS_FRAME_BYTES &&
+	       (fcntl(fd, F_GET_SEALS) & (F_SEAL_SHRINK | F_SEAL_GROW)) == (F_SEAL_SHRINK | F_SEAL_GROW);
+}
+
+int ps_queues_known(const struct ps_engine *n, const int *fds, int count, struct ps_error *e)
+{
+	const struct {
+		const char *name;
+		const uint64_t *cookies;
+		uint32_t number;
+	} kinds[] = {
+		{ "socket of queue", n->socket_cookie, n->queues },
+		{ "socket that wakes core", n->wake_cookie, n->cores },
+		{ "socket on which waits core", n->woken_cookie, n->cores },
+	};
+
+	if (count != 1 + (int)(n->queues + 2 * n->cores))
+		return ps_fail(e, "it has %d descriptors instead of %u", count, 1 + n->queues + 2 * n->cores);
+	if (!is_umem(n, *fds++))
+		return ps_fail(e, "its first descriptor is not the frames' memory");
+	for (int k = 0; k < 3; k++)
+		for (uint32_t i = 0; i < kinds[k].number; i++, fds++)
+			if (!kinds[k].cookies[i] || cookie_of(*fds) != kinds[k].cookies[i])
+				return ps_fail(e, "it has another descriptor than the %s %u", kinds[k].name, i);
+	return 0;
+}
+
+/* ---- an engine's memory and sockets -------------------------------------------------------------------- */
+
+int ps_queues_create(const char *path, const char *pin, int netns, const char *ifname, int xskmap,
+		     const struct ps_queue_options *o, struct ps_queue_fds *out, struct ps_error *e)
 {
 	struct rlimit unlimited = { RLIM_INFINITY, RLIM_INFINITY };
 	struct ps_engine layout = { .layout = PS_LAYOUT_VERSION }, *n;
@@ -257,27 +312,26 @@ int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap
 	layout.spin_us = o->spin_us;
 	memcpy(layout.mac, o->mac, 8);
 	memcpy(layout.gateway_mac, o->gateway_mac, 8);
-	layout.captures_offset = (sizeof(layout) + 63) & ~63u;
-	layout.cores_offset = (layout.captures_offset + PS_CAPTURES * sizeof(struct ps_capture) + 4095) & ~4095ull;
-	layout.queues_offset = (layout.cores_offset + o->cores * sizeof(struct ps_core) + 4095) & ~4095ull;
-	layout.queue_stride = (sizeof(struct ps_queue) + layout.park_slots * sizeof(struct ps_descriptor) +
-			       layout.free_slots * 8ull + 4095) &
-			      ~4095ull;
-	layout.bytes = layout.queues_offset + o->queues * layout.queue_stride;
-
-	n = ps_file_create(path, layout.bytes, &out->engine, e);
+	ps_engine_places(&layout);
+	n = ps_parts_create(path, pin, PS_ENGINE_FILE_BYTES, layout.bytes, e);
 	if (!n)
 		return -1;
-	*n = layout;
+	memcpy(n, &layout, PS_ENGINE_FILE_BYTES);
 	for (uint32_t i = 0; i < o->queues; i++) {
 		struct ps_queue *q = (struct ps_queue *)((uint8_t *)n + n->queues_offset + i * n->queue_stride);
 
 		for (int p = 0; p < 2; p++)
 			q->journal.progress[p].begin = ~0u; /* 0 would be a torn rewrite of the first frame */
-		q->want = i % o->cores + 1;		    /* generation 0: nobody serves it yet */
+		n->want[i] = i % o->cores + 1;
 	}
 	c.engine = n;
 	setrlimit(RLIMIT_MEMLOCK, &unlimited);
+	out->engine = open(path, O_RDONLY | O_CLOEXEC);
+	out->map = ps_map_open(pin, 0, e);
+	if (out->engine < 0 || out->map < 0) {
+		ps_fail(e, "engine %u: cannot open its memory again: %s", o->slot, strerror(errno));
+		goto failed;
+	}
 	out->umem = memfd_create("packetstack-umem", MFD_CLOEXEC | MFD_ALLOW_SEALING);
 	if (out->umem < 0 || ftruncate(out->umem, (off_t)layout.frames * PS_FRAME_BYTES) ||
 	    fcntl(out->umem, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)) {
@@ -285,20 +339,25 @@ int ps_queues_create(const char *path, int netns, const char *ifname, int xskmap
 		goto failed;
 	}
 	for (uint32_t i = 0; i < o->cores; i++) {
-		out->events[i] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-		if (out->events[i] < 0) {
-			ps_fail(e, "engine %u: cannot make an eventfd: %s", o->slot, strerror(errno));
+		int pair[2];
+
+		if (socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, pair)) {
+			ps_fail(e, "engine %u: cannot make a socket pair: %s", o->slot, strerror(errno));
 			goto failed;
 		}
+		out->wake[i] = pair[0];
+		out->woken[i] = pair[1];
 	}
 	if (ps_in_netns(netns, create_sockets, &c, e))
 		goto failed;
+	remember(n, out);
 	__atomic_store_n(&n->magic, PS_ENGINE_MAGIC, __ATOMIC_RELEASE);
 	munmap(n, layout.bytes);
 	return 0;
 failed:
 	munmap(n, layout.bytes);
 	unlink(path);
+	unlink(pin);
 	ps_queues_close(out);
 	return -1;
 }
@@ -377,10 +436,10 @@ int ps_queues_census(struct ps_engine *n, const struct ps_queue_fds *fds, struct
 				       XDP_PGOFF_RX_RING, out) ||
 			 census_kernel(times, n->frames, fds->sockets[i], &o.tx, n->tx_slots, sizeof(struct xdp_desc),
 				       XDP_PGOFF_TX_RING, out);
-		ps_census_ring(times, n->frames, park, n->park_slots - 1, sizeof(*park), q->park.consumer,
-			       q->park.producer, out);
-		ps_census_ring(times, n->frames, park + n->park_slots, n->free_slots - 1, 8, q->free.consumer,
-			       q->free.producer, out);
+		ps_census_ring(times, n->frames, park, n->park_slots - 1, sizeof(*park), LOAD(&q->park.consumer),
+			       LOAD(&q->park.producer), out);
+		ps_census_ring(times, n->frames, park + n->park_slots, n->free_slots - 1, 8, LOAD(&q->free.consumer),
+			       LOAD(&q->free.producer), out);
 	}
 	failed = failed || census_kernel(times, n->frames, fds->sockets[0], &o.cr, n->completion_slots, 8,
 					 XDP_UMEM_PGOFF_COMPLETION_RING, out);

@@ -13,7 +13,9 @@
  *   6. The shards are released to the new owners, which are woken.
  *
  * Nothing is released by a timer. Markers are sent again until they are answered. Of an engine that is gone,
- * processes and interface, nothing can be under way: its buckets need no markers, but its shards may be torn.
+ * processes and interface, nothing can be under way: its buckets need no markers. Its shards may be torn: their next
+ * owner finds that. Engines write shards, and may write what they like: of a shard only its owner is read here, and it
+ * leads nowhere but to queues that there are.
  */
 #include <errno.h>
 #include <pthread.h>
@@ -94,6 +96,12 @@ static int engine_at(const struct transfer *t, uint32_t slot)
 }
 
 static int is_gone(const struct ps_fence_engine *f) { return !f->engine; }
+
+/* An owner that an engine wrote may name a queue that the engine at this place has not. Of others nothing is known. */
+static int has_queue(const struct transfer *t, int at, uint64_t owner)
+{
+	return at < 0 || is_gone(&t->engines[at]) || ps_word_queue(owner) < t->engines[at].engine->queues;
+}
 
 /* ---- visits ------------------------------------------------------------------------------------------ */
 
@@ -239,15 +247,15 @@ static int add_source(struct transfer *t, struct ps_fence *fence, uint32_t bucke
 
 	if (ps_owner(word) == ps_owner(owner) && !(owner & 0xffff))
 		return 0;
-	if (!ps_word_slot(owner)) {
+	at = engine_at(t, ps_word_slot(owner));
+	if (!ps_word_slot(owner) || !has_queue(t, at, owner)) {
 		/* Nobody owns it, so nobody handles packets of it: nothing to wait for. */
 		STORE(&ps_shard_at(t->arena, bucket)->owner, ps_owner(word));
 		return 0;
 	}
 	if (ps_owner(word) == ps_owner(owner))
 		return 0; /* fenced without a new word: not ours to release */
-	at = engine_at(t, ps_word_slot(owner));
-	if (at < 0) { /* it may still be handling packets: left open until it is known again, or gone */
+	if (at < 0) {	  /* it may still be handling packets: left open until it is known again, or gone */
 		t->report->stalled_slot = ps_word_slot(owner);
 		return 0;
 	}
@@ -262,7 +270,7 @@ static uint64_t *side(struct transfer *t, uint64_t *queues, uint64_t word)
 {
 	int at = engine_at(t, ps_word_slot(word));
 
-	return at < 0 || is_gone(&t->engines[at]) ? NULL : &queues[at];
+	return at < 0 || is_gone(&t->engines[at]) || !has_queue(t, at, word) ? NULL : &queues[at];
 }
 
 static uint64_t queue_bit(uint64_t word) { return 1ull << ps_word_queue(word); }
@@ -286,15 +294,6 @@ static int may_take_part(struct transfer *t, uint64_t from, uint64_t to)
 	uint64_t *gets = side(t, t->targets, from), *gives = side(t, t->sources, to);
 
 	return !(gets && *gets & queue_bit(from)) && !(gives && *gives & queue_bit(to));
-}
-
-/* A shard whose owner is gone, and died while it changed it. */
-static void repair(const struct transfer *t, struct ps_shard *s)
-{
-	int at = engine_at(t, ps_word_slot(LOAD(&s->owner)));
-
-	if (at >= 0 && is_gone(&t->engines[at]) && s->dirty)
-		ps_shard_rebuild(t->arena, s);
 }
 
 static int transfer_run(struct transfer *t)
@@ -381,7 +380,6 @@ static int transfer_run(struct transfer *t)
 			continue;
 		word = LOAD(&t->words[t->offset + b]);
 		STEP("release");
-		repair(t, ps_shard_at(t->arena, b));
 		STORE(&ps_shard_at(t->arena, b)->owner, ps_owner(word));
 		touched[ps_word_slot(word) / 8] |= (uint8_t)(1 << ps_word_slot(word) % 8);
 	}

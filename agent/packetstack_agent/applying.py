@@ -1,7 +1,6 @@
 """Stacks come, become others, and go: everything is checked before anything is changed, and undone if it fails."""
 
 import asyncio
-import shutil
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -156,8 +155,11 @@ class Applying:
         index = min(i for i in range(constant("PS_MAX_STACKS")) if i not in used)
         self._run.record.indexes[name] = index
         # An agent may have been killed while it made a stack of this name, or ended one.
-        await asyncio.to_thread(shutil.rmtree, self._run.stack(name), ignore_errors=True)
-        stack = await asyncio.to_thread(Stack, name, resource, index, self._run.stack(name), self._director.handle)
+        await asyncio.to_thread(self._run.remove_stack, name)
+        directory = self._run.stack(name)
+        stack = await asyncio.to_thread(
+            Stack, name, resource, index, directory, self._run.memory(directory), self._director.handle
+        )
         managed = Managed(stack, table=table)
         self._stacks[name] = managed
         try:
@@ -231,7 +233,7 @@ class Applying:
             await self._underlay.route()
         except Exception as e:  # the stack is gone all the same
             self._journal.event(name, EventReason.ROUTES_FAILED, str(e))
-        await asyncio.to_thread(shutil.rmtree, self._run.stack(name), ignore_errors=True)
+        await asyncio.to_thread(self._run.remove_stack, name)
 
     async def _take_down(self, managed: Managed) -> None:
         await self._life.end_all(managed)

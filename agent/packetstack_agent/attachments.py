@@ -11,25 +11,27 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from packetstack_agent import processes
 from packetstack_agent.errors import AgentError
-from packetstack_agent.natives import constant, ffi
+from packetstack_agent.natives import constant, ffi, lib
 
 NOBODY = 65534
-AF_XDP = 44
-"""From <linux/socket.h>; Python's socket module does not have it."""
 HELLO_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
 """Time for mapping the shared memory, or starting the cores, on a busy machine."""
 STOP_SECONDS = 0.5
 CONVERSATIONS = 8
 """Open at once; more than a datapath, its successor and a few that are ending is nonsense."""
-MOST_FDS = 4 + 64 + 32
+MOST_FDS = 6 + 64 + 2 * 32
+REFUSED_SECONDS = 0.25
+"""How long a process that was not let in takes the place of one that might be: so often, and no oftener, it may ask."""
+MOST_MESSAGES = 16
+"""A process that serves says two things at the most in its life. One that never stops talking has lost its mind."""
 
 Changed = Callable[[str], None]
 """Called with "ready", "resumed", "died", "lost" or a reason for refusing."""
@@ -61,12 +63,13 @@ class Shared:
     cores: int
     pin: tuple[int, ...] | None
     """CPU of each core; empty: none. None: the CPUs that the process has for itself, if it has as many as cores."""
-    files: tuple[int, int]
-    """Arena, configuration."""
-    engine: int
-    """The engine file."""
+    files: tuple[int, int, int, int, int]
+    """Arena and its map, engine file and its map, configuration; the files to read alone."""
+    look: tuple[int, int]
+    """Engine file and its map, to read alone: for its supervisor."""
     rings: list[int]
-    """UMEM, a socket per queue, an eventfd per core. Empty while only a running datapath has them."""
+    """UMEM, a socket per queue, a socket per core that wakes it, the core's end of each. Empty while only a running
+    datapath has them."""
     queues: int
     view: Any
     """`struct ps_engine *`."""
@@ -141,6 +144,7 @@ class Attachments:
             connection, _ = await loop.sock_accept(self._listener)
             if len(self._tasks) >= CONVERSATIONS:
                 connection.close()
+                await asyncio.sleep(REFUSED_SECONDS)  # who asks without end keeps the agent from nothing
                 continue
             task = asyncio.create_task(self._talk(connection))
             self._tasks.add(task)
@@ -155,11 +159,16 @@ class Attachments:
         try:
             pidfd = os.pidfd_open(pid)
             hello = await _receive(connection, HELLO_SECONDS, fds)
+            if hello is not None and hello.kind == constant("PS_MSG_LOOK") and self._may_look(pid, uid):
+                _send_with(connection, _message("PS_MSG_VIEW"), self._shared.look)
+                return
             ours = hello is not None and self._may_serve(pid, uid, int(hello.generation))
             if not ours or hello.kind != constant("PS_MSG_HELLO"):
                 self._changed(
                     f"process {pid} of user {uid} was not let in at its socket: it is no datapath of this engine, which goes on"
                 )
+                connection.close()
+                await asyncio.sleep(REFUSED_SECONDS)
                 return
             if hello.layout != constant("PS_LAYOUT_VERSION"):
                 reason = f"LayoutMismatch: datapath has layout {hello.layout}, agent {constant('PS_LAYOUT_VERSION')}"
@@ -171,9 +180,14 @@ class Attachments:
             if not (self._resume(link, fds) if link.generation else await self._follow(link)):
                 return
             # It has touched the queues, or may have: only the end of its connection says that it does so no more.
+            said = 0
             while (message := await _receive(connection)) is not None:
                 if message.kind == constant("PS_MSG_STOPPED"):
                     link.stopped.set()
+                said += 1
+                if said > MOST_MESSAGES:
+                    link.kill()
+                    await asyncio.sleep(0.01)
         except OSError:
             return  # it died meanwhile; its successor will ask
         except AgentError as e:  # the one before it lives: its queues are not free
@@ -201,14 +215,19 @@ class Attachments:
         # A process that serves has given up its privileges, and comes from inside the engine's directory.
         return uid == 0 or (uid == NOBODY and generation != 0)
 
+    def _may_look(self, pid: int, uid: int) -> bool:
+        if self._shared.pod_uid:
+            return uid in (0, NOBODY) and processes.in_pod(self._shared.pod_uid, pid)
+        return uid in (0, NOBODY)  # nobody else, nor nobody from elsewhere, reaches this socket
+
     def _resume(self, link: Link, fds: list[int]) -> bool:
         """A process that served before this agent came. It brings what an earlier agent gave it."""
         s = self._shared
         if self._closed or (self.serving or self._ending) is not None or link.generation != s.view.generation:
             return False  # the one before it is not gone yet, or it is not the one: it asks again
         if not s.rings:
-            if len(fds) != 1 + s.queues + s.cores or any(not _is_xdp(fd) for fd in fds[1 : 1 + s.queues]):
-                self._changed(f"refused process {link.pid}: it brings other descriptors than a datapath has")
+            if wrong := _unknown(s, fds):
+                self._changed(f"refused process {link.pid}: {wrong}, so that it is not the datapath that served")
                 return False
             s.rings = fds[:]
             fds.clear()
@@ -233,9 +252,7 @@ class Attachments:
         pin = processes.own_cpus(link.pid, s.cores) if s.pin is None else s.pin
         for i in range(len(message.pin)):
             message.pin[i] = pin[i] if i < len(pin) else -1
-        fds = [s.files[0], s.engine, s.files[1], *s.rings]
-        control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
-        link.connection.sendmsg([bytes(ffi.buffer(message))], control)
+        _send_with(link.connection, message, (*s.files, *s.rings))
         if not await self._said(link, "PS_MSG_PREPARED"):
             return False
         async with self._turn:
@@ -290,12 +307,11 @@ async def _until_stopped(link: Link) -> None:
         ) from None
 
 
-def _is_xdp(fd: int) -> bool:
-    try:
-        with socket.socket(AF_XDP, socket.SOCK_RAW, fileno=os.dup(fd)) as s:
-            return s.getsockopt(socket.SOL_SOCKET, socket.SO_DOMAIN) == AF_XDP
-    except OSError:
-        return False
+def _unknown(shared: Shared, fds: Sequence[int]) -> str:
+    """What of the descriptors is not what the engine was given; empty: all is."""
+    error = ffi.new("struct ps_error *")
+    known = lib().ps_queues_known(shared.view, ffi.new("int[]", list(fds) or 1), len(fds), error) == 0
+    return "" if known else str(ffi.string(error.text).decode())
 
 
 def _message(kind: str, reason: str = "") -> Any:
@@ -311,6 +327,11 @@ def _send(connection: socket.socket, kind: str, reason: str = "") -> None:
     connection.send(bytes(ffi.buffer(_message(kind, reason))), socket.MSG_NOSIGNAL)
 
 
+def _send_with(connection: socket.socket, message: Any, fds: Sequence[int]) -> None:
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+    connection.sendmsg([bytes(ffi.buffer(message))], control, socket.MSG_NOSIGNAL)
+
+
 async def _receive(connection: socket.socket, seconds: float | None = None, fds: list[int] | None = None) -> Any:
     """One message, None at the end of the connection or when there is none in time. Descriptors go into `fds`.
 
@@ -320,6 +341,7 @@ async def _receive(connection: socket.socket, seconds: float | None = None, fds:
     try:
         async with asyncio.timeout(seconds):
             while True:
+                await asyncio.sleep(0)  # who has always something to say holds up nobody else
                 try:
                     data, control, _, _ = connection.recvmsg(
                         size + 1, socket.CMSG_SPACE(4 * MOST_FDS), socket.MSG_CMSG_CLOEXEC

@@ -207,10 +207,8 @@ class Balancers:
 
 def _cycles(engine: Engine) -> Cycles:
     b = engine.blueprint
-    queues = [engine.queue(q) for q in range(b.queues)]
-    return [int(engine.core(c).total_cycles) for c in range(b.cores)], [
-        ((q.cur & 0xFF) - 1, int(q.cycles)) for q in queues
-    ]
+    queues = [(engine.served_by(q), int(engine.queue(q).cycles)) for q in range(b.queues)]
+    return [int(engine.core(c).total_cycles) for c in range(b.cores)], queues
 
 
 def _shares(before: Cycles, after: Cycles) -> list[float] | None:

@@ -15,6 +15,7 @@ from itertools import count
 from pyroute2.netlink.exceptions import NetlinkError
 
 from packetstack_agent import engines, processes
+from packetstack_agent.blueprints import Blueprint
 from packetstack_agent.counting import add_drops
 from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
@@ -114,21 +115,22 @@ class EngineLife:
         self._run.record.leaving.pop(engine.blueprint.directory.name, None)
         self._begin(managed, engine)
 
-    def blueprint(self, stack: Stack, known: Json) -> engines.Blueprint:
+    def blueprint(self, stack: Stack, known: Json) -> Blueprint:
         """Blueprint of an engine from its entry in the record. KeyError or TypeError if something is missing."""
         kept = {name: value for name, value in known.items() if name not in ("state", "init", "cpus")}
-        return engines.Blueprint(
+        directory = self._run.engine(
+            kinds.pod_directory(stack.resource.metadata.namespace, known["pod"]) if known.get("pod") else known["slot"]
+        )
+        return Blueprint(
             **kept,
             cpus=tuple(known["cpus"]),
             owner=self._run.owner,
-            directory=self._run.engine(
-                kinds.pod_directory(stack.resource.metadata.namespace, known["pod"])
-                if known.get("pod")
-                else known["slot"]
-            ),
+            directory=directory,
             arena=stack.arena_path,
             config=stack.config_path,
             index=stack.index,
+            flows=stack.memory,
+            memory=self._run.memory(directory),
         )
 
     async def regain(self, managed: Managed, slot: int, known: Json) -> None:

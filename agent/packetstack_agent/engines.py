@@ -21,6 +21,7 @@ from typing import Any
 
 from packetstack_agent import cgroups, namespaces, networks, processes
 from packetstack_agent.attachments import NOBODY, Attachments, Changed, Shared
+from packetstack_agent.blueprints import Blueprint
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.processes import Process
@@ -28,78 +29,12 @@ from packetstack_agent.structs import Core, Queue
 from packetstack_agent.ways import Made, Way
 from packetstack_core import abi
 from packetstack_core.assignment import State
-from packetstack_core.verbs import Json
 
 RING_SLOTS = 2048
 """Receive and transmit ring of a queue, each: what one queue may have to hold while its core does not run."""
 SPARE_FRAMES = 4096
-POD_DEVICE = "pkst0"
-"""An engine's interface in its pod when the agent makes it; eth0 is the cluster network's."""
 SPIN_US = {"Exclusive": 50, "Shared": 0}
 """How long a core polls empty queues before it sleeps. On shared cores polling takes time from others."""
-
-
-@dataclass
-class Blueprint:
-    """What an engine is made from."""
-
-    stack: str
-    slot: int
-    template: str
-    queues: int
-    cores: int
-    cpu_policy: str
-    cpus: tuple[int, ...]
-    """CPU of each core; empty with cpuPolicy Shared: cores run where there is room."""
-    memory_bytes: int
-    namespace: str
-    owner: str
-    directory: Path
-    arena: Path
-    config: Path
-    id: int = 0
-    """The operator's number for it; 0 without Kubernetes."""
-    pod: str = ""
-    """Name of its pod. Empty: the agent starts its processes in a network namespace of its own."""
-    pod_uid: str = ""
-    interface: str = ""
-    """One that a CNI plugin has made in the pod. Empty: the agent makes a veth pair."""
-    index: int = 0
-    """The stack's number on the node."""
-
-    def record(self) -> Json:
-        """What an agent that comes later cannot know otherwise."""
-        kept = (
-            "stack", "slot", "template", "queues", "cores", "cpu_policy", "cpus", "memory_bytes", "namespace",
-            "id", "pod", "pod_uid", "interface",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in kept}
-
-    @property
-    def name(self) -> str:
-        """What a person calls it."""
-        return self.pod or f"{self.stack}-{self.slot}"
-
-    @property
-    def device(self) -> str:
-        """Its interface, by the name inside of its namespace."""
-        return self.interface or (POD_DEVICE if self.pod else "eth0")
-
-    def place(self) -> Path:
-        """Its network namespace; AgentError if its pod has no process."""
-        if not self.pod:
-            return namespaces.NAMESPACES / self.namespace
-        pids = processes.of_pod(self.pod_uid)
-        if not pids:
-            raise AgentError(f"pod {self.pod}: has no process on this node; it is starting or gone")
-        path = Path(f"/proc/{pids[0]}/ns/net")
-        try:
-            inode = path.stat().st_ino
-        except OSError:
-            raise AgentError(f"pod {self.pod}: has ended") from None
-        if inode == namespaces.own_inode():
-            raise AgentError(f"pod {self.pod}: uses the node's network; an engine needs a network namespace of its own")
-        return path
 
 
 @dataclass(eq=False)
@@ -180,6 +115,11 @@ class Engine:
         at = ffi.cast("char *", self.view) + self.view.queues_offset + index * self.view.queue_stride
         queue: Queue = ffi.cast("struct ps_queue *", at)
         return queue
+
+    def served_by(self, index: int) -> int:
+        """Core that serves a queue, -1: none of those that there are. An engine may write there what it likes."""
+        core = (self.queue(index).cur & 0xFF) - 1
+        return core if core < self.blueprint.cores else -1
 
     def counters(self) -> dict[str, int]:
         """Sum of the cores' counters, by name without prefix in lower case."""
@@ -276,14 +216,15 @@ def _make(engine: Engine, path: Path) -> None:
         engine.fds = _no_descriptors()
         try:
             call(
-                lib().ps_queues_create, text(b.directory / "queues"), namespace, text(b.device), queues, options, engine.fds
+                lib().ps_queues_create, text(b.directory / "queues"), text(b.memory), namespace, text(b.device), queues, options,
+                engine.fds,
             )  # fmt: skip
         finally:
             os.close(queues)
     finally:
         os.close(namespace)
-    view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
-    _share(engine, view, engine.fds.engine, _rings(b, engine.fds))
+    view = call(lib().ps_engine_open, text(b.directory / "queues"), text(b.memory))
+    _share(engine, view, (engine.fds.engine, engine.fds.map), _rings(b, engine.fds))
     _keep_way(engine, view, path, end, program)
     if not b.pod:
         engine.init = spawn(b)
@@ -311,18 +252,22 @@ def _forget_fences(engine: Engine) -> None:
 
 
 def _rings(b: Blueprint, fds: Any) -> list[int]:
-    return [fds.umem, *(fds.sockets[q] for q in range(b.queues)), *(fds.events[c] for c in range(b.cores))]
+    return [fds.umem, *fds.sockets[0 : b.queues], *fds.wake[0 : b.cores], *fds.woken[0 : b.cores]]
 
 
-def _share(engine: Engine, view: Any, engine_file: int, rings: list[int]) -> None:
+def _share(engine: Engine, view: Any, memory: tuple[int, int], rings: list[int]) -> None:
+    """`memory`: the engine's file, to read, and its map."""
     b = engine.blueprint
-    arena, config = (os.open(p, os.O_RDWR | os.O_CLOEXEC) for p in (b.arena, b.config))
-    engine.files += [arena, config]
+    # What the agent writes engines may read alone, and neither cut nor grow it: with a descriptor to write they could.
+    engine.files += [arena := _readable(b.arena)]
+    engine.files += [flows := call(lib().ps_map_open, text(b.flows), 0)]
+    engine.files += [config := _readable(b.config)]
     # In a pod it is the kubelet who gives CPUs.
     pin = None if b.pod and b.cpu_policy == "Exclusive" else b.cpus
-    engine.shared = Shared(b.slot, b.cores, pin, (arena, config), engine_file, rings, b.queues, view, b.pod_uid)
-    if b.pod:
-        (b.directory / "queues").chmod(0o644)  # its supervisor reads it, as nobody
+    look = call(lib().ps_map_open, text(b.memory), 1)
+    engine.files.append(look)
+    files = (arena, flows, *memory, config)
+    engine.shared = Shared(b.slot, b.cores, pin, files, (memory[0], look), rings, b.queues, view, b.pod_uid)
     engine.listener = _listen(b.directory / "engine.sock")
 
 
@@ -337,12 +282,11 @@ def complete(engine: Engine) -> None:
             engine.fds.egress = call(lib().ps_packet_socket, namespace, engine.peer)
         finally:
             os.close(namespace)
-        engine.fds.engine, engine.fds.umem, *rest = shared.engine, *shared.rings
-        for i, fd in enumerate(rest):
-            if i < b.queues:
-                engine.fds.sockets[i] = fd
-            else:
-                engine.fds.events[i - b.queues] = fd
+        engine.fds.engine, engine.fds.map = shared.files[2:4]
+        engine.fds.umem, *rest = shared.rings
+        engine.fds.sockets[0 : b.queues] = rest[: b.queues]
+        engine.fds.wake[0 : b.cores] = rest[b.queues : b.queues + b.cores]
+        engine.fds.woken[0 : b.cores] = rest[b.queues + b.cores :]
     ingress = call(lib().ps_packet_socket, -1, engine.ifindex)
     engine.files.append(ingress)
     engine.fence = ffi.new("struct ps_fence_engine *")
@@ -350,8 +294,7 @@ def complete(engine: Engine) -> None:
     engine.fence.ifindex = engine.ifindex
     engine.fence.ingress = ingress
     engine.fence.egress = engine.fds.egress
-    for i in range(len(engine.fence.events)):
-        engine.fence.events[i] = engine.fds.events[i]
+    ffi.memmove(engine.fence.wake, engine.fds.wake, ffi.sizeof(engine.fds.wake))
     engine.fence.engine = shared.view
     engine.view = shared.view
 
@@ -378,7 +321,7 @@ def regain(engine: Engine, init: tuple[int, int]) -> None:
         raise AgentError(f"network namespace {b.namespace}: is gone")
     link = networks.find_engine_link(path, b.interface) if b.interface else networks.engine_link(b.slot, b.owner)
     engine.ifindex, engine.peer = link.ifindex, link.peer
-    view = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
+    view = call(lib().ps_engine_open, text(b.directory / "queues"), text(b.memory))
     if (view.slot, view.queues, view.cores) != (b.slot, b.queues, b.cores):
         lib().ps_unmap(view)
         raise AgentError(f"{b.directory}/queues: is of another engine than the record says")
@@ -393,7 +336,7 @@ def regain(engine: Engine, init: tuple[int, int]) -> None:
         program = _host_program(engine, end)
     finally:
         os.close(namespace)
-    _share(engine, view, os.open(b.directory / "queues", os.O_RDWR | os.O_CLOEXEC), [])
+    _share(engine, view, (_readable(b.directory / "queues"), call(lib().ps_map_open, text(b.memory), 0)), [])
     _keep_way(engine, view, path, end, program)
 
 
@@ -413,6 +356,10 @@ def _keep_way(engine: Engine, view: Any, path: Path, end: Any, program: int) -> 
         end, program,
     )  # fmt: skip
     engine.way = Way(engine.director, made)
+
+
+def _readable(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def attend(engine: Engine, changed: Changed) -> None:
@@ -447,7 +394,8 @@ def spawn(b: Blueprint) -> Process:
                 (cgroup / "cgroup.procs").write_text(str(os.getpid()))
         namespaces.enter(namespace)
 
-    command = [str(abi.native("packetstack-init")), "--datapath", str(abi.native("packetstack-datapath"))]
+    command = [str(abi.native("packetstack-init")), "--log", str(b.directory / "log")]
+    command += ["--datapath", str(abi.native("packetstack-datapath"))]
     command += ["--socket", str(b.directory / "engine.sock")]
     command += ["--supervisor", sys.executable, "-P", "-m", "packetstack_engine.main", "--directory", str(b.directory)]
     try:
@@ -525,11 +473,12 @@ def destroy(engine: Engine) -> None:
     if shared is not None:
         lib().ps_unmap(shared.view)
     if fds is not None:
-        engine.files += [fds.engine, fds.umem, fds.egress, *fds.sockets, *fds.events]
+        engine.files += [fds.engine, fds.map, fds.umem, fds.egress, *fds.sockets, *fds.wake, *fds.woken]
     elif shared is not None:
-        engine.files += [shared.engine, *shared.rings]
+        engine.files += [*shared.files[2:4], *shared.rings]
     _close(engine)
     networks.remove_engine_link(b.slot, b.owner)
+    b.memory.unlink(missing_ok=True)
     if b.pod:
         # The directory is mounted in the pod: it goes when the pod has gone.
         for name in ("queues", "engine.sock"):

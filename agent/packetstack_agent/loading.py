@@ -45,7 +45,7 @@ def _counters(engine: Engine, flows: int) -> EngineCounters:
     # What a listener's own limits refuse is no lack of engines.
     dropped = sum(n for c, n in counters.items() if c.startswith("drop_") and not c.startswith("drop_limit_"))
     cores = [engine.core(c) for c in range(b.cores)]
-    queues = [engine.queue(q) for q in range(b.queues)]
+    queues = [(engine.served_by(q), engine.queue(q)) for q in range(b.queues)]
     return EngineCounters(
         id=b.id or b.slot,
         name=name(engine),
@@ -53,8 +53,8 @@ def _counters(engine: Engine, flows: int) -> EngineCounters:
         ready=engine.ready,
         cores=tuple(CoreCounters(int(c.busy_cycles), int(c.total_cycles)) for c in cores),
         queues=tuple(
-            QueueCounters((q.cur & 0xFF) - 1, int(q.cycles), int(q.received), int(q.depth), engine.missed(i))
-            for i, q in enumerate(queues)
+            QueueCounters(core, int(q.cycles), int(q.received), int(q.depth), engine.missed(i))
+            for i, (core, q) in enumerate(queues)
         ),
         packets=counters["received"],
         bytes=counters["received_bytes"],

@@ -100,6 +100,16 @@ class RunDirectory:
         """A stack's directory."""
         return self.path / "stacks" / name
 
+    def memory(self, directory: Path) -> Path:
+        """Where the map is pinned that engines write: that of the stack or engine with this directory."""
+        kind = {"stacks": "arena", "engines": "engine"}[directory.parent.name]
+        return self.pins / f"{kind}_{directory.name.replace('.', '+')}"  # there the kernel takes no dot
+
+    def remove_stack(self, name: str) -> None:
+        """Its files, and the memory of its flows. Blocks."""
+        shutil.rmtree(self.stack(name), ignore_errors=True)
+        self.memory(self.stack(name)).unlink(missing_ok=True)
+
     def namespace(self, stack: str, slot: int) -> str:
         """Name of an engine's network namespace; two agents of one machine never choose the same."""
         mark = "" if self.path == DEFAULT_RUN_DIRECTORY else sha256(bytes(self.path)).hexdigest()[:6] + "-"

@@ -5,7 +5,6 @@ Functions here block briefly; they are called from worker threads or where a few
 
 import asyncio
 import math
-import os
 import time
 from array import array
 from collections import Counter
@@ -66,7 +65,10 @@ class Report:
 class Stack:
     """A stack on this node. `index` (0..63) says where its flow table begins."""
 
-    def __init__(self, name: str, resource: PacketStack, index: int, directory: Path, director: Any) -> None:
+    def __init__(
+        self, name: str, resource: PacketStack, index: int, directory: Path, memory: Path, director: Any
+    ) -> None:
+        """`memory`: where the map is pinned, or shall be, that engines keep the flows in."""
         self.name = name
         """Unique on the node: the resource's name, in a cluster with its namespace before it."""
         self.resource = resource
@@ -87,12 +89,14 @@ class Stack:
         """Generation of the configuration that every core has been seen to use."""
         self._offset = index * constant("PS_MAX_BUCKETS")
         directory.mkdir(parents=True, exist_ok=True)
-        self.arena_path, self.config_path = directory / "arena", directory / "config"
+        self.arena_path, self.config_path, self.memory = directory / "arena", directory / "config", memory
         table = resource.spec.flow_table
         if self.arena_path.exists():
-            self.arena = call(lib().ps_arena_open, text(self.arena_path), 0)
+            self.arena = call(lib().ps_arena_open, text(self.arena_path), text(memory))
         else:
-            self.arena = call(lib().ps_arena_create, text(self.arena_path), table.buckets, table.max_flows)
+            self.arena = call(
+                lib().ps_arena_create, text(self.arena_path), text(memory), table.buckets, table.max_flows
+            )
         self.key = hash_key(directory / "secret", self.live())
         if self.config_path.exists():
             self.config = call(lib().ps_config_open, text(self.config_path), 0)
@@ -443,13 +447,11 @@ def _uses(engine: Engine, generation: int) -> bool:
 
 
 def wake(engines: Iterable[Engine]) -> None:
-    """Cores that sleep look at their shared memory."""
-
+    """Cores that sleep look at their shared memory. Never waits, whatever an engine does."""
     for engine in engines:
         if engine.fds is not None:
             for c in range(engine.blueprint.cores):
-                with suppress(BlockingIOError):
-                    os.eventfd_write(engine.fds.events[c], 1)
+                lib().ps_wake(engine.fds.wake[c])
 
 
 def _listening(listener: Listener) -> Listening:

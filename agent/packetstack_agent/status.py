@@ -126,7 +126,8 @@ class Status:
         for i in range(stack.arena.backends):
             entry = stack.arena.backend[i]
             place = (unpacked(bytes(ffi.buffer(entry.address))), wire(entry.port))
-            if place in weights or entry.live > 0:
+            count = stack.arena.backend_count[i]
+            if place in weights or count.live > 0:
                 shown.append(
                     {
                         "address": str(place[0]),
@@ -134,8 +135,8 @@ class Status:
                         "weight": weights.get(place),
                         "share": round(rising.get(place, 1.0), 3),
                         "healthy": place not in unwell,
-                        "flows": max(0, int(entry.live)),
-                        "flowsTotal": int(entry.created),
+                        "flows": max(0, int(count.live)),
+                        "flowsTotal": int(count.created),
                     }
                 )
         return shown
@@ -175,7 +176,7 @@ def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]
     queues: dict[int, list[Json]] = {}
     for q in range(b.queues):
         view = engine.queue(q)
-        queues.setdefault((view.cur & 0xFF) - 1, []).append(
+        queues.setdefault(engine.served_by(q), []).append(
             {
                 "queue": q,
                 "received": int(view.received),

@@ -87,7 +87,8 @@ class Takeover:
         if name in record.tables:
             table = kinds.read(FlowTable, record.tables[name])
             generation = int(record.tables[name]["metadata"]["generation"])
-        stack = Stack(name, resource, index, self._run.stack(name), self._director.handle)
+        directory = self._run.stack(name)
+        stack = Stack(name, resource, index, directory, self._run.memory(directory), self._director.handle)
         for slot, known in record.engines.items():
             if isinstance(known, dict) and known.get("stack") == name:
                 self._life.blueprint(stack, known), State(known["state"]), int(slot), tuple(known["init"])

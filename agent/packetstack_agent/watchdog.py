@@ -5,6 +5,7 @@ processes of a pod) is a task of that engine alone, so that no engine waits for 
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ SILENT_SECONDS = 3.0
 """How long init may take to bring a datapath."""
 KILL_SECONDS = 1.0
 """Time between two times that one datapath is killed."""
+CAPTURE_SECONDS = 1.0
+"""Between two reports of captures: the engine says how many there are, and may say what it likes."""
 LINK_SECONDS = 0.2
 """Between two looks at whether an engine's interface is there."""
 GONE_SECONDS = 0.5
@@ -86,6 +89,8 @@ class Watch:
     """When its datapath was last killed: it may take a while to end."""
     captured: int = 0
     """Captures that have been reported."""
+    captured_told: float = -math.inf
+    """When that was told last."""
     link_seen: float = 0.0
     """When it was last looked whether its interface is there."""
     pod_seen: float = 0.0
@@ -161,8 +166,8 @@ class Watchdog:
         if watch.mending is None or watch.mending.done():
             mend = self._needed(managed, engine, watch, now)
             watch.mending = self._background.spawn(managed.stack.name, mend) if mend is not None else None
-        if engine.view.captured > watch.captured:
-            watch.captured = int(engine.view.captured)
+        if engine.view.captured > watch.captured and now - watch.captured_told >= CAPTURE_SECONDS:
+            watch.captured, watch.captured_told = int(engine.view.captured), now
             self._report_capture(managed, engine)
         elif engine.ready and (why := hung(engine, watch.beats, now)):
             self._kill(engine, why, now)

@@ -27,6 +27,7 @@
 #include <x86intrin.h>
 
 #include "packetstack/census.h"
+#include "packetstack/parts.h"
 #include "nat.h"
 
 #define LOAD(p)	    __atomic_load_n(p, __ATOMIC_ACQUIRE)
@@ -912,11 +913,9 @@ static void adopt(struct datapath *d)
 	for (uint32_t i = 0; i < d->queues; i++) {
 		struct queue *q = &d->queue[i];
 		struct ps_queue *s = q->shared;
-		uint32_t core = s->want ? (s->want & 0xff) - 1 : i % d->cores;
+		uint32_t want = LOAD(&d->engine->want[i]), core = want && want <= d->cores ? want - 1 : i % d->cores;
 		uint32_t me;
 
-		if (core >= d->cores)
-			core = i % d->cores;
 		me = (d->generation & 0xffffff) << 8 | (core + 1);
 		progress_check(d, q, SOURCE_RX, LOAD(q->rx.consumer), LOAD(q->rx.producer));
 		progress_check(d, q, SOURCE_PARK, s->park.consumer, s->park.producer);
@@ -928,7 +927,6 @@ static void adopt(struct datapath *d)
 		}
 		PS_POINT(ADOPT_PARKED);
 		s->kick = 1;
-		s->want = me;
 		STORE(&s->cur, me);
 		PS_POINT(ADOPT_TAKEN);
 	}
@@ -938,15 +936,13 @@ static void adopt(struct datapath *d)
 
 static void wake(struct datapath *d, uint32_t core)
 {
-	uint64_t one = 1;
-
-	if (core < d->cores && write(d->event[core], &one, sizeof(one)) < 0)
-		return; /* the counter is full: it is awake anyway */
+	if (core < d->cores && send(d->wake[core], "", 1, MSG_DONTWAIT | MSG_NOSIGNAL) < 0)
+		return; /* it has been woken and has not looked yet */
 }
 
 static void take_configuration(struct worker *w)
 {
-	struct ps_config_file *file = w->d->config;
+	const struct ps_config_file *file = w->d->config;
 	uint64_t generation = LOAD(&file->generation);
 
 	if (generation == w->core->config_seen)
@@ -1009,9 +1005,9 @@ static void sweep(struct worker *w)
 static void sleep_until_work(struct worker *w)
 {
 	struct datapath *d = w->d;
-	struct pollfd fds[PS_MAX_QUEUES + 1] = { { .fd = d->event[w->index], .events = POLLIN } };
+	struct pollfd fds[PS_MAX_QUEUES + 1] = { { .fd = d->woken[w->index], .events = POLLIN } };
 	int n = 1, timeout = 100;
-	uint64_t count;
+	char once;
 
 	for (uint32_t i = 0; i < d->queues; i++) {
 		struct queue *q = &d->queue[i];
@@ -1026,8 +1022,8 @@ static void sleep_until_work(struct worker *w)
 	poll(fds, (nfds_t)n, timeout);
 	STORE(&w->core->asleep, 0);
 	w->core->wakeups++;
-	if (fds[0].revents & POLLIN && read(fds[0].fd, &count, sizeof(count)) < 0)
-		return;
+	while (fds[0].revents & POLLIN && recv(fds[0].fd, &once, 1, MSG_DONTWAIT) >= 0)
+		;
 }
 
 static void *run(void *argument)
@@ -1066,14 +1062,14 @@ static void *run(void *argument)
 
 			if (LOAD(&s->cur) != w->me)
 				continue;
-			want = LOAD(&s->want);
-			if (want != w->me && want && alive(d, want) && kick(&d->queue[i])) {
+			want = LOAD(&d->engine->want[i]);
+			if (want != w->index + 1 && want && want <= d->cores && kick(&d->queue[i])) {
 				/* Between batches nothing of the queue is ours alone: one store hands it over. What it sent
 				 * has left the ring, so the new core's frames do not meet it there. */
-				STORE(&s->cur, want);
+				STORE(&s->cur, (w->me & ~0xffu) | want);
 				PS_POINT(HANDED);
-				d->core[(want & 0xff) - 1]->counters[PS_C_HANDOFFS]++;
-				wake(d, (want & 0xff) - 1);
+				d->core[want - 1]->counters[PS_C_HANDOFFS]++;
+				wake(d, want - 1);
 				continue;
 			}
 			done += serve(w, &d->queue[i]);
@@ -1101,16 +1097,31 @@ static void *run(void *argument)
 
 /* ---- start ------------------------------------------------------------------------------------------ */
 
-static void *map_file(int fd, size_t *size)
+static void *map_file(int fd, int protection, size_t *size)
 {
 	struct stat st;
 	void *at;
 
 	if (fstat(fd, &st) || st.st_size <= 0)
 		return NULL;
-	at = mmap(NULL, (size_t)st.st_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	if (size)
-		*size = (size_t)st.st_size;
+	at = mmap(NULL, (size_t)st.st_size, protection, MAP_SHARED, fd, 0);
+	*size = (size_t)st.st_size;
+	return at == MAP_FAILED ? NULL : at;
+}
+
+/* What the agent writes may be read here, what engines write stands behind it (packetstack/parts.h). */
+static void *map_parts(int file, int map, uint64_t file_bytes, uint32_t magic)
+{
+	struct {
+		uint32_t magic, layout;
+		uint64_t bytes;
+	} head;
+	void *at;
+
+	if (pread(file, &head, sizeof(head), 0) != sizeof(head) || head.magic != magic ||
+	    head.layout != PS_LAYOUT_VERSION || head.bytes <= file_bytes)
+		return NULL;
+	at = ps_parts_map(file, map, file_bytes, head.bytes, PROT_READ, PROT_READ | PROT_WRITE);
 	return at == MAP_FAILED ? NULL : at;
 }
 
@@ -1134,29 +1145,31 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 	struct xdp_mmap_offsets offsets;
 	socklen_t length = sizeof(offsets);
 	struct ps_engine *e;
+	size_t config_bytes = 0;
 
 	if (attach->queues < 1 || attach->queues > PS_MAX_QUEUES || attach->cores < 1 || attach->cores > PS_MAX_CORES ||
-	    n != 4 + (int)attach->queues + (int)attach->cores) {
+	    n != 6 + (int)(attach->queues + 2 * attach->cores)) {
 		snprintf(error, (size_t)size, "attach: %d descriptors for %u queues and %u cores; expected %u", n,
-			 attach->queues, attach->cores, 4 + attach->queues + attach->cores);
+			 attach->queues, attach->cores, 6 + attach->queues + 2 * attach->cores);
 		return -1;
 	}
 	d->queues = attach->queues;
 	d->cores = attach->cores;
 	d->generation = attach->generation;
-	d->arena = map_file(fds[0], NULL);
-	d->engine = e = map_file(fds[1], NULL);
-	d->config = map_file(fds[2], NULL);
-	d->umem = map_file(fds[3], &d->umem_bytes);
+	errno = 0;
+	d->arena = map_parts(fds[0], fds[1], PS_ARENA_FILE_BYTES, PS_ARENA_MAGIC);
+	d->engine = e = map_parts(fds[2], fds[3], PS_ENGINE_FILE_BYTES, PS_ENGINE_MAGIC);
+	d->config = map_file(fds[4], PROT_READ, &config_bytes);
+	d->umem = map_file(fds[5], PROT_READ | PROT_WRITE, &d->umem_bytes);
 	if (!d->arena || !e || !d->config || !d->umem) {
-		snprintf(error, (size_t)size, "attach: cannot map shared memory: %s", strerror(errno));
+		snprintf(error, (size_t)size, "attach: cannot map shared memory of layout %d: %s", PS_LAYOUT_VERSION,
+			 errno ? strerror(errno) : "it is another one");
 		return -1;
 	}
-	if (d->arena->magic != PS_ARENA_MAGIC || e->magic != PS_ENGINE_MAGIC || d->config->magic != PS_CONFIG_MAGIC ||
-	    d->arena->layout != PS_LAYOUT_VERSION || e->layout != PS_LAYOUT_VERSION ||
-	    d->config->layout != PS_LAYOUT_VERSION || e->queues != d->queues || e->cores != d->cores) {
-		snprintf(error, (size_t)size, "LayoutMismatch: shared memory has layout %u, this datapath %d",
-			 d->arena->layout, PS_LAYOUT_VERSION);
+	if (d->config->magic != PS_CONFIG_MAGIC || d->config->layout != PS_LAYOUT_VERSION ||
+	    config_bytes < sizeof(*d->config) || e->queues != d->queues || e->cores != d->cores) {
+		snprintf(error, (size_t)size, "LayoutMismatch: shared memory is not of layout %d, this datapath's",
+			 PS_LAYOUT_VERSION);
 		return -1;
 	}
 #ifdef PS_INJECT
@@ -1165,7 +1178,7 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 	for (uint32_t i = 0; i < d->queues; i++) {
 		struct queue *q = &d->queue[i];
 
-		q->socket = fds[4 + i];
+		q->socket = fds[6 + i];
 		q->shared = (struct ps_queue *)((uint8_t *)e + e->queues_offset + i * e->queue_stride);
 		q->park = (struct ps_descriptor *)(q->shared + 1);
 		q->free = (uint64_t *)(q->park + e->park_slots);
@@ -1185,7 +1198,8 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 	}
 	for (uint32_t i = 0; i < d->cores; i++) {
 		d->core[i] = (struct ps_core *)((uint8_t *)e + e->cores_offset) + i;
-		d->event[i] = fds[4 + d->queues + i];
+		d->wake[i] = fds[6 + d->queues + i];
+		d->woken[i] = fds[6 + d->queues + d->cores + i];
 		d->pin[i] = attach->pin[i];
 	}
 	return 0;

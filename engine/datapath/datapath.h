@@ -28,14 +28,14 @@ enum trust { UNKNOWN, LINKS, WHOLE }; /* how far this process has looked at a sh
 struct datapath {
 	struct ps_engine *engine;
 	struct ps_arena *arena;
-	struct ps_config_file *config;
+	const struct ps_config_file *config;
 	uint8_t *umem;
 	size_t umem_bytes;
 	struct kernel_ring fill, completion;
 	struct queue queue[PS_MAX_QUEUES];
 	struct ps_core *core[PS_MAX_CORES];
 	uint8_t trusted[PS_MAX_BUCKETS]; /* enum trust; written by the bucket's server */
-	int event[PS_MAX_CORES];
+	int wake[PS_MAX_CORES], woken[PS_MAX_CORES];
 	int pin[PS_MAX_CORES];
 	uint32_t generation;
 	uint32_t queues, cores;
@@ -43,7 +43,7 @@ struct datapath {
 	bool stop; /* atomic */
 };
 
-/* Maps what the agent handed over. fds: arena, engine, configuration, UMEM, sockets, events. -> 0 or -1 */
+/* Maps what the agent handed over; fds as in PS_MSG_ATTACH. -> 0 or -1 */
 int datapath_map(struct datapath *d, const struct ps_message *attach, const int *fds, int n, char *error, int size);
 /* Takes over all queues, whose server is gone (or never was), then runs the cores. */
 int datapath_start(struct datapath *d, char *error, int size);

@@ -20,7 +20,7 @@
 
 #include "datapath.h"
 
-enum { NOBODY = 65534, MAX_FDS = 4 + PS_MAX_QUEUES + PS_MAX_CORES, SHARED_FILES = 3 };
+enum { NOBODY = 65534, MAX_FDS = 6 + PS_MAX_QUEUES + 2 * PS_MAX_CORES, SHARED_FILES = 5 };
 
 static struct datapath datapath;
 

@@ -106,7 +106,8 @@ static inline uint32_t ps_backend_choose(struct ps_handler *h, const struct ps_l
 
 		for (uint32_t i = 0; i < l->backends; i++) {
 			uint32_t at = l->first_backend + (start + i) % l->backends;
-			int32_t live = __atomic_load_n(&h->arena->backend[c->backend[at].id].live, __ATOMIC_RELAXED);
+			int32_t live =
+				__atomic_load_n(&h->arena->backend_count[c->backend[at].id].live, __ATOMIC_RELAXED);
 			/* With the flow that it would get: so weights count among the idle too. */
 			uint64_t load = ((uint64_t)(live > 0 ? live + 1 : 1) << 16) / c->backend[at].weight;
 
@@ -128,15 +129,15 @@ static inline bool ps_is_v6(const uint8_t *address)
 }
 
 /* spec.listeners[].limits.newFlowsPerSecond: a bucket of one second's worth, which all engines of the node share. */
-static inline bool ps_rate_allows(struct ps_listener_state *state, uint32_t per_second, uint64_t now)
+static inline bool ps_rate_allows(struct ps_listener_count *count, uint32_t per_second, uint64_t now)
 {
-	uint64_t step = 1000000000ull / per_second, at = __atomic_load_n(&state->next_ns, __ATOMIC_RELAXED), from;
+	uint64_t step = 1000000000ull / per_second, at = __atomic_load_n(&count->next_ns, __ATOMIC_RELAXED), from;
 
 	do {
 		from = at > now ? at : now;
 		if (from - now > 1000000000ull - step)
 			return false;
-	} while (!__atomic_compare_exchange_n(&state->next_ns, &at, from + step, false, __ATOMIC_RELAXED,
+	} while (!__atomic_compare_exchange_n(&count->next_ns, &at, from + step, false, __ATOMIC_RELAXED,
 					      __ATOMIC_RELAXED));
 	return true;
 }
@@ -148,9 +149,9 @@ static inline bool ps_rate_allows(struct ps_listener_state *state, uint32_t per_
 static inline enum ps_counter ps_limit_reached(const struct ps_handler *h, const struct ps_listener *l,
 					       const uint8_t client[16])
 {
-	const struct ps_listener_state *state = &h->arena->listener[l->number & (PS_MAX_NUMBERS - 1)];
+	const struct ps_listener_count *count = &h->arena->listener_count[l->number & (PS_MAX_NUMBERS - 1)];
 
-	if (l->max_flows && __atomic_load_n(&state->proven, __ATOMIC_RELAXED) >= (int64_t)l->max_flows)
+	if (l->max_flows && __atomic_load_n(&count->proven, __ATOMIC_RELAXED) >= (int64_t)l->max_flows)
 		return PS_C_DROP_LIMIT_FLOWS;
 	if (l->max_flows_per_client && ps_client_flows(h->arena, client, l->number) >= l->max_flows_per_client)
 		return PS_C_DROP_LIMIT_CLIENT;
@@ -164,7 +165,8 @@ static inline enum ps_counter ps_opener_refused(const struct ps_handler *h, cons
 	enum ps_counter refused = ps_limit_reached(h, l, client);
 
 	if (refused == PS_COUNTERS && l->new_flows_per_second &&
-	    !ps_rate_allows(&h->arena->listener[l->number & (PS_MAX_NUMBERS - 1)], l->new_flows_per_second, h->now_ns))
+	    !ps_rate_allows(&h->arena->listener_count[l->number & (PS_MAX_NUMBERS - 1)], l->new_flows_per_second,
+			    h->now_ns))
 		return PS_C_DROP_LIMIT_RATE;
 	return refused;
 }
@@ -292,7 +294,7 @@ enum ps_leaving { PS_STAYS = 0, PS_LEAVES, PS_IS_RESET };
 
 static PS_RARE enum ps_leaving ps_leaves_now(const struct ps_handler *h, const struct ps_entry *f)
 {
-	const struct ps_listener_state *state = ps_listener_of(h->arena, f);
+	const struct ps_listener_name *state = ps_listener_of(h->arena, f);
 	bool udp = f->flags & PS_FLOW_UDP;
 	const struct ps_listener *l;
 
@@ -348,7 +350,7 @@ static inline void ps_seen(const struct ps_handler *h, struct ps_entry *f)
  */
 static inline enum ps_counter ps_prove(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, bool again)
 {
-	const struct ps_listener_state *state = ps_listener_of(h->arena, f);
+	const struct ps_listener_name *state = ps_listener_of(h->arena, f);
 	const struct ps_listener *l =
 		ps_listener_find(h->config, state->address, state->port, f->flags & PS_FLOW_UDP ? 17 : 6);
 	enum ps_counter refused = PS_COUNTERS;
@@ -596,7 +598,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_entry *f,
 				 const struct ps_packet *p, bool reply)
 {
 	const struct ps_arena *a = h->arena;
-	const struct ps_listener_state *listener = ps_listener_of(a, f);
+	const struct ps_listener_name *listener = ps_listener_of(a, f);
 	const struct ps_backend *backend = ps_backend_of(a, f);
 	const uint8_t *source = reply ? listener->address : ps_address(a, f->snat);
 	const uint8_t *destination = reply ? f->client : backend->address;
@@ -655,7 +657,7 @@ static inline uint8_t ps_rewrite(struct ps_handler *h, const struct ps_entry *f,
 static PS_RARE uint8_t ps_translate_icmp(struct ps_handler *h, const struct ps_entry *f, uint8_t *frame,
 					 const struct ps_packet *p, bool reply)
 {
-	const struct ps_listener_state *listener = ps_listener_of(h->arena, f);
+	const struct ps_listener_name *listener = ps_listener_of(h->arena, f);
 	const struct ps_backend *backend = ps_backend_of(h->arena, f);
 	const uint8_t *vip = listener->address, *snat = ps_address(h->arena, f->snat);
 	uint8_t *ip = frame + p->l3, *icmp = frame + p->l4, *inner = frame + p->inner_l3, *l4 = frame + p->inner_l4;

@@ -21,21 +21,25 @@ from typing import Any, NoReturn
 from packetstack_core import abi
 
 NOBODY = 65534
+ANSWER_SECONDS = 1.0
+"""What the agent has for an answer."""
 HANG_SECONDS = 2.0
 """A core that is not asleep and whose loop does not turn for so long hangs. A sleeping one turns every 0.1 s."""
 
 
 class View:
-    """An engine file, read only."""
+    """An engine's memory, read only."""
 
-    def __init__(self, path: Path) -> None:
-        self.inode = path.stat().st_ino
+    def __init__(self, file: int, memory: int) -> None:
+        """`file`, `memory`: descriptors from the agent, closed here."""
+        self.inode = os.fstat(file).st_ino
         error = abi.ffi.new("struct ps_error *")
-        self.engine: Any = abi.lib().ps_engine_open(os.fsencode(path), 1, error)
+        self.engine: Any = abi.lib().ps_engine_view(file, memory, error)
+        os.close(file)
+        os.close(memory)
         if self.engine == abi.ffi.NULL:
             raise OSError(abi.ffi.string(error.text).decode())
         self._beats: dict[int, tuple[int, float]] = {}
-        # Read now: without privileges the declarations may be out of reach.
         self._names = abi.enum_names("ps_counter")
 
     def core(self, index: int) -> Any:
@@ -75,18 +79,33 @@ class View:
         return "\n".join(lines) + "\n"
 
 
+def ask_agent() -> View:
+    """What may be read, from the agent at `engine.sock` of the present directory. OSError if it does not answer."""
+    ffi, lib = abi.ffi, abi.lib()
+    message = ffi.new("struct ps_message *", {"kind": lib.PS_MSG_LOOK, "layout": lib.PS_LAYOUT_VERSION})
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as agent:
+        agent.settimeout(ANSWER_SECONDS)
+        agent.connect("engine.sock")
+        agent.send(bytes(ffi.buffer(message)))
+        data, fds, _, _ = socket.recv_fds(agent, ffi.sizeof("struct ps_message"), 2)
+    if len(fds) == 2:
+        return View(*fds)
+    for fd in fds:
+        os.close(fd)
+    raise OSError("the agent gave nothing to read" if data else "the agent hung up")
+
+
 class Handler(BaseHTTPRequestHandler):
     """GET /metrics, /healthz."""
 
     timeout = 5
     """Seconds: who connects and says nothing keeps nobody waiting for longer."""
 
-    path_of_engine: Path
     view: View | None = None
 
     def do_GET(self) -> None:
         """Answer from shared memory."""
-        view = self._current()
+        view = self.current()
         if self.path == "/metrics":
             self._answer(200, view.metrics() if view else "")
         elif self.path == "/healthz":
@@ -95,14 +114,14 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self._answer(404, "use /metrics or /healthz\n")
 
-    def _current(self) -> View | None:
+    @classmethod
+    def current(cls) -> View | None:
         """In a pod the file comes after this process, and may be made again."""
-        cls = type(self)
         try:
-            if cls.view is None or cls.view.inode != cls.path_of_engine.stat().st_ino:
-                cls.view = View(cls.path_of_engine)
+            if cls.view is None or cls.view.inode != Path("queues").stat().st_ino:
+                cls.view = ask_agent()
         except OSError:
-            pass  # gone for now: what was there last is shown
+            pass  # gone for now, or the agent is: what was there last is shown
         return cls.view
 
     def _answer(self, status: int, text: str) -> None:
@@ -132,9 +151,12 @@ def main() -> None:
     directory: Path = arguments.directory
     if arguments.pod:
         start(directory, arguments.listen)
-    Handler.path_of_engine = directory / "queues"
-    with _server(directory, arguments.listen) as server:
+    # From here the agent is reached later too: without privileges the way to this directory is closed.
+    os.chdir(directory)
+    with _server(arguments.listen) as server:
+        abi.lib(), abi.enum_names("ps_counter")  # read now: without privileges they may be out of reach
         give_up_privileges()
+        Handler.current()
         server.serve_forever()
 
 
@@ -147,18 +169,14 @@ def start(directory: Path, listen: str | None) -> NoReturn:
     os.execv(init, [*command, *(["--listen", listen] if listen else [])])
 
 
-def _server(directory: Path, listen: str | None) -> socketserver.BaseServer:
+def _server(listen: str | None) -> socketserver.BaseServer:
     if listen:
         address, _, port = listen.rpartition(":")
         if not port.isdecimal() or int(port) > 65535:
             raise SystemExit(f"--listen {listen}: is not an address with a port; use :9471 or 127.0.0.1:9471")
         family = socket.AF_INET if "." in address else socket.AF_INET6
         return Tcp((address.strip("[]") or "::", int(port)), family)
-    try:
-        Handler.view = View(directory / "queues")
-    except OSError as e:
-        raise SystemExit(str(e)) from None
-    path = directory / "supervisor.sock"
+    path = Path("supervisor.sock")
     path.unlink(missing_ok=True)
     server = socketserver.UnixStreamServer(str(path), Handler)
     path.chmod(0o600)

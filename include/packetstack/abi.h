@@ -28,8 +28,9 @@ enum ps_limits {
 	PS_MAX_ADDRESSES = 4096, /* SNAT addresses that a configuration or live flows of a stack may name */
 	PS_MAX_BACKENDS = 4096,	 /* backends (address, port), as for addresses */
 	PS_MAX_LISTENERS = 256,
-	PS_MAX_NUMBERS = 1024, /* listeners that a stack's live flows may name, those that were removed too */
-	PS_CLASSES = 64,       /* listeners are told apart in a shard by number % PS_CLASSES */
+	PS_MAX_ENTRIES = 32000, /* flows of a shard */
+	PS_MAX_NUMBERS = 1024,	/* listeners that a stack's live flows may name, those that were removed too */
+	PS_CLASSES = 64,	/* listeners are told apart in a shard by number % PS_CLASSES */
 	PS_MAX_SNAT = 1024,
 	PS_MAX_UPLINKS = 64,	 /* a power of two */
 	PS_UPLINK_PROBES = 4,	 /* places at which an uplink may be found, from its interface's index on */
@@ -249,6 +250,20 @@ struct ps_watched {
 	uint64_t offered[2], shed[2];
 };
 
+/*
+ * ---- memory in two parts ---------------------------------------------------------------------------
+ *
+ * Arena and engine file begin with what the agent alone writes: a file that engines get to read. Right behind it is
+ * mapped what engines write: a BPF map, which nobody can cut, grow or take away from others (packetstack/parts.h).
+ * The agent believes nothing of that second part: no size, offset or index of it leads anywhere unchecked.
+ */
+
+enum ps_parts {
+	PS_PAGE = 4096,
+	PS_ENGINE_FILE_BYTES = 4096,  /* the agent's part of ps_engine */
+	PS_ARENA_FILE_BYTES = 249856, /* the agent's part of ps_arena */
+};
+
 /* ---- engine file: one per engine, rings and queue objects -------------------------------------- */
 
 /* Per core; frames unless said otherwise */
@@ -351,10 +366,9 @@ struct ps_descriptor {
 };
 
 struct ps_queue {
-	uint32_t cur;  /* core that serves it: generation << 8 | core + 1; 0 = none */
-	uint32_t want; /* core that shall serve it */
+	uint32_t cur;  /* core that serves it: generation << 8 | core + 1; 0 = none. Which one shall: ps_engine.want */
 	uint32_t kick; /* transmit ring has frames that were not kicked */
-	uint32_t spare0;
+	uint32_t spare0[2];
 	uint64_t fence;		 /* fence whose markers are being collected */
 	uint64_t fence_cpus[4];	 /* bit per CPU whose marker came */
 	uint64_t fence_complete; /* last fence whose markers have all come */
@@ -396,29 +410,40 @@ struct ps_census {
 };
 
 struct ps_engine {
+	/* the agent's part, one page */
 	uint32_t magic, layout;
+	uint64_t bytes; /* of both parts */
 	uint32_t slot;
 	uint32_t queues, cores;
 	uint32_t frames; /* frames of the UMEM */
 	uint32_t rx_slots, tx_slots, fill_slots, completion_slots, park_slots, free_slots;
-	uint64_t token;		/* of its markers: random, made with the engine */
-	uint64_t bytes;		/* size of this file */
-	uint64_t cores_offset;	/* ps_core[cores], stride sizeof */
-	uint64_t queues_offset; /* ps_queue and its slots */
+	uint64_t token;		  /* of its markers: random, made with the engine */
+	uint64_t captures_offset; /* ps_capture[PS_CAPTURES] */
+	uint64_t cores_offset;	  /* ps_core[cores], stride sizeof */
+	uint64_t queues_offset;	  /* ps_queue and its slots */
 	uint64_t queue_stride;
 	uint32_t generation; /* raised whenever a datapath process attaches */
-	uint32_t ready;	     /* generation that serves packets */
 	uint32_t mtu;
-	uint32_t spin_us;	  /* how long a core polls empty queues before it sleeps */
-	uint32_t work_ns;	  /* test builds: artificial cost of a packet */
-	uint32_t captures_offset; /* ps_capture[PS_CAPTURES] */
-	uint32_t captured;	  /* poison frames ever; the last PS_CAPTURES are kept */
-	/* packetstack-datapath-inject only: die at this ps_point, at which pass; ps_protection bits to leave out */
-	uint32_t die_at, die_after, protection_off;
+	uint32_t spin_us;	 /* how long a core polls empty queues before it sleeps */
+	uint32_t work_ns;	 /* test builds: artificial cost of a packet */
+	uint32_t protection_off; /* packetstack-datapath-inject only: ps_protection bits to leave out */
+	uint32_t spare0;
 	uint8_t mac[8];		/* of the engine's interface */
 	uint8_t gateway_mac[8]; /* destination of all that it sends */
-	uint32_t lock;		/* generation << 8 | core + 1 of the holder; 0 = free */
+	uint32_t want[64];	/* PS_MAX_QUEUES: core + 1 that shall serve a queue */
+	/* By these an agent knows the descriptors again that it gave to a datapath */
+	uint64_t umem_inode;
+	uint64_t socket_cookie[64];		    /* PS_MAX_QUEUES: SO_COOKIE */
+	uint64_t wake_cookie[32], woken_cookie[32]; /* PS_MAX_CORES */
+	uint8_t spare1[2672];
+	/* the engines' part */
+	uint32_t ready;	   /* generation that serves packets */
+	uint32_t captured; /* poison frames ever; the last PS_CAPTURES are kept */
+	/* packetstack-datapath-inject only: die at this ps_point, at which pass */
+	uint32_t die_at, die_after;
+	uint32_t lock; /* generation << 8 | core + 1 of the holder; 0 = free */
 	struct ps_recycle recycle;
+	/* captures, cores, queues */
 };
 
 /* ---- injected deaths (packetstack-datapath-inject) ---------------------------------------------- */
@@ -619,45 +644,60 @@ struct ps_backend {
 	uint8_t address[16];
 	uint16_t port;
 	uint16_t used; /* the configuration names it */
-	int32_t live;  /* flows that have not ended, added to atomically */
+	uint32_t spare[3];
+};
+
+struct ps_backend_count {
+	int32_t live; /* flows that have not ended, added to atomically */
+	uint32_t spare0;
 	uint64_t created;
 };
 
-/* A listener's flows over all engines of the node. One cache line. */
-struct ps_listener_state {
+/* A listener that flows may name. */
+struct ps_listener_name {
 	uint8_t address[16];
 	uint16_t port;	  /* wire order */
 	uint8_t protocol; /* 0: the entry is free */
 	uint8_t used;	  /* the configuration names it */
-	int32_t live;	  /* flows that have not ended, added to atomically */
+	uint32_t spare[3];
+};
+
+/* Its flows over all engines of the node. One cache line. */
+struct ps_listener_count {
+	int32_t live;	/* flows that have not ended, added to atomically */
+	int32_t proven; /* flows whose client is where it says, not ended; added to atomically */
 	uint64_t created;
 	uint64_t next_ns; /* newFlowsPerSecond: when an even stream would bring its next opener */
-	int32_t proven;	  /* flows whose client is where it says, not ended; added to atomically */
-	uint32_t spare0;
-	uint64_t spare[2];
+	uint64_t spare[5];
 };
 
 /* Proven flows of one client of one listener that has maxFlowsPerClient: tag of both 32 | flows 32 */
 typedef uint64_t ps_client_count;
 
 struct ps_arena {
+	/* the agent's part */
 	uint32_t magic, layout;
+	uint64_t bytes; /* of both parts */
 	uint32_t buckets;
 	uint32_t entries;     /* flows a shard can hold */
 	uint32_t index_slots; /* power of two */
 	uint32_t addresses;   /* in use, from 0 */
 	uint32_t backends;    /* in use, from 0 */
 	uint32_t clients;     /* places of the table of clients, a power of two */
-	uint64_t bytes;
 	uint64_t shards_offset, shard_stride;
 	uint64_t clients_offset; /* ps_client_count[clients] */
 	uint64_t clients_key[2]; /* of its hash, a secret */
 	uint64_t next_fence;
-	uint64_t spare[5];
-	struct ps_fence fences[16];		 /* PS_MAX_FENCES */
-	struct ps_address address[4096];	 /* PS_MAX_ADDRESSES: SNAT and virtual addresses */
-	struct ps_backend backend[4096];	 /* PS_MAX_BACKENDS */
-	struct ps_listener_state listener[1024]; /* PS_MAX_NUMBERS */
+	uint64_t spare0[5];
+	struct ps_fence fences[16];		/* PS_MAX_FENCES */
+	struct ps_address address[4096];	/* PS_MAX_ADDRESSES: SNAT and virtual addresses */
+	struct ps_backend backend[4096];	/* PS_MAX_BACKENDS */
+	struct ps_listener_name listener[1024]; /* PS_MAX_NUMBERS */
+	uint8_t spare1[3712];
+	/* the engines' part */
+	struct ps_backend_count backend_count[4096];
+	struct ps_listener_count listener_count[1024];
+	/* shards, table of clients */
 };
 
 /* ---- configuration: one file per stack, two buffers --------------------------------------------- */
@@ -741,14 +781,17 @@ struct ps_config_file {
 
 enum ps_message_kind {
 	PS_MSG_HELLO = 1,   /* datapath -> agent: layout, pid, generation; descriptors as in ATTACH from the UMEM on */
-	PS_MSG_ATTACH = 2,  /* agent -> datapath, with descriptors: arena, engine file, configuration,
-				   UMEM, one AF_XDP socket a queue, one eventfd a core */
+	PS_MSG_ATTACH = 2,  /* agent -> datapath, with descriptors: arena and its map, engine file and its map,
+				   configuration; UMEM, one AF_XDP socket a queue, for each core a socket that
+				   wakes it, for each core its end of that */
 	PS_MSG_REFUSED = 3, /* agent -> datapath: text says why */
 	PS_MSG_READY = 4,   /* datapath -> agent: it serves its queues */
 	PS_MSG_PREPARED = 5,
 	PS_MSG_GO = 6,	    /* agent -> datapath: whoever served before is gone; take over and serve */
 	PS_MSG_STOP = 7,    /* agent -> datapath: finish the batches at hand and serve no more */
 	PS_MSG_STOPPED = 8, /* datapath -> agent: nothing here touches the rings any more */
+	PS_MSG_LOOK = 9,    /* supervisor -> agent: what may I read? */
+	PS_MSG_VIEW = 10,   /* agent -> supervisor, with descriptors, to read: engine file and its map */
 };
 
 struct ps_message {

@@ -18,7 +18,10 @@ static inline void ps_census_ring(uint8_t *times, uint32_t frames, const void *s
 		return;
 	}
 	for (; from != to; from++) {
-		uint64_t address = *(const uint64_t *)((const uint8_t *)slots + (uint64_t)(from & mask) * stride);
+		/* Once: whoever writes there may be doing so now. */
+		uint64_t address =
+			__atomic_load_n((const uint64_t *)((const uint8_t *)slots + (uint64_t)(from & mask) * stride),
+					__ATOMIC_RELAXED);
 
 		if (address / PS_FRAME_BYTES >= frames)
 			c->bad++;

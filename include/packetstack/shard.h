@@ -28,7 +28,7 @@ void ps_point(enum ps_point at);
 #define PS_POINT(name) ((void)0)
 #endif
 
-_Static_assert(sizeof(struct ps_entry) == 64 && sizeof(struct ps_listener_state) == 64 &&
+_Static_assert(sizeof(struct ps_entry) == 64 && sizeof(struct ps_listener_count) == 64 &&
 		       sizeof(struct ps_shard) == 64 && !(sizeof(struct ps_share) * PS_CLASSES % 64),
 	       "shards and entries begin at a cache line");
 
@@ -76,7 +76,7 @@ static inline const struct ps_backend *ps_backend_of(const struct ps_arena *a, c
 	return &a->backend[f->backend & (PS_MAX_BACKENDS - 1)];
 }
 
-static inline const struct ps_listener_state *ps_listener_of(const struct ps_arena *a, const struct ps_entry *f)
+static inline const struct ps_listener_name *ps_listener_of(const struct ps_arena *a, const struct ps_entry *f)
 {
 	return &a->listener[f->listener & (PS_MAX_NUMBERS - 1)];
 }
@@ -295,15 +295,15 @@ static inline void ps_count_add(struct ps_arena *a, struct ps_shard *s, struct p
 	if (f->flags & PS_FLOW_COUNTED)
 		return;
 	ps_shard_shares(a, s)[ps_class(f)].held++;
-	__atomic_fetch_add(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->backend_count[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->listener_count[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
 	f->flags |= PS_FLOW_COUNTED;
 }
 
 static inline void ps_created_add(struct ps_arena *a, const struct ps_entry *f)
 {
-	__atomic_fetch_add(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].created, 1, __ATOMIC_RELAXED);
-	__atomic_fetch_add(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].created, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->backend_count[f->backend & (PS_MAX_BACKENDS - 1)].created, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->listener_count[f->listener & (PS_MAX_NUMBERS - 1)].created, 1, __ATOMIC_RELAXED);
 }
 
 static inline void ps_count_subtract(struct ps_arena *a, struct ps_shard *s, struct ps_entry *f)
@@ -313,8 +313,8 @@ static inline void ps_count_subtract(struct ps_arena *a, struct ps_shard *s, str
 	f->flags &= (uint16_t)~PS_FLOW_COUNTED;
 	PS_BARRIER();
 	ps_shard_shares(a, s)[ps_class(f)].held--;
-	__atomic_fetch_sub(&a->backend[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
-	__atomic_fetch_sub(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_sub(&a->backend_count[f->backend & (PS_MAX_BACKENDS - 1)].live, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_sub(&a->listener_count[f->listener & (PS_MAX_NUMBERS - 1)].live, 1, __ATOMIC_RELAXED);
 }
 
 /*
@@ -359,7 +359,7 @@ static inline void ps_proven_add(struct ps_arena *a, struct ps_entry *f, bool by
 
 	if (f->flags & PS_FLOW_PROVEN)
 		return;
-	__atomic_fetch_add(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].proven, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&a->listener_count[f->listener & (PS_MAX_NUMBERS - 1)].proven, 1, __ATOMIC_RELAXED);
 	f->flags |= PS_FLOW_PROVEN;
 	if (!by_client)
 		return;
@@ -385,7 +385,7 @@ static inline void ps_proven_subtract(struct ps_arena *a, struct ps_entry *f)
 	if (f->flags & PS_FLOW_PROVEN) {
 		f->flags &= (uint16_t)~PS_FLOW_PROVEN;
 		PS_BARRIER();
-		__atomic_fetch_sub(&a->listener[f->listener & (PS_MAX_NUMBERS - 1)].proven, 1, __ATOMIC_RELAXED);
+		__atomic_fetch_sub(&a->listener_count[f->listener & (PS_MAX_NUMBERS - 1)].proven, 1, __ATOMIC_RELAXED);
 	}
 	if (!(f->flags & PS_FLOW_CLIENT_COUNTED))
 		return;

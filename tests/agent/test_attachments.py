@@ -75,7 +75,8 @@ class Place:
         self.file = os.open("/dev/null", os.O_RDWR)
         self.view = ffi.new("struct ps_engine *")
         self.said: list[str] = []
-        shared = Shared(1, 1, (), (self.file, self.file), self.file, [self.file] * 3, 1, self.view)
+        file = self.file
+        shared = Shared(1, 1, (), (file,) * 5, (file, file), [file] * 4, 1, self.view)
         self.attachments = Attachments(listener, shared, self.said.append)
         self.made: list[Datapath] = []
 
@@ -167,3 +168,46 @@ async def test_an_end_that_does_not_come_is_an_error(place: Place) -> None:
     await place.serving()
     with pytest.raises(AgentError, match="has not ended"):
         await place.attachments.end()
+
+
+async def test_a_supervisor_gets_what_it_may_read_and_ends_nothing(place: Place) -> None:
+    serving, supervisor = await place.serving(), place.datapath()
+    await asyncio.get_running_loop().sock_connect(supervisor.socket, str(place.path))
+    supervisor.send("PS_MSG_LOOK")
+    await turns()
+    await asyncio.sleep(0.01)
+    data, fds, _, _ = socket.recv_fds(supervisor.socket, SIZE, 8)
+    message = ffi.new("struct ps_message *")
+    ffi.memmove(message, data, SIZE)
+    assert message.kind == constant("PS_MSG_VIEW")
+    assert len(fds) == 2
+    for fd in fds:
+        os.close(fd)
+    assert await serving.waits()
+    assert place.said == ["ready"]
+
+
+async def test_one_that_serves_and_never_stops_talking_is_killed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    serving, killed = await place.serving(), asyncio.Event()
+    monkeypatch.setattr(Link, "kill", lambda _: killed.set())
+    for _ in range(attachments.MOST_MESSAGES):
+        serving.send("PS_MSG_READY")
+    await asyncio.sleep(0.05)
+    assert not killed.is_set()
+    serving.send("PS_MSG_READY")
+    async with asyncio.timeout(5):
+        await killed.wait()
+
+
+async def test_strangers_get_no_more_than_a_few_answers_at_once(place: Place) -> None:
+    """Each is an event, and work: without a pause one process would keep the agent from all else."""
+    loop = asyncio.get_running_loop()
+    made = [place.datapath() for _ in range(3 * attachments.CONVERSATIONS)]
+    for one in made:
+        try:
+            await loop.sock_connect(one.socket, str(place.path))
+            one.send("PS_MSG_READY")
+        except OSError:
+            break
+    await asyncio.sleep(attachments.REFUSED_SECONDS / 2)
+    assert len(place.said) <= attachments.CONVERSATIONS

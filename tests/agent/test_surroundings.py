@@ -17,7 +17,7 @@ from tests.waiting import eventually
 from packetstack_agent import devices
 from packetstack_agent.errors import AgentError
 
-SMALL_MIB = 6
+SMALL_MIB = 3
 
 
 def condition(node: Node, kind: str) -> dict[str, Any]:
@@ -29,11 +29,9 @@ def test_up_on_a_disk_that_is_too_small_says_which_file_and_leaves_nothing(node:
     remount(disk, f"size={SMALL_MIB}m")
     before = node.traces()
     file = node.lab.directory / "stack.yaml"
-    node.up(stack(replicas=0))  # it fits; the engines' files and a larger arena do not
-    node.packetstack("down", "--yes")
-    file.write_text(file.read_text().replace('"maxFlows": 4096', '"maxFlows": 1000000'))
+    file.write_text(json.dumps(stack()))  # the configuration does not fit
     said = node.refused("up", str(file))
-    assert said.startswith(f"{disk}/stacks/web/arena: cannot take ")
+    assert said.startswith(f"{disk}/stacks/web/config: cannot take ")
     assert said.endswith("MiB for it: No space left on device")
     assert node.traces() == before
 

@@ -113,7 +113,7 @@ static inline void shard_check(const struct ps_arena *a, struct ps_shard *s, con
 	CHECK(s->high <= a->entries, "%u of %u", s->high, a->entries);
 	for (uint32_t i = 0; i < a->entries; i++) {
 		struct ps_entry *f = &flows[i];
-		const struct ps_listener_state *l = &a->listener[f->listener];
+		const struct ps_listener_name *l = &a->listener[f->listener];
 		const struct ps_backend *b = &a->backend[f->backend];
 		struct ps_key k = {
 			.sport = f->client_port, .dport = l->port, .udp = f->flags & PS_FLOW_UDP, .hash = f->hash
@@ -219,12 +219,12 @@ static inline uint32_t counts_check(const struct ps_arena *a, uint32_t first, ui
 	CHECK(by_client >= 0, "%ld flows of clients are not counted", -by_client);
 	high += (uint32_t)by_client;
 	for (uint32_t i = 0; i < 16; i++) {
-		CHECK(a->backend[i].live >= backend[i], "backend %u counts %d of %d", i, a->backend[i].live,
+		CHECK(a->backend_count[i].live >= backend[i], "backend %u counts %d of %d", i, a->backend_count[i].live,
 		      backend[i]);
-		high += (uint32_t)(a->backend[i].live - backend[i]);
+		high += (uint32_t)(a->backend_count[i].live - backend[i]);
 	}
 	for (uint32_t i = 0; i < NUMBERS; i++) {
-		const struct ps_listener_state *l = &a->listener[i];
+		const struct ps_listener_count *l = &a->listener_count[i];
 
 		CHECK(l->live >= listener[i], "listener %u counts %d of %d", i, l->live, listener[i]);
 		CHECK(l->proven >= proven[i], "listener %u counts %d of %d proven", i, l->proven, proven[i]);

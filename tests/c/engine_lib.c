@@ -128,7 +128,7 @@ uint32_t engine_flows(const struct engine *e, struct engine_flow *out, uint32_t 
 
 		for (uint32_t i = 0; s->live && i < a->entries && n < most; i++) {
 			const struct ps_entry *f = &ps_shard_flows(a, s)[i];
-			const struct ps_listener_state *l = ps_listener_of(a, f);
+			const struct ps_listener_name *l = ps_listener_of(a, f);
 			const struct ps_backend *b = ps_backend_of(a, f);
 
 			if (f->state == PS_FLOW_FREE)

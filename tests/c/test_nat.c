@@ -518,7 +518,7 @@ static bool refreshed(const struct conversation *c) { return entry_of(c)->last_s
 
 static bool entry_established(const struct conversation *c) { return entry_of(c)->state == PS_FLOW_ESTABLISHED; }
 
-static int32_t proven(uint32_t listener) { return t.arena->listener[listener].proven; }
+static int32_t proven(uint32_t listener) { return t.arena->listener_count[listener].proven; }
 
 /* A handshake is proven by the right acknowledgement and a right checksum, and by nothing else. */
 static void a_handshake_needs_the_right_acknowledgements(void)
@@ -549,7 +549,8 @@ static void a_handshake_needs_the_right_acknowledgements(void)
 	shape.bad_checksum = true;
 	LEADS(c, CLIENT, TCP_ACK, 1, 1, 0, SYN_ACK);
 	shape.bad_checksum = false;
-	CHECK(!proven(0) && t.arena->listener[0].live == 1, "%d of %d proven", proven(0), t.arena->listener[0].live);
+	CHECK(!proven(0) && t.arena->listener_count[0].live == 1, "%d of %d proven", proven(0),
+	      t.arena->listener_count[0].live);
 	LEADS(c, CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
 	CHECK(proven(0) == 1, "%d proven", proven(0));
 }
@@ -585,7 +586,7 @@ static void a_reset_leaves_an_opening_connection_half_open(void)
 	LEADS(d, BACKEND, TCP_RST, 90001, 0, 0, SYN);
 	LEADS(d, BACKEND, TCP_SYN | TCP_ACK, 95000, 70001, 0, SYN_ACK);
 	LEADS(d, CLIENT, TCP_ACK, 70001, 95001, 0, ESTABLISHED);
-	CHECK(t.arena->listener[0].live == 2 && proven(0) == 1, "%d live", t.arena->listener[0].live);
+	CHECK(t.arena->listener_count[0].live == 2 && proven(0) == 1, "%d live", t.arena->listener_count[0].live);
 }
 
 /* Who does not know the connection's numbers ends nothing: reset, FIN and SYN are sent on and not believed. */
@@ -625,7 +626,7 @@ static void an_exact_reset_closes(void)
 
 			LEADS(c, side, TCP_ACK, 1, 1, 500, ESTABLISHED);
 			LEADS(c, side, TCP_RST, seq, 0, 0, CLOSED);
-			CHECK(!proven(0) && !t.arena->listener[0].live, "it is still counted");
+			CHECK(!proven(0) && !t.arena->listener_count[0].live, "it is still counted");
 			LEADS(c, side, TCP_RST, seq, 0, 0, CLOSED);
 		}
 }
@@ -675,9 +676,9 @@ static void the_client_closes_first(void)
 	}
 	LEADS(c, BACKEND, TCP_FIN | TCP_ACK, 5001, 102, 0, CLOSING);
 	LEADS(c, BACKEND, TCP_FIN | TCP_ACK, 5001, 102, 0, CLOSING); /* again */
-	CHECK(t.arena->listener[0].live == 1, "%d", t.arena->listener[0].live);
+	CHECK(t.arena->listener_count[0].live == 1, "%d", t.arena->listener_count[0].live);
 	LEADS(c, CLIENT, TCP_ACK, 102, 5002, 0, CLOSED);
-	CHECK(!t.arena->listener[0].live && !proven(0), "it is still counted");
+	CHECK(!t.arena->listener_count[0].live && !proven(0), "it is still counted");
 }
 
 /* The backend's FIN first, or both at once: the backend keeps addresses and ports for a while. */
@@ -696,7 +697,7 @@ static void the_backend_closes_first_or_both_at_once(void)
 	LEADS(d, BACKEND, TCP_FIN | TCP_ACK, 1, 1, 0, CLOSING); /* it has not seen the client's */
 	LEADS(d, CLIENT, TCP_ACK, 2, 2, 0, CLOSING);
 	LEADS(d, BACKEND, TCP_ACK, 2, 2, 0, TIME_WAIT);
-	CHECK(!t.arena->listener[0].live && !proven(0), "they are still counted");
+	CHECK(!t.arena->listener_count[0].live && !proven(0), "they are still counted");
 }
 
 /* A client that uses its port again after an orderly end comes from the same port to the same backend. */
@@ -721,7 +722,7 @@ static void a_port_used_again_keeps_its_translation(void)
 		CHECK(ps_shard_at(t.arena, 9)->live == live, "a second entry");
 		CHECK(t.counters[PS_C_FLOWS_CREATED] == 2 * ((uint32_t)who + 1) &&
 			      t.counters[PS_C_FLOWS_ENDED] == (uint32_t)who + 1 &&
-			      t.arena->listener[0].created == 2 * ((uint32_t)who + 1),
+			      t.arena->listener_count[0].created == 2 * ((uint32_t)who + 1),
 		      "it is no new flow");
 		LEADS(c, BACKEND, TCP_SYN | TCP_ACK, 0, 1, 0, SYN_ACK);
 		LEADS(c, CLIENT, TCP_ACK, 1, 1, 0, ESTABLISHED);
@@ -1299,7 +1300,7 @@ static void the_proven_flows_of_a_client_are_limited(void)
 	for (uint32_t b = 0; b < 256; b++)
 		ps_shard_sweep(t.arena, ps_shard_at(t.arena, b), t.config->timeout, t.handler.now);
 	for (uint32_t i = 0; i < 4; i++)
-		CHECK(!t.arena->listener[i].live && !proven(i), "listener %u counts", i);
+		CHECK(!t.arena->listener_count[i].live && !proven(i), "listener %u counts", i);
 	CHECK(!ps_client_flows(t.arena, c[0].forward.source, 0), "the client counts");
 }
 
@@ -1349,7 +1350,7 @@ static void a_syn_again_leaves_a_backend_that_does_not_serve(void)
 	}
 	CHECK(moved > 5, "%u moved", moved);
 	/* One that is answered has left no backend. */
-	CHECK(t.arena->backend[2].live == 0, "%d", t.arena->backend[2].live);
+	CHECK(t.arena->backend_count[2].live == 0, "%d", t.arena->backend_count[2].live);
 }
 
 /* The backend has answered, but its answer was lost, and then it died: the client's SYN comes again. */

@@ -84,7 +84,7 @@ static int half_open_victim(struct reference *r)
 
 static struct ps_entry *look(const struct ps_arena *a, struct ps_shard *s, const struct ps_entry *f)
 {
-	const struct ps_listener_state *l = &a->listener[f->listener];
+	const struct ps_listener_name *l = &a->listener[f->listener];
 	struct ps_key k = { .sport = f->client_port, .dport = l->port, .udp = f->flags & PS_FLOW_UDP, .hash = f->hash };
 
 	memcpy(k.source, f->client, 16);

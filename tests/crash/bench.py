@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from packetstack_agent import engines, namespaces, networks, stacks
+from packetstack_agent.blueprints import Blueprint
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_cli.lab import Lab, inside
@@ -231,7 +232,9 @@ class Keeper:
         call(lib().ps_director_attach, self.director, self.pair.director, lib().PS_ROLE_ROUTED, b"routed")
         for device, index in networks.direct_uplinks(self.director, {"up0": "", "dn0": ""}).items():
             call(lib().ps_director_attach, self.director, index, lib().PS_ROLE_UPLINK, device.encode())
-        self.stack = stacks.Stack("deaths", reading.parse(STACK), 0, directory / "stack", self.director)
+        self.stack = stacks.Stack(
+            "deaths", reading.parse(STACK), 0, directory / "stack", self.pins / "flows", self.director
+        )
         networks.ensure_routes(self.stack.resource.prefixes())
         self.stack.direct()
         config = self.stack.config
@@ -239,9 +242,9 @@ class Keeper:
         for state in range(constant("PS_FLOW_SYN"), constant("PS_FLOW_STATES")):
             config.buffer[1].timeout[state] = IDLE_TENTHS
         config.generation = 1
-        blueprint = engines.Blueprint(
+        blueprint = Blueprint(
             "crash", SLOT, "", QUEUES, CORES, "Shared", CPUS, 0, f"{self.lab.prefix}-engine", OWNER,
-            directory / "engine", self.stack.arena_path, self.stack.config_path,
+            directory / "engine", self.stack.arena_path, self.stack.config_path, self.stack.memory, self.pins / "engine",
         )  # fmt: skip
         self.engine = engines.Engine(blueprint, self.director)
         self._make_engine()
@@ -282,18 +285,21 @@ class Keeper:
             ffi.memmove(options.gateway_mac, link.host_mac, 6)
             b.directory.mkdir(parents=True)
             e.fds = ffi.new("struct ps_queue_fds *")
-            call(lib().ps_queues_create, text(b.directory / "queues"), namespace, b"eth0", queues, options, e.fds)
+            call(
+                lib().ps_queues_create, text(b.directory / "queues"), text(b.memory), namespace, b"eth0", queues, options,
+                e.fds,
+            )  # fmt: skip
             os.close(queues)
         finally:
             os.close(namespace)
-        e.files = [os.open(p, os.O_RDWR | os.O_CLOEXEC) for p in (b.arena, b.config)]
+        e.files = [os.open(p, os.O_RDONLY | os.O_CLOEXEC) for p in (b.arena, b.config)]
         e.files.append(call(lib().ps_packet_socket, -1, e.ifindex))
+        e.files.append(call(lib().ps_map_open, text(b.flows), 0))
         e.fence = ffi.new("struct ps_fence_engine *")
         e.fence.slot, e.fence.ifindex = SLOT, e.ifindex
         e.fence.ingress, e.fence.egress = e.files[2], e.fds.egress
-        for i in range(len(e.fence.events)):
-            e.fence.events[i] = e.fds.events[i]
-        e.view = e.fence.engine = call(lib().ps_engine_open, text(b.directory / "queues"), 0)
+        e.fence.wake = e.fds.wake
+        e.view = e.fence.engine = call(lib().ps_engine_open, text(b.directory / "queues"), text(b.memory))
         e.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
         e.listener.bind(str(b.directory / "engine.sock"))
         e.listener.listen(8)
@@ -368,8 +374,8 @@ class Keeper:
             message.slot, message.queues, message.cores, message.generation = SLOT, QUEUES, CORES, e.view.generation
             for i in range(len(message.pin)):
                 message.pin[i] = CPUS[i] if i < CORES else -1
-            fds = [e.files[0], e.fds.engine, e.files[1], e.fds.umem]
-            fds += [e.fds.sockets[q] for q in range(QUEUES)] + [e.fds.events[c] for c in range(CORES)]
+            fds = [e.files[0], e.files[3], e.fds.engine, e.fds.map, e.files[1], e.fds.umem]
+            fds += [*e.fds.sockets[0:QUEUES], *e.fds.wake[0:CORES], *e.fds.woken[0:CORES]]
             control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         self._connection.sendmsg([bytes(ffi.buffer(message))], control)
 
@@ -666,8 +672,8 @@ class Keeper:
             room[i].flags for b in range(BUCKETS) for i in range(lib().ps_arena_flows(arena, b, room, len(room)))
         ]  # fmt: skip
         proven, live = sum(bool(f & constant("PS_FLOW_PROVEN")) for f in flags), self.stack.live()
-        listeners = [arena.listener[i] for i in range(constant("PS_MAX_NUMBERS"))]
-        backends = sum(arena.backend[i].live for i in range(arena.backends))
+        listeners = [arena.listener_count[i] for i in range(constant("PS_MAX_NUMBERS"))]
+        backends = sum(arena.backend_count[i].live for i in range(arena.backends))
         counted = backends, sum(entry.live for entry in listeners), sum(entry.proven for entry in listeners)
         return counted, (live, live, proven)
 

@@ -24,6 +24,7 @@ from tests.lab.costly import AGENT, CostlyStack
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab, inside
 from packetstack_cli.traffic import Outcome, Servers, Traffic
+from packetstack_core import abi
 
 FLOOD = Path(__file__).parents[2] / "build/meson/bench/packetstack-flood"
 KINDS = ("syn", "udp", "ack", "fragment", "echo", "unreachable")
@@ -249,7 +250,9 @@ class Flooded(CostlyStack):
 
     def arena_bytes(self) -> int:
         """Size of the memory that holds its flows; all of it is taken when it is made."""
-        return sum(file.stat().st_size for file in self.lab.run_directory.rglob("arena"))
+        run = self.lab.run_directory
+        files = sum(file.stat().st_size for file in run.rglob("stacks/*/arena"))
+        return files + sum(int(abi.lib().ps_map_bytes(str(pin).encode())) for pin in run.glob("bpf/arena_*"))
 
     def events(self) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self.client.call("events", name="web")

@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent.engines import Blueprint, Engine
+from packetstack_agent.blueprints import Blueprint
+from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed
@@ -85,7 +86,7 @@ class PlayedStack(Stack):
         self.due = math.inf
         self.leaving = {}
         self.arena = None
-        self.arena_path = self.config_path = Path("/nonexistent")
+        self.arena_path = self.config_path = self.memory = Path("/nonexistent")
         self.table = [Owner(owners[b % len(owners)], 0) if owners else NOBODY for b in range(buckets)]
         self.shards = list(self.table)
         self.flows_of: dict[int, int] = {}
@@ -166,7 +167,7 @@ class PlayedEngine(Engine):
         super().__init__(
             Blueprint(
                 stack.name, slot, shape.template_hash(), shape.queues, shape.cores, shape.cpu_policy, (), 0, "", "",
-                nowhere, nowhere, nowhere,
+                nowhere, nowhere, nowhere, nowhere, nowhere,
             )
         )  # fmt: skip
         self.state = state
