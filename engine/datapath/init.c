@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * packetstack-init [--linger FILE] --datapath COMMAND ARGS... [--supervisor COMMAND ARGS...]
+ * packetstack-init [--linger FILE] [--log FILE] --datapath COMMAND ARGS... [--supervisor COMMAND ARGS...]
  *
  * First process of an engine's container. Starts the datapath and the supervisor as siblings, reaps
  * whatever dies, and starts the one that died again: at once if it had run for a second, else with growing
@@ -11,14 +11,19 @@
  * first, which then ends. SIGTERM ends all; what does not end by itself within two seconds is killed. With
  * --linger it ends nothing while FILE, the agent's socket, is there: packets may still need the engine. A
  * second SIGTERM does not wait.
+ *
+ * With --log all that it and its children say goes into FILE, which is cut when it has grown to a megabyte: what was
+ * said last stays. Children have a pipe to it, not the file: whatever one of them says, the file system does not fill up.
  */
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <poll.h>
 #include <time.h>
@@ -32,6 +37,13 @@ struct child {
 };
 
 enum { LONG_MS = 1000, PAUSE_MS = 10, KILLED_PAUSE_MS = 100, LONGEST_PAUSE_MS = 500, TERM_MS = 2000, LINGER_MS = 100 };
+
+/* Bytes of the log at which it is cut, and of its end that stay. What is taken out of the pipe at once, and how often. */
+enum { LOG_BYTES = 1 << 20, LOG_KEPT = 1 << 19, LOG_CHUNK = 1 << 16, LOG_PAUSE_MS = 10 };
+
+static int log_file = -1, log_pipe[2] = { -1, -1 };
+static int64_t log_ms;	  /* when the pipe may be looked at again: who never stops talking has to wait */
+static int64_t unwritten; /* bytes, since the file system was full */
 
 static int64_t now_ms(void)
 {
@@ -50,6 +62,10 @@ static pid_t start(const struct child *c)
 		return pid > 0 ? pid : 0; /* out of processes or memory: tried again after a pause */
 	sigemptyset(&none);
 	sigprocmask(SIG_SETMASK, &none, NULL);
+	if (log_file >= 0) {
+		dup2(log_pipe[1], 1);
+		dup2(log_pipe[1], 2);
+	}
 	execv(c->argv[0], c->argv);
 	fprintf(stderr, "packetstack-init: %s: cannot run %s: %s\n", c->name, c->argv[0], strerror(errno));
 	_exit(127);
@@ -96,6 +112,69 @@ static void signal_all(const struct child *children, int n, int number)
 	}
 }
 
+/* ---- the log ------------------------------------------------------------------------------------------ */
+
+static void log_open(const char *path)
+{
+	log_file = open(path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+	if (log_file < 0 || pipe2(log_pipe, O_CLOEXEC)) {
+		fprintf(stderr, "packetstack-init: %s: cannot be written: %s; nothing is logged there\n", path,
+			strerror(errno));
+		log_file = -1;
+		return;
+	}
+	fcntl(log_pipe[0], F_SETFL, O_NONBLOCK);
+	fflush(stderr);
+	dup2(log_file, 1);
+	dup2(log_file, 2);
+}
+
+static void log_write(const char *text, size_t bytes)
+{
+	ssize_t written = write(log_file, text, bytes);
+
+	unwritten += (int64_t)bytes - (written > 0 ? written : 0);
+	if (unwritten && written == (ssize_t)bytes) {
+		int64_t lost = unwritten;
+
+		unwritten = 0;
+		fprintf(stderr, "\npacketstack-init: the file system was full: %lld bytes of this log were lost\n",
+			(long long)lost);
+	}
+}
+
+static void log_cut(void)
+{
+	static char kept[LOG_KEPT];
+	const char *from;
+	struct stat st;
+	ssize_t got;
+
+	if (log_file < 0 || fstat(log_file, &st) || st.st_size < LOG_BYTES)
+		return;
+	got = pread(log_file, kept, sizeof(kept), st.st_size - LOG_KEPT);
+	if (ftruncate(log_file, 0) || got <= 0)
+		return;
+	from = memchr(kept, '\n', (size_t)got);
+	from = from ? from + 1 : kept;
+	got -= from - kept;
+	fprintf(stderr, "packetstack-init: this log was cut: %lld bytes that stood before are gone\n",
+		(long long)st.st_size - got);
+	log_write(from, (size_t)got);
+}
+
+/* Takes what children have said. */
+static void log_take(int64_t now)
+{
+	static char said[LOG_CHUNK];
+	ssize_t got = read(log_pipe[0], said, sizeof(said));
+
+	if (got > 0)
+		log_write(said, (size_t)got);
+	if (got == LOG_CHUNK)
+		log_ms = now + LOG_PAUSE_MS;
+}
+
 int main(int argc, char **argv)
 {
 	struct child children[2] = { { .name = NULL } };
@@ -108,6 +187,8 @@ int main(int argc, char **argv)
 	for (int i = 1; i < argc; i++) {
 		if (!n && !strcmp(argv[i], "--linger") && i + 1 < argc)
 			linger = argv[++i];
+		if (!n && !strcmp(argv[i], "--log") && i + 1 < argc)
+			log_open(argv[++i]);
 		if (n < 2 && (!strcmp(argv[i], "--datapath") || !strcmp(argv[i], "--supervisor")) && i + 1 < argc) {
 			children[n].name = argv[i] + 2;
 			children[n++].argv = &argv[i + 1];
@@ -116,7 +197,7 @@ int main(int argc, char **argv)
 	}
 	if (!n) {
 		fprintf(stderr,
-			"usage: packetstack-init [--linger FILE] --datapath COMMAND ARGS... [--supervisor COMMAND ARGS...]\n");
+			"usage: packetstack-init [--linger FILE] [--log FILE] --datapath COMMAND ARGS... [--supervisor COMMAND ARGS...]\n");
 		return 2;
 	}
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
@@ -128,7 +209,7 @@ int main(int argc, char **argv)
 	sigprocmask(SIG_BLOCK, &set, NULL);
 	events = signalfd(-1, &set, SFD_CLOEXEC);
 	for (;;) {
-		struct pollfd p = { .fd = events, .events = POLLIN };
+		struct pollfd p[2] = { { .fd = events, .events = POLLIN }, { .fd = log_pipe[0], .events = POLLIN } };
 		struct signalfd_siginfo info;
 		int64_t wait = -1, now = now_ms();
 		int status, told, running = 0;
@@ -165,7 +246,14 @@ int main(int argc, char **argv)
 				wait = LINGER_MS;
 			}
 		}
-		told = poll(&p, 1, (int)wait) > 0 && read(events, &info, sizeof(info)) == sizeof(info);
+		if (log_file >= 0 && log_ms > now) {
+			p[1].fd = -1;
+			wait = wait < 0 || wait > log_ms - now ? log_ms - now : wait;
+		}
+		told = poll(p, 2, (int)wait) > 0 && p[0].revents && read(events, &info, sizeof(info)) == sizeof(info);
+		if (p[1].revents & POLLIN)
+			log_take(now_ms());
+		log_cut();
 		/* First who is dead: what is told may be about who comes next. */
 		while ((pid = waitpid(-1, &status, WNOHANG)) > 0)
 			for (int i = 0; i < n; i++)

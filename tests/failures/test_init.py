@@ -23,13 +23,17 @@ KILL_SECONDS = 1.5
 class Init:
     """packetstack-init whose children are shell scripts that write down their start."""
 
-    def __init__(self, directory: Path, datapath: str, supervisor: str, linger: Path | None) -> None:
+    def __init__(
+        self, directory: Path, datapath: str, supervisor: str, linger: Path | None, logs: bool = False
+    ) -> None:
         self.log = directory / "log"
         self._starts = {name: directory / name for name in ("datapath", "supervisor")}
         command = [str(native("packetstack-init")), *(["--linger", str(linger)] if linger else [])]
         for name, script in (("datapath", datapath), ("supervisor", supervisor)):
             self._starts[name].touch()
             command += [f"--{name}", "/bin/sh", "-c", f"echo $$ >> {self._starts[name]}; {script}"]
+        if logs:
+            command[1:1] = ["--log", str(self.log)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
@@ -71,8 +75,8 @@ Start = Callable[..., Init]
 def start(tmp_path: Path) -> Iterator[Start]:
     made: list[Init] = []
 
-    def make(datapath: str = SLEEPS, supervisor: str = SLEEPS, linger: Path | None = None) -> Init:
-        made.append(Init(tmp_path, datapath, supervisor, linger))
+    def make(datapath: str = SLEEPS, supervisor: str = SLEEPS, linger: Path | None = None, logs: bool = False) -> Init:
+        made.append(Init(tmp_path, datapath, supervisor, linger, logs))
         made[-1].follower(0, "datapath")
         made[-1].follower(0, "supervisor")
         return made[-1]
@@ -239,3 +243,35 @@ def test_a_second_signal_does_not_linger(start: Start, tmp_path: Path) -> None:
     init.process.terminate()
     time.sleep(0.3)
     assert init.end(5) < 4
+
+
+def test_a_log_is_cut_whatever_children_say_and_keeps_what_was_said_last(start: Start) -> None:
+    talks = "yes 'the same again and again' | head -c 20000000; echo the last words; exec sleep 1000"
+    init = start(talks, logs=True)
+    sizes = []
+    deadline = time.monotonic() + 30
+    while "the last words" not in (text := init.log.read_text(errors="replace")):
+        assert time.monotonic() < deadline, text[-200:]
+        sizes.append(init.log.stat().st_size)
+        time.sleep(0.002)
+    assert max(sizes) < 1.2 * 2**20
+    assert max(sizes) > 2**19, "what was said last stays"
+    assert text.startswith("packetstack-init: this log was cut: ")
+    assert text.splitlines()[1] == "the same again and again", "from a whole line on"
+
+
+def test_a_child_that_never_stops_talking_keeps_nobody_from_being_followed(start: Start) -> None:
+    init = start("exec yes", logs=True)
+    os.kill(init.starts("supervisor")[-1], signal.SIGKILL)
+    assert init.follower(1, "supervisor")
+    os.kill(init.starts()[-1], signal.SIGKILL)
+    assert init.follower(1)
+    assert init.log.stat().st_size < 1.2 * 2**20
+    assert init.end(5) < KILL_SECONDS
+
+
+def test_what_children_and_init_say_is_in_the_log_in_turn(start: Start) -> None:
+    init = start("echo one >&2; exit 3", logs=True)
+    init.follower(2)
+    said = init.log.read_text()
+    assert said.index("one\n") < said.index("datapath (pid") < said.rindex("one\n")
