@@ -80,7 +80,7 @@ class PlayedStack(Stack):
 
     def __init__(self, wanted: PacketStack, owners: Sequence[int] = (), buckets: int = BUCKETS) -> None:
         """`owners`: slots that own the buckets, in turn; nobody without any."""
-        self.name = wanted.name
+        self.name, self.index = wanted.name, 0
         self.resource = wanted
         self.healthy = {}
         self.due = math.inf
