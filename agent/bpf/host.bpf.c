@@ -80,18 +80,42 @@ struct {
 	__type(value, uint64_t);
 } egress SEC(".maps");
 
-/* Address -> ps_own_kind; the director's. */
 struct address6 {
 	uint32_t word[4];
 };
 
+/* The director's: listeners, with port 0 and ICMP for a whole virtual address, and SNAT addresses. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1 << 17);
+	__uint(max_entries, PS_MAX_STACKS *PS_MAX_LISTENERS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct ps_listener_key4);
+	__type(value, struct ps_target);
+} listeners4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PS_MAX_STACKS *PS_MAX_LISTENERS);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, struct ps_listener_key6);
+	__type(value, struct ps_target);
+} listeners6 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PS_MAX_STACKS *PS_MAX_SNAT);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, uint32_t);
+	__type(value, struct ps_target);
+} snat4 SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, PS_MAX_STACKS *PS_MAX_SNAT);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, struct address6);
-	__type(value, uint32_t);
-} own SEC(".maps");
+	__type(value, struct ps_target);
+} snat6 SEC(".maps");
 
 /* Whose host end this is; set before the program is loaded. */
 const volatile struct ps_end end SEC(".rodata.end") = { 0 };
@@ -106,15 +130,41 @@ static int is_own_marker(struct __sk_buff *skb)
 	       marker.cpu < PS_MAX_CPUS;
 }
 
+/*
+ * Is this source one of the stack's: a listener, or a SNAT address? `port` and `protocol` are 0 where a packet shows no
+ * ports in the usual place (fragments, options, ICMP): then the address alone counts.
+ */
+PS_INLINE int is_own_source(uint32_t family, const uint32_t address[4], uint16_t port, uint8_t protocol)
+{
+	struct ps_target *target;
+
+	if (family == AF_INET) {
+		struct ps_listener_key4 key = { address[3], port, protocol ? protocol : PS_ICMP, 0 };
+
+		target = bpf_map_lookup_elem(&listeners4, &key);
+		if (!target)
+			target = bpf_map_lookup_elem(&snat4, &address[3]);
+	} else {
+		struct ps_listener_key6 key = {
+			{ address[0], address[1], address[2], address[3] }, port, protocol ? protocol : PS_ICMP, 0
+		};
+
+		target = bpf_map_lookup_elem(&listeners6, &key);
+		if (!target)
+			target = bpf_map_lookup_elem(&snat6, &key.address);
+	}
+	return target && target->stack == end.stack;
+}
+
 SEC("tc")
 int host_egress(struct __sk_buff *skb)
 {
 	struct bpf_fib_lookup fib = { .ifindex = skb->ingress_ifindex };
-	struct address6 source = { { 0, 0, 0xffff0000, 0 } };
+	uint32_t zero = 0, source[4] = { 0 };
 	struct host_counts *count;
-	uint8_t *data, *data_end, *ip;
+	uint8_t *data, *data_end, *ip, protocol = 0;
 	struct routed *r;
-	uint32_t zero = 0, *kind;
+	uint16_t port = 0;
 	long result;
 
 	r = bpf_map_lookup_elem(&routed, &zero);
@@ -138,22 +188,30 @@ int host_egress(struct __sk_buff *skb)
 		fib.tos = ip[1];
 		fib.l4_protocol = ip[9];
 		fib.tot_len = PS_SWAP16(*(uint16_t *)(ip + 2));
-		fib.ipv4_src = source.word[3] = *(uint32_t *)(ip + 12);
+		fib.ipv4_src = source[3] = *(uint32_t *)(ip + 12);
 		fib.ipv4_dst = *(uint32_t *)(ip + 16);
+		if (ip[0] == 0x45 && !(*(uint16_t *)(ip + 6) & PS_SWAP16(0x3fff)) && ip + 22 <= data_end &&
+		    (ip[9] == PS_TCP || ip[9] == PS_UDP)) {
+			protocol = ip[9];
+			port = *(uint16_t *)(ip + 20);
+		}
 	} else if (skb->protocol == PS_SWAP16(0x86dd) && ip + 40 <= data_end) {
 		fib.family = AF_INET6;
 		fib.l4_protocol = ip[6];
 		fib.tot_len = PS_SWAP16(*(uint16_t *)(ip + 4)) + 40;
 		for (int i = 0; i < 4; i++) {
-			fib.ipv6_src[i] = source.word[i] = *(uint32_t *)(ip + 8 + 4 * i);
+			fib.ipv6_src[i] = source[i] = *(uint32_t *)(ip + 8 + 4 * i);
 			fib.ipv6_dst[i] = *(uint32_t *)(ip + 24 + 4 * i);
+		}
+		if ((ip[6] == PS_TCP || ip[6] == PS_UDP) && ip + 42 <= data_end) {
+			protocol = ip[6];
+			port = *(uint16_t *)(ip + 40);
 		}
 	} else {
 		count->value[PS_H_DROP_NOT_IP]++;
 		return TC_ACT_SHOT;
 	}
-	kind = bpf_map_lookup_elem(&own, &source);
-	if (!kind || !(*kind & PS_OWN_STACK) || *kind >> PS_OWN_SHIFT != end.stack) {
+	if (!is_own_source(fib.family, source, port, protocol)) {
 		count->value[PS_H_DROP_FOREIGN_SOURCE]++;
 		return TC_ACT_SHOT;
 	}

@@ -559,16 +559,14 @@ static int update(int fd, const void *key, const void *value, struct ps_error *e
 	return 0;
 }
 
-/* Sets or clears one ps_own_kind of an address. of: the stack's number, if it is a stack's */
-static int own(struct ps_director *d, const uint8_t *address, uint32_t kind, int is, uint32_t of, struct ps_error *e)
+/* Sets or clears one ps_own_kind of an address. */
+static int own(struct ps_director *d, const uint8_t *address, uint32_t kind, int is, struct ps_error *e)
 {
 	int fd = map_fd(d->director, "own");
 	uint32_t had = 0, kinds, bit = own_bit(address);
 
 	bpf_map_lookup_elem(fd, address, &had);
 	kinds = is ? had | kind : had & ~kind;
-	if (kind == PS_OWN_STACK)
-		kinds = (kinds & ((1u << PS_OWN_SHIFT) - 1)) | (is ? of << PS_OWN_SHIFT : 0);
 	if (kinds == had)
 		return 0;
 	if (is)
@@ -583,7 +581,7 @@ int ps_director_node(struct ps_director *d, const uint8_t *addresses, const uint
 
 	for (int i = 0; i < n; i++)
 		for (uint32_t kind = PS_OWN_NODE; kind <= PS_OWN_BROADCAST; kind <<= 1)
-			if (own(d, addresses + 16 * i, kind, !!(kinds[i] & kind), 0, e))
+			if (own(d, addresses + 16 * i, kind, !!(kinds[i] & kind), e))
 				return -1;
 	more = !bpf_map_get_next_key(fd, NULL, next);
 	while (more) {
@@ -593,7 +591,7 @@ int ps_director_node(struct ps_director *d, const uint8_t *addresses, const uint
 		more = !bpf_map_get_next_key(fd, at, next);
 		while (i < n && memcmp(addresses + 16 * i, at, 16))
 			i++;
-		if (i == n && (own(d, at, PS_OWN_NODE, 0, 0, e) || own(d, at, PS_OWN_BROADCAST, 0, 0, e)))
+		if (i == n && (own(d, at, PS_OWN_NODE, 0, e) || own(d, at, PS_OWN_BROADCAST, 0, e)))
 			return -1;
 	}
 	return 0;
@@ -725,12 +723,11 @@ int ps_director_listener(struct ps_director *d, const uint8_t *address, uint16_t
 	if (target) {
 		whole = *target;
 		whole.flags = 0;
-		return listener(d, address, 0, 1, &whole, e) || own(d, address, PS_OWN_STACK, 1, target->stack, e) ? -1
-														   : 0;
+		return listener(d, address, 0, 1, &whole, e) || own(d, address, PS_OWN_STACK, 1, e) ? -1 : 0;
 	}
 	if (address_used(d, address))
 		return 0;
-	return listener(d, address, 0, 1, NULL, e) || own(d, address, PS_OWN_STACK, 0, 0, e) ? -1 : 0;
+	return listener(d, address, 0, 1, NULL, e) || own(d, address, PS_OWN_STACK, 0, e) ? -1 : 0;
 }
 
 int ps_director_allow(struct ps_director *d, const struct ps_allowed *a, int allow, struct ps_error *e)
@@ -779,7 +776,7 @@ int ps_director_snat(struct ps_director *d, const uint8_t *address, const struct
 	int failed = is_v4(address) ? update(map_fd(d->director, "snat4"), address + 12, target, e, "SNAT address")
 				    : update(map_fd(d->director, "snat6"), address, target, e, "SNAT address");
 
-	return failed ? -1 : own(d, address, PS_OWN_STACK, target != NULL, target ? target->stack : 0, e);
+	return failed ? -1 : own(d, address, PS_OWN_STACK, target != NULL, e);
 }
 
 /* Element `at` of a per-CPU map, `n` counters, summed over CPUs. */

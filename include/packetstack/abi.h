@@ -173,7 +173,6 @@ enum ps_own_kind {
 	PS_OWN_STACK = 1,     /* a virtual or SNAT address of a stack of this node */
 	PS_OWN_NODE = 2,      /* the node's: nobody else's on an uplink */
 	PS_OWN_BROADCAST = 4, /* of a network of the node */
-	PS_OWN_SHIFT = 8,     /* value >> this: number of the stack whose address it is */
 };
 
 /* A bit for each of them, and for others by chance. */

@@ -198,7 +198,11 @@ def heard(node: Node) -> Iterator[Callable[[], list[bytes]]]:
 
 @pytest.mark.parametrize(
     ("foreign", "own", "backend"),
-    [(FOREIGN, (VIP, "198.51.100.0", "198.51.100.1"), BACKENDS[0]), (FOREIGN6, (VIP6, "2001:db8:2::1"), "fd71:5::1")],
+    # A virtual address is its stack's at the listeners' ports alone.
+    [
+        ((*FOREIGN, VIP), ("198.51.100.0", "198.51.100.1"), BACKENDS[0]),
+        ((*FOREIGN6, VIP6), ("2001:db8:2::1",), "fd71:5::1"),
+    ],
     ids=["IPv4", "IPv6"],
 )
 def test_an_engine_sends_with_its_stacks_addresses_alone(
@@ -239,7 +243,7 @@ def test_an_engine_does_not_send_with_another_stacks_addresses(
     before = drops(node, "host", "foreign_source")
     for source in ("192.0.2.20", "198.51.100.8"):
         send(datagram(source, BACKENDS[0], BACKEND_LISTENS, b"stolen"))
-        theirs(datagram(source, BACKENDS[0], BACKEND_LISTENS, b"own"))
-    got = eventually(lambda: found if len(found := heard()) == 2 else None)
-    assert got == [b"own", b"own"]
+    theirs(datagram("198.51.100.8", BACKENDS[0], BACKEND_LISTENS, b"own"))
+    got = eventually(lambda: heard() or None)
+    assert got == [b"own"]
     assert drops(node, "host", "foreign_source") == before + 2
