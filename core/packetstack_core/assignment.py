@@ -118,6 +118,8 @@ def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare], reba
         owning, new = sum(n > 0 for n in present), sum(present)  # `new` is their mean, in units of 1 / owning
         weights = [(n * owning or new) if e.weight else 0 for n, e in zip(present, engines, strict=True)]
     shares = quotas(len(current), weights, present)
+    if rebalanced:
+        _leave_none_without(shares, weights)
 
     # Buckets that leave an engine are taken from its fullest queues: that also evens out what stays.
     stays: list[list[list[int]]] = []  # engine -> queue -> buckets
@@ -167,6 +169,15 @@ def assign(current: Sequence[Owner | None], engines: Sequence[EngineShare], reba
             start += wanted
     moves.sort(key=lambda m: m.bucket)
     return moves
+
+
+def _leave_none_without(shares: list[int], weights: Sequence[float]) -> None:
+    """Give one to each engine that rounding left without, as long as another has two: without any it would count as new."""
+    for i in [i for i, share in enumerate(shares) if not share and weights[i]]:
+        richest = max(range(len(shares)), key=lambda j: (shares[j], -j))
+        if shares[richest] > 1:
+            shares[richest] -= 1
+            shares[i] = 1
 
 
 def _take_from_fullest(queues: list[list[int]], count: int) -> list[int]:

@@ -127,6 +127,14 @@ def test_resizing_moves_exactly_the_surplus(before, after):
 # ---- after a rebalance -------------------------------------------------------------------------------------------
 
 
+def test_a_new_engine_is_new_once_also_where_buckets_are_few():
+    current = [Owner(6, 0), Owner(6, 0), Owner(6, 0), Owner(3, 0), Owner(7, 0), Owner(4, 0)]
+    engines = [EngineShare(slot, 1) for slot in range(1, 7)]
+    after = moved(current, assign(current, engines, rebalanced=True))
+    assert sorted(o.slot for o in after) == [1, 2, 3, 4, 5, 6]
+    assert assign(after, engines, rebalanced=True) == []
+
+
 @given(situations())
 @settings(max_examples=300)
 def test_after_a_rebalance_the_present_numbers_are_the_shares(situation):
