@@ -65,8 +65,6 @@ class Shared:
     """CPU of each core; empty: none. None: the CPUs that the process has for itself, if it has as many as cores."""
     files: tuple[int, int, int, int, int]
     """Arena and its map, engine file and its map, configuration; the files to read alone."""
-    look: tuple[int, int]
-    """Engine file and its map, to read alone: for its supervisor."""
     rings: list[int]
     """UMEM, a socket per queue, a socket per core that wakes it, the core's end of each. Empty while only a running
     datapath has them."""
@@ -160,7 +158,8 @@ class Attachments:
             pidfd = os.pidfd_open(pid)
             hello = await _receive(connection, HELLO_SECONDS, fds)
             if hello is not None and hello.kind == constant("PS_MSG_LOOK") and self._may_look(pid, uid):
-                _send_with(connection, _message("PS_MSG_VIEW"), self._shared.look)
+                # The kernel maps no map by a descriptor that is for reading alone. The supervisor may what a datapath may.
+                _send_with(connection, _message("PS_MSG_VIEW"), self._shared.files[2:4])
                 return
             ours = hello is not None and self._may_serve(pid, uid, int(hello.generation))
             if not ours or hello.kind != constant("PS_MSG_HELLO"):

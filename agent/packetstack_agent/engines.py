@@ -264,10 +264,8 @@ def _share(engine: Engine, view: Any, memory: tuple[int, int], rings: list[int])
     engine.files += [config := _readable(b.config)]
     # In a pod it is the kubelet who gives CPUs.
     pin = None if b.pod and b.cpu_policy == "Exclusive" else b.cpus
-    look = call(lib().ps_map_open, text(b.memory), 1)
-    engine.files.append(look)
     files = (arena, flows, *memory, config)
-    engine.shared = Shared(b.slot, b.cores, pin, files, (memory[0], look), rings, b.queues, view, b.pod_uid)
+    engine.shared = Shared(b.slot, b.cores, pin, files, rings, b.queues, view, b.pod_uid)
     engine.listener = _listen(b.directory / "engine.sock")
 
 

@@ -790,7 +790,7 @@ enum ps_message_kind {
 	PS_MSG_STOP = 7,    /* agent -> datapath: finish the batches at hand and serve no more */
 	PS_MSG_STOPPED = 8, /* datapath -> agent: nothing here touches the rings any more */
 	PS_MSG_LOOK = 9,    /* supervisor -> agent: what may I read? */
-	PS_MSG_VIEW = 10,   /* agent -> supervisor, with descriptors, to read: engine file and its map */
+	PS_MSG_VIEW = 10,   /* agent -> supervisor, with descriptors: engine file, to read, and its map */
 };
 
 struct ps_message {

@@ -76,7 +76,7 @@ class Place:
         self.view = ffi.new("struct ps_engine *")
         self.said: list[str] = []
         file = self.file
-        shared = Shared(1, 1, (), (file,) * 5, (file, file), [file] * 4, 1, self.view)
+        shared = Shared(1, 1, (), (file,) * 5, [file] * 4, 1, self.view)
         self.attachments = Attachments(listener, shared, self.said.append)
         self.made: list[Datapath] = []
 
