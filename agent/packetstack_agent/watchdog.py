@@ -98,8 +98,10 @@ class Watch:
     mending: asyncio.Task[None] | None = None
 
     def rests(self, now: float) -> bool:
-        """Whether its cores turn, and have nothing to do."""
-        return all(b.turns <= REST_TURNS and now - b.since < 1.5 * STOPPED_SECONDS for b in self.beats.values())
+        """Whether a datapath serves it whose cores turn and have nothing to do."""
+        return bool(self.beats) and all(
+            b.turns <= REST_TURNS and now - b.since < 1.5 * STOPPED_SECONDS for b in self.beats.values()
+        )
 
 
 class Watchdog:

@@ -156,6 +156,15 @@ async def test_at_rest_the_watchdog_looks_less_often_and_finds_a_core_that_stops
     assert when - began < STOPPED_SECONDS + 2 * REST_SECONDS
 
 
+async def test_an_engine_without_a_datapath_is_looked_at_often(world: Callable[[int], World]) -> None:
+    w = world(1)
+    await w.live(1, turns_a_second=10)
+    assert w.wait == REST_SECONDS
+    w.engines[1].attachments = None
+    await w.live(0.3, turns_a_second=0)
+    assert w.wait == WATCH_SECONDS
+
+
 async def test_a_core_that_gets_no_cpu_has_more_time(
     world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
