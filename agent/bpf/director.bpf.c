@@ -12,6 +12,8 @@
 #include "packetstack/hash.h"
 #include "packetstack/parse.h"
 
+#include "addresses.h"
+
 #define NOINLINE static __attribute__((noinline))
 /* The verifier checks a function that is not static once, with any arguments, and not once for each way to each call. */
 #define APART	 __attribute__((noinline))
@@ -47,42 +49,6 @@ struct scratch {
 struct counters {
 	uint64_t value[PS_D_COUNTERS];
 };
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS *PS_MAX_LISTENERS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct ps_listener_key4);
-	__type(value, struct ps_target);
-} listeners4 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS *PS_MAX_LISTENERS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct ps_listener_key6);
-	__type(value, struct ps_target);
-} listeners6 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS *PS_MAX_SNAT);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, uint32_t);
-	__type(value, struct ps_target);
-} snat4 SEC(".maps");
-
-struct address6 {
-	uint32_t word[4];
-};
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS *PS_MAX_SNAT);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct address6);
-	__type(value, struct ps_target);
-} snat6 SEC(".maps");
 
 /*
  * Copies of listeners4, each at one place only. A listener whose place is taken by another is found in
@@ -379,30 +345,6 @@ PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const st
 	}
 	count->value[PS_D_FORWARDED]++;
 	return action;
-}
-
-PS_INLINE struct ps_target *listener_of(uint8_t family, const uint32_t address[4], uint16_t port, uint8_t protocol)
-{
-	if (family == 4) {
-		struct ps_listener_key4 key = { address[3], port, protocol, 0 };
-
-		return bpf_map_lookup_elem(&listeners4, &key);
-	} else {
-		struct ps_listener_key6 key = { { address[0], address[1], address[2], address[3] }, port, protocol, 0 };
-
-		return bpf_map_lookup_elem(&listeners6, &key);
-	}
-}
-
-PS_INLINE struct ps_target *snat_of(uint8_t family, const uint32_t address[4])
-{
-	if (family == 4) {
-		return bpf_map_lookup_elem(&snat4, &address[3]);
-	} else {
-		struct address6 key = { { address[0], address[1], address[2], address[3] } };
-
-		return bpf_map_lookup_elem(&snat6, &key);
-	}
 }
 
 PS_INLINE uint64_t hash_of(const struct ps_target *t, uint8_t family, const uint32_t source[4],

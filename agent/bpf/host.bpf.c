@@ -12,6 +12,8 @@
 #include "packetstack/abi.h"
 #include "packetstack/parse.h"
 
+#include "addresses.h"
+
 enum { AF_INET = 2, AF_INET6 = 10 };
 
 struct routed {
@@ -80,43 +82,6 @@ struct {
 	__type(value, uint64_t);
 } egress SEC(".maps");
 
-struct address6 {
-	uint32_t word[4];
-};
-
-/* The director's: listeners, with port 0 and ICMP for a whole virtual address, and SNAT addresses. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS *PS_MAX_LISTENERS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct ps_listener_key4);
-	__type(value, struct ps_target);
-} listeners4 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS *PS_MAX_LISTENERS);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct ps_listener_key6);
-	__type(value, struct ps_target);
-} listeners6 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS *PS_MAX_SNAT);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, uint32_t);
-	__type(value, struct ps_target);
-} snat4 SEC(".maps");
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, PS_MAX_STACKS *PS_MAX_SNAT);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, struct address6);
-	__type(value, struct ps_target);
-} snat6 SEC(".maps");
-
 /* Whose host end this is; set before the program is loaded. */
 const volatile struct ps_end end SEC(".rodata.end") = { 0 };
 
@@ -136,23 +101,11 @@ static int is_own_marker(struct __sk_buff *skb)
  */
 PS_INLINE int is_own_source(uint32_t family, const uint32_t address[4], uint16_t port, uint8_t protocol)
 {
-	struct ps_target *target;
+	uint8_t version = family == AF_INET ? 4 : 6;
+	struct ps_target *target = listener_of(version, address, port, protocol ? protocol : PS_ICMP);
 
-	if (family == AF_INET) {
-		struct ps_listener_key4 key = { address[3], port, protocol ? protocol : PS_ICMP, 0 };
-
-		target = bpf_map_lookup_elem(&listeners4, &key);
-		if (!target)
-			target = bpf_map_lookup_elem(&snat4, &address[3]);
-	} else {
-		struct ps_listener_key6 key = {
-			{ address[0], address[1], address[2], address[3] }, port, protocol ? protocol : PS_ICMP, 0
-		};
-
-		target = bpf_map_lookup_elem(&listeners6, &key);
-		if (!target)
-			target = bpf_map_lookup_elem(&snat6, &key.address);
-	}
+	if (!target)
+		target = snat_of(version, address);
 	return target && target->stack == end.stack;
 }
 

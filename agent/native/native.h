@@ -3,7 +3,25 @@
 #ifndef PACKETSTACK_NATIVE_H
 #define PACKETSTACK_NATIVE_H
 
+#include <time.h>
+
 #include "packetstack.h"
+
+/* CLOCK_MONOTONIC */
+static inline uint64_t clock_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+static inline void pause_ns(long ns)
+{
+	struct timespec t = { 0, ns };
+
+	nanosleep(&t, NULL);
+}
 
 /* Puts one line into *e; -> -1 */
 int ps_fail(struct ps_error *e, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -5,27 +5,11 @@
  * Who decides that it moves: core/packetstack_core/rebalancing.py, or a person (`packetstack move --queue`).
  */
 #include <sys/socket.h>
-#include <time.h>
 
 #include "native.h"
 
 #define LOAD(p)	    __atomic_load_n(p, __ATOMIC_ACQUIRE)
 #define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELEASE)
-
-static uint64_t clock_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
-
-static void pause_ns(long ns)
-{
-	struct timespec t = { 0, ns };
-
-	nanosleep(&t, NULL);
-}
 
 struct ps_queue *ps_queue_of(const struct ps_fence_engine *f, uint32_t queue)
 {

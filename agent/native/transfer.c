@@ -24,7 +24,6 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "native.h"
@@ -71,21 +70,6 @@ struct transfer {
 	/* Queues that lose a bucket, queues that get one: bit per queue, by place in `engines`. */
 	uint64_t sources[PS_MAX_SLOTS], targets[PS_MAX_SLOTS];
 };
-
-static uint64_t clock_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
-}
-
-static void pause_ns(long ns)
-{
-	struct timespec t = { 0, ns };
-
-	nanosleep(&t, NULL);
-}
 
 static int engine_at(const struct transfer *t, uint32_t slot)
 {

@@ -209,15 +209,12 @@ class Attachments:
                     os.close(fd)
 
     def _may_serve(self, pid: int, uid: int, generation: int) -> bool:
-        if self._shared.pod_uid:
-            return uid in (0, NOBODY) and processes.in_pod(self._shared.pod_uid, pid)
-        # A process that serves has given up its privileges, and comes from inside the engine's directory.
-        return uid == 0 or (uid == NOBODY and generation != 0)
+        # Outside of a pod one that serves has given up its privileges, and a new one has not yet.
+        return self._may_look(pid, uid) and (bool(self._shared.pod_uid) or uid == 0 or generation != 0)
 
     def _may_look(self, pid: int, uid: int) -> bool:
-        if self._shared.pod_uid:
-            return uid in (0, NOBODY) and processes.in_pod(self._shared.pod_uid, pid)
-        return uid in (0, NOBODY)  # nobody else, nor nobody from elsewhere, reaches this socket
+        # Outside of a pod nobody else, nor user nobody from elsewhere than the engine's directory, reaches this socket.
+        return uid in (0, NOBODY) and (not self._shared.pod_uid or processes.in_pod(self._shared.pod_uid, pid))
 
     def _resume(self, link: Link, fds: list[int]) -> bool:
         """A process that served before this agent came. It brings what an earlier agent gave it."""
