@@ -1,0 +1,206 @@
+"""Two sets of engines for one bucket: every order of steps of small settings, random ones of a bigger setting, and the
+proof that each rule is needed.
+
+What no model of steps can show, and others have to: [14] who may write which file, and [17] how the kernel counts
+copies that a missing device swallowed.
+"""
+
+import re
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from tests.model import mirror_engines
+from tests.model.mirror import Mirror
+from tests.model.mirror_ends import NEWCOMER, Setting, Wrong
+from tests.model.mirror_engines import Rules
+from tests.model.walk import settle, walk
+
+ONE_WAY = {"any_cpu": False}  # clients' packets come on CPU 0, backends' on CPU 1
+OLD = {"established": (0,)}  # the keeper has the connection at the start
+DATAGRAMS = {"udp": (0,), "data": 1}
+
+STORIES = {
+    "a connection opens": Setting(again=1),
+    "data": Setting(**OLD, data=1, replies=1),
+    "both ends close": Setting(**OLD, fins=True, **ONE_WAY),
+    "a reset, and the client's port is used again": Setting(**OLD, resets=1, opens=2, **ONE_WAY),
+    "the same over two CPUs": Setting(**OLD, resets=1, opens=2),
+    "a reset that nobody sent": Setting(**OLD, forged=1, data=1),
+    "a quiet connection": Setting(**OLD, expiries=1, data=1),
+    "a half open connection idles out": Setting(again=1, expiries=1, **ONE_WAY),
+    "datagrams": Setting(udp=(0,), data=2),
+    "datagrams of old": Setting(**OLD, **DATAGRAMS),
+    "another client": Setting(conns=2, **OLD, resets=1, **ONE_WAY),
+    "TCP and UDP between the same two": Setting(udp=(1,), conns=2, **OLD, data=1),
+    "a port in TIME-WAIT": Setting(conns=2, ended_before=True),
+    "a backend that UDP leaves": Setting(udp=(0, 1), conns=2, **OLD, data=1, leaves=1, **ONE_WAY),
+    "rolled back": Setting(**OLD, resets=1, opens=2, backs=1, **ONE_WAY),
+    "rolled back with datagrams": Setting(udp=(0,), data=2, backs=1),
+    "an engine vanishes": Setting(**OLD, data=2, moves=1, **ONE_WAY),
+    "an engine vanishes while a connection opens": Setting(data=1, moves=1, **ONE_WAY),
+    "a process dies": Setting(**OLD, resets=1, deaths=1, opens=2, **ONE_WAY),
+    "a process dies between datagrams": Setting(**OLD, **DATAGRAMS, deaths=1, **ONE_WAY),
+    "a copy is lost": Setting(**OLD, data=1, losses=1, **ONE_WAY),
+}
+LONG = {
+    "opens and closes": Setting(again=1, fins=True, **ONE_WAY),
+    "closes and opens again": Setting(**OLD, fins=True, opens=2, **ONE_WAY),
+    "closes and opens again, with a death": Setting(**OLD, fins=True, opens=2, deaths=1, **ONE_WAY),
+    "SYNs twice": Setting(**OLD, resets=1, opens=2, again=1),
+    "quiet and reset": Setting(**OLD, resets=1, opens=2, expiries=1, data=1, **ONE_WAY),
+    "two deaths": Setting(**OLD, resets=1, opens=2, deaths=2, **ONE_WAY),
+    "a death and a roll-back": Setting(**OLD, resets=1, opens=2, deaths=1, backs=1, **ONE_WAY),
+    "an engine vanishes, resets": Setting(**OLD, data=1, moves=1, resets=1, opens=2, **ONE_WAY),
+    "datagrams, and a death": Setting(udp=(0,), data=3, deaths=1, **ONE_WAY),
+    "many datagrams": Setting(udp=(0,), data=3, replies=1),
+    "copies are lost": Setting(**OLD, losses=1, resets=1, opens=2),
+}
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_in_every_order_of_steps_each_packet_has_one_set(story):
+    assert walk(STORIES[story]) > 50
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("story", LONG)
+def test_in_every_order_of_many_steps_each_packet_has_one_set(story):
+    assert walk(LONG[story]) > 1000
+
+
+NEEDS = {
+    "stays": ("a reset that nobody sent", "answers .* of a connection that it does not have"),
+    "reads_entry": ("datagrams of old", "taken by both"),
+    "asked": ("a reset, and the client's port is used again", "taken by none"),
+    "revives_by_swap": ("datagrams of old", "taken by both"),
+    "empty_ring": ("datagrams of old", "taken by none"),
+    "udp_leaves": ("a backend that UDP leaves", "both have port"),
+    "ports_reserved": ("another client", "uses the port of"),
+    "cursor": ("a port in TIME-WAIT", "keeps it in TIME-WAIT"),
+    "parks_unknown": ("datagrams", "taken by none"),
+    "every_marker": ("a connection opens", "taken by none"),
+    "scan_spares": ("data", "answers .* of a connection that it does not have"),
+    "fences_changes": ("rolled back", "its epoch was over"),
+    "any_epoch": ("an engine vanishes", "its epoch was over"),
+    "ends_by_markers": ("a connection opens", "the list was unmapped"),
+    "crash_rule": ("a process dies between datagrams", "it does not end"),
+    "by_slot": ("data", "taken by none"),
+    "sweeps_kept": ("both ends close", "it does not end"),
+    "whole_key": ("TCP and UDP between the same two", "taken by none"),
+    "asks_for_any": ("a half open connection idles out", "taken by both"),
+    "publishes_once": ("a process dies between datagrams", "both have connection"),
+}
+"""Rule -> a story that goes wrong without it, and how"""
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_the_walk_finds_what_a_rule_is_for(name):
+    story, how = NEEDS[name]
+    without = {name: False}
+    if name == "ports_reserved":
+        without["cursor"] = False  # which else begins beyond those ports
+    with pytest.raises(Wrong, match=how):
+        walk(STORIES[story], replace(Rules(), **without))
+
+
+def test_every_rule_has_a_story_that_needs_it():
+    assert {f.name for f in fields(Rules)} == set(NEEDS)
+    source = Path(mirror_engines.__file__).read_text()
+    marks = {int(n) for n in re.findall(r'"""\[(\d+)\]', source)}
+    assert marks == set(range(1, 18)) - {14, 17}, "see above"
+
+
+class Sets(RuleBasedStateMachine):
+    """Several connections, ports, both protocols and all faults in any order."""
+
+    setting = Setting(
+        conns=5, udp=(3, 4), established=(0, 3), opens=3, again=2, data=4, replies=3, fins=True, resets=2, expiries=2,
+        deaths=2, moves=2, backs=1, losses=2, leaves=1, ports=7,
+    )  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.model = Mirror(self.setting)
+
+    def some(self, number, *names):
+        labels = [label for label in self.model.enabled() if label[0] in names]
+        if labels:
+            self.model.do(labels[number % len(labels)])
+
+    numbers = st.integers(0, 1000)
+
+    @rule(choices=st.lists(numbers, min_size=1, max_size=3))
+    def packets_are_sent(self, choices):
+        for number in choices:
+            self.some(number, "send")
+
+    @rule(choices=st.lists(numbers, min_size=1, max_size=8))
+    def cores_work(self, choices):
+        for number in choices:
+            self.some(number, "take", "take parked", "go on", "adopt", "mark")
+
+    @rule(number=numbers)
+    def a_timer_runs_out(self, number):
+        self.some(number, "expire", "sweep")
+
+    @rule(number=numbers)
+    def the_agent_goes_on(self, number):
+        self.some(number, "switch", "publish", "release", "end", "unmap", "rolled", "mark")
+
+    @rule(number=numbers)
+    def something_breaks(self, number):
+        self.some(number, "die", "move", "lose", "leave")
+
+    @rule(number=numbers)
+    def the_agent_changes_its_mind(self, number):
+        if number < 100:
+            self.some(number, "back")
+
+    @rule(number=numbers)
+    def all_comes_to_rest(self, number):
+        if number < 100:
+            settle(self.model)
+
+    @invariant()
+    def no_connection_or_port_has_two_sets(self):
+        self.model.check()
+
+    def teardown(self):
+        """All ends give up: what was mirrored ends, and the next client is heard."""
+        model = self.model
+        settle(model)
+        model.clients = tuple(c._replace(state="C") for c in model.clients)
+        settle(model)
+        if model.word == "back":
+            return
+        assert model.unmapped
+        assert not model.flows[0]
+        assert model.newcomer_epoch == model.epoch
+
+
+TestSets = Sets.TestCase
+TestSets.settings = settings(max_examples=25, stateful_step_count=50, deadline=None)
+
+
+@pytest.mark.soak
+def test_many_random_orders():
+    class Longer(Sets):
+        pass
+
+    case = Longer.TestCase
+    case.settings = settings(max_examples=5000, stateful_step_count=120, deadline=None)
+    case("runTest").runTest()
+
+
+def test_the_newcomer_takes_new_connections_while_the_keeper_has_old_ones():
+    model = Mirror(Setting(conns=2, established=(0,), **ONE_WAY))
+    settle(model)
+    model.do(("send", "S", 1, 0))
+    settle(model)
+    assert model.flows[NEWCOMER][1].state == "E"
+    assert set(model.flows[0]) == {0}
+    assert model.flows[NEWCOMER][1].place != model.flows[0][0].place
