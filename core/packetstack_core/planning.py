@@ -125,6 +125,8 @@ class CreateEngine:
 
     template: str
     queues: int
+    set: int | None = None
+    """Set that it belongs to; None: the stack has no sets."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -251,6 +251,10 @@ class Handover(Model):
     yet."""
     on_deadline: Literal["Keep", "Reset", "Transfer"] = "Keep"
     """What happens to flows that have not ended at the deadline; for `Mirror` alone, which is not built yet."""
+    policy: Literal["Hold", "Hurry"] | None = None
+    """What becomes of a change that comes while flows of the one before have not ended. `Hold`, the default: it waits.
+    `Hurry`: the deadline comes at once, unless `onDeadline` is `Keep`. More engines of the same shape never wait. For
+    `Mirror` alone, which is not built yet."""
 
 
 class Rebalance(Model):
