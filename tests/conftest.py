@@ -116,7 +116,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
     name = f"test-{secrets.token_hex(4)}"
     cluster.control_plane.create_namespace(name)
     yield name
-    cluster.kubectl("delete", "namespace", name, "--wait=false")
+    cluster.control_plane.delete_namespace(name)
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import pytest
 from kubernetes.aio import client
 from kubernetes.aio.config import kube_config
 from tests.cluster.control_plane import ControlPlane
+from tests.cluster.server import Server
 from tests.model.node import PlayedEngine, PlayedStack, managed, resource
-from tests.operator.players import TABLES, Server
+from tests.operator.players import TABLES
 
 from packetstack_agent import cluster, deleted_tables
 from packetstack_agent.cluster import Follower
@@ -133,9 +134,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def server(control_plane: ControlPlane) -> Iterator[Server]:
-    control_plane.apply(*crds.definitions())
-    for definition in crds.definitions():
-        control_plane.kubectl("wait", "--for=condition=Established", f"crd/{definition['metadata']['name']}")
+    control_plane.define(*crds.definitions())
     server = Server(control_plane.kubeconfig)
     yield server
     server.close()

@@ -12,7 +12,8 @@ from tests.charts.conftest import CHART, NAMESPACE, ROOT, VALUES, Render, helm
 from tests.charts.test_examples import EXAMPLES, documents
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.processes import ClusterError, Daemon
-from tests.operator.players import ENGINES, PODS, STACKS, PlayedNode, Server, wait
+from tests.cluster.server import Server
+from tests.operator.players import ENGINES, PODS, STACKS, PlayedNode, wait
 
 from packetstack_core import crds, kinds, reading
 from packetstack_operator import pods
@@ -62,8 +63,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AuditedControlP
     with running:
         for name in (NAMESPACE, "team-a", "team-b"):
             running.create_namespace(name)
-        running.apply(*crds.definitions(), *roles())
-        running.kubectl("wait", "--for=condition=Established", "crd", "--all")
+        running.define(*crds.definitions())
+        running.apply(*roles())
         yield running
 
 
@@ -105,8 +106,7 @@ def test_the_server_accepts_the_examples(server: ControlPlane, path: Path) -> No
 def refusal(server: ControlPlane, level: str, pod: Json) -> str:
     """What Pod Security of this level has against a pod; empty when nothing."""
     name = f"at-{level}"
-    server.create_namespace(name)
-    server.kubectl("label", "--overwrite", "namespace", name, f"pod-security.kubernetes.io/enforce={level}")
+    server.create_namespace(name, enforce=level)
     spec = {k: v for k, v in pod["spec"].items() if k != "serviceAccountName"}
     body = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one", "namespace": name}, "spec": spec}
     try:

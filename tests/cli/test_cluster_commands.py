@@ -41,9 +41,7 @@ spec:
 @pytest.fixture(scope="module")
 def server(control_plane: ControlPlane) -> ControlPlane:
     """With the kinds."""
-    control_plane.apply(*crds.definitions())
-    names = [d["metadata"]["name"] for d in crds.definitions()]
-    control_plane.kubectl("wait", "--for=condition=Established", "crd", *names, "--timeout=30s")
+    control_plane.define(*crds.definitions())
     return control_plane
 
 
@@ -103,8 +101,7 @@ class Space:
 
     def patch_status(self, kind: str, name: str, status: Json) -> None:
         """As an operator or agent would."""
-        words = ("patch", kind, name, "-n", self.name, "--subresource=status", "--type=merge")
-        self.server.kubectl(*words, "-p", json.dumps({"status": status}))
+        self.server.api.merge(f"{self.server.api.path(kind, self.name, name)}/status", {"status": status})
 
 
 @pytest.fixture
@@ -113,7 +110,7 @@ def space(server: ControlPlane, tmp_path: Path) -> Iterator[Space]:
     name = f"cli-{secrets.token_hex(4)}"
     server.create_namespace(name)
     yield Space(server, name, tmp_path)
-    server.kubectl("delete", "namespace", name, "--wait=false")
+    server.delete_namespace(name)
 
 
 def owners(stack: Json, field: str) -> set[str]:

@@ -136,7 +136,7 @@ class Cluster:
         return self.control_plane.kubectl(*words, stdin=stdin, timeout_seconds=timeout_seconds)
 
     def get(self, *words: str) -> Any:
-        """`kubectl get ... -o json`, parsed."""
+        """As `ControlPlane.get`."""
         return self.control_plane.get(*words)
 
     def apply(self, *manifests: dict[str, Any]) -> None:

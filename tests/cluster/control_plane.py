@@ -18,7 +18,6 @@ import json
 import shutil
 import socket
 import ssl
-import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from tests.cluster.kubernetes_binaries import find
 from tests.cluster.processes import ClusterError, Daemon, run, wait_until
+from tests.cluster.server import Server
 
 SERVICE_NETWORK = "10.96.0.0/16"
 API_SERVICE = "10.96.0.1"
@@ -52,6 +52,7 @@ class ControlPlane:
         self.controllers = controllers
         self.kubeconfig = directory / "admin.conf"
         self.server = ""  # the URL, once started
+        self._api: Server | None = None
         self.pki = Pki(directory / "pki")
         self._daemons: list[Daemon] = []
 
@@ -87,6 +88,8 @@ class ControlPlane:
         for daemon in reversed(self._daemons):
             daemon.kill()
         self._daemons.clear()
+        if self._api:
+            self._api.close_all()
         if not keep_logs:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -98,7 +101,7 @@ class ControlPlane:
         self.pki.issue("front-proxy-client", "front-proxy-client", authority="front-proxy-ca")
         etcd_port, peer_port, api_port, manager_port, scheduler_port = free_ports(self.address, 5)
         self.server = f"https://{self.address}:{api_port}"
-        self.kubeconfig_for("admin", groups=["system:masters"])
+        self._api = Server(self.kubeconfig_for("admin", groups=["system:masters"]))
         self._run_etcd(etcd_port, peer_port)
         self._run_apiserver(etcd_port, api_port)
         self._wait_for("kube-apiserver", api_port, "/readyz")
@@ -215,6 +218,12 @@ class ControlPlane:
 
     # ---- use
 
+    @property
+    def api(self) -> Server:
+        """Asked as admin, without a process of kubectl. Once started."""
+        assert self._api
+        return self._api
+
     @contextmanager
     def without(self, name: str) -> Iterator[None]:
         """One of its programs is killed, and started again at the end: as it was, on the same port."""
@@ -228,10 +237,9 @@ class ControlPlane:
 
     def _answers(self) -> bool:
         try:
-            self.kubectl("get", "--raw", "/readyz", timeout_seconds=5)
-        except (ClusterError, subprocess.TimeoutExpired):
+            return self.api.text("/readyz") == "ok"
+        except (ClusterError, OSError):
             return False
-        return True
 
     def kubeconfig_for(self, user: str, *, groups: Sequence[str] = ()) -> Path:
         """A kubeconfig of any user: what RBAC lets it do is what it can do."""
@@ -264,20 +272,40 @@ class ControlPlane:
         return run(find("kubectl"), kubeconfig, *words, stdin=stdin, timeout_seconds=timeout_seconds)
 
     def get(self, *words: str) -> Any:
-        """`kubectl get ... -o json`, parsed: one object, or a list's object with `items`."""
-        return json.loads(self.kubectl("get", *words, "-o", "json"))
+        """What `kubectl get WORDS -o json` prints of one kind: an object, or a list with `items`. Raises `ClusterError`."""
+        return self.api.find(*words)
 
-    def create_namespace(self, name: str) -> None:
-        """A namespace that takes pods at once: the controller manager makes its ServiceAccount seconds later."""
+    def create_namespace(self, name: str, **labels: str) -> None:
+        """A namespace that takes pods at once: the controller manager makes its ServiceAccount seconds later.
+
+        `labels` without their prefix `pod-security.kubernetes.io/`, such as `enforce="privileged"`.
+        """
+        marks = {f"pod-security.kubernetes.io/{key}": value for key, value in labels.items()}
         self.apply(
-            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}},
+            {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": marks}},
             {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "default", "namespace": name}},
         )
 
     def apply(self, *manifests: dict[str, Any]) -> None:
-        """Apply manifests given as dictionaries, server-side."""
-        document = json.dumps({"apiVersion": "v1", "kind": "List", "items": list(manifests)})
-        self.kubectl("apply", "--server-side", "-f", "-", stdin=document)
+        """Apply manifests given as dictionaries, server-side, one after the other. Raises `ClusterError`."""
+        for manifest in manifests:
+            self.api.write(manifest)
+
+    def define(self, *definitions: dict[str, Any]) -> None:
+        """Apply definitions of kinds; returns when the server has them."""
+        self.apply(*definitions)
+        for definition in definitions:
+            name = definition["metadata"]["name"]
+
+            def established(name: str = name) -> bool:
+                conditions = self.get("crd", name).get("status", {}).get("conditions") or []
+                return ("Established", "True") in ((c["type"], c["status"]) for c in conditions)
+
+            wait_until(established, f"crd/{name} established", daemons=self._daemons)
+
+    def delete_namespace(self, name: str) -> None:
+        """With all in it; does not wait for its end."""
+        self.api.delete(f"/api/v1/namespaces/{name}")
 
 
 class Pki:

@@ -24,9 +24,7 @@ def install(cluster: Cluster, *options: str) -> None:
     run(ROOT / "deploy/build-image", f"{REPOSITORY}:{TAG}", ARCHIVE, timeout_seconds=1200)
     for node in cluster.nodes:
         node.load(ARCHIVE)
-    cluster.control_plane.create_namespace(NAMESPACE)
-    enforce = "pod-security.kubernetes.io/enforce=privileged"  # for the agent
-    cluster.kubectl("label", "namespace", NAMESPACE, enforce, "--overwrite")
+    cluster.control_plane.create_namespace(NAMESPACE, enforce="privileged")  # for the agent
     helm(cluster, "upgrade", "--install", "packetstack-crds", str(ROOT / "charts/packetstack-crds"))
     helm(
         cluster,

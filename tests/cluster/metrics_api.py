@@ -78,8 +78,8 @@ class MetricsApi:
     ) -> None:
         try:
             for group, version in (CUSTOM, EXTERNAL):
-                self._control_plane.kubectl("delete", "apiservice", f"{version}.{group}")
-            self._control_plane.kubectl("delete", "service", SERVICE, "-n", NAMESPACE)
+                self._control_plane.api.delete(f"/apis/apiregistration.k8s.io/v1/apiservices/{version}.{group}")
+            self._control_plane.api.delete(f"/api/v1/namespaces/{NAMESPACE}/services/{SERVICE}")
         finally:
             self._end()
 
@@ -152,10 +152,9 @@ class MetricsApi:
 
         def found() -> bool:
             try:
-                groups = control_plane.kubectl("api-versions").split()
-            except ClusterError:  # one of the two is not there yet
+                return all(control_plane.api.get(f"/apis/{group}/{version}") for group, version in (CUSTOM, EXTERNAL))
+            except ClusterError:  # one of the two does not answer yet
                 return False
-            return {f"{group}/{version}" for group, version in (CUSTOM, EXTERNAL)} <= set(groups)
 
         wait_until(found, "metrics API in discovery")
 

@@ -140,7 +140,7 @@ class Node:
         for archive in (images.pause(self.directory.parent), *archives):
             self.load(archive)
         # What an earlier node of this name said of itself would be believed.
-        self.control_plane.kubectl("delete", "node", self.name, "--ignore-not-found")
+        self.control_plane.api.delete(f"/api/v1/nodes/{self.name}")
         self.start_kubelet()
         self.start_kube_proxy()
         self.wait_ready()
@@ -220,8 +220,8 @@ class Node:
 
     def wait_ready(self, *, timeout_seconds: float = 90) -> None:
         def ready() -> bool:
-            path = "jsonpath={.status.conditions[?(@.type=='Ready')].status}"
-            return self.control_plane.kubectl("get", "node", self.name, "--ignore-not-found", "-o", path) == "True"
+            found = self.control_plane.api.get(f"/api/v1/nodes/{self.name}") or {"status": {"conditions": []}}
+            return ("Ready", "True") in ((c["type"], c["status"]) for c in found["status"]["conditions"])
 
         self._wait(ready, f"{self.name}: Ready", timeout_seconds=timeout_seconds)
 

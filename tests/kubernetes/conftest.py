@@ -55,8 +55,7 @@ class Installed:
 
     def create_namespace(self, name: str) -> None:
         """One in which engines may have a host path."""
-        self.cluster.control_plane.create_namespace(name)
-        self.kubectl("label", "namespace", name, "pod-security.kubernetes.io/enforce=privileged", "--overwrite")
+        self.cluster.control_plane.create_namespace(name, enforce="privileged")
 
     def agent(self, node: str = "node0") -> str:
         """Name of the agent's pod on this node."""
@@ -151,4 +150,4 @@ def space(packetstack: Installed) -> Iterator[str]:
     packetstack.create_namespace(name)
     yield name
     packetstack.kubectl("delete", "packetstack", "--all", "-n", name, "--timeout=60s")
-    packetstack.kubectl("delete", "namespace", name, "--wait=false")
+    packetstack.cluster.control_plane.delete_namespace(name)

@@ -45,8 +45,7 @@ class Served:
 def served(packetstack: Installed, servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """All tests look at the same stack."""
     space = "command"
-    packetstack.cluster.control_plane.create_namespace(space)
-    packetstack.kubectl("label", "namespace", space, "pod-security.kubernetes.io/enforce=privileged")
+    packetstack.create_namespace(space)
     made = Served(packetstack, space)
     file = tmp_path_factory.mktemp("command") / "edge.yaml"
     file.write_text(json.dumps(stack("edge", space, replicas=2)))
@@ -60,7 +59,7 @@ def served(packetstack: Installed, servers: Servers, tmp_path_factory: pytest.Te
     yield made
     broken = traffic.stop().broken
     assert made.said("down", "edge", "--yes") == "stack edge: removed\n"
-    packetstack.kubectl("delete", "namespace", space, "--wait=false")
+    packetstack.cluster.control_plane.delete_namespace(space)
     assert broken == 0
 
 

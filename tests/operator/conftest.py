@@ -4,21 +4,19 @@ import secrets
 from contextlib import contextmanager
 
 import pytest
+from tests.cluster.server import Server
 from tests.operator.counters import PlayedCounters
 from tests.operator.operator_process import USER, OperatorProcess, grant
 from tests.operator.place import Place
-from tests.operator.players import STACKS, PlayedNode, Server, wait
+from tests.operator.players import STACKS, PlayedNode, wait
 
 from packetstack_core import crds
 
 
 @pytest.fixture(scope="module")
 def server(control_plane):
-    control_plane.apply(*crds.definitions())
+    control_plane.define(*crds.definitions())
     control_plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": "node-0"}})
-    for definition in crds.definitions():
-        name = f"crd/{definition['metadata']['name']}"
-        control_plane.kubectl("wait", "--for=condition=Established", name, "--timeout=30s")
     server = Server(control_plane.kubeconfig)
     yield server
     server.close()

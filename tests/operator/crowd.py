@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.control_plane import ControlPlane
+from tests.cluster.server import Server, ServerError
 from tests.operator.counters import PlayedCounters, busy
 from tests.operator.operator_process import USER, OperatorProcess, grant
-from tests.operator.players import STACKS, TABLES, PlayedNode, Server, ServerError, wait
+from tests.operator.players import STACKS, TABLES, PlayedNode, wait
 
 from packetstack_core import crds
 
@@ -142,12 +143,9 @@ def crowd(directory: Path, stacks: int, engines: int, *, autoscaled: bool = Fals
     with ControlPlane(directory / "control-plane", controllers=False) as control_plane:
         for number in range(NODES):
             control_plane.create_namespace(f"crowd-{number}")
-        control_plane.apply(*crds.definitions())
+        control_plane.define(*crds.definitions())
         for number in range(NODES):
             control_plane.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"node-{number}"}})
-        for definition in crds.definitions():
-            name = f"crd/{definition['metadata']['name']}"
-            control_plane.kubectl("wait", "--for=condition=Established", name, "--timeout=30s")
         grant(control_plane)
         server = Server(control_plane.kubeconfig)
         kubeconfig = control_plane.kubeconfig_for(USER)

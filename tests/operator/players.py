@@ -4,106 +4,21 @@ No engine runs here. Pods get the phases that a kubelet would report, and flow t
 give, so that the operator can be followed step by step. Real engines are in tests/headline.
 """
 
-import base64
 import datetime
-import http.client
-import json
-import ssl
-import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
 
+from tests.cluster.server import JSON, Server, ServerError
 from tests.operator.counters import PlayedCounters
 from tests.waiting import POLL_SECONDS, eventually
 
 from packetstack_core import kinds
 
-JSON = dict[str, Any]
 STACKS = "/apis/packetstack.io/v1alpha1/namespaces/{}/packetstacks"
 TABLES = "/apis/packetstack.io/v1alpha1/namespaces/{}/flowtables"
 ENGINES = "/apis/packetstack.io/v1alpha1/namespaces/{}/packetengines"
 PODS = "/api/v1/namespaces/{}/pods"
-
-
-class ServerError(Exception):
-    """The API server's answer to a request that it did not carry out."""
-
-    def __init__(self, status: int, text: str) -> None:
-        super().__init__(f"{status}: {text[:300]}")
-        self.status = status
-
-
-class Server:
-    """Plain requests to an API server, with the client certificate of a kubeconfig."""
-
-    def __init__(self, kubeconfig: Path) -> None:
-        config = json.loads(kubeconfig.read_text())
-        cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
-        self.address = urlsplit(cluster["server"]).netloc
-        self.context = ssl.create_default_context(
-            cadata=base64.b64decode(cluster["certificate-authority-data"]).decode()
-        )
-        with tempfile.TemporaryDirectory() as directory:
-            for name in ("certificate", "key"):
-                (Path(directory) / name).write_bytes(base64.b64decode(user[f"client-{name}-data"]))
-            self.context.load_cert_chain(f"{directory}/certificate", f"{directory}/key")
-        self._local = threading.local()
-
-    def request(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> Any:
-        for attempt in (0, 1):
-            connection = getattr(self._local, "connection", None)
-            if connection is None:
-                connection = self._local.connection = http.client.HTTPSConnection(
-                    self.address, context=self.context, timeout=30
-                )
-            try:
-                connection.request(method, path, json.dumps(body) if body is not None else None, {"Content-Type": kind})
-                answer = connection.getresponse()
-                text = answer.read().decode()
-                break
-            except (http.client.HTTPException, OSError):
-                self.close()
-                if attempt:
-                    raise
-        if answer.status >= 300:
-            raise ServerError(answer.status, text)
-        return json.loads(text)
-
-    def close(self) -> None:
-        """The connection of this thread."""
-        connection = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
-
-    def get(self, path: str) -> Any:
-        """None if it is not there."""
-        try:
-            return self.request("GET", path)
-        except ServerError as e:
-            if e.status == 404:
-                return None
-            raise
-
-    def items(self, path: str, selector: str = "") -> list[JSON]:
-        return list(self.request("GET", path + (f"?labelSelector={quote(selector)}" if selector else ""))["items"])
-
-    def merge(self, path: str, body: JSON) -> Any:
-        return self.request("PATCH", path, body, "application/merge-patch+json")
-
-    def apply(self, path: str, body: JSON, manager: str) -> Any:
-        query = f"?fieldManager={manager}&force=true"
-        return self.request("PATCH", path + query, body, "application/apply-patch+yaml")
-
-    def delete(self, path: str, **options: Any) -> None:
-        try:
-            self.request("DELETE", path, options)
-        except ServerError as e:
-            if e.status not in (404, 409):
-                raise
 
 
 def timestamp() -> str:

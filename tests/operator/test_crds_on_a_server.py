@@ -78,15 +78,13 @@ def placed(doc: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def api(control_plane: ControlPlane) -> Iterator[Api]:
-    control_plane.apply(*crds.definitions())
-    names = [f"crd/{made['metadata']['name']}" for made in crds.definitions()]
-    control_plane.kubectl("wait", "--for=condition=Established", "--timeout=60s", *names)
+    control_plane.define(*crds.definitions())
     space = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}}
     control_plane.apply(space)
     asked = Api(control_plane)
     yield asked
     asked.connection.close()
-    control_plane.kubectl("delete", "namespace", NAMESPACE, "--wait=false")
+    control_plane.delete_namespace(NAMESPACE)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
