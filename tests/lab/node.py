@@ -211,10 +211,9 @@ class Node:
             "-j link show", "-4 route show table all", "-6 route show table all", "neigh show proxy",
             "-6 neigh show proxy", "rule show",
         ):  # fmt: skip
-            shown = self.lab.run("node", "ip", *words.split()).stdout
+            found[words] = shown = self.lab.run("node", "ip", *words.split()).stdout
             if words.startswith("-j"):
-                shown = sorted((i["ifname"], i["mtu"], i.get("xdp"), i["qdisc"]) for i in json.loads(shown))
-            found[words] = shown
+                found[words] = sorted((i["ifname"], i["mtu"], i.get("xdp"), i["qdisc"]) for i in json.loads(shown))
         found["rules"] = self.lab.run("node", "nft", "list", "ruleset").stdout
         with inside(self.lab.namespace("node")):
             for path in sorted(Path("/proc/sys/net").glob("ipv[46]/*/[ud]*0/*")):
