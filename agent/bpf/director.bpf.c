@@ -78,6 +78,35 @@ struct {
 	__type(value, uint32_t);
 } engines SEC(".maps");
 
+/* Four buckets' pairs. Written by the agent through its mapping, before the word that names a previous owner. */
+struct pair_numbers {
+	uint16_t pair[4];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, PS_TABLE_WORDS / 4);
+	__uint(map_flags, BPF_F_MMAPABLE);
+	__type(key, uint32_t);
+	__type(value, struct pair_numbers);
+} pair_numbers SEC(".maps");
+
+/* The host ends of two engines, owner and previous owner, that get a copy each. */
+struct pair {
+	__uint(type, BPF_MAP_TYPE_DEVMAP);
+	__uint(max_entries, 2);
+	__type(key, uint32_t);
+	__type(value, uint32_t);
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY_OF_MAPS);
+	__uint(max_entries, PS_MAX_PAIRS);
+	__type(key, uint32_t);
+	__type(value, uint32_t);
+	__array(values, struct pair);
+} pairs SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
 	__uint(max_entries, 1);
@@ -311,6 +340,20 @@ APART int source_route(struct xdp_md *ctx, uint32_t l3, uint32_t size)
 
 /* ---- what is done ------------------------------------------------------------------------------------------- */
 
+/* A copy each to the owner and to the previous owner of the word at this place. -> as bpf_redirect_map */
+APART int mirror(uint32_t at)
+{
+	uint32_t four = at / 4, number;
+	struct pair_numbers *numbers = bpf_map_lookup_elem(&pair_numbers, &four);
+	void *pair;
+
+	if (!numbers)
+		return XDP_DROP;
+	number = *(volatile uint16_t *)&numbers->pair[at & 3];
+	pair = bpf_map_lookup_elem(&pairs, &number);
+	return pair ? (int)bpf_redirect_map(pair, 0, BPF_F_BROADCAST) : XDP_DROP;
+}
+
 /* Stamps the frame for the bucket's owner and sends it there. */
 PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const struct ps_uplink *here,
 			    const struct ps_target *target, uint32_t bucket, uint32_t hash, uint32_t flags)
@@ -338,12 +381,14 @@ PS_INLINE int send_to_owner(struct xdp_md *ctx, struct counters *count, const st
 		count->value[here ? PS_D_PASSED_METADATA : PS_D_DROP_METADATA]++;
 		return here ? XDP_PASS : XDP_DROP;
 	}
-	action = bpf_redirect_map(&engines, slot, XDP_DROP);
+	action = ps_word_prev_slot(word) ? mirror(at) : (int)bpf_redirect_map(&engines, slot, XDP_DROP);
 	if (action != XDP_REDIRECT) {
 		count->value[PS_D_DROP_NO_ENGINE]++;
 		return XDP_DROP;
 	}
 	count->value[PS_D_FORWARDED]++;
+	if (ps_word_prev_slot(word))
+		count->value[PS_D_MIRRORED]++;
 	return action;
 }
 

@@ -16,7 +16,8 @@ PS_INLINE int stamp_frame(struct xdp_md *ctx, uint64_t word, uint32_t bucket, ui
 	if ((void *)(stamp + 1) > (void *)(long)ctx->data)
 		return 0;
 	stamp->magic = PS_STAMP_MAGIC;
-	stamp->flags = flags;
+	stamp->flags = (uint16_t)(flags | ps_word_slot(word) << PS_STAMP_SLOT |
+				  (ps_word_prev_slot(word) ? PS_STAMP_MIRROR : 0));
 	stamp->epoch = ps_word_epoch(word);
 	stamp->bucket = bucket;
 	stamp->queue = ps_word_queue(word);

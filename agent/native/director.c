@@ -29,6 +29,7 @@ struct ps_director {
 	char objects[256], pins[256];
 	struct bpf_object *director, *host;
 	uint64_t *words, *egress, *known;
+	uint16_t *pair_numbers;
 	struct ps_watch *watches;
 	struct ps_own_filter *filter;
 	int cpus;
@@ -250,7 +251,10 @@ struct ps_director *ps_director_open(const char *objects, const char *pins, stru
 			 map_fd(d->host, "egress"), 0);
 	d->filter = mmap(NULL, sizeof(*d->filter), PROT_READ | PROT_WRITE, MAP_SHARED,
 			 map_fd(d->director, "own_filter"), 0);
-	if (d->words == MAP_FAILED || d->egress == MAP_FAILED || d->filter == MAP_FAILED) {
+	d->pair_numbers = mmap(NULL, PS_TABLE_WORDS * 2ul, PROT_READ | PROT_WRITE, MAP_SHARED,
+			       map_fd(d->director, "pair_numbers"), 0);
+	if (d->words == MAP_FAILED || d->egress == MAP_FAILED || d->filter == MAP_FAILED ||
+	    d->pair_numbers == MAP_FAILED) {
 		ps_fail(e, "cannot map the flow table: %s", strerror(errno));
 		goto failed;
 	}
@@ -268,6 +272,7 @@ void ps_director_close(struct ps_director *d)
 	munmap(d->known, PS_KNOWN_WORDS * 16ul);
 	munmap(d->watches, PS_MAX_WATCHED * sizeof(*d->watches));
 	munmap(d->words, PS_TABLE_WORDS * 8ul);
+	munmap(d->pair_numbers, PS_TABLE_WORDS * 2ul);
 	munmap(d->egress, PS_MAX_SLOTS * PS_MAX_CPUS * 8ul);
 	munmap(d->filter, sizeof(*d->filter));
 	bpf_object__close(d->director);
@@ -277,6 +282,7 @@ void ps_director_close(struct ps_director *d)
 
 uint64_t *ps_director_words(struct ps_director *d) { return d->words; }
 uint64_t *ps_director_egress(struct ps_director *d) { return d->egress; }
+uint16_t *ps_director_pair_numbers(struct ps_director *d) { return d->pair_numbers; }
 
 /* ---- XDP links ----------------------------------------------------------------------------------------- */
 
@@ -494,11 +500,11 @@ int ps_engine_attach(struct ps_director *d, int netns, const char *ifname, const
 
 int ps_engine_detach(struct ps_director *d, const char *name, struct ps_error *e)
 {
-	static const char *const maps[] = { "queues", "unstamped", "forged" };
+	static const char *const maps[] = { "queues", "unstamped", "forged", "misdirected" };
 	char path[600];
 	int missing = link_remove(d, name);
 
-	for (int i = 0; i < 3; i++) {
+	for (int i = 0; i < 4; i++) {
 		snprintf(path, sizeof(path), "%s/%s_%s", d->pins, name, maps[i]);
 		unlink(path);
 	}
@@ -514,11 +520,11 @@ static uint64_t sum(const struct ps_director *d, const uint64_t *values, int str
 	return total;
 }
 
-int ps_engine_refused(struct ps_director *d, const char *name, uint64_t frames[2], struct ps_error *e)
+int ps_engine_refused(struct ps_director *d, const char *name, uint64_t frames[3], struct ps_error *e)
 {
-	static const char *const maps[] = { "unstamped", "forged" };
+	static const char *const maps[] = { "unstamped", "forged", "misdirected" };
 
-	for (int i = 0; i < 2; i++) {
+	for (int i = 0; i < 3; i++) {
 		uint64_t values[1024];
 		uint32_t zero = 0;
 		char path[600];
@@ -548,6 +554,53 @@ int ps_director_engine(struct ps_director *d, uint32_t slot, uint32_t ifindex, s
 		return ps_fail(e, "engine %u: cannot direct packets to interface %u: %s", slot, ifindex,
 			       strerror(errno));
 	return 0;
+}
+
+/* -> descriptor of the map that holds a pair, 0 if there is none, or -1 */
+static int pair_map(int pairs, uint32_t number)
+{
+	uint32_t id;
+
+	if (!bpf_map_lookup_elem(pairs, &number, &id))
+		return bpf_map_get_fd_by_id(id);
+	return errno == ENOENT ? 0 : -1;
+}
+
+int ps_director_pairs(struct ps_director *d, const struct ps_pair *wanted, int n, struct ps_error *e)
+{
+	int pairs = map_fd(d->director, "pairs"), result = 0;
+	uint32_t *numbers = calloc((size_t)n + 1, sizeof(*numbers)), fresh = 0;
+	int *fds = calloc((size_t)n + 1, sizeof(*fds));
+
+	for (int i = 0; i < n && !result; i++) {
+		int fd = numbers && fds && wanted[i].number < PS_MAX_PAIRS ? pair_map(pairs, wanted[i].number) : -1;
+		int made = fd == 0;
+
+		if (made)
+			fd = bpf_map_create(BPF_MAP_TYPE_DEVMAP, "pair", 4, 4, 2, NULL);
+		for (uint32_t side = 0; side < 2 && fd >= 0 && !result; side++)
+			result = bpf_map_update_elem(fd, &side, &wanted[i].ifindex[side], BPF_ANY);
+		if (fd < 0 || result)
+			result = ps_fail(e, "pair %u of interfaces %u and %u: cannot be made: %s", wanted[i].number,
+					 wanted[i].ifindex[0], wanted[i].ifindex[1], strerror(errno));
+		if (made && fd >= 0) {
+			numbers[fresh] = wanted[i].number;
+			fds[fresh++] = fd;
+		} else if (fd >= 0) {
+			close(fd);
+		}
+	}
+	if (!result && fresh) {
+		uint32_t done = fresh;
+
+		if (bpf_map_update_batch(pairs, numbers, fds, &done, NULL))
+			result = ps_fail(e, "pairs: the director's map takes no more of them: %s", strerror(errno));
+	}
+	for (uint32_t i = 0; i < fresh; i++)
+		close(fds[i]);
+	free(numbers);
+	free(fds);
+	return result;
 }
 
 static int update(int fd, const void *key, const void *value, struct ps_error *e, const char *what)

@@ -62,8 +62,8 @@ int ps_routed_attach(struct ps_director *d, uint32_t routed_ifindex, const uint8
 int ps_engine_attach(struct ps_director *d, int netns, const char *ifname, const char *name, const struct ps_end *of,
 		     struct ps_error *e);
 int ps_engine_detach(struct ps_director *d, const char *name, struct ps_error *e);
-/* Frames the engine's program dropped: {without a stamp, markers without the engine's token} */
-int ps_engine_refused(struct ps_director *d, const char *name, uint64_t frames[2], struct ps_error *e);
+/* Frames the engine's program dropped: {without a stamp, markers without the engine's token, stamped for another engine} */
+int ps_engine_refused(struct ps_director *d, const char *name, uint64_t frames[3], struct ps_error *e);
 
 uint64_t *ps_director_words(struct ps_director *d);  /* PS_TABLE_WORDS flow-table words, mmap of the map */
 uint64_t *ps_director_egress(struct ps_director *d); /* PS_MAX_SLOTS * PS_MAX_CPUS: last egress fence seen */
@@ -231,6 +231,61 @@ int ps_probe(const struct ps_fence_engine *engine, struct ps_error *e);
 int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *egress, struct ps_fence_engine *engines,
 		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms, int all_cpus,
 		struct ps_transfer_report *report, struct ps_error *e);
+/* ---- mirror.c: a second set of engines takes new connections, the first keeps those that it has ---------------------- */
+
+/* Two sets of one stack. */
+struct ps_sets {
+	struct ps_arena *keeper, *newcomer;
+	uint64_t *words;
+	uint32_t offset;		 /* of the stack's words, and of its pair numbers */
+	uint16_t *pairs;		 /* ps_director_pair_numbers */
+	struct ps_fence_engine *engines; /* of both sets */
+	int n_engines;
+	uint32_t limit_ms;
+	int all_cpus; /* see ps_transfer */
+};
+
+struct ps_switch {
+	uint32_t bucket, slot, queue; /* owner in the newcomer's set */
+	uint32_t pair;		      /* of it and the present owner: ps_director_pairs */
+};
+
+/*
+ * Gives buckets to the newcomer's set; their connections stay with their owners of now, which get a copy of each packet.
+ * Every engine of both has the connection list. As with ps_transfer nothing is released by a timer; a call that was
+ * interrupted, or was not answered, is finished by the next, without moves too. A keeper's engine that is gone (engine
+ * NULL) publishes nothing: its connections are the newcomer's strangers.
+ */
+int ps_mirror_switch(const struct ps_sets *sets, const struct ps_switch *moves, int n_moves,
+		     struct ps_transfer_report *report, struct ps_error *e);
+/* These buckets, and those that an interrupted call has left, are the newcomer's alone. Then the keeper may go. */
+int ps_mirror_end(const struct ps_sets *sets, const uint32_t *buckets, int n_buckets, struct ps_transfer_report *report,
+		  struct ps_error *e);
+
+/* A pair of engines that packets are mirrored to: the interfaces of their host ends. */
+struct ps_pair {
+	uint32_t number; /* 1 .. PS_MAX_PAIRS-1 */
+	uint32_t ifindex[2];
+};
+
+/* New numbers cost one grace period of the kernel, some 10 ms, for all of them together; known ones nothing. */
+int ps_director_pairs(struct ps_director *d, const struct ps_pair *pairs, int n, struct ps_error *e);
+/* By bucket, as the words are: PS_TABLE_WORDS numbers, mmap of the map */
+uint16_t *ps_director_pair_numbers(struct ps_director *d);
+
+/* The connection list of a keeper's set (packetstack/connections.h): pinned, for engines of both sets to write. */
+struct ps_connection_list;
+struct ps_connection_list *ps_connections_create(const char *pin, const struct ps_arena *keeper, struct ps_error *e);
+struct ps_connection_list *ps_connections_open(const char *pin, const struct ps_arena *keeper, struct ps_error *e);
+void ps_connections_close(struct ps_connection_list *l);
+/* Its buckets, entries and index slots, as PS_MSG_CONNECTIONS names them */
+void ps_connections_numbers(const struct ps_connection_list *l, uint32_t out[3]);
+/*
+ * By bucket: connections that the keeper has left, UINT32_MAX if it has published none yet; and when the one of them was
+ * seen that is silent for the longest time, in ticks.
+ */
+void ps_connections_left(const struct ps_connection_list *l, uint32_t *left, uint32_t *oldest);
+
 /* Wakes a core by its `wake`. Never waits. */
 void ps_wake(int socket);
 /* Gives a queue to another core of the same engine; returns when it has it, or after limit_ms with -1. */

@@ -9,12 +9,14 @@
 #include <linux/bpf.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include "native.h"
+#include "packetstack/connections.h"
 #include "packetstack/parts.h"
 
 int ps_fail(struct ps_error *e, const char *format, ...)
@@ -191,4 +193,51 @@ void *ps_parts_open(const char *path, const char *pin, uint32_t magic, uint64_t 
 	if (map >= 0)
 		close(map);
 	return at;
+}
+
+/* ---- connection list: a map alone ---------------------------------------------------------------------------- */
+
+struct ps_connection_list *ps_connections_map(const char *pin, const struct ps_arena *keeper, int create,
+					      struct ps_error *e)
+{
+	struct ps_connection_list *l = calloc(1, sizeof(*l));
+	uint64_t bytes;
+	int map;
+
+	if (!l || !ps_connections_are(l, keeper->buckets, keeper->entries, keeper->index_slots)) {
+		ps_fail(e, "%s: no connection list of %u buckets with %u entries is possible", pin, keeper->buckets,
+			keeper->entries);
+		free(l);
+		return NULL;
+	}
+	bytes = ps_connections_bytes(l);
+	map = create ? map_create(pin, bytes) : ps_map_open(pin, 0, e);
+	if (map < 0 && create)
+		ps_fail(e, "%s: cannot take %lu MiB for it: %s", pin, (unsigned long)(bytes + (1 << 20) - 1) >> 20,
+			strerror(errno));
+	if (map >= 0 && map_bytes(map) != bytes) {
+		ps_fail(e, "%s: has %lu bytes instead of %lu: this connection list is not used", pin,
+			(unsigned long)map_bytes(map), (unsigned long)bytes);
+		close(map);
+		map = -1;
+	}
+	if (map < 0) {
+		free(l);
+		return NULL;
+	}
+	l->at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, map, 0);
+	close(map);
+	if (l->at != MAP_FAILED)
+		return l;
+	ps_fail(e, "%s: cannot map: %s", pin, strerror(errno));
+	free(l);
+	return NULL;
+}
+
+void ps_connections_close(struct ps_connection_list *l)
+{
+	if (!l)
+		return;
+	munmap(l->at, ps_connections_bytes(l));
+	free(l);
 }

@@ -150,10 +150,10 @@ class Engine:
 
     def refused(self) -> dict[str, int]:
         """Frames that its program dropped: of those who reach its interface and are not the director. Empty: it has none."""
-        out = ffi.new("uint64_t[2]")
+        out = ffi.new("uint64_t[3]")
         if lib().ps_engine_refused(self.director, text(self.link), out, ffi.new("struct ps_error *")):
             return {}
-        return {"unstamped": int(out[0]), "forged_marker": int(out[1])}
+        return {"unstamped": int(out[0]), "forged_marker": int(out[1]), "misdirected": int(out[2])}
 
     def missed(self, index: int) -> int:
         """Frames that the kernel dropped because the queue's ring was full."""

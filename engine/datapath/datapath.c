@@ -278,10 +278,30 @@ static void marker_received(struct worker *w, struct queue *q, const uint8_t *fr
 	PS_POINT(MARKER);
 }
 
+static void look_at_shard(struct worker *w, uint32_t bucket, struct ps_shard *s, enum trust wanted);
+
+/*
+ * Every packet of this queue's bucket with the old stamp has been handled: no flow begins here any more, and the owner,
+ * which is of another set, learns which there are.
+ */
+static void keep(struct worker *w, uint32_t bucket, struct ps_shard *s)
+{
+	struct datapath *d = w->d;
+
+	if (d->trusted[bucket] != WHOLE)
+		look_at_shard(w, bucket, s, WHOLE);
+	if (w->handler.list)
+		ps_connections_publish(w->handler.list, ps_connections_of(w->handler.list, bucket), d->arena, s,
+				       w->handler.now);
+	STORE(&s->owner, ps_owner(s->owner) | PS_KEPT);
+	PS_POINT(KEPT);
+}
+
 /*
  * All markers of a fence are here, so every packet with the old stamp has been handled. When the
  * transmit ring is empty too and nothing is parked for them, the buckets are declared fenced: from
  * here on this queue touches them no more. The agent then lets the egress side pass and releases.
+ * With PS_FENCE_SWITCH they are kept instead; with PS_FENCE_PASS nothing changes.
  */
 static void fence_acknowledge(struct worker *w, struct queue *q)
 {
@@ -310,9 +330,11 @@ static void fence_acknowledge(struct worker *w, struct queue *q)
 			owner = LOAD(&shard->owner);
 			if (ps_word_slot(owner) != d->engine->slot || ps_word_queue(owner) != index)
 				continue;
-			if (!pass && q->parked[b])
+			if (!pass && (q->parked[b] || (f->kind == PS_FENCE_PASS && q->kept[b])))
 				return;
-			if (pass) {
+			if (pass && f->kind == PS_FENCE_SWITCH && (owner & 0xffff) == PS_OWNED) {
+				keep(w, b, shard);
+			} else if (pass && f->kind == PS_FENCE_TRANSFER) {
 				d->trusted[b] = UNKNOWN;
 				STORE(&shard->owner, ps_owner(owner) | PS_FENCED);
 				PS_POINT(FENCE_SHARD);
@@ -323,9 +345,15 @@ static void fence_acknowledge(struct worker *w, struct queue *q)
 	STORE(&s->fence_acked, id);
 }
 
-static void park_count(struct queue *q, uint32_t bucket, int change)
+/* Is this the previous owner's copy of a packet? */
+static bool for_keeper(const struct datapath *d, const struct ps_stamp *stamp)
 {
-	uint16_t *parked = &q->parked[bucket & (PS_MAX_BUCKETS - 1)];
+	return stamp->flags & PS_STAMP_MIRROR && stamp->flags >> PS_STAMP_SLOT != d->engine->slot;
+}
+
+static void park_count(const struct datapath *d, struct queue *q, const struct ps_stamp *stamp, int change)
+{
+	uint16_t *parked = &(for_keeper(d, stamp) ? q->kept : q->parked)[stamp->bucket & (PS_MAX_BUCKETS - 1)];
 
 	if (change > 0 || *parked)
 		*parked = (uint16_t)(*parked + change);
@@ -350,6 +378,33 @@ static void look_at_shard(struct worker *w, uint32_t bucket, struct ps_shard *s,
 	d->trusted[bucket] = (uint8_t)wanted;
 }
 
+static uint8_t late(struct worker *w)
+{
+	w->core->counters[PS_C_LATE]++;
+	w->core->counters[PS_C_DROP_NOT_OWNER]++;
+	return PS_DROP;
+}
+
+/* The same of a previous owner's copy: it waits until nothing that was sent before can begin a flow here. */
+static uint8_t admit_kept(struct worker *w, struct queue *q, const struct ps_stamp *stamp, bool from_park)
+{
+	struct datapath *d = w->d;
+	struct ps_shard *s = ps_shard_at(d->arena, stamp->bucket);
+	uint64_t owner = LOAD(&s->owner);
+
+	if (ps_word_slot(owner) != d->engine->slot || ps_word_queue(owner) != (uint32_t)(q - d->queue))
+		return late(w);
+	if ((owner & 0xffff) == PS_OWNED && ps_epoch_newer(stamp->epoch, ps_word_epoch(owner)))
+		return PS_PARK;
+	if ((owner & 0xffff) != PS_KEPT)
+		return late(w);
+	if (!from_park && q->kept[stamp->bucket])
+		return PS_PARK;
+	if (__builtin_expect(d->trusted[stamp->bucket] == UNKNOWN, 0))
+		look_at_shard(w, stamp->bucket, s, LINKS);
+	return PS_TRANSMIT;
+}
+
 /* What is to be done with a frame, before anything is rewritten: its own bucket, or wait, or too late? */
 static uint8_t admit(struct worker *w, struct queue *q, const struct ps_stamp *stamp, bool from_park)
 {
@@ -360,6 +415,8 @@ static uint8_t admit(struct worker *w, struct queue *q, const struct ps_stamp *s
 		w->core->counters[PS_C_DROP_NO_STAMP]++;
 		return PS_DROP;
 	}
+	if (__builtin_expect(for_keeper(d, stamp), 0))
+		return admit_kept(w, q, stamp, from_park);
 	mine = ps_word(stamp->epoch, d->engine->slot, (uint32_t)(q - d->queue), 0, 0);
 	owner = LOAD(&ps_shard_at(d->arena, stamp->bucket)->owner);
 	if (owner == mine) {
@@ -369,11 +426,9 @@ static uint8_t admit(struct worker *w, struct queue *q, const struct ps_stamp *s
 			look_at_shard(w, stamp->bucket, ps_shard_at(d->arena, stamp->bucket), LINKS);
 		return PS_TRANSMIT;
 	}
-	if (ps_epoch_newer(stamp->epoch, ps_word_epoch(owner)) || !owner)
+	if (ps_epoch_newer(stamp->epoch, ps_word_epoch(owner)) || !owner || owner == (mine | PS_WAITING))
 		return PS_PARK;
-	w->core->counters[PS_C_LATE]++;
-	w->core->counters[PS_C_DROP_NOT_OWNER]++;
-	return PS_DROP;
+	return late(w);
 }
 
 /* Does the descriptor name a frame of ours, with its stamp and all that a rewrite may touch? */
@@ -542,7 +597,7 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 				q->free[free_at++ & (d->engine->free_slots - 1)] = desc->address;
 		} else if (PS_VERDICT(verdict) == PS_PARK && source == SOURCE_RX && park_room) {
 			q->park[park_at++ & (d->engine->park_slots - 1)] = *desc;
-			park_count(q, stamp_of(frame)->bucket, 1);
+			park_count(d, q, stamp_of(frame), 1);
 			w->core->counters[PS_C_PARKED]++;
 			park_room--;
 		} else {
@@ -552,7 +607,7 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 		PS_POINT(SLOT_WRITTEN);
 		bytes += desc->length;
 		if (source == SOURCE_PARK)
-			park_count(q, stamp_of(frame)->bucket, -1);
+			park_count(d, q, stamp_of(frame), -1);
 	}
 	if (!i)
 		return 0;
@@ -606,6 +661,8 @@ static uint32_t serve(struct worker *w, struct queue *q)
 
 	if (s->depth != parked + waiting)
 		s->depth = parked + waiting;
+	if (!(parked + waiting))
+		q->empty_ns = w->now_ns;
 	if (parked)
 		done += batch(w, q, SOURCE_PARK);
 	if (waiting)
@@ -923,7 +980,7 @@ static void adopt(struct datapath *d)
 			const struct ps_descriptor *parked = &q->park[at & (d->engine->park_slots - 1)];
 
 			if (in_umem(d, parked))
-				park_count(q, stamp_of(d->umem + parked->address)->bucket, 1);
+				park_count(d, q, stamp_of(d->umem + parked->address), 1);
 		}
 		PS_POINT(ADOPT_PARKED);
 		s->kick = 1;
@@ -955,6 +1012,43 @@ static void take_configuration(struct worker *w)
 	STORE(&w->core->config_seen, generation);
 }
 
+/* A shard's flows that have timed out go. Without a list nobody knows whose a kept one's are: nothing goes. */
+static uint32_t sweep_flows(struct worker *w, uint32_t bucket, struct ps_shard *s, uint64_t owner)
+{
+	const struct ps_connection_list *list = w->handler.list;
+	const uint32_t *timeout = w->handler.config->timeout;
+	uint64_t empty = w->d->queue[ps_word_queue(owner)].empty_ns;
+
+	if ((owner & 0xffff) == PS_OWNED)
+		return ps_shard_sweep(w->d->arena, s, timeout, w->handler.now);
+	return list ? ps_kept_sweep(list, ps_connections_of(list, bucket), w->d->arena, s, timeout, w->handler.now,
+				    (uint32_t)(empty / (1000000000 / PS_TICKS_PER_SECOND)))
+		    : 0;
+}
+
+/* Sweeps a shard if this core owns it. -> whether there were flows */
+static bool sweep_shard(struct worker *w, uint32_t bucket)
+{
+	struct datapath *d = w->d;
+	struct ps_shard *s = ps_shard_at(d->arena, bucket);
+	uint64_t owner = LOAD(&s->owner), state = owner & 0xffff;
+	uint32_t queue = ps_word_queue(owner);
+
+	if (ps_word_slot(owner) != d->engine->slot || (state != PS_OWNED && state != PS_KEPT) || queue >= d->queues ||
+	    LOAD(&d->queue[queue].shared->cur) != w->me)
+		return false;
+	if (d->trusted[bucket] != WHOLE)
+		look_at_shard(w, bucket, s, WHOLE);
+	if (w->reckon)
+		s->next_expiry = w->handler.now;
+	if (!s->live && state == PS_OWNED)
+		return false;
+	w->core->counters[PS_C_FLOWS_ENDED] += sweep_flows(w, bucket, s, owner);
+	w->core->counters[PS_C_SWEPT_SHARDS]++;
+	PS_POINT(SWEPT);
+	return true;
+}
+
 /*
  * Visits all shards about once a second, a few at a time; touches only those this core owns. Packets wait meanwhile, so
  * it stops after SWEEP_NS and goes on in the next turn.
@@ -972,25 +1066,8 @@ static void sweep(struct worker *w)
 	w->swept_ns = w->now_ns;
 	begun = w->now_ns;
 	while (due--) {
-		struct ps_shard *s = ps_shard_at(d->arena, w->sweep);
-		uint64_t owner = LOAD(&s->owner);
-		uint32_t queue = ps_word_queue(owner);
-		bool look = false;
+		bool look = sweep_shard(w, w->sweep) && !(++swept % LOOK_EACH);
 
-		if (ps_word_slot(owner) == d->engine->slot && !(owner & 0xffff) && queue < d->queues &&
-		    LOAD(&d->queue[queue].shared->cur) == w->me) {
-			if (d->trusted[w->sweep] != WHOLE)
-				look_at_shard(w, w->sweep, s, WHOLE);
-			if (w->reckon)
-				s->next_expiry = w->handler.now;
-			if (s->live) {
-				w->core->counters[PS_C_FLOWS_ENDED] +=
-					ps_shard_sweep(d->arena, s, w->handler.config->timeout, w->handler.now);
-				w->core->counters[PS_C_SWEPT_SHARDS]++;
-				PS_POINT(SWEPT);
-				look = !(++swept % LOOK_EACH);
-			}
-		}
 		if (++w->sweep >= d->arena->buckets)
 			w->sweep = 0;
 		if (w->reckon)
@@ -1055,6 +1132,7 @@ static void *run(void *argument)
 		w->handler.now = (uint32_t)(w->now_ns / (1000000000 / PS_TICKS_PER_SECOND));
 		w->core->heartbeat++;
 		w->core->cpu = (uint32_t)sched_getcpu();
+		w->handler.list = LOAD(&d->list);
 		take_configuration(w);
 		for (uint32_t i = 0; i < d->queues && w->handler.config; i++) {
 			struct ps_queue *s = d->queue[i].shared;
@@ -1182,7 +1260,8 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 		q->shared = (struct ps_queue *)((uint8_t *)e + e->queues_offset + i * e->queue_stride);
 		q->park = (struct ps_descriptor *)(q->shared + 1);
 		q->free = (uint64_t *)(q->park + e->park_slots);
-		q->parked = calloc(PS_MAX_BUCKETS, sizeof(*q->parked));
+		q->parked = calloc(2 * PS_MAX_BUCKETS, sizeof(*q->parked));
+		q->kept = q->parked + PS_MAX_BUCKETS;
 		if (!q->parked || getsockopt(q->socket, SOL_XDP, XDP_MMAP_OFFSETS, &offsets, &length) ||
 		    map_ring(&q->rx, q->socket, &offsets.rx, e->rx_slots, sizeof(struct xdp_desc), XDP_PGOFF_RX_RING) ||
 		    map_ring(&q->tx, q->socket, &offsets.tx, e->tx_slots, sizeof(struct xdp_desc), XDP_PGOFF_TX_RING)) {
@@ -1201,6 +1280,46 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 		d->wake[i] = fds[6 + d->queues + i];
 		d->woken[i] = fds[6 + d->queues + d->cores + i];
 		d->pin[i] = attach->pin[i];
+	}
+	return 0;
+}
+
+/* Until no core is in a turn that it began before. */
+static void wait_for_a_turn(struct datapath *d)
+{
+	for (uint32_t i = 0; i < d->cores; i++) {
+		uint64_t before = LOAD(&d->core[i]->heartbeat);
+
+		while (d->thread[i] && LOAD(&d->core[i]->heartbeat) == before && !LOAD(&d->core[i]->asleep))
+			usleep(100);
+	}
+}
+
+int datapath_connect(struct datapath *d, int fd, const struct ps_message *m, char *error, int size)
+{
+	struct ps_connection_list *list = NULL, *before = (struct ps_connection_list *)d->list;
+
+	if (fd >= 0) {
+		list = malloc(sizeof(*list));
+		if (!list || !ps_connections_are(list, m->buckets, m->entries, m->index_slots) ||
+		    list->buckets != d->arena->buckets) {
+			snprintf(error, (size_t)size, "a connection list of %u buckets with %u entries is not possible",
+				 m->buckets, m->entries);
+			free(list);
+			return -1;
+		}
+		list->at = mmap(NULL, ps_connections_bytes(list), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+		if (list->at == MAP_FAILED) {
+			snprintf(error, (size_t)size, "the connection list cannot be mapped: %s", strerror(errno));
+			free(list);
+			return -1;
+		}
+	}
+	__atomic_store_n(&d->list, list, __ATOMIC_SEQ_CST);
+	wait_for_a_turn(d);
+	if (before) {
+		munmap(before->at, ps_connections_bytes(before));
+		free(before);
 	}
 	return 0;
 }

@@ -6,7 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "packetstack/abi.h"
+#include "packetstack/connections.h"
 
 struct kernel_ring { /* an AF_XDP ring; both indexes are shared with the kernel */
 	uint32_t *producer, *consumer;
@@ -19,7 +19,10 @@ struct queue {
 	struct kernel_ring rx, tx;
 	struct ps_descriptor *park;
 	uint64_t *free;
-	uint16_t *parked; /* frames in the park ring, per bucket; derived from the ring */
+	/* Frames in the park ring, per bucket; derived from the ring. */
+	uint16_t *parked;  /* Those that wait for the bucket to come, or for others of them */
+	uint16_t *kept;	   /* the copies that a previous owner holds until it knows which connections it keeps */
+	uint64_t empty_ns; /* when its receive and park rings were last seen empty, CLOCK_MONOTONIC */
 	int socket;
 };
 
@@ -29,6 +32,7 @@ struct datapath {
 	struct ps_engine *engine;
 	struct ps_arena *arena;
 	const struct ps_config_file *config;
+	const struct ps_connection_list *list; /* atomic; NULL: no traffic is mirrored */
 	uint8_t *umem;
 	size_t umem_bytes;
 	struct kernel_ring fill, completion;
@@ -47,6 +51,11 @@ struct datapath {
 int datapath_map(struct datapath *d, const struct ps_message *attach, const int *fds, int n, char *error, int size);
 /* Takes over all queues, whose server is gone (or never was), then runs the cores. */
 int datapath_start(struct datapath *d, char *error, int size);
+/*
+ * Uses the connection list behind `fd`, with the numbers of a PS_MSG_CONNECTIONS, from now on; fd -1: none. Returns when no
+ * core uses the one before. -> 0, or -1: all is as it was
+ */
+int datapath_connect(struct datapath *d, int fd, const struct ps_message *m, char *error, int size);
 /* Every core finishes its batch and ends; then nothing here touches the rings any more. */
 void datapath_stop(struct datapath *d);
 

@@ -133,11 +133,24 @@ static int give_up_privileges(void)
 
 static void end(int signal) { _exit(signal == SIGTERM ? 0 : 1); }
 
+/* Uses the list that the agent has sent, or none any more, and answers. */
+static void connect_list(int agent, const struct ps_message *m, const int *fds, int n)
+{
+	struct ps_message answer = { .kind = PS_MSG_CONNECTED, .layout = PS_LAYOUT_VERSION };
+
+	datapath_connect(&datapath, n == 1 ? fds[0] : -1, m, answer.text, sizeof(answer.text));
+	for (int i = 0; i < n; i++)
+		close(fds[i]);
+	send(agent, &answer, sizeof(answer), MSG_NOSIGNAL);
+}
+
 /* The next message, which has to be of this kind; ends the process if it is not. -> number of descriptors */
 static int expect(int agent, uint32_t kind, struct ps_message *m, int *fds)
 {
-	int n = receive_message(agent, m, fds);
+	int n;
 
+	while ((n = receive_message(agent, m, fds)) >= 0 && m->kind == PS_MSG_CONNECTIONS)
+		connect_list(agent, m, fds, n);
 	if (n >= 0 && m->kind == kind)
 		return n;
 	if (n >= 0 && m->kind == PS_MSG_REFUSED)
@@ -186,7 +199,11 @@ int main(int argc, char **argv)
 	__atomic_store_n(&datapath.engine->ready, m.generation, __ATOMIC_RELEASE);
 	send_message(agent, PS_MSG_READY, m.generation, NULL, 0);
 	for (;;) {
-		if (receive_message(agent, &order, none) >= 0) {
+		int came = receive_message(agent, &order, none);
+
+		if (came >= 0) {
+			if (order.kind == PS_MSG_CONNECTIONS)
+				connect_list(agent, &order, none, came);
 			if (order.kind == PS_MSG_STOP) {
 				datapath_stop(&datapath);
 				send_message(agent, PS_MSG_STOPPED, m.generation, NULL, 0);

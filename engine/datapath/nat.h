@@ -11,8 +11,10 @@
 #include <arpa/inet.h>
 
 #include "packetstack/checksum.h"
+#include "packetstack/connections.h"
 #include "packetstack/hash.h"
 #include "packetstack/parse.h"
+#include "packetstack/ports.h"
 #include "packetstack/shard.h"
 #include "track.h"
 
@@ -39,6 +41,11 @@ struct ps_handler { /* one per core */
 	uint32_t since;	    /* when `config` was taken, ticks */
 	uint64_t classes;   /* of the configured listeners: bit per class */
 	uint32_t turn[256]; /* round robin, per listener */
+	/* Where traffic is mirrored; NULL: nowhere */
+	const struct ps_connection_list *list;
+	/* Of the packet at hand: what the previous owner keeps of its bucket, and a connection that was claimed from it */
+	struct ps_connections *kept;
+	const struct ps_connection *claimed;
 };
 
 static inline void ps_configure(struct ps_handler *h, const struct ps_config *c)
@@ -196,7 +203,8 @@ static inline bool ps_place(struct ps_handler *h, struct ps_shard *s, uint32_t b
 				continue;
 			tried++;
 			value->snat = n->id;
-			value->snat_port = ps_port_find(h->arena, s, bucket, n->id, b->address, b->port, syn, &victim);
+			value->snat_port = ps_port_find(h->arena, s, bucket, n->id, b->address, b->port, syn, h->list,
+							h->kept, &victim);
 			if (value->snat_port)
 				return true;
 			if (none && victim)
@@ -214,6 +222,32 @@ static inline bool ps_place(struct ps_handler *h, struct ps_shard *s, uint32_t b
 	ps_flow_remove(h->arena, s, victim);
 	h->counters[PS_C_FLOWS_RECYCLED]++;
 	h->counters[PS_C_FLOWS_ENDED]++;
+	return true;
+}
+
+/*
+ * The place of a connection that was claimed from the keeper: its port is nobody else's until that one has forgotten it,
+ * and its backend expects the client there. -> whether both still serve
+ */
+static PS_RARE bool ps_place_claimed(struct ps_handler *h, struct ps_shard *s, const struct ps_listener *l,
+				     const struct ps_connection *c, struct ps_entry *value)
+{
+	const struct ps_config *config = h->config;
+	struct ps_key k = { .sport = c->backend_port, .dport = c->snat_port, .udp = c->flags & PS_CONNECTION_UDP };
+	uint32_t b = l->first_backend, end = l->first_backend + l->backends, n = 0;
+
+	while (b < end &&
+	       (config->backend[b].port != c->backend_port || memcmp(config->backend[b].address, c->backend, 16)))
+		b++;
+	while (n < config->snats && memcmp(config->snat[n].address, c->snat, 16))
+		n++;
+	memcpy(k.source, c->backend, 16);
+	memcpy(k.destination, c->snat, 16);
+	if (b == end || n == config->snats || ps_find_reply(h->arena, s, &k))
+		return false;
+	value->backend = config->backend[b].id;
+	value->snat = config->snat[n].id;
+	value->snat_port = c->snat_port;
 	return true;
 }
 
@@ -240,7 +274,8 @@ static inline struct ps_entry *ps_flow_open(struct ps_handler *h, struct ps_shar
 	value.listener = l->number;
 	value.flags = (k->udp ? PS_FLOW_UDP : 0) | (ps_is_v6(k->destination) ? PS_FLOW_V6 : 0);
 	value.state = k->udp ? PS_FLOW_UNANSWERED : PS_FLOW_SYN;
-	if (!ps_place(h, s, bucket, l, k, syn, &value)) {
+	if (!(h->claimed && ps_place_claimed(h, s, l, h->claimed, &value)) &&
+	    !ps_place(h, s, bucket, l, k, syn, &value)) {
 		*refused = PS_C_DROP_NO_PORT;
 		return NULL;
 	}
@@ -804,6 +839,137 @@ static PS_RARE struct ps_entry *ps_begin(struct ps_handler *h, struct ps_shard *
 	return f;
 }
 
+/* ---- two sets ---------------------------------------------------------------------------------------- */
+
+/* Whose copy of a packet is this? */
+enum ps_side_of_mirror {
+	PS_ALONE, /* there is one copy, or no list to go by yet */
+	PS_NEWCOMER,
+	PS_KEEPER
+};
+
+static PS_RARE enum ps_side_of_mirror ps_mirrored(struct ps_handler *h, const struct ps_stamp *stamp)
+{
+	bool newcomer = stamp->flags >> PS_STAMP_SLOT == h->engine->slot;
+
+	h->counters[PS_C_MIRRORED]++;
+	h->claimed = NULL;
+	h->kept = h->list ? ps_connections_of(h->list, stamp->bucket) : NULL;
+	if (h->kept && !__atomic_load_n(&h->kept->published, __ATOMIC_ACQUIRE))
+		h->kept = NULL;
+	return !newcomer ? PS_KEEPER : h->kept ? PS_NEWCOMER : PS_ALONE;
+}
+
+/* The number of a TCP segment, host order. */
+static inline uint32_t ps_sequence(const uint8_t *frame, const struct ps_packet *p)
+{
+	uint32_t number;
+
+	memcpy(&number, frame + p->l4 + 4, 4);
+	return ntohl(number);
+}
+
+/*
+ * The owner's copy, of a packet without a flow: is it the previous owner's? An opener of a connection that is ending is
+ * claimed, but for one that has opened that very connection: this copy of it is late. -> PS_COUNTERS, or why it is rejected
+ */
+static PS_RARE enum ps_counter ps_rejected_by_newcomer(struct ps_handler *h, const uint8_t *frame,
+						       const struct ps_packet *p, const struct ps_key *k, bool reply,
+						       bool opener)
+{
+	struct ps_connection *c = ps_connection_find(h->list, h->kept, k, reply);
+	uint8_t state = c ? ps_connection_state(c) : PS_CONNECTION_NONE;
+
+	for (;;) {
+		switch (state & PS_CONNECTION_STATE) {
+		case PS_CONNECTION_LIVE:
+			if (opener && !(state & PS_CONNECTION_ASKED)) {
+				if (!ps_connection_change(c, &state, state | PS_CONNECTION_ASKED))
+					continue;
+				PS_POINT(ASKED);
+			}
+			return PS_C_REJECTED_KEPT;
+		case PS_CONNECTION_CLOSING:
+			if (!opener || (!k->udp && c->flags & PS_CONNECTION_SYN && c->syn == ps_sequence(frame, p)))
+				return PS_C_REJECTED_CLOSING;
+			if (!ps_connection_change(c, &state, PS_CONNECTION_CLAIMED))
+				continue;
+			PS_POINT(CLAIMED);
+			h->claimed = c;
+			return PS_COUNTERS;
+		default: /* never the keeper's, no more, or claimed before */ return PS_COUNTERS;
+		}
+	}
+}
+
+static inline struct ps_connection *ps_connection_of_flow(const struct ps_handler *h, struct ps_shard *s,
+							  const struct ps_entry *f)
+{
+	uint32_t i = (uint32_t)(f - ps_shard_flows(h->arena, s));
+
+	return h->kept && i < h->list->entries ? ps_connection_at(h->list, h->kept, i) : NULL;
+}
+
+static inline void ps_forget_kept(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f)
+{
+	struct ps_connection *c = ps_connection_of_flow(h, s, f);
+
+	ps_flow_remove(h->arena, s, f);
+	h->counters[PS_C_FLOWS_ENDED]++;
+	PS_POINT(KEPT_REMOVED);
+	if (c)
+		ps_connection_gone(c);
+}
+
+/* The previous owner's copy: does it keep this connection still? -> PS_COUNTERS, or why the packet is rejected */
+static PS_RARE enum ps_counter ps_rejected_by_keeper(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f,
+						     const uint8_t *frame, const struct ps_packet *p, bool syn)
+{
+	struct ps_connection *c = f ? ps_connection_of_flow(h, s, f) : NULL;
+	uint8_t state;
+
+	if (!c)
+		return PS_C_REJECTED_NOT_KEPT;
+	state = ps_connection_state(c);
+	for (;;) {
+		switch (state & PS_CONNECTION_STATE) {
+		case PS_CONNECTION_LIVE:
+			if (syn) {
+				c->syn = ps_sequence(frame, p);
+				c->flags |= PS_CONNECTION_SYN;
+			}
+			return PS_COUNTERS;
+		case PS_CONNECTION_CLOSING:
+			/* A new connection of the two is the newcomer's, unless that one has left it to us. */
+			if (syn && !(state & PS_CONNECTION_ASKED))
+				return PS_C_REJECTED_CLAIMED;
+			if (!ps_connection_change(
+				    c, &state, (uint8_t)(PS_CONNECTION_LIVE | (syn ? 0 : state & PS_CONNECTION_ASKED))))
+				continue;
+			PS_POINT(KEPT_REVIVED);
+			state = PS_CONNECTION_LIVE;
+			continue;
+		default: ps_forget_kept(h, s, f); return PS_C_REJECTED_CLAIMED;
+		}
+	}
+}
+
+/* After the keeper has handled a packet of a flow. */
+static PS_RARE void ps_kept_handled(struct ps_handler *h, struct ps_shard *s, const struct ps_entry *f)
+{
+	struct ps_connection *c = ps_connection_of_flow(h, s, f);
+	uint8_t state;
+
+	if (!c || !ps_state_ended(f->state))
+		return;
+	PS_POINT(KEPT_ENDED);
+	c->since = (uint16_t)h->now;
+	state = ps_connection_state(c);
+	while ((state & PS_CONNECTION_STATE) == PS_CONNECTION_LIVE &&
+	       !ps_connection_change(c, &state, (uint8_t)(PS_CONNECTION_CLOSING | (state & PS_CONNECTION_ASKED))))
+		;
+}
+
 /* ---- one packet ------------------------------------------------------------------------------------ */
 
 /*
@@ -814,11 +980,12 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 {
 	struct ps_shard *s = ps_shard_at(h->arena, stamp->bucket);
 	bool reply = stamp->flags & PS_STAMP_REPLY, opener, fresh, leaves = false;
+	enum ps_side_of_mirror side = PS_ALONE;
 	struct ps_packet p = { 0 };
 	struct ps_entry *f;
 	struct ps_key k;
 	uint32_t touched;
-	uint8_t verdict;
+	uint8_t verdict = PS_TRANSMIT;
 
 	if (ps_parse(frame, frame + length, &p) == PS_PKT_MALFORMED)
 		return ps_refuse(h, PS_C_DROP_MALFORMED);
@@ -861,10 +1028,23 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	}
 
 	f = reply ? ps_find_reply(h->arena, s, &k) : ps_find_forward(h->arena, s, &k);
-	if (__builtin_expect(p.kind == PS_PKT_ICMP_ERROR, 0))
-		return f ? ps_translate_icmp(h, f, frame, &p, reply) : ps_refuse(h, PS_C_DROP_NO_FLOW);
 	opener = p.kind == PS_PKT_FLOW && !reply &&
 		 (k.udp || (p.tcp_flags & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN)) == TCP_SYN);
+	if (__builtin_expect(stamp->flags & PS_STAMP_MIRROR, 0)) {
+		enum ps_counter rejected = PS_COUNTERS;
+
+		side = ps_mirrored(h, stamp);
+		if (side == PS_KEEPER)
+			rejected = ps_rejected_by_keeper(h, s, f, frame, &p, opener && !k.udp);
+		else if (side == PS_NEWCOMER && !f)
+			rejected = ps_rejected_by_newcomer(h, frame, &p, &k, reply, opener);
+		if (rejected != PS_COUNTERS) {
+			s->packets--; /* the other set's */
+			return ps_refuse(h, rejected);
+		}
+	}
+	if (__builtin_expect(p.kind == PS_PKT_ICMP_ERROR, 0))
+		return f ? ps_translate_icmp(h, f, frame, &p, reply) : ps_refuse(h, PS_C_DROP_NO_FLOW);
 	fresh = opener && !f;
 	if (f && !reply) {
 		enum ps_leaving leaving = ps_flow_leaves(h, f);
@@ -875,6 +1055,12 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 			leaves = true;
 		}
 		if (leaving || (again && ps_begins_anew(h, f, frame, &p, &k))) {
+			if (side == PS_KEEPER) { /* what comes next is the newcomer's */
+				ps_forget_kept(h, s, f);
+				return leaving == PS_IS_RESET && !opener
+					       ? ps_turn_away(h, frame, &p, true, PS_C_DROP_NO_BACKEND)
+					       : ps_refuse(h, PS_C_DROP_NO_BACKEND);
+			}
 			ps_flow_remove(h->arena, s, f);
 			h->counters[PS_C_FLOWS_ENDED]++;
 			f = NULL;
@@ -885,6 +1071,10 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		fresh = opener && (!f || (again && ps_state_ended(f->state)));
 	}
 	if (__builtin_expect(fresh, 0)) {
+		if (side == PS_ALONE) {
+			h->kept = NULL;
+			h->claimed = NULL;
+		}
 		f = ps_begin(h, s, stamp->bucket, frame, &p, &k, f, &verdict);
 		if (!f)
 			return verdict;
@@ -894,9 +1084,11 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 		leaves = leaves || (reply && ps_flow_leaves(h, f) != PS_STAYS);
 		if (__builtin_expect(leaves, 0) ? !ps_follow_leaving(h, s, f, frame, &p, k.udp, reply)
 						: !ps_follow(h, s, f, frame, &p, k.udp, reply))
-			return PS_DROP;
+			verdict = PS_DROP;
 	}
-	return ps_rewrite(h, f, frame, &p, reply);
+	if (__builtin_expect(side == PS_KEEPER, 0))
+		ps_kept_handled(h, s, f);
+	return verdict == PS_DROP ? PS_DROP : ps_rewrite(h, f, frame, &p, reply);
 }
 
 #endif

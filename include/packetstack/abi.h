@@ -16,7 +16,7 @@
 #endif
 
 enum ps_limits {
-	PS_LAYOUT_VERSION = 4,
+	PS_LAYOUT_VERSION = 5,
 	PS_MAX_STACKS = 64,
 	PS_MIN_BUCKETS = 256,
 	PS_MAX_BUCKETS = 8192,
@@ -38,6 +38,7 @@ enum ps_limits {
 	PS_DIRECT_SLOTS = 1024,	 /* of the director's direct table; 2^10, see ps_direct_slot */
 	PS_MAX_LOOKUP = 1048576, /* Maglev entries of all listeners */
 	PS_MAX_FENCES = 16,	 /* open fences of a stack */
+	PS_MAX_PAIRS = 4096,	 /* pairs of engines that traffic is mirrored to; pair 0 is none */
 	PS_BATCH = 64,		 /* frames of one ring transaction */
 	PS_UNDO_BYTES = 128,	 /* all that rewriting one frame may touch */
 	PS_FRAME_BYTES = 2048,
@@ -62,14 +63,15 @@ enum ps_stamp_flags {
 	PS_STAMP_REPLY = 1,    /* addressed to a SNAT address: the bucket came from the port */
 	PS_STAMP_FRAGMENT = 2, /* a later fragment: `hash` holds source port << 16 | destination port */
 	PS_STAMP_ICMP = 4,     /* an ICMP error: bucket and hash are those of the embedded flow */
-	PS_STAMP_MIRROR = 8,   /* a second copy went to the previous owner */
+	PS_STAMP_MIRROR = 8,   /* there are two copies: for the owner, and for the previous owner */
 	PS_STAMP_UDP = 16,     /* a later fragment of UDP, although its own header names an extension header */
+	PS_STAMP_SLOT = 6,     /* flags >> this: the owner's slot, by which each of the two knows which copy it has */
 };
 
 /* 16 bytes of XDP metadata, directly before the Ethernet header. */
 struct ps_stamp {
 	uint16_t magic; /* PS_STAMP_MAGIC */
-	uint16_t flags; /* ps_stamp_flags */
+	uint16_t flags; /* ps_stamp_flags, and the owner's slot */
 	uint32_t epoch;
 	uint16_t bucket;
 	uint8_t queue;	    /* the owner's queue */
@@ -183,6 +185,7 @@ struct ps_own_filter {
 enum ps_director_counter {
 	PS_D_RECEIVED,		 /* every frame the director saw */
 	PS_D_FORWARDED,		 /* stamped and sent to an engine */
+	PS_D_MIRRORED,		 /* of these: to a second engine too, the bucket's previous owner */
 	PS_D_PASSED,		 /* not ours, left to the kernel (uplink) */
 	PS_D_PASSED_METADATA,	 /* ours, but no room for the stamp: takes the routed pair (uplink) */
 	PS_D_PASSED_TOO_LONG,	 /* ours, but longer than PS_MAX_FRAME: takes the routed pair (uplink) */
@@ -283,6 +286,11 @@ enum ps_counter {
 	PS_C_ICMP_TRANSLATED,
 	PS_C_MSS_CLAMPED,
 	PS_C_RESETS_SENT,
+	PS_C_MIRRORED,		/* of the received: copies of which another set's engine has got one too */
+	PS_C_REJECTED_NOT_KEPT, /* as the previous owner: of no connection that it keeps, so the owner's */
+	PS_C_REJECTED_CLAIMED,	/* as the previous owner: of one that the owner has taken over, or may */
+	PS_C_REJECTED_KEPT,	/* as the owner: of a connection that the previous owner keeps */
+	PS_C_REJECTED_CLOSING,	/* the same of one that is ending there */
 	PS_C_UNPROVEN, /* segments that would have changed a connection's state, by somebody who does not know its numbers */
 	PS_C_DROP_NO_STAMP,
 	PS_C_DROP_UNKNOWN_MARKER, /* of no fence that is open, or not the agent's */
@@ -503,6 +511,17 @@ enum ps_point {
 	PS_AT_STATE_COUNTED,
 	PS_AT_SWEPT,
 	PS_AT_HANDED,
+	PS_AT_PUBLISH_BEGUN, /* from here on: points of engines whose traffic is mirrored */
+	PS_AT_PUBLISH_HALF,
+	PS_AT_PUBLISHED_LIST,
+	PS_AT_KEPT,
+	PS_AT_ASKED,
+	PS_AT_CLAIMED,
+	PS_AT_KEPT_ENDED,
+	PS_AT_KEPT_CLOSING,
+	PS_AT_KEPT_REVIVED,
+	PS_AT_KEPT_REMOVED,
+	PS_AT_KEPT_GONE,
 	PS_AT_REBUILD_EMPTIED, /* from here on: points of a process that takes over */
 	PS_AT_REBUILD_ENTRIES,
 	PS_AT_REBUILD_HALF,
@@ -586,7 +605,12 @@ struct ps_entry {
 	uint16_t flags;	   /* ps_flow_flags */
 };
 
-enum ps_owner_state { PS_OWNED = 0, PS_FENCED = 1 };
+enum ps_owner_state {
+	PS_OWNED = 0,
+	PS_FENCED = 1,	/* its owner touches it no more */
+	PS_WAITING = 2, /* its owner shall begin when the previous one has published what it keeps */
+	PS_KEPT = 3,	/* by the previous owner of a bucket whose traffic is mirrored: no flow begins here any more */
+};
 
 /* Flows that may have to go, oldest first. Links are index + 1, 0 = none. */
 enum ps_list {
@@ -627,10 +651,18 @@ struct ps_shard {
 	 * ps_share share[PS_CLASSES], by class of the listener: number % PS_CLASSES */
 };
 
+enum ps_fence_kind {
+	PS_FENCE_TRANSFER = 0, /* the buckets go: their shards become PS_FENCED */
+	PS_FENCE_SWITCH = 1,   /* another set takes new connections: their shards become PS_KEPT */
+	PS_FENCE_PASS = 2,     /* what was sent before has been handled; no shard changes */
+};
+
 struct ps_fence {
 	uint64_t id;
+	uint32_t kind; /* ps_fence_kind */
 	uint32_t buckets;
-	uint32_t cpus;	      /* how many send a marker */
+	uint32_t cpus; /* how many send a marker */
+	uint32_t spare;
 	uint8_t bitmap[1024]; /* PS_MAX_BUCKETS bits */
 };
 
@@ -692,7 +724,7 @@ struct ps_arena {
 	struct ps_address address[4096];	/* PS_MAX_ADDRESSES: SNAT and virtual addresses */
 	struct ps_backend backend[4096];	/* PS_MAX_BACKENDS */
 	struct ps_listener_name listener[1024]; /* PS_MAX_NUMBERS */
-	uint8_t spare1[3712];
+	uint8_t spare1[3584];
 	/* the engines' part */
 	struct ps_backend_count backend_count[4096];
 	struct ps_listener_count listener_count[1024];
@@ -786,11 +818,14 @@ enum ps_message_kind {
 	PS_MSG_REFUSED = 3, /* agent -> datapath: text says why */
 	PS_MSG_READY = 4,   /* datapath -> agent: it serves its queues */
 	PS_MSG_PREPARED = 5,
-	PS_MSG_GO = 6,	    /* agent -> datapath: whoever served before is gone; take over and serve */
-	PS_MSG_STOP = 7,    /* agent -> datapath: finish the batches at hand and serve no more */
-	PS_MSG_STOPPED = 8, /* datapath -> agent: nothing here touches the rings any more */
-	PS_MSG_LOOK = 9,    /* supervisor -> agent: what may I read? */
-	PS_MSG_VIEW = 10,   /* agent -> supervisor, with descriptors: engine file, to read, and its map */
+	PS_MSG_GO = 6,		 /* agent -> datapath: whoever served before is gone; take over and serve */
+	PS_MSG_STOP = 7,	 /* agent -> datapath: finish the batches at hand and serve no more */
+	PS_MSG_STOPPED = 8,	 /* datapath -> agent: nothing here touches the rings any more */
+	PS_MSG_LOOK = 9,	 /* supervisor -> agent: what may I read? */
+	PS_MSG_VIEW = 10,	 /* agent -> supervisor, with descriptors: engine file, to read, and its map */
+	PS_MSG_CONNECTIONS = 11, /* agent -> datapath, with the descriptor of a connection list and its numbers: packets
+				   are mirrored. Without: they are not any more. Also before GO */
+	PS_MSG_CONNECTED = 12,	 /* datapath -> agent: it uses that list from now on, or none; text: why it cannot */
 };
 
 struct ps_message {
@@ -799,6 +834,8 @@ struct ps_message {
 	uint32_t slot, queues, cores;
 	uint32_t generation;
 	uint32_t spare;
+	uint32_t buckets, entries, index_slots; /* CONNECTIONS: of the list */
+	uint32_t spare1;
 	int32_t pin[32]; /* CPU per core, -1 = not pinned */
 	char text[128];
 };

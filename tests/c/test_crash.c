@@ -54,10 +54,10 @@ static struct kernel_ring ring_of(struct ring_memory *m)
 static void attach(struct datapath *d, struct worker *w, struct world *m, uint32_t generation)
 {
 	struct queue *q = &d->queue[0];
-	uint16_t *parked = q->parked ? q->parked : malloc(PS_MAX_BUCKETS * sizeof(*parked));
+	uint16_t *parked = q->parked ? q->parked : malloc(2 * PS_MAX_BUCKETS * sizeof(*parked));
 
 	memset(d, 0, sizeof(*d));
-	memset(parked, 0, PS_MAX_BUCKETS * sizeof(*parked));
+	memset(parked, 0, 2 * PS_MAX_BUCKETS * sizeof(*parked));
 	memset(w, 0, sizeof(*w));
 	d->engine = &m->engine;
 	d->arena = &m->arena;
@@ -69,7 +69,14 @@ static void attach(struct datapath *d, struct worker *w, struct world *m, uint32
 	d->queues = d->cores = 1;
 	d->generation = generation;
 	d->core[0] = &m->core;
-	*q = (struct queue){ &m->queue, ring_of(&m->rx), ring_of(&m->tx), m->park, m->free, parked, -1 };
+	*q = (struct queue){ .shared = &m->queue,
+			     .rx = ring_of(&m->rx),
+			     .tx = ring_of(&m->tx),
+			     .park = m->park,
+			     .free = m->free,
+			     .parked = parked,
+			     .kept = parked + PS_MAX_BUCKETS,
+			     .socket = -1 };
 	w->d = d;
 	w->core = d->core[0];
 	w->me = generation << 8 | 1;

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "arena.h"
+#include "packetstack/ports.h"
 
 enum { MOST = 512, BUCKET = 3 };
 
@@ -115,7 +116,8 @@ static uint16_t port_of(struct ps_arena *a, struct ps_shard *s, const struct ps_
 	const struct ps_backend *b = &a->backend[f->backend];
 
 	*victim = NULL;
-	return ps_port_find(a, s, BUCKET, f->snat, b->address, b->port, f->flags & PS_FLOW_UDP ? NULL : &never, victim);
+	return ps_port_find(a, s, BUCKET, f->snat, b->address, b->port, f->flags & PS_FLOW_UDP ? NULL : &never, NULL,
+			    NULL, victim);
 }
 
 /* How readily a flow gives its port up: one that has ended, then one of the listener with most half-open flows. */

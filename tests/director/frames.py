@@ -65,7 +65,7 @@ class Stack:
 
     def stamp(self, bucket: int, flags: int, hash32: int) -> tuple[int, ...]:
         word = self.word(bucket)
-        return MAGIC, flags, word >> 32, bucket, word >> 16 & 63, word & 63, hash32
+        return MAGIC, flags | (word >> 22 & 1023) << 6, word >> 32, bucket, word >> 16 & 63, word & 63, hash32
 
     def forward(self, family: int, source: str, sport: int, dport: int, protocol: int) -> tuple[int, int]:
         """-> bucket, upper half of the hash"""

@@ -253,6 +253,8 @@ def test_packets_of_a_bucket_without_owner_or_engine_are_dropped_by_name(directo
         assert director.run(frame).counted == {"received": 1, "drop_no_owner": 1}
         director.give(ONE, bucket, 5 << 32 | 9 << 22)
         assert director.run(frame).counted == {"received": 1, "drop_no_engine": 1}
+        director.give(ONE, bucket, 5 << 32 | 1 << 22 | 2 << 6)  # mirrored, by a pair that nobody has made
+        assert director.run(frame).counted == {"received": 1, "drop_no_engine": 1}
     finally:
         director.give(ONE, bucket, ONE.word(bucket))
     assert director.run(frame).action == REDIRECT
