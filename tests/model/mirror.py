@@ -14,24 +14,28 @@ What the model takes for granted
 - A packet does not lie in a queue for as long as a timer runs (`_copies_late`); nothing else is taken from time.
 
 Found by the walk, and changed in the rules (each with the shortest way to it):
-1. *The keeper removes a flow only when its receive ring was seen empty since the entry became `closing`; `gone` comes
-   right after.* An empty ring between removal and `gone` helps nobody. Way: a datagram comes, the newcomer sees `live`
-   and rejects its copy; the flow idles out and the next sweep removes it; the keeper's copy finds no flow: taken by none.
+1. *The keeper removes a flow only when all that stood in its receive ring as the entry became `closing` is handled;
+   `gone` comes right after.* The rule had an empty ring between removal and `gone`, which helps nobody, and a busy ring is
+   never seen empty. Way: a datagram comes, the newcomer sees `live` and rejects its copy; the flow idles out and the next
+   sweep removes it; the keeper's copy finds no flow: taken by none.
 2. *An opener at the keeper on `closing` is the newcomer's unless asked for, whatever state the flow is in*, not only
    CLOSED. Way: a half open flow idles out; the client's SYN comes again; the keeper handles it as one of its flow, the
-   newcomer claims the entry: taken by both.
+   newcomer claims the entry: taken by both. *And whatever else would change such a flow makes it `live` first.*
 3. *Of a mirrored packet the epoch does not count, only that the shard is still this side's (WAITING parks).* Way: the
    newcomer has parked a packet stamped e+1; an engine of the keeper's set vanishes, words say e+2; markers of all CPUs
    come, the newcomer is released at e+2: what it parked is late. To wait for the parking would not do: a packet stamped
    e+2 from one CPU is parked before one stamped e+1 from another, which waits behind it for a release that waits for it.
-   So no fence is needed for the side that stays, and an engine that vanishes may do so before the release, too.
+   So the side that stays needs no fence, and an engine may vanish before the release, too.
 4. *The list goes only when both queues have handled what they parked, too.* Way: one opener, parked; released; nothing
    is on the list, so the bucket ends; all markers come, the list is unmapped; then the parked opener looks at it.
 5. *The sweep goes through the entries, not the flows.* Way: a datagram is claimed; the keeper's copy removes the flow, as
    it must; nobody makes the entry `gone`, the bucket never ends. Then adopters need no rule of their own: the next sweep
    finds what the dead one left. But a KEPT shard's list is never made anew: claims would be lost.
+6. *Rolled back, the keeper handles as its own what it had parked*, before the bucket is mirrored again. Way: a packet of
+   a connection whose first one is under way on another CPU is parked; rolled back; nobody ever handles it.
 
 What is not promised
+- A reset that nobody sent and the keeper believed, together with a SYN of the same connection sent again.
 - While its last packets are on the way an entry may be `closing` at the keeper before the newcomer sees a repeated SYN of
   it: the newcomer then opens a ghost of a connection that is over, as if the network had held back that SYN.
 - A SYN on `closing` that a late packet of the connection before makes `live` between the two looks is taken by none, once.
@@ -40,6 +44,7 @@ What is not promised
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from .mirror_ends import CPUS, KEEPER, NEWCOMER, Label, Packet, Setting, Wrong
@@ -65,12 +70,12 @@ class Mirror(Engines):
     def key(self) -> Any:
         """Equal for two that cannot be told apart from now on: which of two CPUs is which does not matter."""
         cpus = [(self.streams[0][cpu], self.streams[1][cpu], self.marks[cpu], self.lost[cpu]) for cpu in CPUS]
-        if self.setting.any_cpu:
+        if self.setting.any_cpu and not self.setting.deaths:  # `redo` names a CPU
             cpus.sort()
         return (
             *cpus,
             self.word, self.epoch, self.kept, self.newcomer_epoch, self.rolled, self.unmapped, self.cursors,
-            self.parked, self.pc, self.dead, self.clients, self.serving, self.excused,
+            self.parked, self.pc, self.redo, self.dead, self.clients, self.serving, self.excused,
             tuple(sorted(self.list.items())), tuple(sorted(self.flows[0].items())), tuple(sorted(self.flows[1].items())),
             tuple(sorted(self.backends.items())), frozenset(self.counts.items()), tuple(sorted(self.half.items())),
         )  # fmt: skip
@@ -89,7 +94,7 @@ class Mirror(Engines):
 
     def progress(self) -> list[Label]:
         for side in (KEEPER, NEWCOMER):
-            if self.dead[side] or self.pc[side] is not None or self.setting.losses:
+            if self.dead[side] or self.pc[side] is not None or self.redo[side] is not None or self.setting.losses:
                 continue
             for cpu in CPUS:
                 if self.streams[side][cpu] and self.streams[side][cpu][0][0] == "marker":
@@ -100,6 +105,8 @@ class Mirror(Engines):
                 out.append(("adopt", side))
             elif self.pc[side] is not None:
                 out.append(("go on", side))
+            elif (redo := self.redo[side]) is not None:
+                out.append(redo)
             else:
                 out += [("take", side, cpu) for cpu in CPUS if self._takes(side, cpu)]
                 if self.parked[side] and self._admits_parked(side):
@@ -125,8 +132,7 @@ class Mirror(Engines):
             return
         if not self.rules.sweeps_kept:
             return
-        empty = not any(isinstance(p, Packet) for stream in self.streams[KEEPER] for p in stream)
-        empty = empty and not self.parked[KEEPER]
+        names = {p[:4] for p in self._before(KEEPER)}
         for c, e in self.list.items():
             f = self.flows[KEEPER].get(c)
             if f is None:
@@ -139,7 +145,7 @@ class Mirror(Engines):
                 continue
             elif e.state == "live" and not self._alive(c, f.inc):
                 yield ("expire", c)
-            elif e.state == "closing" and (f.idle == 2 or empty or not self.rules.empty_ring):
+            elif e.state == "closing" and (f.idle == 2 or not self.rules.drained or not names & set(f.behind)):
                 yield ("sweep", c)
 
     def _agent(self) -> Iterator[Label]:
@@ -158,9 +164,11 @@ class Mirror(Engines):
         elif word == "newcomer" and not self.unmapped:
             if self._has_all(END) or not self.rules.ends_by_markers:
                 yield ("unmap",)
-        elif word == "back" and not self.rolled and self.pc[KEEPER] is None:  # noqa: SIM102
+        elif word == "back" and not self.rolled and self.pc[KEEPER] is None:
             if self._marked(BACK, KEEPER) or not self.rules.fences_changes:
                 yield ("rolled",)
+        elif word == "back" and self.rolled and not self.parked[KEEPER]:
+            yield ("again",)
         if (
             word == "both"
             and self.kept == "owned"
@@ -186,13 +194,13 @@ class Mirror(Engines):
                     yield ("expire", c)
         if left("deaths"):
             yield from (("die", side) for side in (KEEPER, NEWCOMER) if not self.dead[side])
-        if left("moves") and self.word == "both":
+        if left("moves") and self.word != "keeper":
             yield from (("move", side) for side in (KEEPER, NEWCOMER))
         if left("backs") and self.word == "both" and self.newcomer_epoch == 0:
             yield ("back",)
         if left("losses"):
             for side in (KEEPER, NEWCOMER):
-                if self.pc[side] is None:
+                if self.pc[side] is None and self.redo[side] is None:
                     yield from (("lose", side, cpu) for cpu in CPUS if self.streams[side][cpu])
         if left("leaves") and self.serving:
             yield ("leave",)
@@ -227,6 +235,11 @@ class Mirror(Engines):
     def _do_rolled(self) -> None:
         """The keeper owns at the newest epoch, as before the switch."""
         self.rolled, self.kept, self.list = True, "owned", {}
+        self._ring_is_empty()
+
+    def _do_again(self) -> None:
+        """The next try begins as the first one did."""
+        self.word, self.rolled, self.marks = "keeper", False, (0, 0)
 
     def _do_leave(self) -> None:
         """A new configuration: backend 0 gets no new flows."""
@@ -236,8 +249,7 @@ class Mirror(Engines):
             for c, f in self.flows[KEEPER].items():
                 e = self.list.get(c)
                 if f.state == "U" and e is not None and e.state == "live" and self._leaves(f):
-                    self._entry(c, e._replace(state="closing"))
-                    self._flow(KEEPER, c, f._replace(idle=1))
+                    self._closing(c)
 
     # ---- steps: deaths -------------------------------------------------------------------------------------------------
 
@@ -247,8 +259,16 @@ class Mirror(Engines):
 
     def _die(self, side: int) -> None:
         self.excused = True
+        left = self.pc[side] or ()
+        for what, source in pairwise(left):
+            if isinstance(what, Packet):
+                redo = ("take parked", side) if source is None else ("take", side, source)
+                self.redo = tuple(redo if i == side else x for i, x in enumerate(self.redo))
         self._set_pc(side, None)
         self.dead = tuple(i == side or d for i, d in enumerate(self.dead))  # type: ignore[assignment]
+
+    def _redone(self, side: int) -> None:
+        self.redo = tuple(None if i == side else x for i, x in enumerate(self.redo))
 
     def _do_adopt(self, side: int) -> None:
         self._adopt(side)
@@ -274,19 +294,23 @@ class Mirror(Engines):
         """An engine is gone with all that was on its way to it; another of its set goes on with its shard."""
         self._count("moves")
         self.excused = True
-        for p in (*self.streams[side][0], *self.streams[side][1], *self.parked[side]):
-            if isinstance(p, Packet):
-                self._done(p, "lost")
+        for p in self._before(side):
+            self._done(p, "lost")
         self.streams = tuple(((), ()) if i == side else s for i, s in enumerate(self.streams))
         self.parked = tuple(() if i == side else s for i, s in enumerate(self.parked))
         if side == KEEPER:
             self._ring_is_empty()
         self._die(side)
+        self._redone(side)
         self._adopt(side)
-        self.epoch += 1
+        if (self.word, side) not in (("newcomer", KEEPER), ("back", NEWCOMER)):
+            self.epoch += 1  # the word names another one now
         if side == NEWCOMER and self.newcomer_epoch:
             self.newcomer_epoch = self.epoch
-        if side == KEEPER and self.kept == "owned":
+        bits = 1 << 2 * END + side | 1 << 2 * BACK + side
+        if self.word != "both":
+            self.marks = tuple(m | bits for m in self.marks)  # nothing is on its way there: no markers are waited for
+        elif side == KEEPER and self.kept == "owned":
             self.marks = tuple(m & ~(1 << 2 * SWITCH) for m in self.marks)
             self._mark_all(SWITCH, KEEPER)
 
@@ -308,15 +332,14 @@ class Mirror(Engines):
             self._lapse(c, f)
             self._remove(KEEPER, c)
             return
-        self._entry(c, self.list[c]._replace(state="closing"))
-        self._flow(KEEPER, c, f._replace(idle=1))
+        self._closing(c)
 
     def _do_sweep(self, c: int) -> None:
         f, e = self.flows[KEEPER].get(c), self.list[c]
         if f is None:
             return self._then_gone(KEEPER, c)
-        if e.state == "closing" and f.idle < 2 and self.rules.empty_ring:
-            self._flow(KEEPER, c, f._replace(idle=2))
+        if e.state == "closing" and f.idle < 2 and self.rules.drained:
+            self._flow(KEEPER, c, f._replace(idle=2, behind=()))
             return None
         if e.state == "closing":
             self._lapse(c, f)
@@ -326,6 +349,7 @@ class Mirror(Engines):
     # ---- steps: a core and its packets ---------------------------------------------------------------------------------
 
     def _do_take(self, side: int, cpu: int) -> None:
+        self._redone(side)
         frame = self.streams[side][cpu][0]
         if isinstance(frame, Packet):
             self._handle(side, frame, cpu)
@@ -335,6 +359,7 @@ class Mirror(Engines):
         self.marks = tuple(m | bit if i == cpu else m for i, m in enumerate(self.marks))
 
     def _do_take_parked(self, side: int) -> None:
+        self._redone(side)
         self._handle(side, self.parked[side][0], None)
 
     def _do_go_on(self, side: int) -> None:

@@ -26,7 +26,7 @@ class Packet(NamedTuple):
     """Which of the connections between these two ends: what sequence numbers tell."""
     number: int
     place: int
-    """Of a reply: backend * 10 + SNAT port, which it is for."""
+    """Of a reply: backend * 10 + SNAT port, which it is for; and 100 for UDP, whose ports are others."""
     epoch: int
     mirror: bool
 
@@ -183,9 +183,11 @@ class Around:
                 if left("replies", b.conn):
                     yield from self._on_cpus("d", place, reply=True)
                 continue
-            if left("replies", b.conn):
+            client = self.clients[b.conn]
+            heard = client.inc != b.inc or client.state != "S"
+            if left("replies", b.conn) and heard:
                 yield from self._on_cpus("a", place, reply=True)
-            if s.fins and not b.sent_fin:
+            if s.fins and not b.sent_fin and heard:
                 yield from self._on_cpus("f", place, reply=True)
             if left("resets"):
                 yield from self._on_cpus("r", place, reply=True)

@@ -18,8 +18,8 @@ class Rules:
     """[3] The newcomer leaves a mark when it rejects an opener on `live`; with it the keeper takes the opener."""
     revives_by_swap: bool = True
     """[4] A flow goes on after its end only by closing -> live."""
-    empty_ring: bool = True
-    """[4] The keeper removes a flow only when its ring was seen empty since the entry became `closing`."""
+    drained: bool = True
+    """[4] The keeper removes a flow when what stood in its ring as the entry became `closing` is handled."""
     udp_leaves: bool = True
     """[5] A UDP flow that is to leave its backend is given up; the keeper opens nothing for it."""
     ports_reserved: bool = True
@@ -63,7 +63,9 @@ class Flow(NamedTuple):
     other: int = 0
     """A SYN of another connection that was passed on."""
     idle: int = 0
-    """-1: used since the ring was empty, 1: ended or idled out, 2: and the ring was seen empty since."""
+    """-1: used since the ring was empty, 1: ended or idled out, 2: and all of `behind` is handled."""
+    behind: tuple[Label, ...] = ()
+    """Names of the packets that stood in the keeper's ring when the entry became `closing`."""
 
 
 class Entry(NamedTuple):
@@ -91,6 +93,8 @@ class Engines(Around):
         self.cursors: tuple[int, ...] = (0, 0)
         self.pc: tuple[Label | None, ...] = (None, None)
         """What a core has still to do for its packet, which stands in its queue until then."""
+        self.redo: tuple[Label | None, ...] = (None, None)
+        """The step that an adopter begins with: its predecessor died in it."""
         self.serving = True
         """Backend 0 gets new flows. (Backend 1 always does.)"""
         self.half: dict[tuple[Any, ...], str] = {}
@@ -104,7 +108,7 @@ class Engines(Around):
             self.cursors = (1, 0)
 
     def _start(self, c: int) -> None:
-        place = self._draw(KEEPER)
+        place = self._draw(KEEPER, c in self.setting.udp)
         self._flow(KEEPER, c, Flow(1, "U" if c in self.setting.udp else "E", place))
         self.backends = {**self.backends, place: End(c, 1, "E")}
         self._client(c, End(c, 1, "E"))
@@ -127,17 +131,16 @@ class Engines(Around):
         if not is_reply(p.kind):
             return p.conn, self.flows[side].get(p.conn)
         for c, f in self.flows[side].items():
-            if f.place == p.place and (c in self.setting.udp) == (p.kind == "d"):
+            if f.place == p.place:
                 return c, f
         return p.conn, None
 
     def _listed(self, p: Packet) -> tuple[int, Entry | None]:
         for c, e in self.list.items():
-            same = (c in self.setting.udp) == (p.kind in "Dd") or not self.rules.whole_key
-            if is_reply(p.kind):
-                if e.place == p.place and same:
-                    return c, e
-            elif c == p.conn or (same and not self.rules.whole_key):
+            if e.place == p.place if is_reply(p.kind) else c == p.conn:
+                return c, e
+            # Connections with the same addresses and ports are told apart by nothing else.
+            if not self.rules.whole_key and not is_reply(p.kind):
                 return c, e
         return p.conn, None
 
@@ -177,7 +180,8 @@ class Engines(Around):
             return self._open(KEEPER, p, source)
         if f.state == "C" and e.state == "live":
             # Not said in the rules: only an adopter, or nobody, sees this.
-            self._entry(c, e := e._replace(state="closing"))
+            self._closing(c)
+            e, f = self.list[c], self.flows[KEEPER][c]
         if e.state == "closing":
             ended = f.state in "C" or self.rules.asks_for_any
             if p.kind == "S" and ended:
@@ -197,8 +201,10 @@ class Engines(Around):
         """Does the packet show that the flow goes on after its end?"""
         if p.kind in "RrXS" or (f.state == "U" and self._leaves(f)):
             return False
+        if p.kind == "s" and p.inc == f.other:
+            return True
         if f.state == "C":
-            return (f.fins & 8 and p.inc == f.inc and p.kind in "Aa") or (p.kind == "s" and p.inc == f.other)
+            return bool(f.fins & 8) and p.inc == f.inc and p.kind in "Aa"
         return f.idle > 0 and (p.inc == f.inc or f.state == "U")
 
     def _then_tracked(self, side: int, c: int, p: Packet, source: int | None) -> None:
@@ -214,12 +220,15 @@ class Engines(Around):
         return self._finish(side, p, source, verdict, f.place)
 
     def _then_closed(self, side: int, c: int, p: Packet, source: int | None, verdict: str, place: int) -> None:
-        self._entry(c, self.list[c]._replace(state="closing"))
+        if c in self.flows[KEEPER]:
+            self._closing(c)
+        else:
+            self._entry(c, self.list[c]._replace(state="closing"))
         self._finish(side, p, source, verdict, place)
 
     def _restart_timers(self, p: Packet, verdict: str) -> None:
         """A flow that was used just now does not idle out before what stands in the ring is handled: see Flow.idle."""
-        if not any(self.streams[KEEPER]) and not self.parked[KEEPER]:
+        if not self._before(KEEPER):
             self._ring_is_empty()
         elif p.conn in self.flows[KEEPER] and verdict in ("took", "passed"):
             f = self.flows[KEEPER][p.conn]
@@ -229,7 +238,7 @@ class Engines(Around):
     def _ring_is_empty(self) -> None:
         for c, f in self.flows[KEEPER].items():
             if f.idle < 0:
-                self._flow(KEEPER, c, f._replace(idle=0))
+                self._flow(KEEPER, c, f._replace(idle=0, behind=()))
 
     def _too_new(self, p: Packet) -> bool:
         return p.epoch > 2 and self._counts_epoch(p)
@@ -279,7 +288,7 @@ class Engines(Around):
         if f is None and p.kind in "SD":
             return self._open(side, p, source)
         if f is None:
-            if self._alive(p.conn, p.inc):
+            if self._alive(p.conn, p.inc) and not self._elsewhere(p):
                 raise Wrong(f"{('keeper', 'newcomer')[side]} answers {p} of a connection that it does not have")
             return self._finish(side, p, source, "drop")
         if p.kind == "S" and f.state in "CW":
@@ -293,7 +302,7 @@ class Engines(Around):
     def _track(self, f: Flow, p: Packet) -> tuple[Flow, str]:
         """What the packet does to the flow's state. -> and whether it is one of this connection, or only passed on"""
         if f.state == "U":
-            return f._replace(idle=0), "took"
+            return f._replace(idle=0, behind=()), "took"
         if p.inc != f.inc:
             if p.kind == "s" and p.inc == f.other:
                 return Flow(p.inc, "E", f.place), "took"
@@ -304,9 +313,9 @@ class Engines(Around):
             return (f._replace(state="C", fins=f.fins | 8, idle=1) if f.state == "E" else f), "took"
         if p.kind == "S" or f.state in "CW":
             if p.kind in "Aa" and f.state == "C" and f.fins & 8:
-                return f._replace(state="E", fins=f.fins & ~8, idle=0), "took"
+                return f._replace(state="E", fins=f.fins & ~8, idle=0, behind=()), "took"
             return f, "took"
-        f = f._replace(idle=0)
+        f = f._replace(idle=0, behind=())
         if p.kind == "s":
             return f._replace(state="E"), "took"
         if p.kind in "Ff":
@@ -314,12 +323,14 @@ class Engines(Around):
             if p.kind == "f" and not f.fins & 1:
                 fins |= 4
             if fins & 3 == 3:
-                return f._replace(fins=fins, state="W" if fins & 4 else "C", idle=0 if fins & 4 else 1), "took"
+                return f._replace(
+                    fins=fins, state="W" if fins & 4 else "C", idle=0 if fins & 4 else 1, behind=()
+                ), "took"
             return f._replace(fins=fins), "took"
         return f, "took"
 
     def _open(self, side: int, p: Packet, source: int | None) -> None:
-        place = self._draw(side)
+        place = self._draw(side, p.kind == "D")
         if place < 0:
             return self._finish(side, p, source, "excused")
         return self._insert(side, p, source, place)
@@ -329,14 +340,14 @@ class Engines(Around):
         self._finish(side, p, source, "took", place)
 
     def _serves(self, place: int) -> bool:
-        return self.serving or place >= 10
+        return self.serving or place % 100 >= 10
 
     def _leaves(self, f: Flow) -> bool:
         return not self._serves(f.place)
 
-    def _draw(self, side: int) -> int:
+    def _draw(self, side: int, udp: bool) -> int:
         """-> a place that no flow of this side has, nor the list; -1 = there is none"""
-        base, n = 0 if self.serving else 10, self.setting.ports
+        base, n = (100 if udp else 0) + (0 if self.serving else 10), self.setting.ports
         used = {f.place for f in self.flows[side].values()}
         if side == NEWCOMER and self.rules.ports_reserved:
             used |= {e.place for e in self.list.values() if e.state != "gone"}
@@ -365,9 +376,22 @@ class Engines(Around):
     # ---- the list ------------------------------------------------------------------------------------------------------
 
     def _publish(self) -> None:
-        self.list = {c: Entry(f.place, "closing" if f.state == "C" else "live") for c, f in self.flows[KEEPER].items()}
+        self.list = {c: Entry(f.place, "live") for c, f in self.flows[KEEPER].items()}
+        for c, f in self.flows[KEEPER].items():
+            if f.state == "C":
+                self._closing(c)
         if self.rules.cursor:
             self.cursors = (self.cursors[0], self.cursors[0])
+
+    def _closing(self, c: int) -> None:
+        self._entry(c, self.list[c]._replace(state="closing"))
+        names = tuple(sorted({p[:4] for p in self._before(KEEPER) if p.conn == c}))
+        self._flow(KEEPER, c, self.flows[KEEPER][c]._replace(idle=1, behind=names))
+
+    def _before(self, side: int) -> list[Packet]:
+        """Packets on their way to this side."""
+        frames = (*self.streams[side][0], *self.streams[side][1], *self.parked[side])
+        return [p for p in frames if isinstance(p, Packet)]
 
     def _then_kept(self, side: int) -> None:
         self.kept = "kept"
@@ -410,8 +434,9 @@ class Engines(Around):
             if first == verdict == "took" and not self._harmless_twice(p):
                 raise Wrong(f"{p} is taken by both")
             both.add(first)
-            if (first, verdict) == ("left", "asked"):
-                return  # a packet of the connection before revived it between the two; the client asks again
+            if (first, verdict) == ("left", "asked") or ("left" in both and not self.serving):
+                # A packet of the connection before revived it between the two, or its backend gets no new connections:
+                return  # the client asks again
         if both & {"took", "passed"}:
             return
         if "late" in both:
@@ -428,18 +453,25 @@ class Engines(Around):
             # The keeper had passed the SYN on through a flow that was ending, and then it was claimed: answered again.
             b = self.backends[p.place]
             self.backends = {**self.backends, p.place: b._replace(owes=(b.conn, b.inc) == (p.conn, p.inc))}
-        elif self._alive(p.conn, p.inc):
+        elif not self._elsewhere(p) and self._alive(p.conn, p.inc):
             raise Wrong(f"{p} of a connection that lives is taken by none")
 
     def _harmless_twice(self, p: Packet) -> bool:
         """Segments of a connection that is over by now are no more than such as the network held back. A datagram may
         reach two backends while its flow leaves one."""
-        return not self.serving if p.kind == "D" else not self._alive(p.conn, p.inc)
+        e = self.list.get(p.conn)
+        gave_up = ("moves",) in self.counts and e is not None and e.state in ("claimed", "gone")
+        return not self.serving if p.kind == "D" else gave_up or not self._alive(p.conn, p.inc)
+
+    def _elsewhere(self, p: Packet) -> bool:
+        """Is it of a backend to which the client's connection does not lead any more?"""
+        has = [flows[p.conn] for flows in self.flows if p.conn in flows]
+        return is_reply(p.kind) and bool(has) and all(f.place != p.place for f in has)
 
     def _claimed_for(self, p: Packet) -> bool:
-        """Has the newcomer claimed the connection for a later opener?"""
+        """Has the newcomer a flow between these two, or is about to make one?"""
         claim, f = self.pc[NEWCOMER], self.flows[NEWCOMER].get(p.conn)
-        has = [f.place] if f is not None and f.inc == p.inc else []
+        has = [f.place] if f is not None else []
         if claim is not None and claim[1].conn == p.conn:
             has.append(claim[3])
         return p.place in has if is_reply(p.kind) else bool(has)
