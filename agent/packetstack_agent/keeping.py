@@ -20,7 +20,7 @@ from packetstack_agent.node import RunDirectory
 from packetstack_agent.probes import Checked
 from packetstack_agent.stacks import Report
 from packetstack_agent.threads import to_the_end
-from packetstack_core import following, planning, reading, standing
+from packetstack_core import following, reading, standing, transitions
 from packetstack_core.assignment import Move, State
 from packetstack_core.kinds import FlowTableSpec, TableEngine
 from packetstack_core.planning import (
@@ -180,7 +180,7 @@ class Keeper:
         if any(slot not in stay for slot in managed.pinned.values()):
             self.pin(managed, {b: slot for b, slot in managed.pinned.items() if slot in stay})
 
-    async def act(self, managed: Managed, action: planning.Action) -> bool:
+    async def act(self, managed: Managed, action: transitions.Action) -> bool:
         """Carry out one action; returns whether its effect comes later."""
         name = managed.stack.name
         match action:

@@ -12,6 +12,7 @@ from packetstack_core import preconditions
 from packetstack_core.assignment import State
 from packetstack_core.reasons import ConditionReason, Problem, split
 from packetstack_core.standing import EngineStanding, Pool, Standing
+from packetstack_core.transitions import Sets
 
 LOAD_SECONDS = 5.0
 """Over which load is taken when an engine has to go."""
@@ -39,6 +40,8 @@ def pool(managed: Managed, run: RunDirectory) -> Pool:
                 down_since=None if e.ready else e.unserved_since or None,
                 leaving=False,
                 evicted=False,
+                set=None,
+                configured=False,  # nobody has asked it
             )
             for _, e in sorted(managed.engines.items())
             if not e.removing
@@ -49,6 +52,8 @@ def pool(managed: Managed, run: RunDirectory) -> Pool:
         create_after=managed.create_after,
         rebalanced=run.record.rebalanced.get(stack.name, False),
         given_up=managed.given_up,
+        sets=Sets(),  # the stack has none: `Mirror` is refused
+        keepers=(),
     )
 
 
@@ -65,6 +70,8 @@ def standing(managed: Managed, run: RunDirectory, firewall: Firewall) -> Standin
         graver=None,
         lesser=preconditions.problem(managed.lacks, lost=False),
         firewall=firewall_problem(firewall),
+        connections=None,
+        oldest=None,
     )
 
 

@@ -211,7 +211,7 @@ class Says:
         return "Normal" if good and self.status != "Unknown" else "Warning"
 
 
-BAD = ("Degraded",)
+BAD = ("Degraded", "ScalingHeld")
 """Conditions that should not be True."""
 NEUTRAL = ("Progressing", "ScalingLimited", "ScaledToZero", "Ready", "packetstack.io/DataPath")
 """Conditions that may be either without anything being wrong."""
@@ -277,6 +277,18 @@ class ConditionReason(StrEnum):
         "RollingOut", Says("Progressing", "True", "engines of an older template or image are being replaced", "wait"))
     HANDOVER_IN_PROGRESS = (
         "HandoverInProgress", Says("Progressing", "True", "buckets move, or engines that have left are being let go", "wait"))
+    SET_ACTIVATING = (
+        "SetActivating",
+        Says("Progressing", "True", "another set of engines comes up, or is removed since it is not wanted any more. The first one serves alone until "
+             "each engine of the other is ready", "wait; `CapacityAvailable` says what stands against it"))
+    SET_SWITCHING = (
+        "SetSwitching", Says("Progressing", "True", "buckets are being switched to another set of engines", "wait"))
+    SET_DRAINING = (
+        "SetDraining",
+        Says("Progressing", "True", "the present set of engines serves. An older one keeps the connections that it had, and goes when they have ended", "wait"),
+        Says("ScalingHeld", "True", "what is wanted now waits until the older set has gone",
+             "wait; or end its connections: `spec.handover.onDeadline: Reset` with `policy: Hurry`"))
+    NOTHING_HELD = ("NothingHeld", Says("ScalingHeld", "False", "nothing that is wanted waits for an older set of engines"))
     PAUSED = (
         "Paused",
         Says("Progressing", "False", "`spec.paused` is set: engines and buckets stay as they are, but for those of an engine that is lost or "

@@ -9,12 +9,14 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from packetstack_core import hashing, planning
-from packetstack_core.assignment import Owner, State
+from packetstack_core import hashing, planning, transitions
+from packetstack_core.assignment import NOBODY, Owner, State
 from packetstack_core.planning import GivenUp
 from packetstack_core.reasons import ConditionReason, Problem, Value
 from packetstack_core.resources import Spec
+from packetstack_core.transitions import EngineSet, Sets, SetState
 from packetstack_core.values import Address
+from packetstack_core.wording import at_least, counted
 
 NAMED = 5
 """Engines that a message names at most."""
@@ -48,6 +50,10 @@ class EngineStanding:
     """It will be gone soon whatever is wanted, and never stays."""
     evicted: bool
     """It leaves since somebody deletes its pod."""
+    set: int | None
+    """Set that it belongs to; None: the oldest, or the stack has none."""
+    configured: bool
+    """It has the present configuration of its set. Of a new set each has to, before buckets are switched to it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,14 @@ class Pool:
     """Buckets were moved by load, so that their numbers are not even."""
     given_up: GivenUp
     """Engines that did not serve for too long, as `Plan.given_up` said last."""
+    sets: Sets
+    """What was written down of the stack's sets, as `Sets.after` said last."""
+    keepers: Sequence[Owner | None]
+    """By bucket, who keeps connections that are older than its owner; None or `NOBODY`: nobody. Empty: none is kept."""
+
+    def of_set(self, one: EngineSet) -> "list[EngineStanding]":
+        """Engines of the set."""
+        return [e for e in self.engines if (e.set or self.sets.known[0].id) == one.id]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +107,10 @@ class Standing:
     """What is wrong, but only worth a word when nothing else is."""
     firewall: Problem | None
     """What was found in the node's packet filter; None if nobody has looked."""
+    connections: int | None
+    """Connections that keepers have; None if it is not known."""
+    oldest: float | None
+    """When the oldest of them began, on the clock of the planner's `now`; None if it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +137,7 @@ def desired(pool: Pool) -> planning.Desired:
     return planning.Desired.of(pool.spec, pool.template)
 
 
-def observed(pool: Pool) -> planning.Observed:
+def observed(pool: Pool) -> transitions.Observed:
     """What the planner sees. Loads count to a tenth of a core: less is chance."""
     engines = [
         planning.Engine(
@@ -136,14 +154,21 @@ def observed(pool: Pool) -> planning.Observed:
         )
         for e in pool.engines
     ]
-    surplus = len(engines) > pool.spec.replicas
-    return planning.Observed(
+    there = planning.Observed(
         engines=engines,
         owners=pool.owners,
-        moving=pool.moving if surplus else pool.moving | pool.pinned,
+        moving=pool.moving,
         create_after=pool.create_after,
         rebalanced=pool.rebalanced and pool.spec.rebalance.mode != "Off",
         given_up=pool.given_up,
+    )
+    return transitions.Observed(
+        pool=there,
+        pinned=pool.pinned,
+        sets=pool.sets,
+        members={e.slot: e.set for e in pool.engines},
+        configured=frozenset(e.slot for e in pool.engines if e.configured),
+        keepers=pool.keepers,
     )
 
 
@@ -151,25 +176,26 @@ def observed(pool: Pool) -> planning.Observed:
 class Plan:
     """What to do next, and what to remember of it."""
 
-    actions: tuple[planning.Action, ...]
+    actions: tuple[transitions.Action, ...]
     """To be carried out in this order; empty at the goal."""
     given_up: GivenUp
     """Engines that did not serve for too long: for the next `Pool`."""
     patience: float
     """For so many seconds those that are new among them did not serve."""
     wake_at: float | None
-    """When the next engine would be given up; None if none would be."""
+    """When the next engine would be given up, or a set that drains be ended; None if nothing waits for a time."""
 
 
 def plan(pool: Pool, now: float) -> Plan:
     """What to do next. `now`: seconds on the clock of `Pool.create_after`."""
     wanted, seen = desired(pool), observed(pool)
-    times = [at for e in seen.engines if (at := planning.give_up_at(wanted, seen, e)) is not None and at > now]
+    times = [planning.give_up_at(wanted, seen.pool, e) for e in seen.pool.engines]
+    times.append(transitions.deadline(pool.spec.handover, pool.sets))
     return Plan(
-        actions=tuple(planning.plan(wanted, seen, now)),
-        given_up=pool.given_up.after(wanted, seen, now),
+        actions=tuple(transitions.plan(wanted, pool.spec.handover, seen, now)),
+        given_up=pool.given_up.after(wanted, seen.pool, now),
         patience=pool.given_up.patience(wanted),
-        wake_at=min(times, default=None),
+        wake_at=min((at for at in times if at is not None and at > now), default=None),
     )
 
 
@@ -177,8 +203,10 @@ def plan(pool: Pool, now: float) -> Plan:
 
 
 def staying(pool: Pool) -> list[EngineStanding]:
-    """The engines that count as replicas: those that are not on their way out."""
-    return [e for e in pool.engines if e.state not in (State.DRAINING, State.FAILED) and not e.leaving]
+    """The engines that count as replicas: those that take new connections and are not on their way out."""
+    current = pool.sets.one(SetState.CURRENT)
+    engines = pool.engines if current is None else pool.of_set(current)
+    return [e for e in engines if e.state not in (State.DRAINING, State.FAILED) and not e.leaving]
 
 
 def serving(pool: Pool) -> list[EngineStanding]:
@@ -193,20 +221,68 @@ def updated(pool: Pool) -> list[EngineStanding]:
 
 def settled(standing: Standing) -> bool:
     """Whether the pool is what the resource says, and packets see it."""
+    return _as_wanted(standing) and not standing.remaining and len(standing.pool.sets.known) < 2
+
+
+def _as_wanted(standing: Standing) -> bool:
+    """Whether what takes new connections is what the resource says, and packets see it."""
     pool, wanted = standing.pool, standing.pool.spec.replicas
     return (
         standing.planned
         and len(serving(pool)) == len(staying(pool)) == len(updated(pool)) == wanted
-        and not standing.remaining
         and (standing.followed or not wanted)
     )
 
 
 def ready(standing: Standing) -> bool:
-    """Whether there is nothing to wait for: all replicas serve and packets see it. A paused stack may differ otherwise."""
+    """Whether there is nothing to wait for: all replicas serve and packets see it. A paused stack may differ otherwise,
+    and a set that has nothing but old connections is not waited for."""
     pool, wanted = standing.pool, standing.pool.spec.replicas
-    done = settled(standing) or (pool.spec.paused and standing.planned)
+    drains = any(s.set.state is SetState.DRAINING and not s.buckets for s in sets(standing))
+    done = settled(standing) or (drains and _as_wanted(standing)) or (pool.spec.paused and standing.planned)
     return done and len(serving(pool)) == wanted and (standing.followed or not wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class SetStanding:
+    """A set of engines and what it has."""
+
+    set: EngineSet
+    engines: int
+    """Engines that are there."""
+    ready: int
+    """Those that serve; of one that is Activating, those that may get buckets."""
+    buckets: int
+    """Buckets that it owns."""
+    kept: int
+    """Buckets of which it keeps older connections."""
+    connections: int | None
+    """Connections that it keeps; None if it is not known."""
+    oldest: float | None
+    """When the oldest of them began, on the clock of the planner's `now`; None if it is not known."""
+
+
+def sets(standing: Standing) -> list[SetStanding]:
+    """The sets of the stack, oldest first; none if it never had `Mirror`."""
+    pool = standing.pool
+    owned = Counter(o.slot for o in pool.owners if o is not None)
+    kept = sum(k is not None and k != NOBODY for k in pool.keepers)
+    found = []
+    for one in pool.sets.known:
+        engines, drains = pool.of_set(one), one.state is SetState.DRAINING
+        able = [e for e in engines if e.ready and (e.configured or one.state is not SetState.ACTIVATING)]
+        found.append(
+            SetStanding(
+                set=one,
+                engines=len(engines),
+                ready=len(able),
+                buckets=sum(owned[e.slot] for e in engines),
+                kept=kept if drains else 0,
+                connections=standing.connections if drains else 0,
+                oldest=standing.oldest if drains else None,
+            )
+        )
+    return found
 
 
 def conditions(standing: Standing) -> tuple[Finding, ...]:
@@ -219,6 +295,8 @@ def conditions(standing: Standing) -> tuple[Finding, ...]:
     ]
     if standing.firewall is not None:
         found.append(_firewall_open(standing.firewall))
+    if standing.pool.sets.known or standing.pool.spec.handover.strategy == "Mirror":
+        found.append(_scaling_held(standing))
     return tuple(found)
 
 
@@ -238,6 +316,8 @@ def _progressing(standing: Standing) -> Finding:
         return Finding("Progressing", False, ConditionReason.SETTLED)
     if pool.spec.paused:
         return Finding("Progressing", False, ConditionReason.PAUSED)
+    if (found := _transition(standing)) is not None:
+        return found
     fresh = len(updated(pool))
     if fresh < len(staying(pool)):
         text = f"{fresh} of {wanted} engines have the present template"
@@ -246,6 +326,52 @@ def _progressing(standing: Standing) -> Finding:
         text = f"{len(serving(pool))} of {wanted} engines serve"
         return Finding("Progressing", True, ConditionReason.ENGINES_STARTING, text)
     return Finding("Progressing", True, ConditionReason.HANDOVER_IN_PROGRESS)
+
+
+def _transition(standing: Standing) -> Finding | None:
+    """How far a second set is; None if there is none."""
+    pool, there = standing.pool, {s.set.state: s for s in sets(standing)}
+    if (second := there.get(SetState.ACTIVATING)) is not None:
+        first = there[SetState.CURRENT].set.id
+        text = (
+            f"set {second.set.id}: {second.ready} of {counted(second.set.replicas, 'engine')} ready; set {first} serves"
+        )
+        return Finding("Progressing", True, ConditionReason.SET_ACTIVATING, text)
+    if (old := there.get(SetState.DRAINING)) is None:
+        return None
+    if old.buckets:
+        left = f"{at_least(old.buckets, 'bucket')} of {len(pool.owners)}"
+        text = f"set {there[SetState.CURRENT].set.id} takes over: {left} are still those of set {old.set.id}"
+        return Finding("Progressing", True, ConditionReason.SET_SWITCHING, text)
+    return Finding("Progressing", True, ConditionReason.SET_DRAINING, _drains(pool, old))
+
+
+def _drains(pool: Pool, old: SetStanding) -> str:
+    """What a set that drains still has."""
+    connections = f"{at_least(old.connections, 'connection')} in " if old.connections is not None else ""
+    return f"set {old.set.id} keeps {connections}{at_least(old.kept, 'bucket')} of {len(pool.owners)}"
+
+
+def _scaling_held(standing: Standing) -> Finding:
+    pool = standing.pool
+    if not transitions.held(desired(pool), pool.sets):
+        return Finding("ScalingHeld", False, ConditionReason.NOTHING_HELD)
+    (old,) = (s for s in sets(standing) if s.set.state is SetState.DRAINING)
+    current, handover = pool.sets.one(SetState.CURRENT), pool.spec.handover
+    other = " of another template" if current is not None and current.template != pool.template else ""
+    if handover.on_deadline == "Keep":
+        advice = "to end them: spec.handover.onDeadline Reset or Transfer, with policy Hurry"
+    elif handover.policy == "Hurry":
+        advice = f"they are being ended, by onDeadline {handover.on_deadline}"
+    else:
+        advice = (
+            f"{handover.deadline_seconds} s after the switch they are ended, by onDeadline {handover.on_deadline}; "
+            "at once with policy Hurry"
+        )
+    wait = "waits" if pool.spec.replicas == 1 else "wait"
+    wanted = f"{counted(pool.spec.replicas, 'engine')}{other} {wait} until older connections have ended"
+    text = f"{wanted}: {_drains(pool, old)}; {advice}"
+    return Finding("ScalingHeld", True, ConditionReason.SET_DRAINING, text)
 
 
 def _capacity_available(standing: Standing) -> Finding:
@@ -259,7 +385,9 @@ def _degraded(standing: Standing) -> Finding:
     for grave in (standing.graver, standing.lost):
         if grave is not None:
             return Finding("Degraded", True, *grave)
-    if silent := [e for e in staying(pool) if e.state is State.ACTIVE and not e.ready]:
+    draining = pool.sets.one(SetState.DRAINING)
+    needed = staying(pool) + (pool.of_set(draining) if draining is not None else [])
+    if silent := [e for e in needed if e.state is State.ACTIVE and not e.ready and not e.leaving]:
         return Finding("Degraded", True, ConditionReason.ENGINE_NOT_READY, _without_service(pool, silent))
     if evicted := [e for e in pool.engines if e.evicted]:
         text = f"{_names(evicted)}: being deleted; its buckets go to another engine"
@@ -274,7 +402,9 @@ def _without_service(pool: Pool, silent: Sequence[EngineStanding]) -> str:
     why = next((e.why_not_ready for e in silent if e.why_not_ready), "no datapath is attached")
     slots = {e.slot for e in silent}
     waiting = sum(o is not None and o.slot in slots for o in pool.owners)
-    return f"{_names(silent)}: {why}; {waiting} of {len(pool.owners)} buckets get no service until one is"
+    kept = sum(k is not None and k.slot in slots for k in pool.keepers)
+    older = f", nor do the older connections of {kept}" if kept else ""
+    return f"{_names(silent)}: {why}; {waiting} of {len(pool.owners)} buckets get no service until one is{older}"
 
 
 def _names(engines: Sequence[EngineStanding]) -> str:

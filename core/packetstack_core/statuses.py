@@ -1,10 +1,10 @@
 """The status of a `PacketStack`: what the operator, and its autoscaler and rebalancer, say of it."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from packetstack_core.kinds import MAX_TABLE_ENGINES, Condition
+from packetstack_core.kinds import MAX_TABLE_ENGINES, Condition, SetId
 from packetstack_core.limits import MAX_BUCKETS
 from packetstack_core.values import Count, Items, Model, Whole
 
@@ -113,6 +113,29 @@ class RebalanceStatus(Model):
     """Buckets that take most of a core alone: no move of buckets helps them."""
 
 
+class SetStatus(Model):
+    """A set of engines. Live numbers are metrics."""
+
+    id: SetId
+    """Number of the set."""
+    state: Literal["Activating", "Current", "Draining"]
+    """`Activating`: its engines come up. `Current`: it takes new connections. `Draining`: it keeps those that it has."""
+    since: str
+    """When it got its state. RFC 3339, UTC."""
+    engines: Annotated[int, Whole(0, MAX_TABLE_ENGINES, "a number of engines")]
+    """Engines of the set that are there."""
+    ready: Annotated[int, Whole(0, MAX_TABLE_ENGINES, "a number of engines")]
+    """Those that serve."""
+    buckets: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")]
+    """Buckets whose new connections it takes."""
+    kept_buckets: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")]
+    """Buckets of which it keeps older connections, rounded down to a power of two."""
+    connections: Annotated[int, Whole(0, 2**31 - 1, "a number of connections")] | None = None
+    """Connections that it keeps, rounded down to a power of two; absent where it is not known."""
+    oldest_connection_time: str = ""
+    """When the oldest of them began. RFC 3339, UTC; empty where it is not known."""
+
+
 class PacketStackStatus(Model):
     """How a stack is."""
 
@@ -139,5 +162,8 @@ class PacketStackStatus(Model):
     """What the autoscaler saw and decided last; absent without `spec.autoscaling`."""
     rebalance: RebalanceStatus | None = None
     """What was moved by load; absent before anything was moved or found."""
+    sets: Items[SetStatus] | None = None
+    """The sets of engines; absent for a stack that never had `handover.strategy: Mirror`."""
     conditions: Items[Condition] = ()
-    """Available, Progressing, Degraded, CapacityAvailable, FirewallOpen; with spec.autoscaling also those of an HPA."""
+    """Available, Progressing, Degraded, CapacityAvailable, FirewallOpen; with `Mirror` also ScalingHeld; with
+    spec.autoscaling also those of an HPA."""

@@ -190,10 +190,10 @@ def plan(desired: Desired, handover: Handover, observed: Observed, now: float) -
     return [MakeSet(_first(desired, observed, now))]
 
 
-def held(desired: Desired, observed: Observed) -> bool:
+def held(desired: Desired, sets: Sets) -> bool:
     """Whether what is wanted waits until a set has drained."""
-    current = observed.sets.one(SetState.CURRENT)
-    if current is None or observed.sets.one(SetState.DRAINING) is None or desired.paused:
+    current = sets.one(SetState.CURRENT)
+    if current is None or sets.one(SetState.DRAINING) is None or desired.paused:
         return False
     return not _is(current, desired) and not _grows(current, desired)
 
@@ -352,7 +352,7 @@ class _Plan:
         at = deadline(self.handover, self.sets)
         if at is None or self.desired.paused:
             return False
-        return self.now >= at or (self.handover.policy == "Hurry" and held(self.desired, self.observed))
+        return self.now >= at or (self.handover.policy == "Hurry" and held(self.desired, self.sets))
 
     def _in_draining(self, old: EngineSet, waiting: Mapping[int, Owner], switched: Set[int]) -> list[Action]:
         """Its engines stay; what those had that are gone goes to others."""

@@ -19,6 +19,12 @@ def counted(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
+def at_least(number: int, what: str) -> str:
+    """A number of things that changes often, in words that do not: "at least 64 flows"; exact below 2."""
+    known = 1 << max(0, number.bit_length() - 1) if number else 0
+    return counted(known, what) if number < 2 else f"at least {counted(known, what)}"
+
+
 def kind_of(value: object) -> str:
     """The kind of a YAML value, as in "a mapping"; for None "empty"."""
     if value is None:

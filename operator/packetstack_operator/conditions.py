@@ -1,6 +1,6 @@
 """Conditions and numbers in the status of a stack and of its engines. Pure."""
 
-from packetstack_core import limits, standing
+from packetstack_core import limits, reasons, standing
 from packetstack_core.kinds import Condition, PacketEngineStatus
 from packetstack_core.reasons import ConditionReason
 from packetstack_core.standing import Finding
@@ -63,7 +63,7 @@ def _turn(found: Facts, plan: Plan, conditions: dict[str, Condition], finding: F
     kind, value = finding.type, finding.value
     was = conditions.get(kind)
     _set(conditions, found.world, kind, value, finding.reason, finding.message, found.now)
-    bad = value if kind == "Degraded" else not value
+    bad = value if kind in reasons.BAD else not value
     if kind != "Progressing" and (was is None or (was.status, was.reason) != (finding.status, finding.reason)):
         other = was is not None and was.status != finding.status
         if (was is not None or kind != "Available") if bad else other:

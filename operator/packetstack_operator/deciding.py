@@ -11,7 +11,7 @@ decision goes on from what is there. So their order counts:
 
 from dataclasses import replace
 
-from packetstack_core import planning, reading, resources, standing
+from packetstack_core import reading, resources, standing, transitions
 from packetstack_core.assignment import NOBODY, moved
 from packetstack_core.backing_off import ENGINE_SECONDS, back_off
 from packetstack_core.kinds import MAX_ENGINE_ID, TableEngine
@@ -302,7 +302,7 @@ def _reconcile(found: Facts, plan: Plan) -> None:
         _act(found, plan, action)
 
 
-def _act(found: Facts, plan: Plan, action: planning.Action) -> None:
+def _act(found: Facts, plan: Plan, action: transitions.Action) -> None:
     match action:
         case CreateEngine(template, queues):
             # Without a node one engine finds one; the others go where it is.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from packetstack_core import kinds, planning
+from packetstack_core import kinds, transitions
 from packetstack_core.assignment import NOBODY, Owner
 from packetstack_core.autoscaling import rounds
 from packetstack_core.kinds import EngineReport, FlowTable, NodeReport, PacketEngine, PacketEngineStatus, TableEngine
@@ -142,7 +142,7 @@ class Plan:
     """Buckets were moved by load: their numbers need not be even."""
     moved: RebalanceStatus | None = None
     """What was moved by load just now."""
-    actions: Sequence[planning.Action] = ()
+    actions: Sequence[transitions.Action] = ()
     events: list[Event] = field(default_factory=list)
 
     def event(self, reason: Reason, message: str) -> None:

@@ -6,6 +6,7 @@ from packetstack_core.assignment import State
 from packetstack_core.kinds import TableEngine
 from packetstack_core.reasons import ConditionReason, Problem, split
 from packetstack_core.standing import EngineStanding, Pool, Standing, staying
+from packetstack_core.transitions import Sets
 from packetstack_operator import observing, obstacles, pods
 from packetstack_operator.facts import Facts, Plan
 from packetstack_operator.observing import Conflict
@@ -38,6 +39,8 @@ def pool(found: Facts, plan: Plan) -> Pool:
                 down_since=_down_since(found, plan, e),
                 leaving=found.leaves(e, plan.node),
                 evicted=e.name in found.pods and observing.terminating(found.pods[e.name]),
+                set=e.set,
+                configured=False,  # no agent says so
             )
             for _, e in sorted(plan.entries.items())
         ],
@@ -47,6 +50,8 @@ def pool(found: Facts, plan: Plan) -> Pool:
         create_after=plan.memory.create_after,
         rebalanced=plan.rebalanced,
         given_up=plan.memory.given_up,
+        sets=Sets(),  # the stack has none: `Mirror` is refused
+        keepers=(),
     )
 
 
@@ -64,6 +69,8 @@ def standing(found: Facts, plan: Plan, *, written: bool) -> Standing:
         graver=_nothing_goes_on(found, plan) or _no_agent(found, plan) or _engines_are_wrong(found, replicas),
         lesser=_surroundings_are_wrong(found),
         firewall=_firewall(found.report.firewall) if found.report is not None else None,
+        connections=None,
+        oldest=None,
     )
 
 

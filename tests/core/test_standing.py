@@ -10,11 +10,12 @@ import pytest
 
 from packetstack_core import hashing, standing
 from packetstack_core.assignment import NOBODY, Owner, State
-from packetstack_core.planning import Action, AssignBuckets, CreateEngine, DrainEngine, GivenUp, RemoveEngine
+from packetstack_core.planning import AssignBuckets, CreateEngine, DrainEngine, GivenUp, RemoveEngine
 from packetstack_core.reading import parse
 from packetstack_core.reasons import ConditionReason, why_not
 from packetstack_core.resources import Spec
 from packetstack_core.standing import EngineStanding, Finding, Pool, Standing
+from packetstack_core.transitions import Action, EndSet, EngineSet, MakeSet, PromoteSet, Sets, SetState, SwitchBuckets
 
 BUCKETS = 256
 
@@ -54,6 +55,8 @@ def engine(slot: int, **facts: Any) -> EngineStanding:
         down_since=None,
         leaving=False,
         evicted=False,
+        set=None,
+        configured=True,
     )
     return replace(known, **facts)
 
@@ -72,6 +75,8 @@ def pool(*engines: EngineStanding, **facts: Any) -> Pool:
         create_after=0.0,
         rebalanced=False,
         given_up=GivenUp(),
+        sets=Sets(),
+        keepers=(),
     )
     return replace(known, **facts)
 
@@ -88,6 +93,8 @@ def stands(*engines: EngineStanding, facts: dict[str, Any] | None = None, **circ
         graver=None,
         lesser=None,
         firewall=None,
+        connections=None,
+        oldest=None,
     )
     return replace(known, **circumstances)
 
@@ -324,3 +331,158 @@ def test_a_stack_whose_packets_are_lost_on_the_node_is_not_available_whatever_it
     for kind, value in (("Available", False), ("Degraded", True)):
         assert (found(it, kind).value, found(it, kind).reason, found(it, kind).message) == (value, *off)
     assert found(stands(lost=off), "Available").reason is ConditionReason.ENGINES_STARTING
+
+
+# ---- sets ------------------------------------------------------------------------------------------------------
+
+MIRROR = {"strategy": "Mirror", "deadlineSeconds": 100}
+
+
+def set_of(number: int, state: SetState, replicas: int = 2, **facts: Any) -> EngineSet:
+    return replace(EngineSet(number, state, replicas, "a", 4, 1000.0), **facts)
+
+
+def two_sets(first: SetState, second: SetState, replicas: int = 2, **handover: Any) -> Standing:
+    """Set 1 with engines 1 and 2, set 2 with 3 and 4. Buckets are those of the one that is Current."""
+    members = {1: 1, 2: 1, 3: 2, 4: 2}
+    engines = [engine(slot, set=number, template="ab"[number - 1]) for slot, number in members.items()]
+    new = set_of(2, second, template="b")
+    return stands(
+        facts={
+            "engines": engines,
+            "spec": spec(replicas, handover=MIRROR | handover),
+            "template": "b",
+            "owners": [Owner((1, 3)[first is SetState.DRAINING] + b % 2, b // 2 % 4) for b in range(BUCKETS)],
+            "keepers": [Owner(1 + b % 2, 0) if first is SetState.DRAINING else None for b in range(BUCKETS)],
+            "sets": Sets((set_of(1, first), new), 2),
+        },
+        connections=600 if first is SetState.DRAINING else None,
+        oldest=900.0 if first is SetState.DRAINING else None,
+    )
+
+
+def activating(**more: Any) -> Standing:
+    return two_sets(SetState.CURRENT, SetState.ACTIVATING, **more)
+
+
+def draining(**more: Any) -> Standing:
+    return two_sets(SetState.DRAINING, SetState.CURRENT, **more)
+
+
+def changed(it: Standing, **facts: Any) -> Standing:
+    return replace(it, pool=replace(it.pool, **facts))
+
+
+def test_with_mirror_what_is_wanted_is_another_set() -> None:
+    one = pool(engine(1), engine(2), sets=Sets((set_of(1, SetState.CURRENT),), 1), spec=spec(3, handover=MIRROR))
+    (made,) = actions(one, 5.0)
+    assert made == MakeSet(EngineSet(2, SetState.ACTIVATING, 3, "a", 4, 5.0))
+    assert actions(replace(one, spec=spec(2, handover=MIRROR)), 5.0) == []
+
+
+def test_a_set_is_promoted_when_each_engine_is_configured_and_then_switched_to_and_persons_buckets_too() -> None:
+    it = activating()
+    assert actions(it.pool, 0.0) == [PromoteSet(2)]
+    late = [replace(e, configured=e.slot != 4) for e in it.pool.engines]
+    assert actions(replace(it.pool, engines=late), 0.0) == []
+    promoted = replace(it.pool, sets=it.pool.sets.after(PromoteSet(2), 0.0), pinned=frozenset(range(9)))
+    (switch,) = actions(promoted, 0.0)
+    assert isinstance(switch, SwitchBuckets)
+    assert len(switch.moves) == BUCKETS
+
+
+def test_a_plan_wakes_at_the_deadline_of_a_set_that_drains() -> None:
+    it = draining(onDeadline="Reset").pool
+    before = standing.plan(it, 1099.0)
+    assert (before.actions, before.wake_at) == ((), 1100.0)
+    assert standing.plan(it, 1100.0).actions == (EndSet(1, "Reset"),)
+    assert standing.plan(it, 1100.0).wake_at is None
+    assert standing.plan(draining().pool, 1099.0).wake_at is None
+
+
+def test_replicas_are_the_engines_that_take_new_connections() -> None:
+    for it, slots in ((activating(), [1, 2]), (draining(), [3, 4])):
+        assert [e.slot for e in standing.staying(it.pool)] == [e.slot for e in standing.serving(it.pool)] == slots
+    assert standing.updated(activating().pool) == []
+    assert len(standing.updated(draining().pool)) == 2
+
+
+def test_what_each_set_has_is_shown() -> None:
+    first, second = standing.sets(draining())
+    assert (first.set.id, first.engines, first.ready, first.buckets, first.kept) == (1, 2, 2, 0, BUCKETS)
+    assert (first.connections, first.oldest) == (600, 900.0)
+    assert (second.set.id, second.engines, second.ready, second.buckets, second.kept) == (2, 2, 2, BUCKETS, 0)
+    assert (second.connections, second.oldest) == (0, None)
+    assert standing.sets(stands(engine(1))) == []
+
+
+def test_how_far_a_transition_is_is_said() -> None:
+    it = activating()
+    late = changed(it, engines=[replace(e, configured=e.slot != 4) for e in it.pool.engines])
+    assert found(late, "Progressing") == Finding(
+        "Progressing", True, ConditionReason.SET_ACTIVATING, "set 2: 1 of 2 engines ready; set 1 serves"
+    )
+    half = [Owner(1, 0) if b < 100 else Owner(3, 0) for b in range(BUCKETS)]
+    assert found(changed(draining(), owners=half), "Progressing") == Finding(
+        "Progressing",
+        True,
+        ConditionReason.SET_SWITCHING,
+        "set 2 takes over: at least 64 buckets of 256 are still those of set 1",
+    )
+    assert found(draining(), "Progressing") == Finding(
+        "Progressing",
+        True,
+        ConditionReason.SET_DRAINING,
+        "set 1 keeps at least 512 connections in at least 256 buckets of 256",
+    )
+
+
+def test_a_stack_is_ready_when_only_old_connections_are_left_and_settled_when_they_have_ended() -> None:
+    it = draining()
+    assert standing.ready(it)
+    assert not standing.settled(it)
+    assert not standing.ready(activating())
+    assert not standing.ready(changed(it, owners=[Owner(1, 0), *it.pool.owners[1:]])), "a bucket is to be switched"
+    assert not standing.ready(changed(it, spec=spec(3, handover=MIRROR)))
+    rest = [e for e in it.pool.engines if e.set == 2]
+    done = changed(it, engines=rest, keepers=(), sets=Sets(it.pool.sets.known[1:], 2))
+    assert standing.settled(done)
+
+
+def test_what_is_held_names_the_set_that_drains_and_what_ends_it() -> None:
+    assert found(draining(), "ScalingHeld") == Finding("ScalingHeld", False, ConditionReason.NOTHING_HELD)
+    assert not found(draining(replicas=5), "ScalingHeld").value, "more of the same are not held"
+    it = found(draining(replicas=1), "ScalingHeld")
+    assert (it.value, it.reason) == (True, ConditionReason.SET_DRAINING)
+    assert it.message == (
+        "1 engine waits until older connections have ended: set 1 keeps at least 512 connections in at least 256 buckets "
+        "of 256; to end them: spec.handover.onDeadline Reset or Transfer, with policy Hurry"
+    )
+    other = found(changed(draining(onDeadline="Reset"), template="c"), "ScalingHeld").message
+    assert other.startswith("2 engines of another template wait until older connections have ended: set 1 keeps")
+    assert other.endswith("100 s after the switch they are ended, by onDeadline Reset; at once with policy Hurry")
+    hurry = found(draining(replicas=1, onDeadline="Transfer", policy="Hurry"), "ScalingHeld").message
+    assert hurry.endswith("they are being ended, by onDeadline Transfer")
+
+
+def test_a_stack_that_never_had_mirror_has_no_such_condition() -> None:
+    assert not any(c.type == "ScalingHeld" for c in standing.conditions(stands(engine(1), engine(2))))
+    new = stands(facts={"spec": spec(handover=MIRROR)})
+    assert found(new, "ScalingHeld").value is False
+
+
+def test_of_a_keeper_that_does_not_serve_the_older_connections_are_named() -> None:
+    it = draining()
+    sick = changed(it, engines=[replace(e, ready=e.slot != 1) for e in it.pool.engines])
+    assert found(sick, "Degraded").message == (
+        "web-1: no datapath is attached; 0 of 256 buckets get no service until one is, nor do the older connections of 128"
+    )
+    idle = activating()
+    sick = changed(idle, engines=[replace(e, ready=e.slot != 3) for e in idle.pool.engines])
+    assert not found(sick, "Degraded").value, "nobody needs it yet"
+
+
+def test_every_reason_of_a_transition_is_one_of_its_condition() -> None:
+    for it in (activating(), draining(), draining(replicas=1)):
+        for c in standing.conditions(it):
+            assert not why_not(c.type, c.status, c.reason)
