@@ -44,8 +44,9 @@ class Pool:
         return engines
 
     def scale(self, replicas: int) -> None:
-        """`packetstack scale`: until it is done."""
-        self.lab.packetstack("scale", "demo", "--replicas", str(replicas))
+        """What `packetstack scale` does: until it is done."""
+        self.client.scale("demo", replicas)
+        self.settle()
 
     def settle(self, timeout_seconds: float = 30) -> dict[str, Any]:
         """Until the pool is as wanted and every engine has a datapath; its status."""
