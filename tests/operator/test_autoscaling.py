@@ -78,15 +78,18 @@ def scaled(operator, place, counters):
     counters.silent.clear()
 
 
-def test_a_step_of_load_is_answered_within_one_sync_period(scaled, place):
+def test_a_step_of_load_is_answered_by_the_first_decision_that_sees_it(scaled, place):
     stack = scaled(syncPeriodSeconds=3).create(0.6, replicas=1)
     stack.rests_at(1)
     stack.load(2.4)
-    began = time.monotonic()
-    wait(lambda: stack.replicas > 1, every=0.02)
-    took = time.monotonic() - began
-    print(f"after {took:.2f} s")
-    assert took < 3 + 1.5  # the load is an average, and the machine is shared
+
+    def scaled_up():
+        raw = place.stack()
+        replicas, record = raw["spec"]["replicas"], raw["status"]["autoscaling"]["record"]
+        assert replicas > 1 or record["proposed"] == 1, "a decision for more was not carried out"
+        return replicas > 1
+
+    wait(scaled_up, every=0.02)
     stack.rests_at(4, 40)
     rescaled = stack.events("SuccessfulRescale")
     assert any(e["message"].endswith("reason: engine metric Utilization above target") for e in rescaled)
