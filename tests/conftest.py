@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 asyncio.set_event_loop(None)
 
 ALONE = (
-    "headline",
+    "headline/test_floods.py",
+    "headline/test_hot_restart.py",
+    "headline/test_resize.py",
     "traffic/test_generator.py",
-    "failures/test_failure_table.py",
 )
-"""Tests that count what is lost, or measure a rate: two of them beside each other would measure each other."""
+"""Tests that count each datagram, or measure a rate: two of them beside each other would measure each other.
+
+Single tests of other files say so by the mark.
+"""
 
 
 CLUSTER = ("charts/test_installed.py", "cluster", "kubernetes/test_documents.py", "kubernetes")
@@ -42,7 +46,7 @@ SERVER = (
 """Tests with an API server and no node: one after the other too, for each worker would start a control plane of its own."""
 AUTOSCALED = ("operator/test_autoscaling.py", "operator/test_autoscalers.py")
 """The same, and they wait for one sync period after the other: beside those."""
-LONG = (*CLUSTER, *AUTOSCALED, *SERVER, "agent", "firewall")
+LONG = (*CLUSTER, *AUTOSCALED, *SERVER, "headline", "failures", "agent", "firewall")
 """What takes longest begins first, so that nobody waits for the last one."""
 
 

@@ -133,6 +133,7 @@ def test_kills_and_hangs_during_resizes_break_nothing(
     assert s.outcome.datagrams_lost <= sum(s.dropped.values()) + s.unseen, "a datagram was lost silently"
 
 
+@pytest.mark.alone
 def test_an_agent_killed_during_resizes_goes_on_where_it_was(two: Pool) -> None:
     with load(two) as s:
         for i, size in enumerate((4, 1, 3, 2)):

@@ -13,10 +13,9 @@ from typing import Any
 
 import pytest
 from tests.cluster.processes import run
-from tests.lab.costly import COST_NS, DATAPATH, becomes_even, cost, skewed_traffic
+from tests.lab.costly import COST_NS, DATAPATH, becomes_even, cost, lost_around, skewed_traffic
 from tests.waiting import eventually
 
-from packetstack_cli.lab import Lab
 from packetstack_cli.traffic import Servers
 from packetstack_core import kinds, load
 from packetstack_operator.pods import DIRECTORY, HOST_DIRECTORY
@@ -83,13 +82,6 @@ class Costly:
         """Change `spec.rebalance.mode`."""
         patch = f'{{"spec": {{"rebalance": {{"mode": "{mode}"}}}}}}'
         self.packetstack.kubectl("patch", "packetstack", "web", "-n", self.space, "--type=merge", "-p", patch)
-
-
-def lost_around(lab: Lab) -> int:
-    """Datagrams so far that the servers' sockets or the lab's links had no room for: tests beside this one take CPUs."""
-    counters = lab.run("server", "cat", "/proc/net/snmp").stdout.splitlines()
-    names, values = (line.split() for line in counters if line.startswith("Udp:"))
-    return int(dict(zip(names, values, strict=True))["RcvbufErrors"]) + sum(lab.device_drops().values())
 
 
 def test_two_unevenly_loaded_engines_become_even_and_no_packet_is_lost_or_reordered(
