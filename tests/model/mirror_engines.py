@@ -307,7 +307,7 @@ class Engines(Around):
             if p.kind == "s" and p.inc == f.other:
                 return Flow(p.inc, "E", f.place), "took"
             if p.kind == "S" and p.inc > f.inc:
-                return f._replace(other=p.inc), "passed"
+                return f._replace(other=max(f.other, p.inc)), "passed"
             return f, "passed"
         if p.kind in "RrX":
             return (f._replace(state="C", fins=f.fins | 8, idle=1) if f.state == "E" else f), "took"
