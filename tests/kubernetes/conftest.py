@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from tests.cluster.install import NAMESPACE, REPOSITORY, TAG, install
 
+from packetstack_cli.client import DEFAULT_RUN_DIRECTORY, Client
 from packetstack_cli.lab import NODE_UPLINK, inside
 from packetstack_cli.traffic import Servers
 
@@ -42,6 +43,11 @@ def stack(name: str, namespace: str, **changes: Any) -> dict[str, Any]:
     return {"apiVersion": "packetstack.io/v1alpha1", "kind": "PacketStack", "metadata": meta, "spec": spec | changes}
 
 
+def ready(pod: dict[str, Any]) -> bool:
+    """Whether Kubernetes takes it for ready."""
+    return ("Ready", "True") in ((c["type"], c["status"]) for c in pod["status"].get("conditions", ()))
+
+
 class Installed:
     """What tests ask of the cluster with PacketStack in it."""
 
@@ -62,6 +68,12 @@ class Installed:
         pods = self.cluster.get("pods", "-n", NAMESPACE, "-l", "app.kubernetes.io/component=agent")["items"]
         here = [p["metadata"] for p in pods if p["spec"]["nodeName"] == node]
         return str(next(p["name"] for p in here if not p.get("deletionTimestamp")))
+
+    def live(self, namespace: str, name: str) -> dict[str, Any]:
+        """Status of a stack as the agent of the first node has it."""
+        client = Client(self.cluster.node.path_of(str(DEFAULT_RUN_DIRECTORY)))
+        status: dict[str, Any] = client.call("get", name=f"{namespace}.{name}")[0]["status"]
+        return status
 
     def ask_agent(self, *words: str) -> Any:
         """What the `packetstack` command prints in the agent's pod, as data."""
@@ -88,11 +100,14 @@ class Installed:
         raw = self.cluster.get("packetstack", name, "-n", namespace)
         table = self.cluster.get("flowtable", name, "-n", namespace)
         status, reports = raw.get("status", {}), table.get("status", {}).get("nodes", [])
+        engines = self.engines(namespace, name)
         return (
             len(reports) == 1
             and status.get("observedGeneration") == raw["metadata"]["generation"]
             and status.get("readyReplicas") == status.get("updatedReplicas") == replicas
-            and len(self.engines(namespace, name)) == replicas == len(table["spec"]["engines"])
+            and len(engines) == replicas
+            and {p["metadata"]["uid"] for p in engines} == {e.get("podUid") for e in table["spec"]["engines"]}
+            and all(map(ready, engines))
             and all(r["settled"] and r["observedGeneration"] == table["metadata"]["generation"] for r in reports)
         )
 

@@ -13,7 +13,6 @@ from packetstack_cli.traffic import Servers, Traffic
 from .conftest import PORT, UDP_PORT, VIP, WAIT_SECONDS, Installed, stack
 
 CONNECTIONS, FLOWS = 500, 50
-FIRST_ANSWER_SECONDS = 10.0
 AWAY_SECONDS = 30
 
 
@@ -38,8 +37,7 @@ class Scene:
         return all(e["ready"] and e["pid"] != pid for e in engines)
 
     def agent_status(self) -> dict[str, Any]:
-        found: dict[str, Any] = self.packetstack.ask_agent("get", f"{self.space}.{self.name}")["status"]
-        return found
+        return self.packetstack.live(self.space, self.name)
 
 
 @pytest.fixture
@@ -62,11 +60,9 @@ def scene(packetstack: Installed, servers: Servers, space: str) -> Iterator[Scen
     assert outcome.datagrams_reordered <= 5, "more than an overloaded CPU explains"
 
 
-def test_a_new_stack_answers_its_first_packet_in_ten_seconds(
-    packetstack: Installed, servers: Servers, space: str
-) -> None:
+def test_a_new_stack_answers(packetstack: Installed, servers: Servers, space: str) -> None:
     packetstack.cluster.apply(stack("web", space))
-    eventually(packetstack.answers, 3 * FIRST_ANSWER_SECONDS, "an answer")  # on a machine that is shared
+    eventually(packetstack.answers, WAIT_SECONDS, "an answer")
 
 
 def test_scaling_breaks_no_connection(scene: Scene) -> None:
