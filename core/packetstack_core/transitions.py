@@ -119,7 +119,8 @@ class Observed:
 
 @dataclass(frozen=True, slots=True)
 class MakeSet:
-    """Write down a set, and make its memory. Engines that have no set are its own if it is the first."""
+    """Make the memory of a set, anew if there is some, then write the set down. Of the first set: engines and memory that
+    are there become its own."""
 
     set: EngineSet
 

@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from tests.core.transition_world import BUCKETS, MIRROR, World, desired, draining, kinds, mirror, started
+from tests.core.transition_world import BUCKETS, MIRROR, World, desired, draining, kinds, mirror, started, switching
 
 from packetstack_core import planning
 from packetstack_core.assignment import NOBODY, Owner, State
@@ -87,11 +87,8 @@ def test_no_bucket_is_switched_before_each_engine_is_ready_and_configured():
 
 
 def test_a_switch_that_was_done_in_part_goes_on():
-    world = started(2)
     want = desired(3, "b")
-    while not world.set_in(SetState.DRAINING):
-        world.turn(want)
-        world.come_up()
+    world = switching(want)
     (switch,) = world.plan(want)
     assert len(switch.moves) == BUCKETS
     world.do(SwitchBuckets(switch.moves[:10]))
@@ -100,11 +97,8 @@ def test_a_switch_that_was_done_in_part_goes_on():
 
 
 def test_a_keeper_that_does_not_answer_is_waited_for():
-    world = started(2)
     want = desired(3, "b")
-    while not world.set_in(SetState.DRAINING):
-        world.turn(want)
-        world.come_up()
+    world = switching(want)
     world.change(1, ready=False)
     (switch,) = world.plan(want)
     assert {world.owners[m.bucket].slot for m in switch.moves} == {2}
@@ -194,6 +188,35 @@ def test_a_number_is_not_given_twice_in_a_row_and_begins_anew_after_the_last():
     assert made.set.id == 2, "1 is there"
 
 
+def test_buckets_go_to_engines_with_the_present_configuration_while_they_are_switched():
+    want = desired(3, "b")
+    world = switching(want)
+    late = world.of(2)[0].slot
+    world.configured.discard(late)
+    (switch,) = world.plan(want)
+    assert late not in {m.to.slot for m in switch.moves}
+
+
+def test_a_bucket_with_an_open_fence_is_switched_when_it_is_closed():
+    want = desired(3, "b")
+    world = switching(want)
+    (switch,) = plan(want, MIRROR, world.observed(moving=range(10)), 0.0)
+    assert {m.bucket for m in switch.moves} == set(range(10, BUCKETS))
+
+
+def test_buckets_are_switched_in_equal_parts_though_they_were_moved_by_load():
+    want = desired(2, "b")
+    world = switching(want)
+    first = world.of(2)[0].slot
+    (switch,) = world.plan(want)
+    of_first = [m for m in switch.moves if m.to.slot == first]
+    of_second = [m for m in switch.moves if m.to.slot != first]
+    world.do(SwitchBuckets((*of_first[:2], *of_second[:6])))
+    observed = world.observed()
+    (switch,) = plan(want, MIRROR, replace(observed, pool=replace(observed.pool, rebalanced=True)), 0.0)
+    assert Counter(m.to.slot for m in switch.moves)[first] == BUCKETS // 2 - 2
+
+
 # ---- draining ----------------------------------------------------------------------------------------------------
 
 
@@ -252,11 +275,8 @@ def test_a_bucket_in_mirror_leaves_an_engine_of_the_current_set_only_when_that_i
 
 
 def test_buckets_that_no_engine_has_switched_yet_go_to_another_of_their_set_when_theirs_is_gone():
-    world = started(2)
     want = desired(3, "b")
-    while not world.set_in(SetState.DRAINING):
-        world.turn(want)
-        world.come_up()
+    world = switching(want)
     world.change(1, state=State.FAILED, ready=False, down_since=0.0)
     done = world.turn(want)
     assert kinds(done) == {"SwitchBuckets": 1, "AssignBuckets": 1}
@@ -266,17 +286,20 @@ def test_buckets_that_no_engine_has_switched_yet_go_to_another_of_their_set_when
 
 
 def test_a_keeper_that_leaves_and_still_answers_is_switched_at_once_and_not_moved_before():
-    world = started(2)
     want = desired(3, "b")
-    while not world.set_in(SetState.DRAINING):
-        world.turn(want)
-        world.come_up()
+    world = switching(want)
     world.change(1, leaving=True)
     done = world.turn(want)
     assert kinds(done) == {"DrainEngine": 1, "SwitchBuckets": 1}
     world.settle(want)
     assert 1 not in world.engines
     assert sum(world.open.values()) == BUCKETS
+
+
+def test_an_older_set_of_mixed_templates_keeps_its_engines():
+    world = draining(2)
+    world.change(2, template="older")
+    assert world.plan(desired(2, "b")) == []
 
 
 # ---- one at a time -----------------------------------------------------------------------------------------------
@@ -352,6 +375,17 @@ def test_with_keep_there_is_no_deadline():
     assert deadline(MIRROR, world.sets) is None
 
 
+def test_no_connection_is_ended_before_the_last_bucket_is_switched():
+    want = desired(3, "b")
+    world = switching(want)
+    (switch,) = world.plan(want)
+    world.do(SwitchBuckets(switch.moves[1:]))
+    world.now = 1e9
+    assert world.plan(want, mirror("Reset")) == [SwitchBuckets(switch.moves[:1])]
+    world.turn(want, mirror("Reset"))
+    assert world.plan(want, mirror("Reset")) == [EndSet(1, "Reset")]
+
+
 # ---- nothing, a pause, another strategy --------------------------------------------------------------------------
 
 
@@ -364,6 +398,17 @@ def test_no_engines_are_wanted_and_then_some_again_in_the_same_set():
     world.check_goal(desired(3, "b"))
     assert (world.sets.last, world.switched) == (1, 0)
     assert sum(world.open.values()) == BUCKETS, "flows wait in the set's memory"
+
+
+def test_engines_that_are_wanted_again_before_all_have_gone_are_of_the_same_set():
+    world = started(2)
+    done = world.plan(desired(0))
+    for action in done[:2]:
+        world.do(action)
+    assert world.set_in(SetState.CURRENT).replicas == 0
+    world.settle(desired(2))
+    world.check_goal(desired(2))
+    assert world.sets.last == 1
 
 
 def test_no_engines_are_wanted_while_a_set_comes_up():
@@ -389,10 +434,7 @@ def test_while_paused_no_transition_begins_or_goes_on():
 
 
 def test_while_paused_only_buckets_of_engines_that_go_are_switched():
-    world = started(2)
-    while not world.set_in(SetState.DRAINING):
-        world.turn(desired(3))
-        world.come_up()
+    world = switching(desired(3))
     want = desired(3, paused=True)
     assert world.plan(want) == []
     world.change(1, leaving=True)
@@ -456,11 +498,15 @@ def test_engines_of_a_set_that_is_none_of_the_stacks_are_not_guessed_at():
         world.plan(desired(2))
 
 
-def test_buckets_that_a_person_has_placed_are_switched_like_others():
+def test_buckets_that_a_person_has_placed_stay_where_they_are_in_a_set_of_full_size():
     world = started(2)
+    world.owners = [Owner(1, b % 2) for b in range(BUCKETS)]
+    assert world.plan(desired(2))
+    assert plan(desired(2), MIRROR, world.observed(pinned=range(BUCKETS)), 0.0) == []
+
+
+def test_buckets_that_a_person_has_placed_are_switched_like_others():
     want = desired(9, "b")
-    while not world.set_in(SetState.DRAINING):
-        world.turn(want)
-        world.come_up()
+    world = switching(want)
     (switch,) = plan(want, MIRROR, world.observed(pinned=range(BUCKETS)), 0.0)
     assert len(switch.moves) == BUCKETS

@@ -286,6 +286,15 @@ def started(replicas=2, template="a"):
     return world
 
 
+def switching(want, before=2):
+    """A stack that may switch its buckets now."""
+    world = started(before)
+    while not world.set_in(SetState.DRAINING):
+        world.turn(want)
+        world.come_up()
+    return world
+
+
 def draining(before=2, want=None):
     """A stack whose first set keeps a connection in each bucket."""
     world = started(before)
