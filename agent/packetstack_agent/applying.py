@@ -106,7 +106,7 @@ class Applying:
                 await self._change_stack(managed, resource)
             else:
                 managed.stack.resource = resource
-                self._run.record.documents[name] = resource.document()
+                managed.note(self._run.record)
             managed.table, managed.generation = table, generation
             kept = table.document()
             kept["metadata"]["generation"] = generation
@@ -158,12 +158,12 @@ class Applying:
         await asyncio.to_thread(self._run.remove_stack, name)
         directory = self._run.stack(name)
         stack = await asyncio.to_thread(
-            Stack, name, resource, index, directory, self._run.memory(directory), self._director.handle
+            Stack, name, resource, index, directory, self._run.memory, self._director.handle
         )
         managed = Managed(stack, table=table)
         self._stacks[name] = managed
         try:
-            self._run.record.documents[name] = resource.document()
+            managed.note(self._run.record)
             self._run.save(must=True)
             self._health.watch()
             stack.healthy = self._health.of(name)
@@ -200,7 +200,7 @@ class Applying:
 
     async def _become(self, managed: Managed, resource: PacketStack) -> None:
         old, managed.stack.resource = managed.stack.resource, resource
-        self._run.record.documents[managed.stack.name] = resource.document()
+        managed.note(self._run.record)
         self._run.save()
         self._health.watch()
         managed.stack.healthy = self._health.of(managed.stack.name)
@@ -225,7 +225,7 @@ class Applying:
             raise
         self._health.watch()
         record = self._run.record
-        for part in (record.documents, record.indexes, record.pinned, record.tables, record.rebalanced):
+        for part in (record.documents, record.sets, record.indexes, record.pinned, record.tables, record.rebalanced):
             part.pop(name, None)
         for one in self._forgetful:
             one.forget(name)

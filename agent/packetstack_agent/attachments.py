@@ -64,7 +64,7 @@ class Shared:
     pin: tuple[int, ...] | None
     """CPU of each core; empty: none. None: the CPUs that the process has for itself, if it has as many as cores."""
     files: tuple[int, int, int, int, int]
-    """Arena and its map, engine file and its map, configuration; the files to read alone."""
+    """Its set's arena and the map of that, engine file and its map, its set's configuration; the files to read alone."""
     rings: list[int]
     """UMEM, a socket per queue, a socket per core that wakes it, the core's end of each. Empty while only a running
     datapath has them."""
@@ -73,6 +73,10 @@ class Shared:
     """`struct ps_engine *`."""
     pod_uid: str = ""
     """UID of the pod whose processes alone may serve it; empty: processes that the agent has started."""
+
+    def given(self) -> tuple[int, ...]:
+        """What a new process gets, in the order of PS_MSG_ATTACH in abi.h. What a process may also get later comes behind."""
+        return (*self.files, *self.rings)
 
 
 class Attachments:
@@ -248,7 +252,7 @@ class Attachments:
         pin = processes.own_cpus(link.pid, s.cores) if s.pin is None else s.pin
         for i in range(len(message.pin)):
             message.pin[i] = pin[i] if i < len(pin) else -1
-        _send_with(link.connection, message, (*s.files, *s.rings))
+        _send_with(link.connection, message, s.given())
         if not await self._said(link, "PS_MSG_PREPARED"):
             return False
         async with self._turn:

@@ -7,6 +7,8 @@ from packetstack_agent import namespaces, processes
 from packetstack_agent.errors import AgentError
 from packetstack_core.verbs import Json
 
+FIRST_SET = 1
+"""Number of the set of engines that a stack begins with."""
 POD_DEVICE = "pkst0"
 """An engine's interface in its pod when the agent makes it; eth0 is the cluster network's."""
 
@@ -28,6 +30,7 @@ class Blueprint:
     owner: str
     directory: Path
     arena: Path
+    """That of its set, as are those that follow."""
     config: Path
     flows: Path
     """Where the map is pinned that goes with the arena."""
@@ -42,12 +45,14 @@ class Blueprint:
     pod_uid: str = ""
     interface: str = ""
     """One that a CNI plugin has made in the pod. Empty: the agent makes a veth pair."""
+    set: int = FIRST_SET
+    """Number of its set: the engines of the stack that share arena and configuration."""
 
     def record(self) -> Json:
         """What an agent that comes later cannot know otherwise."""
         kept = (
             "stack", "slot", "template", "queues", "cores", "cpu_policy", "cpus", "memory_bytes", "namespace",
-            "id", "pod", "pod_uid", "interface",
+            "id", "pod", "pod_uid", "interface", "set",
         )  # fmt: skip
         return {name: getattr(self, name) for name in kept}
 

@@ -89,6 +89,7 @@ class EngineLife:
             "cpus": cpus,
             "memory_bytes": shape.memory_bytes,
             "namespace": self._run.namespace(stack.name, slot),
+            "set": stack.current,
         }
         self._begin(managed, Engine(self.blueprint(stack, known), self._director.handle))
 
@@ -110,6 +111,7 @@ class EngineLife:
             "pod": wanted.name,
             "pod_uid": wanted.pod_uid,
             "interface": wanted.interface,
+            "set": stack.current,
         }
         engine = Engine(self.blueprint(stack, known), self._director.handle)
         self._run.record.leaving.pop(engine.blueprint.directory.name, None)
@@ -117,6 +119,7 @@ class EngineLife:
 
     def blueprint(self, stack: Stack, known: Json) -> Blueprint:
         """Blueprint of an engine from its entry in the record. KeyError or TypeError if something is missing."""
+        memory = stack.sets[known["set"]]
         kept = {name: value for name, value in known.items() if name not in ("state", "init", "cpus")}
         directory = self._run.engine(
             kinds.pod_directory(stack.resource.metadata.namespace, known["pod"]) if known.get("pod") else known["slot"]
@@ -126,10 +129,10 @@ class EngineLife:
             cpus=tuple(known["cpus"]),
             owner=self._run.owner,
             directory=directory,
-            arena=stack.arena_path,
-            config=stack.config_path,
+            arena=memory.arena_path,
+            config=memory.config_path,
             index=stack.index,
-            flows=stack.memory,
+            flows=memory.pin,
             memory=self._run.memory(directory),
         )
 
@@ -138,7 +141,7 @@ class EngineLife:
         engine = Engine(self.blueprint(managed.stack, known), self._director.handle)
         engine.state = State(known["state"])
         engine.probed = engine.state in (State.ACTIVE, State.DRAINING)  # it was, or it would not be
-        managed.engines[slot] = engine
+        managed.add(engine)
         if engine.state is State.PENDING:  # it was being made
             await self.destroy(managed, engine)
             return
@@ -158,7 +161,7 @@ class EngineLife:
             self._run.record.engines.pop(str(slot))
             self._failed(managed, slot, str(e))
             return
-        managed.engines[slot] = engine
+        managed.add(engine)
         engine.making = asyncio.create_task(self._make(managed, engine))
 
     async def _make(self, managed: Managed, engine: Engine) -> None:

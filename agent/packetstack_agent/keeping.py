@@ -14,11 +14,11 @@ from packetstack_agent import standings
 from packetstack_agent.engine_life import AWAY_SECONDS
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.flow_memory import Report
 from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.probes import Checked
-from packetstack_agent.stacks import Report
 from packetstack_agent.threads import to_the_end
 from packetstack_core import following, reading, standing, transitions
 from packetstack_core.assignment import Move, State
@@ -217,7 +217,7 @@ class Keeper:
         stack = managed.stack
         was = stack.resource.spec.replicas
         stack.resource = reading.with_replicas(stack.resource, replicas)
-        self._run.record.documents[stack.name] = stack.resource.document()
+        managed.note(self._run.record)
         self._run.save()
         managed.disturb()
         return was

@@ -26,7 +26,10 @@ class LayoutMismatch(AgentError):
 def check(run: RunDirectory) -> None:
     """LayoutMismatch if this build cannot take over what the run directory has. Only reads. Blocks."""
     stacks = [f"stack {name} has memory layout {layout}" for name, layout in _stacks(run).items()]
-    problem = f"{', '.join(stacks)}; this build has {constant('PS_LAYOUT_VERSION')}" if stacks else _pins(run)
+    if stacks:
+        problem = f"{', '.join(stacks)}; this build has {constant('PS_LAYOUT_VERSION')}"
+    else:
+        problem = _before_sets(run) or _pins(run)
     if problem:
         raise LayoutMismatch(
             f"LayoutMismatch: {problem}. The build that made it keeps serving, nothing was changed; with this one all flows end"
@@ -37,8 +40,9 @@ def _stacks(run: RunDirectory) -> dict[str, int]:
     """Stack -> layout of its files, when that is not ours. A file that makes no sense says nothing here."""
     found: dict[str, int] = {}
     for name in run.record.documents:
-        for file in ("arena", "config"):
-            found |= _other(run.stack(name) / file, name)
+        for directory in (run.stack(name), *run.stack(name).glob("sets/*")):
+            for file in ("arena", "config"):
+                found |= _other(directory / file, name)
     for slot, engine in run.record.engines.items():
         if isinstance(engine, dict):
             pod = engine.get("pod")
@@ -56,6 +60,16 @@ def _other(path: Path, stack: str) -> dict[str, int]:
     except (OSError, struct.error):
         return {}
     return {stack: layout} if magic in magics and layout != constant("PS_LAYOUT_VERSION") else {}
+
+
+def _before_sets(run: RunDirectory) -> str:
+    """Which stacks have their memory where builds had it that knew no sets of engines; empty when none has."""
+    found = sorted(name for name in run.record.documents if (run.stack(name) / "arena").exists())
+    return (
+        f"stack {', '.join(found)} has one memory for all of its engines; this build has one for each set"
+        if found
+        else ""
+    )
 
 
 def _pins(run: RunDirectory) -> str:
@@ -85,7 +99,7 @@ def end(run: RunDirectory) -> list[str]:
     node.detach(run)
     node.clear_engines(run)
     shutil.rmtree(run.path / "stacks", ignore_errors=True)
-    for gone in (record.engines, record.proxied, record.sysctls, record.pinned, record.rebalanced):
+    for gone in (record.engines, record.sets, record.proxied, record.sysctls, record.pinned, record.rebalanced):
         gone.clear()
     run.save(must=True)
     return sorted(record.documents)

@@ -4,10 +4,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
 
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.node import Record
 from packetstack_agent.probes import Watched
 from packetstack_agent.stacks import Stack
 from packetstack_core.kinds import FlowTable
@@ -19,6 +21,27 @@ from packetstack_core.verbs import Json
 LAST_MOVES = 20
 
 
+class SetState(StrEnum):
+    """How far a set of engines is."""
+
+    ACTIVATING = "Activating"
+    """Being made, to become the current one."""
+    CURRENT = "Current"
+    """It gets new flows. A stack has one such set."""
+    DRAINING = "Draining"
+    """It was the current one, and keeps its flows until they end."""
+
+
+@dataclass
+class EngineSet:
+    """Engines of a stack that share one `FlowMemory`, as they are wanted."""
+
+    state: SetState
+    replicas: int
+    template: str
+    """Hash of spec.engine."""
+
+
 @dataclass
 class Managed:
     """A stack with its engines and its task."""
@@ -26,6 +49,8 @@ class Managed:
     stack: Stack
     engines: dict[int, Engine] = field(default_factory=dict)
     """Engines by slot. EngineLife puts them in and takes them out."""
+    sets: dict[int, EngineSet] = field(default_factory=dict)
+    """Sets of engines by number; each has a memory in the stack."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Its task shall look now."""
     stepped: asyncio.Event = field(default_factory=asyncio.Event)
@@ -64,6 +89,25 @@ class Managed:
     """What the stack follows in a cluster. None: the agent plans for it."""
     generation: int = 0
     """Generation of the table."""
+
+    def __post_init__(self) -> None:
+        spec = self.stack.resource.spec
+        self.sets = self.sets or {
+            self.stack.current: EngineSet(SetState.CURRENT, spec.replicas, spec.engine.template_hash())
+        }
+
+    def note(self, record: Record) -> None:
+        """Write resource and sets into the record, for the caller to save. The current set is as the resource says."""
+        name, spec = self.stack.name, self.stack.resource.spec
+        current = self.sets[self.stack.current]
+        current.replicas, current.template = spec.replicas, spec.engine.template_hash()
+        record.documents[name] = self.stack.resource.document()
+        record.sets[name] = {str(number): asdict(one) for number, one in self.sets.items()}
+
+    def add(self, engine: Engine) -> None:
+        """There is this engine from now on."""
+        self.engines[engine.slot] = engine
+        self.stack.set_of[engine.slot] = engine.blueprint.set
 
     def disturb(self) -> None:
         """Something else is wanted: it has not converged until its task has looked again, which it does at once."""

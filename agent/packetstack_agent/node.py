@@ -19,8 +19,10 @@ from packetstack_core.kinds import pod_directory
 from packetstack_core.verbs import Json
 
 DEFAULT_RUN_DIRECTORY = Path("/run/packetstack")
-RECORD_LAYOUT = 2
+RECORD_LAYOUT = 3
 """Layout of state.json. A file of another layout is not read, and left as it is."""
+_BEFORE_SETS = 2
+"""One that can be read, but for `sets`; `layouts.check` tells of stacks that it has."""
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Record:
     """`interface` or `interface:role`."""
     engines: dict[str, Json] = field(default_factory=dict)
     """Slot -> `Blueprint.record`, and `state`, `init`."""
+    sets: dict[str, dict[str, Json]] = field(default_factory=dict)
+    """Stack -> number -> `managed.EngineSet`. None here: nothing of the stack has been made yet."""
     proxied: dict[str, list[str]] = field(default_factory=dict)
     """Device -> addresses answered for."""
     sysctls: dict[str, str] = field(default_factory=dict)
@@ -100,15 +104,24 @@ class RunDirectory:
         """A stack's directory."""
         return self.path / "stacks" / name
 
+    def flow_memory(self, stack: str, number: int) -> Path:
+        """Directory of a set of engines of a stack."""
+        return self.stack(stack) / "sets" / str(number)
+
     def memory(self, directory: Path) -> Path:
-        """Where the map is pinned that engines write: that of the stack or engine with this directory."""
-        kind = {"stacks": "arena", "engines": "engine"}[directory.parent.name]
-        return self.pins / f"{kind}_{directory.name.replace('.', '+')}"  # there the kernel takes no dot
+        """Where the map is pinned that engines write: that of the engine, or of the set of engines, with this directory."""
+        if directory.parent.name == "engines":
+            return self._pin("engine", directory.name)
+        return self._pin("arena", f"{directory.parents[1].name}_{directory.name}")
+
+    def _pin(self, kind: str, name: str) -> Path:
+        return self.pins / f"{kind}_{name.replace('.', '+')}"  # there the kernel takes no dot
 
     def remove_stack(self, name: str) -> None:
-        """Its files, and the memory of its flows. Blocks."""
+        """Its files, and the memory of its flows, of all its sets of engines. Blocks."""
         shutil.rmtree(self.stack(name), ignore_errors=True)
-        self.memory(self.stack(name)).unlink(missing_ok=True)
+        for pin in self.pins.glob(self._pin("arena", name).name + "_*"):  # a name has no underscore
+            pin.unlink(missing_ok=True)
 
     def namespace(self, stack: str, slot: int) -> str:
         """Name of an engine's network namespace; two agents of one machine never choose the same."""
@@ -154,8 +167,8 @@ class RunDirectory:
 def _read(path: Path) -> Record:
     try:
         content = json.loads(path.read_text())
-        if content.get("layout") == RECORD_LAYOUT:
-            return Record(**content)
+        if content.get("layout") in (RECORD_LAYOUT, _BEFORE_SETS):
+            return Record(**content | {"layout": RECORD_LAYOUT})
         problem = f"has layout {content.get('layout')}, this agent knows {RECORD_LAYOUT}"
     except FileNotFoundError:
         raise

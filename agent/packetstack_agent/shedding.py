@@ -179,7 +179,8 @@ class Shedders:
         lib().ps_director_forget(director, half)
         for name, other in self._known.items():
             if (other is one or other.numbers) and name in self._stacks:
-                lib().ps_director_know(director, half, self._stacks[name].stack.arena)
+                for memory in self._stacks[name].stack.sets.values():
+                    lib().ps_director_know(director, half, memory.arena)
                 other.known = now
         self._half = half
         for other in self._known.values():

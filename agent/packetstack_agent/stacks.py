@@ -1,4 +1,4 @@
-"""One stack's shared state on this node: arena, configuration, secret, its entries in the director.
+"""One stack's state on this node: memory of each set of its engines, secret, words, its entries in the director.
 
 Functions here block briefly; they are called from worker threads or where a few milliseconds do not matter.
 """
@@ -8,67 +8,46 @@ import math
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import lru_cache
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent import processes, words
+from packetstack_agent import flow_memory, words
+from packetstack_agent.blueprints import FIRST_SET
 from packetstack_agent.directing import Directions, Listening
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.flow_memory import Configuration, Dealt, FlowMemory, Report, wake
 from packetstack_agent.hash_keys import hash_key
-from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
+from packetstack_agent.natives import constant, ffi, lib, packed
 from packetstack_agent.probes import Checked, Place
 from packetstack_core import hashing, maglev, slow_start
 from packetstack_core.assignment import Move, Owner
 from packetstack_core.resources import Listener, PacketStack
 from packetstack_core.values import Address, Network
 
-BATCH = 512
-"""Buckets of one fence: what arrives for them meanwhile must fit into a quarter of a park ring."""
-FENCE_LIMIT_MS = 500
-
-
-BALANCING = {"Maglev": "PS_MAGLEV", "RoundRobin": "PS_ROUND_ROBIN", "LeastFlows": "PS_LEAST_FLOWS"}
-
-TIMEOUTS = {
-    "PS_FLOW_SYN": "tcp_opening_timeout_seconds",
-    "PS_FLOW_SYN_ACK": "tcp_opening_timeout_seconds",
-    "PS_FLOW_ESTABLISHED": "tcp_idle_timeout_seconds",
-    "PS_FLOW_CLOSING": "tcp_half_close_timeout_seconds",
-    "PS_FLOW_CLOSED": "tcp_closed_timeout_seconds",
-    "PS_FLOW_TIME_WAIT": "tcp_time_wait_timeout_seconds",
-    "PS_FLOW_UNANSWERED": "udp_unanswered_timeout_seconds",
-    "PS_FLOW_ANSWERED": "udp_idle_timeout_seconds",
-    "PS_FLOW_ASSURED": "udp_idle_timeout_seconds",
-}
-"""Field of spec.flowTable by state of a flow."""
-
-
-@dataclass
-class Report:
-    """Outcome of a series of transfers."""
-
-    moved: int = 0
-    fences: int = 0
-    hold_ns: list[int] = field(default_factory=list)
-    stalled: int = 0
-    """Slot of an engine that did not answer, 0 = none."""
-    acknowledged: bool = False
-    """It did, but what came behind its packets on their way out of the node has not."""
-
 
 class Stack:
     """A stack on this node. `index` (0..63) says where its flow table begins."""
 
     def __init__(
-        self, name: str, resource: PacketStack, index: int, directory: Path, memory: Path, director: Any
+        self,
+        name: str,
+        resource: PacketStack,
+        index: int,
+        directory: Path,
+        pin: Callable[[Path], Path],
+        director: Any,
+        sets: Collection[int] = (FIRST_SET,),
+        current: int = FIRST_SET,
     ) -> None:
-        """`memory`: where the map is pinned, or shall be, that engines keep the flows in."""
+        """`pin`: where the map of the set with this directory is pinned, or shall be. `sets`: all that it has.
+
+        What an earlier agent has left of other sets is removed.
+        """
         self.name = name
         """Unique on the node: the resource's name, in a cluster with its namespace before it."""
         self.resource = resource
@@ -81,38 +60,66 @@ class Stack:
         """Since when each usable backend of a listener is that, as of the last configuration."""
         self._written = 0.0
         """When that was."""
+        self._configured: Configuration | None = None
         self.due = math.inf
         """When the weights that it has are no longer right, because backends start slowly."""
         self.leaving: dict[Address, int] = {}
         """SNAT addresses that are not the resource's any more, and how many flows had each at the last look."""
-        self._settled = 0
-        """Generation of the configuration that every core has been seen to use."""
+        self.current = current
+        """The set that gets new flows."""
+        self.set_of: dict[int, int] = {}
+        """Slot -> set, of the engines that there are, and were since the agent began. EngineLife writes it."""
         self._offset = index * constant("PS_MAX_BUCKETS")
-        directory.mkdir(parents=True, exist_ok=True)
-        self.arena_path, self.config_path, self.memory = directory / "arena", directory / "config", memory
+        self._pin = pin
+        for left in {*(directory / "sets").glob("*")} - {directory / "sets" / str(number) for number in sets}:
+            flow_memory.remove_files(left, pin(left))
+        self.sets: dict[int, FlowMemory] = {}
+        """Memory of each set of engines. Another dict when one comes or goes."""
         table = resource.spec.flow_table
-        if self.arena_path.exists():
-            self.arena = call(lib().ps_arena_open, text(self.arena_path), text(memory))
-        else:
-            self.arena = call(
-                lib().ps_arena_create, text(self.arena_path), text(memory), table.buckets, table.max_flows
-            )
+        for number in sets:
+            self.sets[number] = self._memory(number, table.buckets, table.max_flows)
         self.key = hash_key(directory / "secret", self.live())
-        if self.config_path.exists():
-            self.config = call(lib().ps_config_open, text(self.config_path), 0)
-        else:
-            self.config = call(lib().ps_config_create, text(self.config_path))
         flows = self.snat_flows()
-        self._begin_to_leave({*flows, *self._configured_snat()})
+        self._begin_to_leave({*flows, *(a for memory in self.sets.values() for a in memory.configured_snat())})
         self.leaving = {a: flows.get(a, 0) for a in self.leaving}
         self._directions = Directions(director, self.key, self._offset, self.buckets, index)
-        self._words = lib().ps_director_words(director)
+        self._words = lib().ps_director_words(director) + self._offset
         self._egress = lib().ps_director_egress(director)
+
+    def _memory(self, number: int, buckets: int, max_flows: int) -> FlowMemory:
+        directory = self.directory / "sets" / str(number)
+        return FlowMemory(self.name, directory, self._pin(directory), buckets, max_flows)
+
+    def add_set(self, number: int) -> None:
+        """Make the memory of one more set, with the others' configuration. The stack's `busy` is held. Blocks."""
+        left = self.directory / "sets" / str(number)
+        flow_memory.remove_files(left, self._pin(left))
+        memory = self._memory(number, self.buckets, self.resource.spec.flow_table.max_flows)
+        if self._configured is not None:
+            memory.prepare(self._configured)
+            memory.publish()
+        self.sets = self.sets | {number: memory}
+
+    def remove_set(self, number: int) -> None:
+        """Let the memory of a set go, with its flows. It has no engine any more, and is not the current one.
+
+        On the event loop, where nobody is reading it, with the stack's `busy` held.
+        """
+        assert number != self.current
+        memory = self.sets[number]
+        self.sets = {n: m for n, m in self.sets.items() if n != number}
+        self.set_of = {slot: n for slot, n in self.set_of.items() if n != number}
+        memory.remove()
 
     @property
     def buckets(self) -> int:
         """Size of the flow table."""
-        return int(self.arena.buckets)
+        return self.sets[self.current].buckets
+
+    @property
+    def generation(self) -> int:
+        """Of the configuration of the current set."""
+        return self.sets[self.current].generation
 
     # ---- director and configuration ---------------------------------------------------------------------------
 
@@ -135,20 +142,12 @@ class Stack:
         kept = {a: n for a, n in self.leaving.items() if a not in wanted}
         self.leaving = dict.fromkeys(set(had) - wanted, 0) | kept
 
-    def _configured_snat(self) -> list[Address]:
-        """SNAT addresses of the configuration that cores use: new flows may get them."""
-        now = self.config.buffer[self.config.generation & 1]
-        return [unpacked(bytes(ffi.buffer(now.snat[i].address))) for i in range(now.snats)]
-
     def snat_flows(self) -> dict[Address, int]:
         """Flows by SNAT address, also those whose end is not long ago. Reads all of them. Blocks."""
-        out = ffi.new("uint32_t[]", constant("PS_MAX_ADDRESSES"))
-        call(lib().ps_arena_snat_flows, self.arena, out)
-        return {
-            unpacked(bytes(ffi.buffer(self.arena.address[i].bytes))): int(out[i])
-            for i in range(self.arena.addresses)
-            if out[i]
-        }
+        total: Counter[Address] = Counter()
+        for memory in self.sets.values():
+            total.update(memory.snat_flows())
+        return dict(total)
 
     def count_leaving(self) -> None:
         """Look how many flows have the SNAT addresses that leave. Blocks."""
@@ -159,19 +158,16 @@ class Stack:
     @property
     def unsettled(self) -> bool:
         """Whether `settle` has something to look for."""
-        return bool(self.leaving) or self._settled != self.config.generation
+        return bool(self.leaving) or any(memory.unsettled for memory in self.sets.values())
 
     def settle(self, engines: Sequence[Engine]) -> list[Address]:
         """When every core uses the present configuration, let go of what only those before named. Blocks.
 
         Returns the SNAT addresses that were withdrawn. By an older configuration new flows still get them.
         """
-        generation = int(self.config.generation)
-        if self._settled != generation:
-            if not all(e.ready and _uses(e, generation) for e in engines):
-                return []
-            self._settled = generation
-            lib().ps_arena_used(self.arena, ffi.addressof(self.config.buffer[generation & 1]))
+        settled = [memory.settle(_of(number, engines)) for number, memory in self.sets.items()]
+        if not all(settled):
+            return []
         self.count_leaving()
         gone = sorted((a for a, n in self.leaving.items() if not n), key=packed)
         self._directions.let_go(gone)
@@ -184,9 +180,8 @@ class Stack:
 
         Waits until every running core has left the buffer that is written to.
         """
-        generation = int(self.config.generation)
         deadline = time.monotonic() + 2
-        while late := [e.slot for e in engines if e.ready and not _uses(e, generation)]:
+        while late := [e.slot for e in engines if e.ready and not self.sets[e.blueprint.set].is_used_by(e)]:
             wake(engines)
             if time.monotonic() > deadline:
                 raise AgentError(
@@ -194,62 +189,22 @@ class Stack:
                     f"theirs (listeners, backends); see packetstack logs {late[0]}"
                 )
             await asyncio.sleep(0.002)
-        self._write(self.config.buffer[(generation + 1) & 1], generation + 1, time.monotonic())
-        self.config.generation = generation + 1
+        self._configured = self._wanted(time.monotonic())
+        for memory in self.sets.values():
+            memory.prepare(self._configured)
+        for memory in self.sets.values():
+            memory.publish()
         wake(engines)
-        return generation + 1
+        return self.generation
 
-    def _write(self, c: Any, generation: int, now: float) -> None:
-        spec = self.resource.spec
-        c.generation = generation
-        c.key0, c.key1 = self.key
-        c.mask = self.buckets - 1
-        c.unknown_flow_reset = spec.unknown_flow == "Reset"
-        c.mtu = 1500
-        ticks = constant("PS_TICKS_PER_SECOND")
-        for state, name in TIMEOUTS.items():
-            c.timeout[constant(state)] = getattr(spec.flow_table, name) * ticks
-        for i, address in enumerate(self.resource.snat_addresses()):
-            c.snat[i].id = self._address(address)
-            c.snat[i].family = address.version
-            ffi.memmove(c.snat[i].address, packed(address), 16)
-        c.snats = len(self.resource.snat_addresses())
+    def _wanted(self, now: float) -> Configuration:
         self._note_usable(now)
-        backends = lookup = 0
-        # The engine searches by bytes: address, port, protocol.
-        order = sorted(
-            spec.listeners,
-            key=lambda li: packed(li.address) + li.port.to_bytes(2, "big") + bytes([PROTOCOLS[li.protocol]]),
-        )
-        for i, listener in enumerate(order):
-            entry = c.listener[i]
-            usable, parts = self.usable(listener), self.parts(listener)
-            down = self._down(listener)
-            ffi.memmove(entry.address, packed(listener.address), 16)
-            entry.port = wire(listener.port)
-            entry.protocol = PROTOCOLS[listener.protocol]
-            entry.balancing = constant(BALANCING[listener.balancing])
-            entry.flags = _flags(listener)
-            entry.number = self._number(listener)
-            entry.max_flows = listener.limits.max_flows or 0
-            entry.new_flows_per_second = listener.limits.new_flows_per_second or 0
-            entry.max_flows_per_client = listener.limits.max_flows_per_client or 0
-            entry.first_backend, entry.backends, entry.down = backends, len(usable), len(down)
-            shares = [(place, weight * part) for (place, weight), part in zip(usable, parts, strict=True)]
-            for (address, port), weight in (*shares, *down):
-                backend = c.backend[backends]
-                ffi.memmove(backend.address, packed(address), 16)
-                backend.port = wire(port)
-                backend.id = self._backend(address, port)
-                backend.weight = weight
-                backends += 1
-            entries = choices(usable, _balancing(listener), parts)
-            if lookup + len(entries) > constant("PS_MAX_LOOKUP"):
-                raise AgentError(f"stack {self.name}: too many backends and listeners for the lookup tables; use fewer")
-            entry.lookup, entry.lookup_size = lookup, len(entries)
-            ffi.memmove(c.lookup + lookup, array("H", entries).tobytes(), 2 * len(entries))
-            lookup += len(entries)
-        c.listeners, c.backends = len(order), backends
+        return Configuration(self.resource, self.key, [self._dealt(li) for li in self.resource.spec.listeners])
+
+    def _dealt(self, listener: Listener) -> Dealt:
+        usable, parts = self.usable(listener), self.parts(listener)
+        shares = [(place, weight * part) for (place, weight), part in zip(usable, parts, strict=True)]
+        return Dealt(listener, shares, self._down(listener), choices(usable, _balancing(listener), parts))
 
     def _note_usable(self, now: float) -> None:
         """Which backends start slowly, and until when the shares hold that they have now."""
@@ -303,34 +258,6 @@ class Stack:
             entry = hashing.choice(flow_hash, len(table))
         return usable[table[entry]][0]
 
-    def _address(self, address: Address) -> int:
-        index = lib().ps_arena_address(self.arena, self.config, packed(address))
-        if index < 0:
-            raise AgentError(
-                f"stack {self.name}: {constant('PS_MAX_ADDRESSES')} SNAT addresses have flows; wait until those of removed "
-                "addresses have ended, or use the same addresses again"
-            )
-        return int(index)
-
-    def _backend(self, address: Address, port: int) -> int:
-        index = lib().ps_arena_backend(self.arena, packed(address), wire(port))
-        if index < 0:
-            raise AgentError(
-                f"stack {self.name}: its table of backends is full ({constant('PS_MAX_BACKENDS')}); recreate it"
-            )
-        return int(index)
-
-    def _number(self, listener: Listener) -> int:
-        index = lib().ps_arena_listener(
-            self.arena, packed(listener.address), wire(listener.port), PROTOCOLS[listener.protocol]
-        )
-        if index < 0:
-            raise AgentError(
-                f"stack {self.name}: listener {listener.name}: {constant('PS_MAX_NUMBERS')} listeners have live flows; "
-                "wait until those of removed listeners have timed out, or recreate the stack"
-            )
-        return int(index)
-
     # ---- flow table ---------------------------------------------------------------------------------------------
 
     def words(self) -> "array[int]":
@@ -338,7 +265,7 @@ class Stack:
         return array("Q", self._raw_words())
 
     def _raw_words(self) -> bytes:
-        return bytes(ffi.buffer(self._words + self._offset, self.buckets * 8))
+        return bytes(ffi.buffer(self._words, self.buckets * 8))
 
     def owners(self) -> list[Owner | None]:
         """Owner by bucket; NOBODY where there is none."""
@@ -350,108 +277,85 @@ class Stack:
 
     def open_fences(self) -> frozenset[int]:
         """Buckets whose word and shard disagree: their handover is not finished."""
-        return frozenset(words.open_fences(self._raw_words(), self._headers()[0]))
+        return frozenset(self._disagreeing())
 
     def shard_slots(self) -> set[int]:
-        """Slots that shards name: those engines may be handling packets of them still."""
-        return set(words.shard_slots(self._headers()[0]))
+        """Slots that shards of any set name: those engines may be handling packets of them still."""
+        return {slot for memory in self.sets.values() for slot in words.shard_slots(memory.headers()[0])}
 
     def held(self) -> Counter[int]:
         """Slot -> how many buckets it still has to hand over: their shards name it, and their words another."""
-        slots = words.open_fences(self._raw_words(), self._headers()[0]).values()
-        return Counter(slot for slot in slots if slot)
+        return Counter(slot for slot in self._disagreeing().values() if slot)
 
-    def _headers(self) -> tuple[bytes, Sequence[int]]:
-        """Owner, as 64-bit words, and live flows of each shard."""
-        owners, live = ffi.new("uint64_t[]", self.buckets), ffi.new("uint16_t[]", self.buckets)
-        lib().ps_arena_headers(self.arena, owners, live)
-        return bytes(ffi.buffer(owners)), array("H", bytes(ffi.buffer(live)))
+    def _disagreeing(self) -> Mapping[int, int]:
+        """Bucket whose word and shard disagree -> slot that its shard names, in the set that the word belongs to."""
+        raw, headers, belongs = self._compared()
+        return words.open_fences(raw, words.picked({n: owners for n, (owners, _) in headers.items()}, belongs))
+
+    def _compared(self) -> tuple[bytes, dict[int, tuple[bytes, Sequence[int]]], Sequence[int]]:
+        """The words; by set owners and live flows of the shards; the set that each bucket's word belongs to."""
+        raw, headers = self._raw_words(), {n: memory.headers() for n, memory in self.sets.items()}
+        shards = {n: owners for n, (owners, _) in headers.items()}
+        return raw, headers, words.sets(raw, shards, self.set_of, self.current)
 
     def transfer(self, engines: Sequence[Engine], moves: Sequence[Move]) -> Report:
-        """Move buckets, in batches of one fence each. Stops at an engine that does not answer. Blocks.
+        """Move buckets, each inside its set, in batches of one fence each; a set stops at an engine that does not answer.
 
         With no moves it finishes what an interrupted call left open. `engines`: all of the stack; one that a shard
-        names and that is not among them is gone for good.
+        names and that is not among them is gone for good. Blocks.
         """
-        report = Report()
-        present = [e for e in engines if e.view is not None]
-        gone = self.shard_slots() - {e.slot for e in engines}
-        fence = ffi.new("struct ps_fence_engine[]", len(present) + len(gone) + 1)
-        for i, engine in enumerate(present):
-            fence[i] = engine.fence[0]
-        for i, slot in enumerate(gone, len(present)):
-            fence[i].slot = slot
-        out = ffi.new("struct ps_transfer_report *")
-        batches = [list(moves[i : i + BATCH]) for i in range(0, len(moves), BATCH)] or [[]]
-        with processes.way_to_all_cpus() as cpus:
-            for batch in batches:
-                moved = 1
-                # A queue never gives and gets in one fence, so some moves may have to wait for a second one.
-                while moved and not report.stalled:
-                    wanted = ffi.new("struct ps_move[]", [(m.bucket, m.to.slot, m.to.queue) for m in batch] or 1)
-                    call(
-                        lib().ps_transfer, self.arena, self._words, self._offset, self._egress, fence, len(present) + len(gone),
-                        wanted, len(batch), FENCE_LIMIT_MS, cpus, out,
-                    )  # fmt: skip
-                    moved = int(out.moved)
-                    report.moved += moved
-                    report.stalled, report.acknowledged = int(out.stalled_slot), bool(out.stalled_egress)
-                    if moved or not batch:
-                        report.fences += 1
-                        report.hold_ns.append(int(out.total_ns))
-                    owners = self.owners()
-                    batch = [m for m in batch if owners[m.bucket] != m.to]
-                    if not batch:
-                        break
-                if report.stalled:
-                    break
+        report, alone = Report(), len(self.sets) == 1
+        belongs = self._compared()[2]
+        begun = {belongs[b] for b in self.open_fences()} if not moves else set()
+        for number, memory in self.sets.items():
+            own = [m for m in moves if alone or belongs[m.bucket] == number]
+            if alone or own or number in begun:
+                report.add(memory.transfer(self._words, self._egress, _of(number, engines), own))
         return report
 
     def live(self) -> int:
-        """Flows in the arena."""
-        return int(lib().ps_arena_live(self.arena))
+        """Flows in all sets."""
+        return sum(memory.live() for memory in self.sets.values())
 
     def flows_by_slot(self) -> dict[int, int]:
-        """Live flows by the slot that owns their bucket."""
+        """Live flows by the slot that owns their bucket, or did before a newer set."""
+        raw, headers, belongs = self._compared()
         total: dict[int, int] = {}
-        for word, live in zip(self.words(), self._headers()[1], strict=True):
-            if live and (slot := word >> 22 & 1023):
-                total[slot] = total.get(slot, 0) + live
+        for number, (shards, flows) in headers.items():
+            for word, shard, live, at in zip(array("Q", raw), array("Q", shards), flows, belongs, strict=True):
+                if live and (slot := (word if at == number else shard) >> 22 & 1023):
+                    total[slot] = total.get(slot, 0) + live
         return total
 
     def flows(self, bucket: int) -> list[Any]:
-        """Copies of a bucket's live flows."""
-        out = ffi.new("struct ps_flow[]", int(self.arena.entries))
-        return [out[i] for i in range(lib().ps_arena_flows(self.arena, bucket, out, len(out)))]
+        """Copies of a bucket's live flows, in all sets."""
+        return [flow for memory in self.sets.values() for flow in memory.flows(bucket)]
+
+    def backend_flows(self) -> dict[Place, tuple[int, int]]:
+        """Of each backend that flows were dealt to: those that live, and all that there were."""
+        total: dict[Place, tuple[int, int]] = {}
+        for memory in self.sets.values():
+            for place, (live, created) in memory.backend_flows().items():
+                before = total.get(place, (0, 0))
+                total[place] = before[0] + live, before[1] + created
+        return total
 
     def bucket_packets(self) -> list[int]:
-        """Packets that engines have handled by bucket, since the stack began."""
-        out = ffi.new("uint64_t[]", self.buckets)
-        lib().ps_arena_packets(self.arena, out)
-        return list(out)
+        """Packets that engines have handled by bucket, since the sets that there are began."""
+        return [sum(counts) for counts in zip(*(memory.packets() for memory in self.sets.values()), strict=True)]
 
     def close(self) -> None:
         """Withdraw from the director and let the shared memory go. Files stay."""
         with suppress(AgentError):
             self._directions.withdraw()
         for b in range(self.buckets):
-            self._words[self._offset + b] = 0
-        lib().ps_unmap(self.arena)
-        lib().ps_unmap(self.config)
+            self._words[b] = 0
+        for memory in self.sets.values():
+            memory.close()
 
 
-def _uses(engine: Engine, generation: int) -> bool:
-    """Whether all running cores of the engine have taken this configuration."""
-    cores = [engine.core(c) for c in range(engine.blueprint.cores)]
-    return all(not core.thread or core.config_seen >= generation for core in cores)
-
-
-def wake(engines: Iterable[Engine]) -> None:
-    """Cores that sleep look at their shared memory. Never waits, whatever an engine does."""
-    for engine in engines:
-        if engine.fds is not None:
-            for c in range(engine.blueprint.cores):
-                lib().ps_wake(engine.fds.wake[c])
+def _of(number: int, engines: Iterable[Engine]) -> list[Engine]:
+    return [e for e in engines if e.blueprint.set == number]
 
 
 def _listening(listener: Listener) -> Listening:
@@ -460,15 +364,6 @@ def _listening(listener: Listener) -> Listening:
 
 def _balancing(listener: Listener) -> str:
     return listener.balancing if listener.session_affinity == "None" else "Maglev"
-
-
-def _flags(listener: Listener) -> int:
-    chosen = {
-        "PS_LISTENER_CLIENT_IP": listener.session_affinity == "ClientIP",
-        "PS_LISTENER_REFUSE": listener.on_no_backend == "Reset",
-        "PS_LISTENER_RESET_BACKEND_DOWN": listener.on_backend_down == "Reset",
-    }
-    return sum(constant(name) for name, given in chosen.items() if given)
 
 
 def choices(usable: Sequence[tuple[Place, int]], balancing: str, parts: Sequence[int]) -> list[int]:

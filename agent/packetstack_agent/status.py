@@ -10,7 +10,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.firewall import Firewall
 from packetstack_agent.health import Health
 from packetstack_agent.managed import Managed
-from packetstack_agent.natives import call, constant, ffi, lib, packed, unpacked, wire
+from packetstack_agent.natives import call, constant, ffi, lib, packed
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.probes import Place
 from packetstack_agent.scaling import Autoscalers
@@ -61,7 +61,7 @@ class Status:
             "updatedReplicas": len(standing.updated(pool)),
             "drainingReplicas": sum(e.state is State.DRAINING for e in managed.engines.values()),
             "flowTableGeneration": stack.epochs(),
-            "configurationGeneration": int(stack.config.generation),
+            "configurationGeneration": stack.generation,
             "flows": stack.live(),
             "leaving": [
                 {"address": str(a), "flows": n} for a, n in sorted(stack.leaving.items(), key=lambda x: packed(x[0]))
@@ -123,11 +123,8 @@ class Status:
         }
         rising = stack.rising()
         shown = []
-        for i in range(stack.arena.backends):
-            entry = stack.arena.backend[i]
-            place = (unpacked(bytes(ffi.buffer(entry.address))), wire(entry.port))
-            count = stack.arena.backend_count[i]
-            if place in weights or count.live > 0:
+        for place, (live, created) in stack.backend_flows().items():
+            if place in weights or live:
                 shown.append(
                     {
                         "address": str(place[0]),
@@ -135,8 +132,8 @@ class Status:
                         "weight": weights.get(place),
                         "share": round(rising.get(place, 1.0), 3),
                         "healthy": place not in unwell,
-                        "flows": max(0, int(count.live)),
-                        "flowsTotal": int(count.created),
+                        "flows": live,
+                        "flowsTotal": created,
                     }
                 )
         return shown

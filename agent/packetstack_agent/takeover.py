@@ -5,6 +5,7 @@ import time
 from functools import partial
 
 from packetstack_agent import engines
+from packetstack_agent.blueprints import FIRST_SET
 from packetstack_agent.director import Director
 from packetstack_agent.engine_life import EngineLife
 from packetstack_agent.engines import Engine
@@ -12,7 +13,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.health import Health
 from packetstack_agent.journal import Journal
 from packetstack_agent.keeping import Keeper
-from packetstack_agent.managed import Managed, Stacks
+from packetstack_agent.managed import EngineSet, Managed, SetState, Stacks
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Stack
 from packetstack_agent.underlay import Underlay
@@ -87,12 +88,27 @@ class Takeover:
         if name in record.tables:
             table = kinds.read(FlowTable, record.tables[name])
             generation = int(record.tables[name]["metadata"]["generation"])
-        directory = self._run.stack(name)
-        stack = Stack(name, resource, index, directory, self._run.memory(directory), self._director.handle)
+        sets = {
+            int(number): EngineSet(SetState(one["state"]), int(one["replicas"]), str(one["template"]))
+            for number, one in record.sets.get(name, {}).items()
+        }
+        [current] = [n for n, one in sets.items() if one.state is SetState.CURRENT] or [FIRST_SET]
+        stack = Stack(
+            name,
+            resource,
+            index,
+            self._run.stack(name),
+            self._run.memory,
+            self._director.handle,
+            sets or {current},
+            current,
+        )
         for slot, known in record.engines.items():
             if isinstance(known, dict) and known.get("stack") == name:
                 self._life.blueprint(stack, known), State(known["state"]), int(slot), tuple(known["init"])
-        return Managed(stack, pinned=pinned, table=table, generation=generation)
+        managed = Managed(stack, sets=sets, pinned=pinned, table=table, generation=generation)
+        managed.note(record)  # of a stack that begins anew it says nothing of sets
+        return managed
 
     def _leave_unread(self, name: str, why: str) -> None:
         self._stacks.unread[name] = why

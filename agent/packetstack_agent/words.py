@@ -4,7 +4,7 @@ The agent asks each second, and mostly nothing has changed: so what was read is 
 """
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from packetstack_core.assignment import NOBODY, Owner
@@ -27,3 +27,23 @@ def open_fences(words: bytes, shards: bytes) -> Mapping[int, int]:
 def shard_slots(shards: bytes) -> frozenset[int]:
     """Slots that shards name."""
     return frozenset(owner >> 22 & 1023 for owner in array("Q", shards)) - {0}
+
+
+def sets(words: bytes, shards: Mapping[int, bytes], known: Mapping[int, int], current: int) -> Sequence[int]:
+    """Set of engines that each bucket's word belongs to: that of the engine it names, or `current` if it names nobody.
+
+    `shards`: owners of the shards, by set. `known`: set by slot. An engine that is not known any more is of the set whose
+    shards name it.
+    """
+    if len(shards) == 1:
+        return [*shards] * (len(words) // 8)
+    by_slot = {slot: number for number, owners in shards.items() for slot in shard_slots(owners)} | dict(known)
+    return [by_slot.get(word >> 22 & 1023, current) for word in array("Q", words)]
+
+
+def picked(shards: Mapping[int, bytes], sets: Sequence[int]) -> bytes:
+    """Owner of each bucket's shard in the set that is given for it."""
+    if len(shards) == 1:
+        return next(iter(shards.values()))
+    read = {number: array("Q", owners) for number, owners in shards.items()}
+    return bytes(array("Q", (read[number][bucket] for bucket, number in enumerate(sets))))

@@ -1,5 +1,6 @@
 """Files of the agent that are damaged, or were being written when somebody ended it."""
 
+import json
 import os
 import signal
 import struct
@@ -44,7 +45,8 @@ def test_a_secret_that_is_not_whole_is_made_anew_when_there_are_no_flows(
 
 @pytest.mark.parametrize("name", ["arena", "config"])
 def test_a_file_that_was_being_made_when_the_agent_was_killed_is_made_again(node: Node, left: Path, name: str) -> None:
-    (left / name).write_bytes(bytes(1 << 20))
+    (left / "sets/1").mkdir(parents=True)
+    (left / "sets/1" / name).write_bytes(bytes(1 << 20))
     node.up(stack())
     assert node.curl() in BACKENDS
 
@@ -72,8 +74,13 @@ ARENA, ENGINE = (constant(f"PS_{kind}_MAGIC") for kind in ("ARENA", "ENGINE"))
 
 @pytest.mark.parametrize(
     ("file", "magic"),
-    [("stacks/web/arena", ARENA), ("engines/3/queues", ENGINE), ("engines/shop_web-1/queues", ENGINE)],
-    ids=["arena", "engine", "engine of a pod"],
+    [
+        ("stacks/web/sets/1/arena", ARENA),
+        ("stacks/web/sets/7/arena", ARENA),
+        ("engines/3/queues", ENGINE),
+        ("engines/shop_web-1/queues", ENGINE),
+    ],
+    ids=["arena", "arena of another set", "engine", "engine of a pod"],
 )
 def test_any_file_of_another_layout_is_found_and_not_changed(tmp_path: Path, file: str, magic: int) -> None:
     run = RunDirectory(tmp_path)
@@ -95,6 +102,26 @@ def test_any_file_of_another_layout_is_found_and_not_changed(tmp_path: Path, fil
     with pytest.raises(LayoutMismatch, match=f"^LayoutMismatch: stack {name} has memory layout 99; this build has "):
         layouts.check(run)
     assert there() == before
+
+
+def test_a_stack_of_a_build_without_sets_of_engines_is_found(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    run.record.documents = {"web": {}}
+    run.save(must=True)
+    record = json.loads((tmp_path / "state.json").read_text())
+    del record["sets"]
+    (tmp_path / "state.json").write_text(json.dumps(record | {"layout": 2}))
+    arena = run.stack("web") / "arena"
+    arena.parent.mkdir(parents=True)
+    arena.write_bytes(struct.pack("II", ARENA, constant("PS_LAYOUT_VERSION")))
+    with pytest.raises(
+        LayoutMismatch, match=r"^LayoutMismatch: stack web has one memory for all of its engines; this build "
+    ):
+        layouts.check(RunDirectory(tmp_path))
+    layouts.end(RunDirectory(tmp_path))
+    run = RunDirectory(tmp_path)
+    layouts.check(run)
+    assert list(run.record.documents) == ["web"]
 
 
 def test_an_agent_that_removes_everything_is_seen_until_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

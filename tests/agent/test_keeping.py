@@ -17,9 +17,9 @@ from packetstack_agent.agent import Agent
 from packetstack_agent.engine_life import AWAY_SECONDS
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.flow_memory import Report
 from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.node import RunDirectory
-from packetstack_agent.stacks import Report
 from packetstack_core.assignment import Move, Owner, State
 from packetstack_core.planning import ActivateEngine, DrainEngine, RemoveEngine
 from packetstack_core.preconditions import Surroundings

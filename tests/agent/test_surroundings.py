@@ -31,7 +31,7 @@ def test_up_on_a_disk_that_is_too_small_says_which_file_and_leaves_nothing(node:
     file = node.lab.directory / "stack.yaml"
     file.write_text(json.dumps(stack()))  # the configuration does not fit
     said = node.refused("up", str(file))
-    assert said.startswith(f"{disk}/stacks/web/config: cannot take ")
+    assert said.startswith(f"{disk}/stacks/web/sets/1/config: cannot take ")
     assert said.endswith("MiB for it: No space left on device")
     assert node.traces() == before
 

@@ -233,18 +233,19 @@ class Keeper:
         for device, index in networks.direct_uplinks(self.director, {"up0": "", "dn0": ""}).items():
             call(lib().ps_director_attach, self.director, index, lib().PS_ROLE_UPLINK, device.encode())
         self.stack = stacks.Stack(
-            "deaths", reading.parse(STACK), 0, directory / "stack", self.pins / "flows", self.director
+            "deaths", reading.parse(STACK), 0, directory / "stack", lambda _: self.pins / "flows", self.director
         )
         networks.ensure_routes(self.stack.resource.prefixes())
         self.stack.direct()
-        config = self.stack.config
-        self.stack._write(config.buffer[1], 1, time.monotonic())
+        self.memory = self.stack.sets[self.stack.current]
+        config = self.memory.config
+        self.memory.prepare(self.stack._wanted(time.monotonic()))
         for state in range(constant("PS_FLOW_SYN"), constant("PS_FLOW_STATES")):
             config.buffer[1].timeout[state] = IDLE_TENTHS
-        config.generation = 1
+        self.memory.publish()
         blueprint = Blueprint(
             "crash", SLOT, "", QUEUES, CORES, "Shared", CPUS, 0, f"{self.lab.prefix}-engine", OWNER,
-            directory / "engine", self.stack.arena_path, self.stack.config_path, self.stack.memory, self.pins / "engine",
+            directory / "engine", self.memory.arena_path, self.memory.config_path, self.memory.pin, self.pins / "engine",
         )  # fmt: skip
         self.engine = engines.Engine(blueprint, self.director)
         self._make_engine()
@@ -667,7 +668,7 @@ class Keeper:
 
     def counted(self) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
         """(flows that live, by backend and by listener, and those that are proven, as counted), (as they are)."""
-        arena, room = self.stack.arena, ffi.new("struct ps_flow[]", 64)
+        arena, room = self.memory.arena, ffi.new("struct ps_flow[]", 64)
         flags = [
             room[i].flags for b in range(BUCKETS) for i in range(lib().ps_arena_flows(arena, b, room, len(room)))
         ]  # fmt: skip
@@ -687,7 +688,7 @@ class Keeper:
                 self.fault("frames", f"missing, twice, bad: {self.census()}")
             error = ffi.new("struct ps_error *")
             while True:
-                wrong = [b for b in range(BUCKETS) if lib().ps_arena_check(self.stack.arena, b, error)]
+                wrong = [b for b in range(BUCKETS) if lib().ps_arena_check(self.memory.arena, b, error)]
                 counted, expected = self.counted()
                 if not wrong and (not counters or counted == expected):
                     return

@@ -163,7 +163,7 @@ def remains(engine: Keeper, what: str) -> list[Any]:
         ]
     if what == "park ring":
         return [ffi.buffer(ffi.addressof(q.park)) for q in queues] + [slots(q, 0, park_bytes) for q in queues]
-    arena = engine.stack.arena
+    arena = engine.memory.arena
     shards = [ffi.cast("char *", arena) + arena.shards_offset + b * arena.shard_stride for b in range(256)]
     header = ffi.sizeof("struct ps_shard")
     if what == "shard header":  # its owner is the agent's

@@ -24,6 +24,7 @@ import pytest
 from tests.lab.node import BACKENDS, Node, ask, listener, stack
 from tests.waiting import eventually
 
+from packetstack_agent.blueprints import FIRST_SET
 from packetstack_agent.node import RunDirectory
 from packetstack_core import abi
 
@@ -80,7 +81,7 @@ def refused_to_nobody(work: Callable[[], object]) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("file", ["stacks/web/arena", "stacks/web/config", "engines/{slot}/queues"])
+@pytest.mark.parametrize("file", ["stacks/web/sets/1/arena", "stacks/web/sets/1/config", "engines/{slot}/queues"])
 def test_what_the_agent_writes_a_datapath_can_read_and_neither_write_nor_cut_nor_grow(node: Node, file: str) -> None:
     node.up_again()
     slot = node.status()["engines"][0]["slot"]
@@ -128,12 +129,12 @@ class Shared:
     def __init__(self, node: Node, name: str) -> None:
         run, lib = RunDirectory(node.lab.run_directory), abi.lib()
         error = abi.ffi.new("struct ps_error *")
-        directories = [run.stack(name), *(run.engine(e["slot"]) for e in node.status(name)["engines"])]
+        directories = [run.flow_memory(name, FIRST_SET), *(run.engine(e["slot"]) for e in node.status(name)["engines"])]
         self._mapped, self.parts = [], []
         for directory in directories:
             opened, file, begin = (
                 (lib.ps_arena_open, "arena", lib.PS_ARENA_FILE_BYTES)
-                if directory.parent.name == "stacks"
+                if directory.parent.name == "sets"
                 else (lib.ps_engine_open, "queues", lib.PS_ENGINE_FILE_BYTES)
             )
             at = opened(os.fsencode(directory / file), os.fsencode(run.memory(directory)), error)
@@ -257,7 +258,7 @@ def test_rubbish_in_all_that_engines_may_write_harms_their_own_stack_alone(node:
         assert [item["metadata"]["name"] for item in node.client.call("get")] == ["other"]
         run = node.lab.run_directory
         assert not (run / "stacks/web").exists()
-        assert [pin.name for pin in (run / "bpf").glob("arena_*")] == ["arena_other"]
+        assert [pin.name for pin in (run / "bpf").glob("arena_*")] == ["arena_other_1"]
 
 
 @pytest.mark.parametrize(
@@ -275,7 +276,7 @@ def test_rubbish_in_all_that_engines_may_write_harms_their_own_stack_alone(node:
 )  # fmt: skip
 def test_an_arena_whose_numbers_do_not_fit_is_not_used_and_named(node: Node, file: str, field: str, value: int) -> None:
     node.up_again()
-    path = node.lab.run_directory / "stacks/web" / file
+    path = node.lab.run_directory / "stacks/web/sets/1" / file
     os.kill(node.client.agent_pid(), signal.SIGKILL)
     eventually(lambda: not node.client.alive())
     good = path.read_bytes()
@@ -287,7 +288,7 @@ def test_an_arena_whose_numbers_do_not_fit_is_not_used_and_named(node: Node, fil
     try:
         said = node.command("up", str(node.lab.directory / "stack.yaml"))
         assert said.returncode == 1
-        assert "stacks/web/arena" in said.stderr
+        assert "stacks/web/sets/1/arena" in said.stderr
         assert "not used" in said.stderr
     finally:
         if node.client.alive():

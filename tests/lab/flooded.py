@@ -251,7 +251,7 @@ class Flooded(CostlyStack):
     def arena_bytes(self) -> int:
         """Size of the memory that holds its flows; all of it is taken when it is made."""
         run = self.lab.run_directory
-        files = sum(file.stat().st_size for file in run.rglob("stacks/*/arena"))
+        files = sum(file.stat().st_size for file in run.rglob("stacks/*/sets/*/arena"))
         return files + sum(int(abi.lib().ps_map_bytes(str(pin).encode())) for pin in run.glob("bpf/arena_*"))
 
     def events(self) -> list[dict[str, Any]]:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent.blueprints import Blueprint
+from packetstack_agent.blueprints import FIRST_SET, Blueprint
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
+from packetstack_agent.flow_memory import FlowMemory, Report
 from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed
 from packetstack_agent.natives import ffi
-from packetstack_agent.stacks import Report, Stack
+from packetstack_agent.stacks import Stack
 from packetstack_agent.structs import Core, Queue
 from packetstack_core import reading
 from packetstack_core.assignment import NOBODY, Move, Owner, State
@@ -75,6 +76,14 @@ def flow_table(stack: PacketStack) -> FlowTable:
     )
 
 
+class PlayedMemory(FlowMemory):
+    """Memory of a set that there is not."""
+
+    def __init__(self) -> None:
+        self.arena = self.config = None
+        self.arena_path = self.config_path = self.pin = Path("/nonexistent")
+
+
 class PlayedStack(Stack):
     """Buckets with an owner by the flow table, and one by their shard; these differ while a fence is open."""
 
@@ -85,8 +94,7 @@ class PlayedStack(Stack):
         self.healthy = {}
         self.due = math.inf
         self.leaving = {}
-        self.arena = None
-        self.arena_path = self.config_path = self.memory = Path("/nonexistent")
+        self.current, self.sets, self.set_of = FIRST_SET, {FIRST_SET: PlayedMemory()}, {}
         self.table = [Owner(owners[b % len(owners)], 0) if owners else NOBODY for b in range(buckets)]
         self.shards = list(self.table)
         self.flows_of: dict[int, int] = {}
