@@ -267,6 +267,32 @@ int ps_mirror_end(const struct ps_sets *sets, const uint32_t *buckets, int n_buc
 	return fence_run(&m.fence, end_run);
 }
 
+/* ---- a keeper is gone --------------------------------------------------------------------------------- */
+
+int ps_mirror_adopt(const struct ps_sets *sets, const struct ps_switch *moves, int n_moves, struct ps_error *e)
+{
+	struct mirror m = { .fence = { .engines = sets->engines, .n_engines = sets->n_engines, .e = e },
+			    .sets = sets,
+			    .moves = moves,
+			    .n_moves = n_moves };
+
+	if (check(&m))
+		return -1;
+	for (int i = 0; i < n_moves; i++) {
+		const struct ps_switch *s = &moves[i];
+		uint64_t word = LOAD(word_at(&m, s->bucket)), keeper = LOAD(keeper_at(&m, s->bucket));
+		int at = fence_engine_at(&m.fence, ps_word_prev_slot(word));
+
+		if (!ps_word_prev_slot(word) || (at >= 0 && !fence_is_gone(&m.fence.engines[at])))
+			continue; /* it is there, or nobody keeps anything */
+		STORE(keeper_at(&m, s->bucket),
+		      ps_owner(ps_word(ps_word_epoch(keeper), s->slot, s->queue, 0, 0)) | (keeper & 0xffff));
+		STORE(&sets->pairs[sets->offset + s->bucket], s->pair);
+		STORE(word_at(&m, s->bucket), ps_owner(word) | ps_word(0, 0, 0, s->slot, s->queue));
+	}
+	return 0;
+}
+
 /* ---- the list ----------------------------------------------------------------------------------------- */
 
 struct ps_connection_list *ps_connections_create(const char *pin, const struct ps_arena *keeper, struct ps_error *e)

@@ -262,6 +262,12 @@ int ps_mirror_switch(const struct ps_sets *sets, const struct ps_switch *moves, 
 int ps_mirror_end(const struct ps_sets *sets, const uint32_t *buckets, int n_buckets, struct ps_transfer_report *report,
 		  struct ps_error *e);
 
+/*
+ * Other keepers (`slot`, `queue`) for buckets whose own are gone for good: nothing of them is under way, so their owners go on
+ * at the same epoch. What has not been published is by the next ps_mirror_switch.
+ */
+int ps_mirror_adopt(const struct ps_sets *sets, const struct ps_switch *moves, int n_moves, struct ps_error *e);
+
 /* A pair of engines that packets are mirrored to: the interfaces of their host ends. */
 struct ps_pair {
 	uint32_t number; /* 1 .. PS_MAX_PAIRS-1 */

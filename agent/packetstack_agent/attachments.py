@@ -34,7 +34,16 @@ MOST_MESSAGES = 16
 """A process that serves says two things at the most in its life. One that never stops talking has lost its mind."""
 
 Changed = Callable[[str], None]
-"""Called with "ready", "resumed", "died", "lost" or a reason for refusing."""
+"""Called with "ready", "resumed", "connected" (to the connection list), "died", "lost" or a reason for refusing."""
+
+
+@dataclass(frozen=True)
+class Connections:
+    """The connection list of two sets whose traffic is mirrored."""
+
+    fd: int
+    numbers: tuple[int, int, int]
+    """Buckets, entries, index slots: see PS_MSG_CONNECTIONS."""
 
 
 @dataclass(eq=False)
@@ -47,6 +56,10 @@ class Link:
     connection: socket.socket
     stopped: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when the process touches the queues no more."""
+    connections: Connections | None = None
+    """What it was told last to use."""
+    asked: int = 0
+    """Answers to that which are still to come."""
 
     def kill(self) -> None:
         """The process, and no other that may have its number later."""
@@ -73,6 +86,8 @@ class Shared:
     """`struct ps_engine *`."""
     pod_uid: str = ""
     """UID of the pod whose processes alone may serve it; empty: processes that the agent has started."""
+    connections: Connections | None = None
+    """While traffic is mirrored; the descriptor is the agent's."""
 
     def given(self) -> tuple[int, ...]:
         """What a new process gets, in the order of PS_MSG_ATTACH in abi.h. What a process may also get later comes behind."""
@@ -140,6 +155,40 @@ class Attachments:
                     await self._happened.wait()
         return true()
 
+    def connect(self, connections: Connections | None) -> None:
+        """Whoever serves, or comes later, uses this connection list from now on; None: none. See `connected`."""
+        self._shared.connections = connections
+        if self.serving is not None:
+            self._tell(self.serving)
+
+    @property
+    def connected(self) -> bool:
+        """Whether the process that serves uses the present connection list."""
+        link = self.serving
+        return link is not None and not link.asked and link.connections is self._shared.connections
+
+    def _tell(self, link: Link, anew: bool = False) -> None:
+        """Tell it the present connection list, if it does not know it; `anew`: nobody knows what it knows."""
+        wanted = self._shared.connections
+        if link.connections is wanted and not anew:
+            return
+        message = _message("PS_MSG_CONNECTIONS")
+        if wanted is not None:
+            message.buckets, message.entries, message.index_slots = wanted.numbers
+        with suppress(OSError):  # it has ended: its successor is told
+            _send_with(link.connection, message, () if wanted is None else (wanted.fd,))
+        link.connections = wanted
+        link.asked += 1
+
+    def _answered(self, link: Link, message: Any) -> None:
+        """It uses the list that it was told, or says why not."""
+        link.asked -= 1
+        if problem := bytes(ffi.buffer(message.text)).rstrip(b"\0").decode(errors="replace"):
+            self._changed(f"datapath {link.pid} cannot use the connection list: {problem}")
+            link.kill()  # its successor is told again
+            return
+        self._changed("connected")
+
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
@@ -185,6 +234,9 @@ class Attachments:
             # It has touched the queues, or may have: only the end of its connection says that it does so no more.
             said = 0
             while (message := await _receive(connection)) is not None:
+                if message.kind == constant("PS_MSG_CONNECTED") and link.asked > 0:
+                    self._answered(link, message)
+                    continue
                 if message.kind == constant("PS_MSG_STOPPED"):
                     link.stopped.set()
                 said += 1
@@ -232,6 +284,7 @@ class Attachments:
             s.rings = fds[:]
             fds.clear()
         self.serving = link
+        self._tell(link, anew=True)
         self._changed("resumed")
         return True
 
@@ -255,6 +308,7 @@ class Attachments:
         _send_with(link.connection, message, s.given())
         if not await self._said(link, "PS_MSG_PREPARED"):
             return False
+        self._tell(link)
         async with self._turn:
             if self._closed:
                 return False
@@ -273,11 +327,15 @@ class Attachments:
             if before is not None:
                 self.pause_seconds = time.monotonic() - began
             self.serving, self._ending = link, None
+            self._tell(link)  # of what has come meanwhile
             self._changed("ready")
         return True
 
     async def _said(self, link: Link, kind: str) -> bool:
-        message = await _receive(link.connection, ANSWER_SECONDS)
+        while (message := await _receive(link.connection, ANSWER_SECONDS)) is not None:
+            if message.kind != constant("PS_MSG_CONNECTED") or not link.asked:
+                break
+            self._answered(link, message)
         return message is not None and message.kind == constant(kind)
 
 
@@ -328,7 +386,7 @@ def _send(connection: socket.socket, kind: str, reason: str = "") -> None:
 
 
 def _send_with(connection: socket.socket, message: Any, fds: Sequence[int]) -> None:
-    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
+    control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
     connection.sendmsg([bytes(ffi.buffer(message))], control, socket.MSG_NOSIGNAL)
 
 

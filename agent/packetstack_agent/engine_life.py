@@ -69,7 +69,7 @@ class EngineLife:
     def create(self, managed: Managed, action: CreateEngine) -> None:
         """Begin to make an engine in a namespace of its own. What stands against it is the stack's `problem`."""
         stack = managed.stack
-        shape = stack.resource.spec.engine
+        shape = managed.shapes.get(action.template, stack.resource.spec.engine)
         slot = self._run.next_slot()
         cpus: tuple[int, ...] = ()
         if shape.cpu_policy == "Exclusive":
@@ -89,7 +89,7 @@ class EngineLife:
             "cpus": cpus,
             "memory_bytes": shape.memory_bytes,
             "namespace": self._run.namespace(stack.name, slot),
-            "set": stack.current,
+            "set": action.set or stack.current,
         }
         self._begin(managed, Engine(self.blueprint(stack, known), self._director.handle))
 
@@ -235,6 +235,8 @@ class EngineLife:
                 EventReason.DATAPATH_DIED,
                 f"engine {slot}: its datapath ended; its init starts another, which goes on with its queues and flows",
             )
+        elif what == "connected":
+            managed.changed.set()
         elif what == "lost":
             self._background.spawn(name, self.rebuild(managed, engine, "no process has its descriptors any more"))
         else:

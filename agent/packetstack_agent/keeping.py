@@ -6,7 +6,7 @@ disturbs it; what becomes of it is decided here alone.
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.flow_memory import Report
 from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed, Stacks
+from packetstack_agent.mirrors import Fences, Mirrors
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.probes import Checked
 from packetstack_agent.threads import to_the_end
@@ -54,16 +55,6 @@ class Engines(Protocol):
 
     def remove(self, managed: Managed, slot: int) -> None:
         """Remove one that owns no bucket."""
-
-
-class Fences(Protocol):
-    """Who draws conclusions from fences that are not answered."""
-
-    def fence_missed(self, engine: Engine, now: float) -> None:
-        """The engine did not answer a fence in time."""
-
-    def fences_answered(self, engines: Iterable[Engine]) -> None:
-        """All did."""
 
 
 class Verdicts(Protocol):
@@ -120,6 +111,7 @@ class Keeper:
         self._fences = fences
         self._verdicts = verdicts
         self._routes = routes
+        self._mirrors = Mirrors(run, stacks, journal, fences)
         self.news = News()
 
     def begin(self, managed: Managed) -> None:
@@ -169,6 +161,7 @@ class Keeper:
     async def _prepare(self, managed: Managed) -> None:
         """What comes before anything new: cores know what is known, and handovers that were begun are ended."""
         await self.refresh(managed)
+        await self._mirrors.prepare(managed)
         if managed.stack.open_fences():  # an engine did not answer, or the agent was interrupted
             await self.transfer(managed, ())
 
@@ -204,6 +197,8 @@ class Keeper:
                 await self.transfer(managed, moves)
             case RemoveEngine(slot):
                 self._engines.remove(managed, slot)
+            case _:
+                return await self._mirrors.act(managed, action)
         return False
 
     def pin(self, managed: Managed, buckets: Mapping[int, int]) -> None:

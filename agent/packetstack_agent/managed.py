@@ -5,41 +5,21 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from enum import StrEnum
 
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.node import Record
 from packetstack_agent.probes import Watched
 from packetstack_agent.stacks import Stack
+from packetstack_core.engines import Engine as Shape
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
 from packetstack_core.planning import GivenUp
 from packetstack_core.preconditions import Lack
+from packetstack_core.transitions import EngineSet, Sets, SetState
 from packetstack_core.verbs import Json
 
 LAST_MOVES = 20
-
-
-class SetState(StrEnum):
-    """How far a set of engines is."""
-
-    ACTIVATING = "Activating"
-    """Being made, to become the current one."""
-    CURRENT = "Current"
-    """It gets new flows. A stack has one such set."""
-    DRAINING = "Draining"
-    """It was the current one, and keeps its flows until they end."""
-
-
-@dataclass
-class EngineSet:
-    """Engines of a stack that share one `FlowMemory`, as they are wanted."""
-
-    state: SetState
-    replicas: int
-    template: str
-    """Hash of spec.engine."""
 
 
 @dataclass
@@ -49,8 +29,10 @@ class Managed:
     stack: Stack
     engines: dict[int, Engine] = field(default_factory=dict)
     """Engines by slot. EngineLife puts them in and takes them out."""
-    sets: dict[int, EngineSet] = field(default_factory=dict)
-    """Sets of engines by number; each has a memory in the stack."""
+    sets: Sets = field(default_factory=Sets)
+    """The sets of engines that the planner knows; each has a memory in the stack. None: there is one memory, of all."""
+    shapes: dict[str, Shape] = field(default_factory=dict)
+    """What engines of a set are made from, by the hash of it: another than the resource's as long as it stays."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Its task shall look now."""
     stepped: asyncio.Event = field(default_factory=asyncio.Event)
@@ -90,19 +72,23 @@ class Managed:
     generation: int = 0
     """Generation of the table."""
 
-    def __post_init__(self) -> None:
-        spec = self.stack.resource.spec
-        self.sets = self.sets or {
-            self.stack.current: EngineSet(SetState.CURRENT, spec.replicas, spec.engine.template_hash())
+    def note(self, record: Record) -> None:
+        """Write resource and sets into the record, for the caller to save."""
+        name, shape = self.stack.name, self.stack.resource.spec.engine
+        self.shapes = {s.template: self.shapes[s.template] for s in self.sets.known if s.template in self.shapes}
+        self.shapes.setdefault(shape.template_hash(), shape)
+        record.documents[name] = self.stack.resource.document()
+        record.sets[name] = {
+            "known": [asdict(s) for s in self.sets.known],
+            "last": self.sets.last,
+            "shapes": {t: one.model_dump(mode="json", by_alias=True) for t, one in self.shapes.items()},
         }
 
-    def note(self, record: Record) -> None:
-        """Write resource and sets into the record, for the caller to save. The current set is as the resource says."""
-        name, spec = self.stack.name, self.stack.resource.spec
-        current = self.sets[self.stack.current]
-        current.replicas, current.template = spec.replicas, spec.engine.template_hash()
-        record.documents[name] = self.stack.resource.document()
-        record.sets[name] = {str(number): asdict(one) for number, one in self.sets.items()}
+    def read(self, noted: Json) -> None:
+        """Sets as `note` has written them. Any error if something is missing or has another form."""
+        known = (EngineSet(**one | {"state": SetState(one["state"])}) for one in noted.get("known", ()))
+        self.sets = Sets(tuple(known), int(noted.get("last", 0)))
+        self.shapes = {t: Shape.model_validate(one) for t, one in noted.get("shapes", {}).items()}
 
     def add(self, engine: Engine) -> None:
         """There is this engine from now on."""

@@ -33,8 +33,8 @@ class Record:
     """`interface` or `interface:role`."""
     engines: dict[str, Json] = field(default_factory=dict)
     """Slot -> `Blueprint.record`, and `state`, `init`."""
-    sets: dict[str, dict[str, Json]] = field(default_factory=dict)
-    """Stack -> number -> `managed.EngineSet`. None here: nothing of the stack has been made yet."""
+    sets: dict[str, Json] = field(default_factory=dict)
+    """Stack -> its sets of engines, as `Managed.note` writes them."""
     proxied: dict[str, list[str]] = field(default_factory=dict)
     """Device -> addresses answered for."""
     sysctls: dict[str, str] = field(default_factory=dict)

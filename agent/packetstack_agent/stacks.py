@@ -5,6 +5,7 @@ Functions here block briefly; they are called from worker threads or where a few
 
 import asyncio
 import math
+import os
 import time
 from array import array
 from collections import Counter
@@ -16,12 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from packetstack_agent import flow_memory, words
+from packetstack_agent.attachments import Connections
 from packetstack_agent.blueprints import FIRST_SET
 from packetstack_agent.directing import Directions, Listening
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.flow_memory import Configuration, Dealt, FlowMemory, Report, wake
 from packetstack_agent.hash_keys import hash_key
+from packetstack_agent.mirroring import Mirror
 from packetstack_agent.natives import constant, ffi, lib, packed
 from packetstack_agent.probes import Checked, Place
 from packetstack_core import hashing, maglev, slow_start
@@ -71,6 +74,10 @@ class Stack:
         """Slot -> set, of the engines that there are, and were since the agent began. EngineLife writes it."""
         self._offset = index * constant("PS_MAX_BUCKETS")
         self._pin = pin
+        self.mirror: Mirror | None = None
+        """While there are two sets: what the older one keeps."""
+        self.connections: Connections | None = None
+        """The list of that, as engines of both get it."""
         for left in {*(directory / "sets").glob("*")} - {directory / "sets" / str(number) for number in sets}:
             flow_memory.remove_files(left, pin(left))
         self.sets: dict[int, FlowMemory] = {}
@@ -110,6 +117,30 @@ class Stack:
         self.sets = {n: m for n, m in self.sets.items() if n != number}
         self.set_of = {slot: n for slot, n in self.set_of.items() if n != number}
         memory.remove()
+
+    def is_configured(self, engine: Engine) -> bool:
+        """Whether it has the present configuration of its set, and knows of the other set's connections."""
+        memory, attachments = self.sets[engine.blueprint.set], engine.attachments
+        known = engine.view is not None and bool(memory.generation) and memory.is_used_by(engine)
+        return known and attachments is not None and attachments.connected
+
+    def mirror_from(self, keeper: int, newcomer: int) -> None:
+        """These two sets are, or shall be, mirrored. AgentError if there is no memory for what they must know. Blocks."""
+        pin = self._pin(self.directory / "sets" / str(keeper)).with_suffix(".connections")
+        pin = pin.with_name(pin.name.replace(".", "+"))
+        self.mirror = Mirror(self.director, self._offset, self.sets[keeper], self.sets[newcomer], pin)
+        self.connections = self.mirror.connections()
+
+    def mirror_no_more(self) -> None:
+        """The list goes. Engines may have it mapped still."""
+        if self.mirror is not None and self.connections is not None:
+            self.mirror.remove()
+            os.close(self.connections.fd)
+        self.mirror = self.connections = None
+
+    def keepers(self) -> list[Owner | None]:
+        """By bucket, who keeps connections that are older than its owner; empty: nobody keeps any."""
+        return self.mirror.keepers() if self.mirror is not None else []
 
     @property
     def buckets(self) -> int:
@@ -350,6 +381,8 @@ class Stack:
             self._directions.withdraw()
         for b in range(self.buckets):
             self._words[b] = 0
+        if self.mirror is not None:
+            self.mirror.close()
         for memory in self.sets.values():
             memory.close()
 

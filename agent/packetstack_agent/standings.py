@@ -7,12 +7,12 @@ from packetstack_agent.engine_life import is_lost
 from packetstack_agent.engines import Engine
 from packetstack_agent.firewall import Firewall
 from packetstack_agent.managed import Managed
+from packetstack_agent.natives import constant
 from packetstack_agent.node import RunDirectory
 from packetstack_core import preconditions
 from packetstack_core.assignment import State
 from packetstack_core.reasons import ConditionReason, Problem, split
 from packetstack_core.standing import EngineStanding, Pool, Standing
-from packetstack_core.transitions import Sets
 
 LOAD_SECONDS = 5.0
 """Over which load is taken when an engine has to go."""
@@ -40,8 +40,8 @@ def pool(managed: Managed, run: RunDirectory) -> Pool:
                 down_since=None if e.ready else e.unserved_since or None,
                 leaving=False,
                 evicted=False,
-                set=None,
-                configured=False,  # nobody has asked it
+                set=e.blueprint.set,
+                configured=stack.is_configured(e),
             )
             for _, e in sorted(managed.engines.items())
             if not e.removing
@@ -52,14 +52,15 @@ def pool(managed: Managed, run: RunDirectory) -> Pool:
         create_after=managed.create_after,
         rebalanced=run.record.rebalanced.get(stack.name, False),
         given_up=managed.given_up,
-        sets=Sets(),  # the stack has none: `Mirror` is refused
-        keepers=(),
+        sets=managed.sets,
+        keepers=stack.keepers(),
     )
 
 
 def standing(managed: Managed, run: RunDirectory, firewall: Firewall) -> Standing:
     """What the conditions of the stack follow from."""
     there = pool(managed, run)
+    left = managed.stack.mirror.left() if managed.stack.mirror is not None else None
     return Standing(
         pool=there,
         planned=managed.converged,
@@ -70,8 +71,8 @@ def standing(managed: Managed, run: RunDirectory, firewall: Firewall) -> Standin
         graver=None,
         lesser=preconditions.problem(managed.lacks, lost=False),
         firewall=firewall_problem(firewall),
-        connections=None,
-        oldest=None,
+        connections=left.connections if left is not None else None,
+        oldest=left.oldest_ticks / constant("PS_TICKS_PER_SECOND") if left is not None and left.connections else None,
     )
 
 

@@ -13,7 +13,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.health import Health
 from packetstack_agent.journal import Journal
 from packetstack_agent.keeping import Keeper
-from packetstack_agent.managed import EngineSet, Managed, SetState, Stacks
+from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Stack
 from packetstack_agent.underlay import Underlay
@@ -22,6 +22,7 @@ from packetstack_core.assignment import State
 from packetstack_core.kinds import FlowTable
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import EventReason
+from packetstack_core.transitions import SetState
 from packetstack_core.wording import counted
 
 REGAIN_SECONDS = 2.0
@@ -88,11 +89,9 @@ class Takeover:
         if name in record.tables:
             table = kinds.read(FlowTable, record.tables[name])
             generation = int(record.tables[name]["metadata"]["generation"])
-        sets = {
-            int(number): EngineSet(SetState(one["state"]), int(one["replicas"]), str(one["template"]))
-            for number, one in record.sets.get(name, {}).items()
-        }
-        [current] = [n for n, one in sets.items() if one.state is SetState.CURRENT] or [FIRST_SET]
+        noted = record.sets.get(name, {})
+        sets = {int(one["id"]): SetState(one["state"]) for one in noted.get("known", ())}
+        [current] = [n for n, state in sets.items() if state is SetState.CURRENT] or [FIRST_SET]
         stack = Stack(
             name,
             resource,
@@ -106,8 +105,10 @@ class Takeover:
         for slot, known in record.engines.items():
             if isinstance(known, dict) and known.get("stack") == name:
                 self._life.blueprint(stack, known), State(known["state"]), int(slot), tuple(known["init"])
-        managed = Managed(stack, sets=sets, pinned=pinned, table=table, generation=generation)
-        managed.note(record)  # of a stack that begins anew it says nothing of sets
+        managed = Managed(stack, pinned=pinned, table=table, generation=generation)
+        managed.read(noted)
+        if len(sets) == 2:
+            stack.mirror_from(*sets)
         return managed
 
     def _leave_unread(self, name: str, why: str) -> None:

@@ -78,6 +78,15 @@ class EventReason(StrEnum):
     ENGINE_DRAINING = ("EngineDraining", "Normal", "an engine hands its buckets over, with their flows, and will be removed")
     ENGINE_REMOVED = ("EngineRemoved", "Normal", "an engine owned no bucket any more and is gone")
     ENGINE_UPGRADED = ("EngineUpgraded", "Normal", "another process goes on with an engine's queues, after the pause that is named")
+    # ---- sets of engines
+    SET_ACTIVATING = ("SetActivating", "Normal", "a second set of engines is being made; the present one serves until it is ready")
+    SET_CURRENT = ("SetCurrent", "Normal", "the second set takes new connections; the one before it keeps those that it has")
+    BUCKETS_SWITCHED = ("BucketsSwitched", "Normal", "the traffic of these buckets is mirrored to both sets from now on")
+    SET_ENDED = (
+        "SetEnded", "Warning",
+        "connections of the set before were left at the deadline (`spec.handover.deadlineSeconds`), and were ended as `onDeadline` says",
+        "nothing, or a longer deadline")
+    SET_RETIRED = ("SetRetired", "Normal", "the set before has no connection any more; its engines and memory are gone")
     # ---- buckets and queues
     ELEPHANT = (
         "Elephant", "Warning",

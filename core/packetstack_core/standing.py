@@ -443,8 +443,10 @@ def unsupported(spec: Spec, *, kubernetes: bool) -> str:
     """What of the resource is not built, or needs Kubernetes: the field, its value, and what to use; empty if nothing."""
     if spec.engine.mode != "AFXDP":
         return f'spec.engine.mode: "{spec.engine.mode}" is not supported yet; use "AFXDP"'
-    if spec.handover.strategy != "Transfer":
-        return f'spec.handover.strategy: "{spec.handover.strategy}" is not supported yet; use "Transfer"'
+    if spec.handover.strategy == "Mirror" and spec.handover.on_deadline == "Transfer":
+        return 'spec.handover.onDeadline: "Transfer" is not supported yet; use "Keep" or "Reset"'
+    if kubernetes and spec.handover.strategy != "Transfer":
+        return f'spec.handover.strategy: "{spec.handover.strategy}" is not supported in Kubernetes yet; use "Transfer"'
     if kubernetes:
         return ""
     if spec.engine.interface.veth is None:

@@ -653,6 +653,23 @@ static uint32_t batch(struct worker *w, struct queue *q, int source)
 	return i;
 }
 
+/* A queue that has much to do is never empty; but what stood in its rings at a time is handled some day. */
+static void note_handled(struct worker *w, struct queue *q)
+{
+	struct ps_queue *s = q->shared;
+
+	if (!q->past && (int32_t)(LOAD(q->rx.consumer) - q->mark) >= 0) {
+		q->past = true;
+		q->park_mark = LOAD(&s->park.producer);
+	}
+	if (!q->past || (int32_t)(LOAD(&s->park.consumer) - q->park_mark) < 0)
+		return;
+	q->handled_ns = q->marked_ns;
+	q->marked_ns = w->now_ns;
+	q->mark = LOAD(q->rx.producer);
+	q->past = false;
+}
+
 static uint32_t serve(struct worker *w, struct queue *q)
 {
 	struct ps_queue *s = q->shared;
@@ -661,8 +678,7 @@ static uint32_t serve(struct worker *w, struct queue *q)
 
 	if (s->depth != parked + waiting)
 		s->depth = parked + waiting;
-	if (!(parked + waiting))
-		q->empty_ns = w->now_ns;
+	note_handled(w, q);
 	if (parked)
 		done += batch(w, q, SOURCE_PARK);
 	if (waiting)
@@ -1017,12 +1033,12 @@ static uint32_t sweep_flows(struct worker *w, uint32_t bucket, struct ps_shard *
 {
 	const struct ps_connection_list *list = w->handler.list;
 	const uint32_t *timeout = w->handler.config->timeout;
-	uint64_t empty = w->d->queue[ps_word_queue(owner)].empty_ns;
+	uint64_t handled = w->d->queue[ps_word_queue(owner)].handled_ns;
 
 	if ((owner & 0xffff) == PS_OWNED)
 		return ps_shard_sweep(w->d->arena, s, timeout, w->handler.now);
 	return list ? ps_kept_sweep(list, ps_connections_of(list, bucket), w->d->arena, s, timeout, w->handler.now,
-				    (uint32_t)(empty / (1000000000 / PS_TICKS_PER_SECOND)))
+				    (uint32_t)(handled / (1000000000 / PS_TICKS_PER_SECOND)))
 		    : 0;
 }
 

@@ -20,9 +20,12 @@ struct queue {
 	struct ps_descriptor *park;
 	uint64_t *free;
 	/* Frames in the park ring, per bucket; derived from the ring. */
-	uint16_t *parked;  /* Those that wait for the bucket to come, or for others of them */
-	uint16_t *kept;	   /* the copies that a previous owner holds until it knows which connections it keeps */
-	uint64_t empty_ns; /* when its receive and park rings were last seen empty, CLOCK_MONOTONIC */
+	uint16_t *parked; /* Those that wait for the bucket to come, or for others of them */
+	uint16_t *kept;	  /* the copies that a previous owner holds until it knows which connections it keeps */
+	/* All that had come by `handled_ns` is handled. Found out by marks: what stood in the rings at `marked_ns`. */
+	uint64_t handled_ns, marked_ns;
+	uint32_t mark, park_mark;
+	bool past; /* the receive ring is past its mark, the park ring perhaps not */
 	int socket;
 };
 

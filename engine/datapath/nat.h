@@ -890,8 +890,15 @@ static PS_RARE enum ps_counter ps_rejected_by_newcomer(struct ps_handler *h, con
 			}
 			return PS_C_REJECTED_KEPT;
 		case PS_CONNECTION_CLOSING:
-			if (!opener || (!k->udp && c->flags & PS_CONNECTION_SYN && c->syn == ps_sequence(frame, p)))
+			if (!opener)
 				return PS_C_REJECTED_CLOSING;
+			if (!k->udp && c->flags & PS_CONNECTION_SYN && c->syn == ps_sequence(frame, p)) {
+				/* If it comes again it is the keeper's again. */
+				if (!(state & PS_CONNECTION_ASKED) &&
+				    !ps_connection_change(c, &state, state | PS_CONNECTION_ASKED))
+					continue;
+				return PS_C_REJECTED_CLOSING;
+			}
 			if (!ps_connection_change(c, &state, PS_CONNECTION_CLAIMED))
 				continue;
 			PS_POINT(CLAIMED);

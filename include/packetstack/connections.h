@@ -241,11 +241,11 @@ static inline bool ps_kept_is_over(const struct ps_entry *f, uint32_t ticks, con
 
 /*
  * The sweep of a shard that is kept: what has timed out or ended begins to close, what was claimed is forgotten, and what
- * has been closing for long enough goes. `empty`: tick at which all that had come for this shard had been handled: what
- * the newcomer has left to the keeper meanwhile is not thrown away. -> flows removed
+ * has been closing for long enough goes. `handled`: tick by which all that came is handled: what the newcomer has left
+ * to the keeper while it was live is not thrown away. -> flows removed
  */
 static inline uint32_t ps_kept_sweep(const struct ps_connection_list *l, struct ps_connections *c, struct ps_arena *a,
-				     struct ps_shard *s, const uint32_t *timeout, uint32_t now, uint32_t empty)
+				     struct ps_shard *s, const uint32_t *timeout, uint32_t now, uint32_t handled)
 {
 	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t left = 0, removed = 0, oldest = now;
@@ -269,7 +269,7 @@ static inline uint32_t ps_kept_sweep(const struct ps_connection_list *l, struct 
 			PS_POINT(KEPT_CLOSING);
 		} else if (is != PS_CONNECTION_LIVE &&
 			   (is != PS_CONNECTION_CLOSING ||
-			    (ps_kept_is_over(f, closing, timeout, now) && (int32_t)(empty - (now - closing)) > 0))) {
+			    (ps_kept_is_over(f, closing, timeout, now) && (int32_t)(handled - (now - closing)) > 0))) {
 			ps_flow_remove(a, s, f);
 			PS_POINT(KEPT_REMOVED);
 			ps_connection_gone(to);

@@ -17,13 +17,14 @@ from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.flow_memory import FlowMemory, Report
-from packetstack_agent.managed import EngineSet, Managed, SetState
+from packetstack_agent.managed import Managed
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Stack
 from packetstack_agent.takeover import Takeover
 from packetstack_core.assignment import Move, Owner
 from packetstack_core.resources import PacketStack
+from packetstack_core.transitions import EngineSet, Sets, SetState
 
 OLD_SNAT, NEW_SNAT = "198.51.100.0", "198.51.100.8"
 SMALL = {"buckets": 256, "maxFlows": 4096}
@@ -58,19 +59,21 @@ def test_with_one_set_every_word_is_its_own() -> None:
 
 def test_the_record_says_which_sets_a_stack_has(tmp_path: Path) -> None:
     run, one = RunDirectory(tmp_path), managed(PlayedStack(resource(replicas=3)))
-    one.note(run.record)
-    template = one.stack.resource.spec.engine.template_hash()
-    assert run.record.sets == {"web": {"1": {"state": "Current", "replicas": 3, "template": template}}}
-    one.sets[1].state = SetState.DRAINING
-    one.sets[2] = EngineSet(SetState.CURRENT, 0, "")
-    one.stack.current = 2
-    one.stack.resource = resource(replicas=5)
+    shape = one.stack.resource.spec.engine
+    one.sets = Sets(
+        (
+            EngineSet(1, SetState.DRAINING, 3, shape.template_hash(), 2, 7.5),
+            EngineSet(2, SetState.CURRENT, 5, "another", 2, 9.0),
+        ),
+        2,
+    )
+    one.shapes = {"another": shape, "of no set": shape}
     one.note(run.record)
     run.save(must=True)
-    assert RunDirectory(tmp_path).record.sets["web"] == {
-        "1": {"state": "Draining", "replicas": 3, "template": template},
-        "2": {"state": "Current", "replicas": 5, "template": template},
-    }
+    after = managed(PlayedStack(resource(replicas=3)))
+    after.read(RunDirectory(tmp_path).record.sets["web"])
+    assert after.sets == one.sets
+    assert after.shapes == {"another": shape, shape.template_hash(): shape}
 
 
 # ---- transfers
@@ -284,7 +287,9 @@ def test_another_agent_takes_over_the_sets_of_the_record_and_removes_others(
     before = Managed(opened(run, director))
     for number in (2, 3):
         before.stack.add_set(number)
-    before.sets[1].state, before.sets[2] = SetState.DRAINING, EngineSet(SetState.CURRENT, 2, "")
+    before.sets = Sets(
+        (EngineSet(1, SetState.DRAINING, 2, "", 1, 0.0), EngineSet(2, SetState.CURRENT, 2, "", 1, 0.0)), last=2
+    )
     before.stack.current = 2
     add_flows(before.stack.sets[1], 0, 2)
     before.note(run.record)
@@ -298,7 +303,10 @@ def test_another_agent_takes_over_the_sets_of_the_record_and_removes_others(
     after = takeover._read("web")
     assert after.sets == before.sets
     assert (list(after.stack.sets), after.stack.current, after.stack.live()) == ([1, 2], 2, 2)
-    assert there_are(run) == (["arena_web_1", "arena_web_2"], ["stacks/web/sets/1", "stacks/web/sets/2"])
+    assert after.stack.mirror is not None, "the older of two sets may keep connections"
+    assert there_are(run) == (
+        ["arena_web_1", "arena_web_1+connections", "arena_web_2"], ["stacks/web/sets/1", "stacks/web/sets/2"],
+    )  # fmt: skip
     known = {
         "stack": "web", "slot": 7, "template": "", "queues": 1, "cores": 1, "cpu_policy": "Shared", "cpus": (),
         "memory_bytes": 0, "namespace": "n", "set": 1,

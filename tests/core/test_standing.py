@@ -310,7 +310,10 @@ def test_the_capacity_is_that_of_the_ports_that_each_bucket_has() -> None:
 def test_what_is_not_built_is_refused_everywhere_and_what_needs_kubernetes_without_it() -> None:
     everywhere: list[tuple[dict[str, Any], str]] = [
         ({"engine": {"mode": "DPDK"}}, 'spec.engine.mode: "DPDK" is not supported yet; use "AFXDP"'),
-        ({"handover": {"strategy": "Mirror"}}, 'spec.handover.strategy: "Mirror" is not supported yet; use "Transfer"'),
+        (
+            {"handover": {"strategy": "Mirror", "onDeadline": "Transfer"}},
+            'spec.handover.onDeadline: "Transfer" is not supported yet; use "Keep" or "Reset"',
+        ),
     ]
     for change, text in everywhere:
         assert standing.unsupported(spec(**change), kubernetes=True) == text

@@ -95,6 +95,7 @@ class PlayedStack(Stack):
         self.due = math.inf
         self.leaving = {}
         self.current, self.sets, self.set_of = FIRST_SET, {FIRST_SET: PlayedMemory()}, {}
+        self.mirror = self.connections = None
         self.table = [Owner(owners[b % len(owners)], 0) if owners else NOBODY for b in range(buckets)]
         self.shards = list(self.table)
         self.flows_of: dict[int, int] = {}
@@ -111,6 +112,9 @@ class PlayedStack(Stack):
     @property
     def buckets(self) -> int:
         return len(self.table)
+
+    def is_configured(self, engine: Engine) -> bool:
+        return not self.busy
 
     @property
     def unsettled(self) -> bool:
