@@ -96,6 +96,8 @@ class FlowMemory:
         self._reading = threading.Lock()
         """Held while a worker thread reads flows without the stack's `busy`: the memory stays meanwhile."""
         self._closed = False
+        self.ending = False
+        """The connections that it keeps have no more time: its configurations say so."""
         directory.mkdir(parents=True, exist_ok=True)
         self.arena_path, self.config_path, self.pin = directory / "arena", directory / "config", pin
         if self.arena_path.exists():
@@ -155,6 +157,7 @@ class FlowMemory:
         c.mask = self.buckets - 1
         c.unknown_flow_reset = spec.unknown_flow == "Reset"
         c.mtu = 1500
+        c.kept_reset = self.ending
         ticks = constant("PS_TICKS_PER_SECOND")
         for state, name in TIMEOUTS.items():
             c.timeout[constant(state)] = getattr(spec.flow_table, name) * ticks

@@ -32,6 +32,7 @@ from packetstack_core.planning import (
     RemoveEngine,
 )
 from packetstack_core.reasons import EventReason
+from packetstack_core.transitions import EndSet
 from packetstack_core.wording import counted
 
 TICK_SECONDS = 1.0
@@ -155,7 +156,7 @@ class Keeper:
             waiting = False
             for action in plan.actions:
                 waiting |= await self.act(managed, action)
-            if waiting and all(isinstance(a, CreateEngine) for a in plan.actions):
+            if waiting and all(isinstance(a, CreateEngine | EndSet) for a in plan.actions):
                 return
 
     async def _prepare(self, managed: Managed) -> None:

@@ -47,6 +47,8 @@ class Managed:
     """No engine is made before, by the monotonic clock."""
     given_up: GivenUp = field(default_factory=GivenUp)
     """Engines that did not serve for too long, by the monotonic clock."""
+    ending: float = 0.0
+    """Since when the connections that a set kept have no more time, by the monotonic clock."""
     problem: str = ""
     """Why the last engine could not be made, empty when it could."""
     pinned: dict[int, int] = field(default_factory=dict)

@@ -30,6 +30,8 @@ from packetstack_core.transitions import (
 )
 from packetstack_core.wording import counted
 
+GRACE_SECONDS = 10.0
+"""From a set's deadline on, for ends that send nothing."""
 CONNECT_SECONDS = 0.5
 """How long engines may take to use a new connection list."""
 
@@ -89,7 +91,7 @@ class Mirrors:
             case RetireSet(number):
                 await self._retire(managed, number)
             case _:
-                await self._end(managed)
+                return await self._end(managed)
         return False
 
     def _note(self, managed: Managed, action: transitions.SetAction) -> None:
@@ -160,16 +162,25 @@ class Mirrors:
             self._stacks.check_there(managed)
             await to_the_end(mirror.adopt, list(managed.engines.values()), moves)
 
-    async def _end(self, managed: Managed) -> None:
-        """The connections that are left end now."""
-        mirror = managed.stack.mirror
+    async def _end(self, managed: Managed) -> bool:
+        """The connections that are left end: each with its next segments; those that are silent when `GRACE_SECONDS` are over."""
+        mirror, now = managed.stack.mirror, time.monotonic()
         if mirror is None:
-            return
-        left = await asyncio.to_thread(mirror.left)
-        kept = [b for b, owner in enumerate(mirror.keepers()) if owner is not None]
-        message = f"{counted(left.connections, 'connection')} of the set before had not ended in time and end now"
-        self._journal.event(managed.stack.name, EventReason.SET_ENDED, message)
-        await self._change(managed, "end", kept)
+            return False
+        if not mirror.keeper.ending:
+            mirror.keeper.ending, managed.ending = True, now
+            managed.stale = True
+            managed.changed.set()
+            left = await asyncio.to_thread(mirror.left)
+            message = (
+                f"{counted(left.connections, 'connection')} of the set before had not ended in time: both ends get a reset when they "
+                f"send next, and what is silent for {GRACE_SECONDS:g} s is forgotten"
+            )
+            self._journal.event(managed.stack.name, EventReason.SET_ENDED, message)
+        elif now - managed.ending > GRACE_SECONDS:
+            kept = [b for b, owner in enumerate(mirror.keepers()) if owner is not None]
+            await self._change(managed, "end", kept)
+        return True
 
     async def _retire(self, managed: Managed, number: int) -> None:
         """Its engines have gone: the others forget the list, then the memory goes."""

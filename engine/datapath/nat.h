@@ -848,7 +848,8 @@ enum ps_side_of_mirror {
 	PS_KEEPER
 };
 
-static PS_RARE enum ps_side_of_mirror ps_mirrored(struct ps_handler *h, const struct ps_stamp *stamp)
+static PS_RARE enum ps_side_of_mirror ps_mirrored(struct ps_handler *h, struct ps_shard *s,
+						  const struct ps_stamp *stamp)
 {
 	bool newcomer = stamp->flags >> PS_STAMP_SLOT == h->engine->slot;
 
@@ -857,6 +858,8 @@ static PS_RARE enum ps_side_of_mirror ps_mirrored(struct ps_handler *h, const st
 	h->kept = h->list ? ps_connections_of(h->list, stamp->bucket) : NULL;
 	if (h->kept && !__atomic_load_n(&h->kept->published, __ATOMIC_ACQUIRE))
 		h->kept = NULL;
+	if (newcomer && h->kept && !s->port_cursor) /* not with ports that backends keep in TIME-WAIT */
+		s->port_cursor = h->kept->port_cursor;
 	return !newcomer ? PS_KEEPER : h->kept ? PS_NEWCOMER : PS_ALONE;
 }
 
@@ -977,6 +980,22 @@ static PS_RARE void ps_kept_handled(struct ps_handler *h, struct ps_shard *s, co
 		;
 }
 
+/* The keeper has no more time: the sender is told, and the flow goes when both ends have been. -> verdict */
+static PS_RARE uint8_t ps_end_kept(struct ps_handler *h, struct ps_shard *s, struct ps_entry *f, uint8_t *frame,
+				   const struct ps_packet *p, bool reply)
+{
+	enum { BOTH = PS_CONNECTION_RESET_CLIENT | PS_CONNECTION_RESET_BACKEND };
+	struct ps_connection *c = ps_connection_of_flow(h, s, f);
+	bool tcp = !(f->flags & PS_FLOW_UDP);
+	uint8_t verdict = ps_turn_away(h, frame, p, tcp, PS_C_DROP_DEADLINE);
+
+	if (c && PS_VERDICT(verdict) == PS_TRANSMIT)
+		c->flags |= reply ? PS_CONNECTION_RESET_BACKEND : PS_CONNECTION_RESET_CLIENT;
+	if (!c || !tcp || (c->flags & BOTH) == BOTH || p->tcp_flags & TCP_RST)
+		ps_forget_kept(h, s, f);
+	return verdict;
+}
+
 /* ---- one packet ------------------------------------------------------------------------------------ */
 
 /*
@@ -1040,7 +1059,7 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 	if (__builtin_expect(stamp->flags & PS_STAMP_MIRROR, 0)) {
 		enum ps_counter rejected = PS_COUNTERS;
 
-		side = ps_mirrored(h, stamp);
+		side = ps_mirrored(h, s, stamp);
 		if (side == PS_KEEPER)
 			rejected = ps_rejected_by_keeper(h, s, f, frame, &p, opener && !k.udp);
 		else if (side == PS_NEWCOMER && !f)
@@ -1049,6 +1068,8 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 			s->packets--; /* the other set's */
 			return ps_refuse(h, rejected);
 		}
+		if (side == PS_KEEPER && h->config->kept_reset && p.kind == PS_PKT_FLOW)
+			return ps_end_kept(h, s, f, frame, &p, reply);
 	}
 	if (__builtin_expect(p.kind == PS_PKT_ICMP_ERROR, 0))
 		return f ? ps_translate_icmp(h, f, frame, &p, reply) : ps_refuse(h, PS_C_DROP_NO_FLOW);

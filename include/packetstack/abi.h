@@ -310,6 +310,7 @@ enum ps_counter {
 	PS_C_DROP_TOO_BIG,
 	PS_C_DROP_NOT_OWNER, /* late and could not be handed on */
 	PS_C_DROP_UNSUPPORTED,
+	PS_C_DROP_DEADLINE,	  /* of a connection that had not ended when its set had no more time */
 	PS_C_DROP_POISON,	  /* the process died twice while it rewrote this frame */
 	PS_C_DROP_BAD_DESCRIPTOR, /* a ring named memory that is no frame: not followed */
 	PS_C_JOURNALS_REFUSED,	  /* what a dead process left of a journal or ring made no sense */
@@ -781,7 +782,9 @@ struct ps_config {
 	uint32_t listeners, backends, snats;
 	uint32_t unknown_flow_reset; /* 1: answer TCP without state by a reset */
 	uint32_t mtu;		     /* path MTU behind the engines: MSS is clamped to it; 0 = leave */
-	uint32_t timeout[16];	     /* ticks, by ps_flow_state */
+	uint32_t kept_reset;	     /* 1: connections that a keeper has left end, TCP by a reset to each side */
+	uint32_t spare0;
+	uint32_t timeout[16]; /* ticks, by ps_flow_state */
 	struct ps_listener listener[256];
 	struct ps_config_snat snat[1024];
 	struct ps_config_backend backend[4096];

@@ -27,7 +27,12 @@ enum ps_connection_state {
 	PS_CONNECTION_ASKED = 128,
 };
 
-enum ps_connection_flags { PS_CONNECTION_UDP = 1, PS_CONNECTION_SYN = 2 /* `syn` is one */ };
+enum ps_connection_flags {
+	PS_CONNECTION_UDP = 1,
+	PS_CONNECTION_SYN = 2,		 /* `syn` is one */
+	PS_CONNECTION_RESET_CLIENT = 4,	 /* its set has no more time, and the client knows, */
+	PS_CONNECTION_RESET_BACKEND = 8, /* and so does the backend */
+};
 
 /* 80 bytes. Addresses and ports as on the wire. */
 struct ps_connection {

@@ -32,3 +32,17 @@ def test_a_second_set_takes_new_connections_and_the_first_goes_when_its_own_have
     for connection in after:
         ask(connection)
         connection.close()
+
+
+def test_row_27_at_the_deadline_both_ends_of_a_connection_that_goes_on_are_reset(node: Node) -> None:
+    node.up(stack(handover=MIRROR | {"deadlineSeconds": 1, "onDeadline": "Reset"}, flowTable=FLOWS))
+    old = node.connect()
+    ask(old)
+    node.packetstack("scale", "web", "--replicas", "1")
+    eventually(lambda: "SetEnded" in node.reasons())
+    with pytest.raises(ConnectionResetError), old:
+        eventually(lambda: not ask(old))  # asks again and again
+    young = node.connect()
+    eventually(lambda: "SetRetired" in node.reasons(), 30)
+    with young:
+        ask(young)
