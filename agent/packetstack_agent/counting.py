@@ -48,6 +48,13 @@ def add_drops(engine: Engine, by_engine: dict[str, int], by_kernel: dict[str, in
         by_kernel[name] = by_kernel.get(name, 0) + count
 
 
+def add_copies(engine: Engine, counts: dict[str, int]) -> None:
+    """Add what this engine got of mirrored traffic: `mirrored`, and `rejected_*` of it, which the other set handles."""
+    for name, count in engine.counters().items():
+        if name == "mirrored" or name.startswith("rejected_"):
+            counts[name] = counts.get(name, 0) + count
+
+
 def link_drops(names: Sequence[str]) -> dict[str, int]:
     """Frames lost on the way through these devices: full veth rings and backlogs."""
     total = {"xdp_xmit_errors": 0, "link_dropped": 0}

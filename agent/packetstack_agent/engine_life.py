@@ -16,7 +16,7 @@ from pyroute2.netlink.exceptions import NetlinkError
 
 from packetstack_agent import engines, processes
 from packetstack_agent.blueprints import Blueprint
-from packetstack_agent.counting import add_drops
+from packetstack_agent.counting import add_copies, add_drops
 from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
@@ -415,6 +415,7 @@ class EngineLife:
                 engine.attachments = None
             if engine.view is not None:
                 add_drops(engine, managed.gone["engine"], managed.gone["kernel"])
+                add_copies(engine, managed.gone_copies.setdefault(engine.blueprint.set, {}))
             engine.view = None  # nothing here may read it from now on: its memory goes
             await to_the_end(engines.destroy, engine)
 

@@ -20,6 +20,8 @@ async def measure(stacks: Mapping[str, Managed], journal: Journal) -> None:
         for managed in stacks.values():
             with journal.going_on(managed.stack.name, "load"), suppress(AgentError):  # an engine is going
                 managed.history.add(snapshot(managed), time.time())
+                mirror = managed.stack.mirror
+                managed.countdown.note(time.monotonic(), mirror.left().connections if mirror is not None else None)
         await asyncio.sleep(MEASURE_SECONDS)
 
 
@@ -42,7 +44,7 @@ def snapshot(managed: Managed, with_buckets: bool = False) -> Snapshot:
 def _counters(engine: Engine, flows: int) -> EngineCounters:
     b = engine.blueprint
     counters = engine.counters()
-    # What a listener's own limits refuse is no lack of engines.
+    # What a listener's own limits refuse is no lack of engines. Of the two copies of a packet one is rejected, and not counted.
     dropped = sum(n for c, n in counters.items() if c.startswith("drop_") and not c.startswith("drop_limit_"))
     cores = [engine.core(c) for c in range(b.cores)]
     queues = [(engine.served_by(q), engine.queue(q)) for q in range(b.queues)]
@@ -56,7 +58,7 @@ def _counters(engine: Engine, flows: int) -> EngineCounters:
             QueueCounters(core, int(q.cycles), int(q.received), int(q.depth), engine.missed(i))
             for i, (core, q) in enumerate(queues)
         ),
-        packets=counters["received"],
+        packets=counters["received"] - sum(n for c, n in counters.items() if c.startswith("rejected_")),
         bytes=counters["received_bytes"],
         flows_created=counters["flows_created"],
         dropped=dropped,

@@ -11,6 +11,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.node import Record
 from packetstack_agent.probes import Watched
 from packetstack_agent.stacks import Stack
+from packetstack_core.countdown import Countdown
 from packetstack_core.engines import Engine as Shape
 from packetstack_core.kinds import FlowTable
 from packetstack_core.load import History
@@ -59,6 +60,10 @@ class Managed:
     """More is known, of its resource or its backends, than its configuration says: its task writes it, until that is done."""
     gone: dict[str, dict[str, int]] = field(default_factory=lambda: {"engine": {}, "kernel": {}})
     """Drops counted by engines that have left."""
+    gone_copies: dict[int, dict[str, int]] = field(default_factory=dict)
+    """By set: what its engines that have left got of mirrored traffic."""
+    countdown: Countdown = field(default_factory=Countdown)
+    """Connections of the set that drains."""
     holds_ns: deque[int] = field(default_factory=lambda: deque(maxlen=1000))
     """How long each of the last fences took."""
     moved: int = 0

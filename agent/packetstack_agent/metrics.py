@@ -1,6 +1,7 @@
 """Prometheus metrics of the agent: read from shared memory and maps when they are asked for."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -10,6 +11,7 @@ from packetstack_agent.agent import Agent
 from packetstack_agent.engines import Engine
 from packetstack_agent.managed import Managed
 from packetstack_core.assignment import State
+from packetstack_core.transitions import SetState
 from packetstack_core.verbs import Json
 
 
@@ -87,6 +89,18 @@ class _StackFamilies:
         self.hold = GaugeMetricFamily(
             "packetstack_handover_hold_seconds", "Longest fence of the last transfers", labels=["stack"]
         )
+        self.mirrored = CounterMetricFamily(
+            "packetstack_mirrored_packets", "Copies that a set of engines got", labels=["stack", "set"]
+        )
+        self.rejected = CounterMetricFamily(
+            "packetstack_rejected_packets", "Copies that the other set handles", labels=["stack", "set", "reason"]
+        )
+        self.kept = GaugeMetricFamily(
+            "packetstack_kept_connections", "Connections that a set that drains has left", labels=["stack", "set"]
+        )
+        self.draining = GaugeMetricFamily(
+            "packetstack_draining_seconds", "Time since a set began to drain", labels=["stack", "set"]
+        )
         self.backend = GaugeMetricFamily(
             "packetstack_backend_flows", "Live flows", labels=["stack", "backend", "healthy"]
         )
@@ -112,9 +126,24 @@ class _StackFamilies:
                     self.drops.add_metric([name, stage, reason], count)
         for s in status["shedding"]:
             self.shed.add_metric([name, s["listener"], s["kind"]], s["dropped"])
+        self._add_sets(name, managed, status.get("sets", ()))
         for e in status["engines"]:
             self._add_engine(name, managed.engines[e["slot"]], e)
         self._add_decisions(name, status)
+
+    def _add_sets(self, name: str, managed: Managed, shown: Sequence[Json]) -> None:
+        """What two sets have of the same traffic."""
+        for s in shown:
+            where = [name, str(s["id"])]
+            self.mirrored.add_metric(where, s["mirrored"])
+            for reason, count in s["rejected"].items():
+                self.rejected.add_metric([*where, reason], count)
+        if (old := managed.sets.one(SetState.DRAINING)) is not None:
+            where = [name, str(old.id)]
+            self.draining.add_metric(where, time.monotonic() - old.since)
+            left = next((s["connections"] for s in shown if s["id"] == old.id), None)
+            if left is not None:
+                self.kept.add_metric(where, left)
 
     def _add_decisions(self, name: str, status: Json) -> None:
         """What was decided by load."""

@@ -193,6 +193,7 @@ class Mirrors:
             if number in stack.sets:
                 stack.remove_set(number)
         self._note(managed, RetireSet(number))
+        managed.gone_copies.pop(number, None)
         message = f"set {number} has no connection and no engine any more; its memory is free"
         self._journal.event(stack.name, EventReason.SET_RETIRED, message)
 

@@ -2,7 +2,7 @@
 
 from collections import Counter
 
-from packetstack_agent import loading, networks, standings
+from packetstack_agent import draining, loading, networks, standings
 from packetstack_agent.balancing import Balancers
 from packetstack_agent.counting import add_drops, captures, link_drops
 from packetstack_agent.director import Director
@@ -79,6 +79,8 @@ class Status:
             "shedding": self._shedders.of(managed).document(listener_names(managed)),
             "handover": {"moved": managed.moved, "holdsMilliseconds": [round(n / 1e6, 3) for n in managed.holds_ns]},
         }
+        if sets := draining.document(managed, stands):
+            status["sets"] = sets
         autoscaler = self._autoscalers.of(managed)
         if autoscaler is not None and autoscaler.shown is not None:
             decided = autoscaler.document()

@@ -1,4 +1,4 @@
-"""Commands that show what runs and change nothing: get, describe, top, explain, events, logs, metrics, preflight."""
+"""Commands that show what runs and change nothing: get, describe, top, transitions, explain, events, logs, metrics, preflight."""
 
 import sys
 import time
@@ -57,6 +57,21 @@ def top(backend: Backend, name: str | None, once: bool, output: str | None) -> N
                 live.update(views.top(_live(backend, name)))
         except KeyboardInterrupt:
             return
+
+
+@click.command()
+@click.argument("name", required=False)
+@output_option
+@with_backend
+def transitions(backend: Backend, name: str | None, output: str | None) -> None:
+    """Stacks between two sets of engines: what was switched, what is left of the older set, when it ends."""
+    found = backend.live(name)
+    for why in found.without:
+        click.echo(f"without live numbers: {why}", err=True)
+    items = found.items if name else [item for item in found.items if views.two_sets(item)]
+    shown = [{"stack": i["metadata"]["name"], "sets": i["status"].get("sets") or []} for i in items]
+    nothing = "no stack is between two sets of engines"
+    show(shown[0] if name else shown, output, lambda: views.transitions(items) if items else nothing)
 
 
 def _live(backend: Backend, name: str | None) -> list[Json]:

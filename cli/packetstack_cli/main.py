@@ -44,7 +44,8 @@ def kubectl() -> None:
 
 
 for _command in (
-    changing.up, changing.down, looking.get, looking.describe, changing.scale, looking.top, changing.move,
+    changing.up, changing.down, looking.get, looking.describe, changing.scale, looking.top, looking.transitions,
+    changing.move,
     changing.upgrade, looking.explain, looking.events, looking.logs, looking.metrics, looking.preflight, changing.check,
 ):  # fmt: skip
     main.add_command(_command)

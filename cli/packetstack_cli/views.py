@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 import yaml
@@ -47,6 +48,9 @@ def _table(*columns: str) -> Table:
             "TOTAL",
             "DROPS",
             "DEPTH",
+            "KEPT",
+            "CONNECTIONS",
+            "MIRRORED",
         }
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
     return table
@@ -96,7 +100,7 @@ def top(items: Sequence[Json]) -> Group:
         rate = sum(e["packetsPerSecond"] or 0.0 for e in status["engines"])
         head = f"{item['metadata']['name']}  {status['readyReplicas']}/{item['spec']['replicas']} engines  "
         parts.append(Text(f"{head}{status['flows']:,} flows  {rate:,.0f} packets/s", style="bold"))
-        parts.append(engines(item))
+        parts += [engines(item), *_while_there_are_two(item)]
         table = _table("ENGINE", "CORE", "CPU", "BUSY", "QUEUE", "PACKETS/S", "PARKED")
         for engine in status["engines"]:
             for core in engine["cores"]:
@@ -113,6 +117,79 @@ def top(items: Sequence[Json]) -> Group:
                     )
         parts += [Text(), table, Text(), *_hot_queues(status["engines"]), *_rebalance(status["rebalance"], 5)]
     return Group(*parts)
+
+
+def transitions(items: Sequence[Json]) -> Group:
+    """Stacks that have two sets of engines, and how far each is; a line for those that have not."""
+    parts: list[RenderableType] = []
+    for item in items:
+        parts.append(Text(f"Stack {item['metadata']['name']}", style="bold"))
+        parts += transition(item) if two_sets(item) else [Text("  no transition: there is one set of engines")]
+        parts.append(Text())
+    return Group(*parts[:-1])
+
+
+def two_sets(item: Json) -> bool:
+    """Whether the stack is between two sets of engines."""
+    return len(item["status"].get("sets") or ()) > 1
+
+
+def _while_there_are_two(item: Json) -> list[RenderableType]:
+    return [Text(), *transition(item)] if two_sets(item) else []
+
+
+def transition(item: Json) -> list[RenderableType]:
+    """Both sets, what is left of the older one, and when it ends."""
+    sets = item["status"]["sets"]
+    table = _table("SET", "STATE", "SINCE", "READY", "BUCKETS", "KEPT", "CONNECTIONS", "MIRRORED", "REJECTED")
+    for s in sets:
+        rejected = ", ".join(f"{reason} {n:,}" for reason, n in (s.get("rejected") or {}).items() if n)
+        table.add_row(
+            str(s["id"]),
+            s["state"],
+            time.strftime("%H:%M:%S", time.localtime(_seconds(s["since"]))),
+            f"{s['ready']}/{s['engines']}",
+            f"{s['buckets']:,}",
+            f"{s['keptBuckets']:,}",
+            _number(s.get("connections")),
+            _number(s.get("mirrored")),
+            rejected or "-",
+        )
+    return [table, *(Text(f"  {word:9}{text}") for word, text in _how_far(sets))]
+
+
+def _how_far(sets: Sequence[Json]) -> list[tuple[str, str]]:
+    """What a transition waits for."""
+    by_state = {s["state"]: s for s in sets}
+    current, old = by_state["Current"], by_state.get("Draining")
+    if old is None:
+        second = by_state["Activating"]
+        ready = f"{second['ready']} of {counted(second['engines'], 'engine')} ready"
+        return [("waits", f"for set {second['id']}: {ready}; set {current['id']} serves")]
+    all_buckets = current["buckets"] + old["buckets"]
+    lines = [("buckets", f"{current['buckets']:,} of {all_buckets:,} switched; {old['keptBuckets']:,} kept by both")]
+    if old.get("connections") is None:
+        return lines
+    left = counted(old["connections"], "connection")
+    if old.get("silentSince"):
+        left += f"; the one that has been silent for longest: {_duration(time.time() - _seconds(old['silentSince']))}"
+    lines.append(("left", left))
+    if old.get("endsInSeconds") is not None:
+        lines.append(("ends", f"in {_duration(old['endsInSeconds'])}, at the pace of the last minute"))
+    else:
+        lines.append(("ends", "not within sight: no connection has ended in the last minute"))
+    return lines
+
+
+def _seconds(rfc3339: str) -> float:
+    return datetime.fromisoformat(rfc3339).timestamp()
+
+
+def _duration(seconds: float) -> str:
+    """For people: 45 s, 12 min, 3.5 h."""
+    if seconds < 120:
+        return f"{max(0.0, seconds):.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _hot_queues(engines: Sequence[Json]) -> list[RenderableType]:
@@ -170,7 +247,7 @@ def describe(item: Json, happened: Sequence[Json]) -> Group:
         state = "settled" if seen.get("settled") else "not settled"
         answer = f"{state} at generation {seen.get('observedGeneration', 0)} of {seen['generation']}"
         parts.append(Text(f"  node       {status['node'] or '-'}, its flow table {answer} {seen.get('message', '')}"))
-    parts += [Text(), engines(item), Text()]
+    parts += [Text(), engines(item), *_while_there_are_two(item), Text()]
     table = _table("LISTENER", "ADDRESS", "BALANCING", "AFFINITY")
     for li in spec["listeners"]:
         table.add_row(

@@ -245,16 +245,16 @@ class Handover(Model):
     """How ownership of buckets changes. The deadline applies to `Mirror`."""
 
     strategy: Literal["Transfer", "Mirror"] = "Transfer"
-    """`Transfer`: flows move with their bucket. `Mirror` is not built yet."""
+    """`Transfer`: flows move with their bucket. `Mirror`: a second set of engines takes what is new, and the first keeps its
+    flows until they have ended; not in Kubernetes yet."""
     deadline_seconds: Seconds = 3600
-    """Seconds after which `onDeadline` applies to the flows that have not ended; for `Mirror` alone, which is not built
-    yet."""
+    """Seconds after which `onDeadline` applies to the flows that have not ended; for `Mirror` alone."""
     on_deadline: Literal["Keep", "Reset", "Transfer"] = "Keep"
-    """What happens to flows that have not ended at the deadline; for `Mirror` alone, which is not built yet."""
+    """What happens to flows that have not ended at the deadline; for `Mirror` alone. `Transfer` is not built yet."""
     policy: Literal["Hold", "Hurry"] | None = None
     """What becomes of a change that comes while flows of the one before have not ended. `Hold`, the default: it waits.
     `Hurry`: the deadline comes at once, unless `onDeadline` is `Keep`. More engines of the same shape never wait. For
-    `Mirror` alone, which is not built yet."""
+    `Mirror` alone."""
 
 
 class Rebalance(Model):

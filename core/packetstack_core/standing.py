@@ -110,7 +110,8 @@ class Standing:
     connections: int | None
     """Connections that keepers have; None if it is not known."""
     oldest: float | None
-    """When the oldest of them began, on the clock of the planner's `now`; None if it is not known."""
+    """When the one of them was seen last that is silent for the longest time, on the clock of the planner's `now`; None if
+    it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +260,8 @@ class SetStanding:
     connections: int | None
     """Connections that it keeps; None if it is not known."""
     oldest: float | None
-    """When the oldest of them began, on the clock of the planner's `now`; None if it is not known."""
+    """When the one of them was seen last that is silent for the longest time, on the clock of the planner's `now`; None if
+    it is not known."""
 
 
 def sets(standing: Standing) -> list[SetStanding]:

@@ -132,8 +132,8 @@ class SetStatus(Model):
     """Buckets of which it keeps older connections, rounded down to a power of two."""
     connections: Annotated[int, Whole(0, 2**31 - 1, "a number of connections")] | None = None
     """Connections that it keeps, rounded down to a power of two; absent where it is not known."""
-    oldest_connection_time: str = ""
-    """When the oldest of them began. RFC 3339, UTC; empty where it is not known."""
+    silent_since: str = ""
+    """When the one of them was seen last that is silent for the longest time. RFC 3339, UTC; empty where it is not known."""
 
 
 class PacketStackStatus(Model):

@@ -1,9 +1,11 @@
 """A second set of engines takes over by Mirror: connections stay where they are until they end, on real packets."""
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from tests.lab.node import Node, ask, stack
+from tests.lab.node import Node, ask, metric, stack
 from tests.waiting import eventually
 
 MIRROR = {"strategy": "Mirror"}
@@ -26,9 +28,13 @@ def test_a_second_set_takes_new_connections_and_the_first_goes_when_its_own_have
     after = [node.connect() for _ in range(40)]
     for connection in (*before, *after):
         ask(connection)
+    _both_sets_are_shown_and_every_packet_is_counted(node)
     for connection in before:
         connection.close()
     eventually(lambda: "SetRetired" in node.reasons(), 30)
+    assert [s["state"] for s in node.status()["sets"]] == ["Current"]
+    assert "no transition" in node.packetstack("transitions", "web")
+    assert json.loads(node.packetstack("transitions", "-o", "json")) == []
     for connection in after:
         ask(connection)
         connection.close()
@@ -46,3 +52,32 @@ def test_row_27_at_the_deadline_both_ends_of_a_connection_that_goes_on_are_reset
     eventually(lambda: "SetRetired" in node.reasons(), 30)
     with young:
         ask(young)
+
+
+def _both_sets_are_shown_and_every_packet_is_counted(node: Node) -> None:
+    """While the first set keeps 40 connections and the second has 40."""
+    shown = json.loads(node.packetstack("transitions", "web", "-o", "json"))
+    old, new = shown["sets"]
+    assert (old["state"], old["ready"], old["buckets"]) == ("Draining", 2, 0)
+    assert 0 < old["keptBuckets"] <= old["connections"], "a bucket without a connection is not mirrored"
+    assert (new["state"], new["ready"], new["buckets"], new["keptBuckets"]) == ("Current", 3, 256, 0)
+    assert old["connections"] >= 40
+    assert old["rejected"]["not_kept"] > 0
+    assert new["rejected"]["kept"] > 0
+    for words in (("transitions",), ("describe", "web"), ("top", "--once")):
+        said = node.packetstack(*words)
+        assert f"256 of 256 switched; {old['keptBuckets']} kept by both" in said
+        assert "not_kept" in said
+    eventually(lambda: _accounted(metric(node.client, "packetstack_engine_packets_total", "event")))
+    assert (
+        metric(node.client, "packetstack_rejected_packets_total", "reason")["not_kept"] >= old["rejected"]["not_kept"]
+    )
+    assert metric(node.client, "packetstack_kept_connections", "set") == {"1": old["connections"]}
+    assert not any("rejected" in name for reasons in node.status()["drops"].values() for name in reasons)
+
+
+def _accounted(frames: Counter[str]) -> bool:
+    """Nothing is without a reason, and of two copies one is rejected."""
+    rejected = sum(n for name, n in frames.items() if name.startswith("rejected_"))
+    dropped = sum(n for name, n in frames.items() if name.startswith("drop_"))
+    return frames["received"] == frames["forwarded"] + dropped + rejected and frames["mirrored"] == 2 * rejected > 0

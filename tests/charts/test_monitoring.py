@@ -218,6 +218,18 @@ FIRING: dict[str, tuple[dict[str, str], int, dict[str, str], dict[str, str]]] = 
         {"stack": "a"},
         {f'packetstack_handover_hold_seconds{{{AGENT}, stack="b"}}': "0.02x30"},
     ),
+    "PacketStackTransitionEndless": (
+        {
+            f'packetstack_draining_seconds{{{AGENT}, stack="a", set="1"}}': "4000+60x30",
+            f'packetstack_kept_connections{{{AGENT}, stack="a", set="1"}}': "7x30",
+        },
+        8,
+        {"stack": "a"},
+        {
+            f'packetstack_draining_seconds{{{AGENT}, stack="b", set="1"}}': "4000+60x30",
+            f'packetstack_kept_connections{{{AGENT}, stack="b", set="1"}}': "900-10x30",
+        },
+    ),
     "PacketStackInvariantBroken": (
         {f'packetstack_drops_total{{{AGENT}, stack="a", stage="engine", reason="not_owner"}}': "0x5 1x25"},
         6,

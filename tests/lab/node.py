@@ -1,9 +1,11 @@
 """A node with real packets: the lab's three namespaces, the real command, servers that say who they are."""
 
 import json
+import re
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
@@ -230,6 +232,15 @@ def ask(connection: socket.socket) -> str:
     answer = connection.recv(4096)
     assert answer, "the connection was closed"
     return answer.split()[0].decode()
+
+
+def metric(client: Client, name: str, label: str) -> Counter[str]:
+    """Sums of a metric by one of its labels."""
+    found: Counter[str] = Counter()
+    for line in client.metrics().splitlines():
+        if line.startswith(name + "{") and (value := re.search(rf'{label}="([^"]*)"', line)):
+            found[value[1]] += int(float(line.split()[-1]))
+    return found
 
 
 @contextmanager
