@@ -1,0 +1,267 @@
+"""A stack whose sets of engines take over from each other by Mirror, and what its client and its server see on the wire."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import struct
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tests.lab.node import Node
+from tests.lab.pool import DEMO
+from tests.waiting import eventually
+
+from packetstack_agent.node import RunDirectory
+from packetstack_cli.lab import NODE_UPLINK, Lab, Room, inside
+from packetstack_cli.traffic import Servers
+from packetstack_core import abi
+
+VIP = "192.0.2.10"
+TCP, UDP = f"{VIP}:80", f"{VIP}:53"
+ALL_TCP, ALL_UDP = (TCP, "[2001:db8:1::10]:80"), (UDP, "[2001:db8:1::10]:53")
+TIMEOUTS = {
+    "tcpClosedTimeoutSeconds": 1,
+    "tcpTimeWaitTimeoutSeconds": 1,
+    "tcpHalfCloseTimeoutSeconds": 4,
+    "udpIdleTimeoutSeconds": 2,
+    "udpUnansweredTimeoutSeconds": 2,
+}
+FLOW_TABLE = {"buckets": 256, "maxFlows": 20000, **TIMEOUTS}
+SYN, ACK, RST, FIN = 2, 16, 4, 1
+
+
+@dataclass(frozen=True)
+class Segment:
+    """An IPv4 packet, as it was on a wire."""
+
+    outgoing: bool
+    source: str
+    destination: str
+    protocol: int
+    sport: int
+    dport: int
+    flags: int
+    """Of TCP."""
+    number: int
+    """TCP's sequence number."""
+    same: bytes
+    """All that two copies have in common that two engines have sent on: without addresses, ports, TTL, checksums."""
+
+
+class Wire:
+    """Keeps what passes a device of the lab from now on."""
+
+    def __init__(self, lab: Lab, room: Room, device: str) -> None:
+        with inside(lab.namespace(room)):
+            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
+        self._socket.setsockopt(socket.SOL_SOCKET, 33, 512 << 20)  # SO_RCVBUFFORCE
+        self._socket.bind((device, 0x0003))
+
+    def read(self) -> list[Segment]:
+        """All TCP and UDP over IPv4 since, without later fragments; AssertionError if the kernel could not keep all."""
+        found = []
+        while True:
+            try:
+                frame, address = self._socket.recvfrom(160)
+            except BlockingIOError:
+                break
+            if (segment := _segment(frame, address[2] == 4)) is not None:
+                found.append(segment)
+        dropped = struct.unpack("II", self._socket.getsockopt(263, 6, 8))[1]  # SOL_PACKET, PACKET_STATISTICS
+        self._socket.close()
+        assert dropped == 0, f"{dropped} packets were not kept"
+        return found
+
+
+def _segment(frame: bytes, outgoing: bool) -> Segment | None:
+    if frame[12:14] != b"\x08\x00" or frame[23] not in (6, 17):
+        return None
+    l4 = 14 + (frame[14] & 15) * 4
+    if struct.unpack("!H", frame[20:22])[0] & 0x1FFF or len(frame) < l4 + 8:
+        return None
+    tcp = frame[23] == 6
+    sport, dport = struct.unpack("!HH", frame[l4 : l4 + 4])
+    rest = frame[l4 + 4 : l4 + 16] + frame[l4 + 18 :] if tcp else frame[l4 + 8 :]
+    return Segment(
+        outgoing, socket.inet_ntoa(frame[26:30]), socket.inet_ntoa(frame[30:34]), frame[23], sport, dport,
+        frame[l4 + 13] if tcp else 0, struct.unpack("!I", frame[l4 + 4 : l4 + 8])[0] if tcp else 0,
+        frame[16:20] + rest,
+    )  # fmt: skip
+
+
+def resets(segments: Sequence[Segment]) -> list[Segment]:
+    """Those among them that end a connection."""
+    return [s for s in segments if s.flags & RST]
+
+
+def sent_twice(segments: Sequence[Segment]) -> dict[bytes, int]:
+    """What came in more than once in the same form. Segments without content and with the IP identification 0 are no
+    evidence: a kernel sends the same ones again."""
+    seen = Counter(s.same for s in segments if not s.outgoing and s.same[2:4] != b"\0\0")
+    return {same: n for same, n in seen.items() if n > 1}
+
+
+def answers_to_one_opener(segments: Sequence[Segment]) -> list[tuple[Any, ...]]:
+    """At the client: openers to which SYN-ACKs came with two different numbers."""
+    numbers: dict[tuple[Any, ...], set[int]] = {}
+    for s in segments:
+        if not s.outgoing and s.flags & (SYN | ACK) == SYN | ACK:
+            acked = struct.unpack("!I", s.same[8:12])[0]
+            numbers.setdefault((s.destination, s.dport, s.source, s.sport, acked), set()).add(s.number)
+    return [key for key, found in numbers.items() if len(found) > 1]
+
+
+class Mirrored(Node):
+    """A stack `demo` with Mirror, whose backends are the traffic generator's."""
+
+    def make(self, replicas: int, handover: dict[str, Any] | None = None, **spec: Any) -> None:
+        """Bring it up, or change it. `spec` replaces parts; `handover` adds to the strategy."""
+        document: dict[str, Any] = yaml.safe_load(DEMO.read_text())
+        for listener in document["spec"]["listeners"]:
+            listener["healthCheck"] = {"type": "None"}
+        document["spec"] |= {
+            "replicas": replicas,
+            "engine": {"cores": 1, "queuesPerCore": 2, "cpuPolicy": "Shared"},
+            "handover": {"strategy": "Mirror", **(handover or {})},
+            "flowTable": FLOW_TABLE,
+            "rebalance": {"mode": "Off"},
+            **spec,
+        }
+        file = self.lab.directory / "stack.yaml"
+        file.write_text(json.dumps(document))
+        self.packetstack("up", str(file), "--uplink", NODE_UPLINK)
+
+    def down(self) -> None:
+        """Nothing of it is left."""
+        self.command("down", "--all", "--yes")
+
+    def engines(self) -> list[dict[str, Any]]:
+        """Of all sets."""
+        engines: list[dict[str, Any]] = self.status("demo")["engines"]
+        return engines
+
+    def slots(self) -> set[int]:
+        """Of all engines."""
+        return {e["slot"] for e in self.engines()}
+
+    def scale(self, replicas: int) -> None:
+        """Ask for so many engines, and do not wait."""
+        self.client.scale("demo", replicas)
+
+    def count(self, reason: str) -> int:
+        """Events with this reason."""
+        return sum(int(e["count"]) for e in self.client.call("events", name="demo") if e["reason"] == reason)
+
+    def switch(self, replicas: int) -> tuple[set[int], set[int]]:
+        """Scale, until all buckets are switched; slots of the first set and of the second."""
+        before = self.slots()
+        self.scale(replicas)
+        self.wait_switched()
+        return before, self.slots() - before
+
+    def wait_switched(self) -> None:
+        """Until each bucket has its new owner."""
+        eventually(self.switched, 20, "all buckets switched")
+
+    def switched(self) -> bool:
+        """Is a set draining, of which no bucket is the own any more?"""
+        return self.reason("Progressing") == "SetDraining"
+
+    def condition(self, kind: str) -> dict[str, str]:
+        """Of the stack; empty if there is none."""
+        found: list[dict[str, str]] = self.status("demo")["conditions"]
+        return next((c for c in found if c["type"] == kind), {})
+
+    def reason(self, kind: str) -> str:
+        """Of a condition."""
+        return self.condition(kind).get("reason", "")
+
+    def live(self, slots: set[int]) -> int:
+        """Connections and flows that these engines have."""
+        return sum(e["flows"] for e in self.engines() if e["slot"] in slots)
+
+    def retired(self, times: int, timeout_seconds: float = 30) -> None:
+        """Until so many sets have gone since the stack was made."""
+        eventually(lambda: self.count("SetRetired") >= times, timeout_seconds, f"{times} sets retired")
+
+    def settle(self, timeout_seconds: float = 30) -> None:
+        """Until the stack is as its resource says."""
+        self.wait_ready("demo", timeout_seconds)
+
+    def counters(self, slots: set[int]) -> Counter[str]:
+        """Of these engines together: packets by what became of them."""
+        found: Counter[str] = Counter()
+        for line in self.client.metrics().splitlines():
+            if line.startswith("packetstack_engine_packets_total{"):
+                labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+                if int(labels["engine"]) in slots:
+                    found[labels["event"]] += int(float(line.rpartition(" ")[2]))
+        return found
+
+    def mirrored(self) -> int:
+        """Packets that the director has sent to two engines."""
+        found = re.search(r'director_packets_total\{[^}]*"mirrored"[^}]*\} (\S+)', self.client.metrics())
+        return int(float(found[1])) if found else 0
+
+    def remains(self) -> dict[str, int]:
+        """How many processes, files and so on there are for the sets of engines."""
+        run = self.lab.run_directory
+        mark = RunDirectory(run).namespace("x", 0).removesuffix("x-0")
+        with inside(self.lab.namespace("node")):
+            links = len(socket.if_nameindex())
+        return {
+            "processes": len(self._processes()),
+            "namespaces": sum(p.name.startswith(mark) for p in Path("/run/netns").iterdir()),
+            "pins": sum(1 for _ in (run / "bpf").iterdir()),
+            "files": sum("bpf" not in p.parts for p in run.rglob("*")),
+            "links": links,
+        }
+
+    def memory_bytes(self) -> int:
+        """Of all sets: shared memory, and what datapaths have for themselves."""
+        run = self.lab.run_directory
+        total = sum(int(abi.lib().ps_map_bytes(str(pin).encode())) for pin in (run / "bpf").glob("*"))
+        total += sum(p.stat().st_size for p in run.rglob("*") if "bpf" not in p.parts and p.is_file())
+        return total + sum(own_bytes(e["pid"]) for e in self.engines())
+
+    def agent_bytes(self) -> int:
+        """What the agent has for itself."""
+        return own_bytes(int((self.lab.run_directory / "agent.pid").read_text()))
+
+
+def own_bytes(pid: int) -> int:
+    """Memory of a process, without what it shares."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def ask(connection: socket.socket, sequence: int = 1, size: int = 64) -> bytes:
+    """A request of the generator's protocol; its answer. The connection must still work."""
+    connection.sendall(struct.pack("=IIQQ", 0x50537171, size, sequence, 7))
+    found = b""
+    while len(found) < 16 + size:
+        more = connection.recv(65536)
+        assert more, "the connection was closed"
+        found += more
+    return found
+
+
+@contextmanager
+def mirrored(prefix: str, *, servers: bool = True) -> Iterator[Mirrored]:
+    """A lab with servers, and without a stack."""
+    with Lab(prefix) as lab:
+        serving = Servers(lab) if servers else None
+        made = Mirrored(lab)
+        try:
+            yield made
+        finally:
+            made.down()
+            if serving is not None:
+                serving.stop()
