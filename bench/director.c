@@ -3,6 +3,7 @@
  * What the director costs, beside programs that do less, in turns.
  *
  *   generator -> gen0 | gen1: the program measured -> eng0 | eng1: sink
+ *                                            mirrored -> kept0 | kept1: sink, too
  *
  * All in a network namespace of its own, on one CPU. Packets come from BPF_PROG_TEST_RUN with live
  * frames. Each line of the output is one round: NAME VALUE; values are ns in the program (its run time as
@@ -177,8 +178,16 @@ static void pin(int cpu)
 	sched_setaffinity(0, sizeof(set), &set);
 }
 
+static void put_fd(int map, uint32_t key, int value)
+{
+	if (bpf_map_update_elem(map, &key, &value, BPF_ANY))
+		fail("pair: %s", strerror(errno));
+}
+
 static void set_up(void)
 {
+	uint16_t *numbers;
+	int pair;
 	struct ps_listener_key4 key = { .address = inet_addr("198.51.100.1"), .port = htons(80), .protocol = 17 };
 	struct ps_target target = { .key0 = 0x0123456789abcdef, .key1 = 0xfedcba9876543210, .mask = BUCKETS - 1 };
 	struct ps_uplink uplink = { .flags = PS_UPLINK_CLIENTS | PS_UPLINK_BACKENDS,
@@ -190,7 +199,7 @@ static void set_up(void)
 	if (unshare(CLONE_NEWNET))
 		fail("network namespace: %s; needs root", strerror(errno));
 	run("ip link add gen0 type veth peer name gen1 && ip link add eng0 type veth peer name eng1 && "
-	    "for d in gen0 gen1 eng0 eng1; do ip link set $d addrgenmode none up || exit 1; done");
+	    "ip link add kept0 type veth peer name kept1 && for d in gen0 gen1 eng0 eng1 kept0 kept1; do ip link set $d addrgenmode none up || exit 1; done");
 	gen0 = (int)if_nametoindex("gen0");
 	gen1 = (int)if_nametoindex("gen1");
 	eng0 = (int)if_nametoindex("eng0");
@@ -215,6 +224,24 @@ static void set_up(void)
 	put(tools, "out", &(uint32_t){ 1 }, &eng0);
 	attach(gen0, program(tools, "sink"));
 	attach(eng1, program(tools, "sink"));
+	attach((int)if_nametoindex("kept1"), program(tools, "sink"));
+	pair = bpf_map_create(BPF_MAP_TYPE_DEVMAP, "pair", 4, 4, 2, NULL);
+	put_fd(pair, 0, eng0);
+	put_fd(pair, 1, (int)if_nametoindex("kept0"));
+	put(director, "pairs", &(uint32_t){ 1 }, &pair);
+	numbers = mmap(NULL, PS_TABLE_WORDS * 2ul, PROT_READ | PROT_WRITE, MAP_SHARED,
+		       bpf_object__find_map_fd_by_name(director, "pair_numbers"), 0);
+	if (numbers == MAP_FAILED)
+		fail("pairs: %s", strerror(errno));
+	for (uint32_t b = 0; b < BUCKETS; b++)
+		numbers[b] = 1;
+}
+
+/* Every bucket has a previous owner, or none has. */
+static void mirror(int on)
+{
+	for (uint32_t b = 0; b < BUCKETS; b++)
+		__atomic_store_n(&words[b], ps_word(2, 1, 0, on ? 2 : 0, 0), __ATOMIC_RELEASE);
 }
 
 int main(int argc, char **argv)
@@ -246,7 +273,7 @@ int main(int argc, char **argv)
 		for (int i = 0; i < 2; i++) {
 			const char *size = sizes[i].name;
 			uint32_t flows = sizes[i].flows;
-			double base, steady, ahead, moving, bare, away, back;
+			double base, steady, ahead, moving, bare, mirrored, away, back;
 
 			statistics = bpf_enable_stats(BPF_STATS_RUN_TIME);
 			if (statistics < 0)
@@ -258,14 +285,22 @@ int main(int argc, char **argv)
 			atomic_store(&rewriting, true);
 			moving = time_in(routed, flows, packets) - base;
 			atomic_store(&rewriting, false);
+			mirror(1);
+			mirrored = time_in(routed, flows, packets) - base;
+			mirror(0);
 			close(statistics);
-			printf("empty_%s %.2f\ntable_%s %.2f\ndirector_%s %.2f\nuplink_%s %.2f\nhandover_%s %.2f\n",
-			       size, base, size, bare, size, steady, size, ahead, size, moving);
+			printf("empty_%s %.2f\ntable_%s %.2f\ndirector_%s %.2f\nuplink_%s %.2f\nhandover_%s %.2f\n"
+			       "mirror_%s %.2f\n",
+			       size, base, size, bare, size, steady, size, ahead, size, moving, size, mirrored);
 			/* In short turns, so that what else the machine does meets both alike. */
 			for (int turn = 0; turn < TURNS; turn++) {
 				away = rate(routed, flows, packets / TURNS);
 				back = rate(swap, flows, packets / TURNS);
-				printf("pipeline_%s %.1f\nswap_%s %.1f\n", size, away, size, back);
+				mirror(1);
+				mirrored = rate(routed, flows, packets / TURNS) / 2; /* the sinks of both count */
+				mirror(0);
+				printf("pipeline_%s %.1f\nswap_%s %.1f\ndoubled_%s %.1f\n", size, away, size, back, size,
+				       mirrored);
 			}
 			fflush(stdout);
 		}

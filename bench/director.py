@@ -25,6 +25,8 @@ def director(program: Path, objects: tuple[Path, Path], quick: bool) -> Iterator
         for name, peer in (
             ("handover", "director"),
             ("uplink", "director"),
+            ("mirror", "director"),
+            ("doubled", "pipeline"),
             ("pipeline", "swap"),
             ("director", "table"),
         )
@@ -70,6 +72,29 @@ def director(program: Path, objects: tuple[Path, Path], quick: bool) -> Iterator
             round(ratio, 2),
             "<= 1.3x",
             yes(ratio <= 1.3),
+        )
+    for size in ("1k", "1M"):
+        yield Row(
+            "T4",
+            f"director, every bucket mirrored, {size} flows",
+            round(figure[f"mirror_{size}"], 1),
+            "ns/packet",
+            "steady",
+            round(figure[f"director_{size}"], 1),
+            round(ratios["mirror", size], 2),
+            "<= 1.6x",
+            yes(ratios["mirror", size] <= 1.6),
+        )
+        yield Row(
+            "T4",
+            f"pipeline on one core, every packet to two engines, {size} flows",
+            round(figure[f"doubled_{size}"]),
+            "kpps",
+            "to one",
+            round(figure[f"pipeline_{size}"]),
+            round(ratios["doubled", size], 2),
+            ">= 0.6x",
+            yes(ratios["doubled", size] >= 0.6),
         )
     for size, least in (("1k", 0.85), ("1M", 0.80)):
         ratio = ratios["pipeline", size]
