@@ -69,6 +69,8 @@ class Mirrors:
         over = (await asyncio.to_thread(mirror.left)).over
         if over:
             await self._change(managed, "end", over)
+        if managed.stack.share_limits():
+            managed.stale = True
         async with managed.busy:
             await to_the_end(mirror.look_at_devices, list(managed.engines.values()))
 
@@ -186,6 +188,7 @@ class Mirrors:
         """Its engines have gone: the others forget the list, then the memory goes."""
         stack = managed.stack
         stack.mirror_no_more()
+        managed.stale = True
         for engine in managed.engines.values():
             if engine.attachments is not None:
                 engine.attachments.connect(None)

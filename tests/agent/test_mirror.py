@@ -1,5 +1,6 @@
 """A second set of engines takes over by Mirror: connections stay where they are until they end, on real packets."""
 
+import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -52,6 +53,25 @@ def test_row_27_at_the_deadline_both_ends_of_a_connection_that_goes_on_are_reset
     eventually(lambda: "SetRetired" in node.reasons(), 30)
     with young:
         ask(young)
+
+
+def test_row_24_a_listeners_limit_holds_over_both_sets_together(node: Node) -> None:
+    limited = [li | {"limits": {"maxFlows": 30}} for li in stack()["spec"]["listeners"]]
+    node.up(stack(handover=MIRROR, flowTable=FLOWS, listeners=limited))
+    old = [node.connect() for _ in range(20)]
+    for connection in old:
+        ask(connection)
+    node.packetstack("scale", "web", "--replicas", "1")
+    eventually(lambda: "BucketsSwitched" in node.reasons())
+    young, answered = [], 0
+    with contextlib.suppress(OSError):
+        while answered < 30:
+            young.append(node.connect(timeout_seconds=0.5))
+            ask(young[-1])
+            answered += 1
+    for connection in (*old, *young):
+        connection.close()
+    assert answered == 10
 
 
 def _both_sets_are_shown_and_every_packet_is_counted(node: Node) -> None:
