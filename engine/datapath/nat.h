@@ -229,25 +229,27 @@ static inline bool ps_place(struct ps_handler *h, struct ps_shard *s, uint32_t b
  * The place of a connection that was claimed from the keeper: its port is nobody else's until that one has forgotten it,
  * and its backend expects the client there. -> whether both still serve
  */
-static PS_RARE bool ps_place_claimed(struct ps_handler *h, struct ps_shard *s, const struct ps_listener *l,
-				     const struct ps_connection *c, struct ps_entry *value)
+static PS_RARE bool ps_place_claimed(struct ps_handler *h, struct ps_shard *s, uint32_t bucket,
+				     const struct ps_listener *l, const struct ps_connection *c, struct ps_entry *value)
 {
 	const struct ps_config *config = h->config;
-	struct ps_key k = { .sport = c->backend_port, .dport = c->snat_port, .udp = c->flags & PS_CONNECTION_UDP };
+	const struct ps_connection was = *c; /* the keeper may write it */
+	struct ps_key k = { .sport = was.backend_port, .dport = was.snat_port, .udp = value->flags & PS_FLOW_UDP };
 	uint32_t b = l->first_backend, end = l->first_backend + l->backends, n = 0;
 
 	while (b < end &&
-	       (config->backend[b].port != c->backend_port || memcmp(config->backend[b].address, c->backend, 16)))
+	       (config->backend[b].port != was.backend_port || memcmp(config->backend[b].address, was.backend, 16)))
 		b++;
-	while (n < config->snats && memcmp(config->snat[n].address, c->snat, 16))
+	while (n < config->snats && memcmp(config->snat[n].address, was.snat, 16))
 		n++;
-	memcpy(k.source, c->backend, 16);
-	memcpy(k.destination, c->snat, 16);
-	if (b == end || n == config->snats || ps_find_reply(h->arena, s, &k))
+	memcpy(k.source, was.backend, 16);
+	memcpy(k.destination, was.snat, 16);
+	if (b == end || n == config->snats || (config->snat[n].family == 6) != !!(value->flags & PS_FLOW_V6) ||
+	    !ps_port_is_of(h->arena, bucket, was.snat_port) || ps_find_reply(h->arena, s, &k))
 		return false;
 	value->backend = config->backend[b].id;
 	value->snat = config->snat[n].id;
-	value->snat_port = c->snat_port;
+	value->snat_port = was.snat_port;
 	return true;
 }
 
@@ -274,7 +276,7 @@ static inline struct ps_entry *ps_flow_open(struct ps_handler *h, struct ps_shar
 	value.listener = l->number;
 	value.flags = (k->udp ? PS_FLOW_UDP : 0) | (ps_is_v6(k->destination) ? PS_FLOW_V6 : 0);
 	value.state = k->udp ? PS_FLOW_UNANSWERED : PS_FLOW_SYN;
-	if (!(h->claimed && ps_place_claimed(h, s, l, h->claimed, &value)) &&
+	if (!(h->claimed && ps_place_claimed(h, s, bucket, l, h->claimed, &value)) &&
 	    !ps_place(h, s, bucket, l, k, syn, &value)) {
 		*refused = PS_C_DROP_NO_PORT;
 		return NULL;

@@ -186,6 +186,8 @@ static inline void ps_connections_publish(const struct ps_connection_list *l, st
 	struct ps_entry *flows = ps_shard_flows(a, s);
 	uint32_t mask = l->index_slots - 1, n = s->high < l->entries ? s->high : l->entries;
 
+	if (n > a->entries)
+		n = a->entries;
 	__atomic_store_n(&c->published, 0, __ATOMIC_RELEASE);
 	memset(ps_connections_index(l, c, false), 0, 4ul * l->index_slots);
 	c->left = 0;

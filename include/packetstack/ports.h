@@ -12,6 +12,14 @@
 static inline uint32_t ps_port_first(uint32_t buckets) { return buckets >= 1024 ? 1 : 1024 / buckets; }
 static inline uint32_t ps_ports_per_bucket(uint32_t buckets) { return 65536 / buckets - ps_port_first(buckets); }
 
+/* Is this port, in wire order, one that the bucket may use? */
+static inline bool ps_port_is_of(const struct ps_arena *a, uint32_t bucket, uint16_t port)
+{
+	uint32_t number = __builtin_bswap16(port);
+
+	return (number & (a->buckets - 1)) == bucket && number / a->buckets >= ps_port_first(a->buckets);
+}
+
 /* A SYN that looks for a port. */
 struct ps_opening {
 	uint32_t seq;
