@@ -290,9 +290,8 @@ static void keep(struct worker *w, uint32_t bucket, struct ps_shard *s)
 
 	if (d->trusted[bucket] != WHOLE)
 		look_at_shard(w, bucket, s, WHOLE);
-	if (w->handler.list)
-		ps_connections_publish(w->handler.list, ps_connections_of(w->handler.list, bucket), d->arena, s,
-				       w->handler.now);
+	ps_connections_publish(w->handler.list, ps_connections_of(w->handler.list, bucket), d->arena, s,
+			       w->handler.now);
 	STORE(&s->owner, ps_owner(s->owner) | PS_KEPT);
 	PS_POINT(KEPT);
 }
@@ -313,6 +312,8 @@ static void fence_acknowledge(struct worker *w, struct queue *q)
 
 	if (id <= s->fence_acked || LOAD(&f->id) != id)
 		return;
+	if (f->kind == PS_FENCE_SWITCH && !w->handler.list)
+		return; /* nowhere to publish what would be kept: the agent sees that nobody answers */
 	/* A predecessor may have seen the last marker in a batch that it did not publish: that comes first. */
 	if (s->journal.progress[SOURCE_RX].end != LOAD(q->rx.consumer))
 		return;
@@ -998,6 +999,7 @@ static void adopt(struct datapath *d)
 			if (in_umem(d, parked))
 				park_count(d, q, stamp_of(d->umem + parked->address), 1);
 		}
+		q->mark = LOAD(q->rx.consumer);
 		PS_POINT(ADOPT_PARKED);
 		s->kick = 1;
 		STORE(&s->cur, me);
@@ -1146,7 +1148,8 @@ static void *run(void *argument)
 		w->now_ns = clock_ns();
 		w->handler.now_ns = w->now_ns;
 		w->handler.now = (uint32_t)(w->now_ns / (1000000000 / PS_TICKS_PER_SECOND));
-		w->core->heartbeat++;
+		/* Seen by all before the list is read: see wait_for_a_turn. */
+		__atomic_fetch_add(&w->core->heartbeat, 1, __ATOMIC_SEQ_CST);
 		w->core->cpu = (uint32_t)sched_getcpu();
 		w->handler.list = LOAD(&d->list);
 		take_configuration(w);
@@ -1300,7 +1303,10 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 	return 0;
 }
 
-/* Until no core is in a turn that it began before. */
+/*
+ * Until no core is in a turn that it began before. One that begins a turn shows it first and reads then, we store first and
+ * look then: a core whose new turn is seen here has read what was stored.
+ */
 static void wait_for_a_turn(struct datapath *d)
 {
 	for (uint32_t i = 0; i < d->cores; i++) {
