@@ -71,7 +71,10 @@ class Mirror:
         self._list = ffi.NULL
 
     def remove(self) -> None:
-        """Let it go for good: nothing is mirrored any more."""
+        """Let it go for good: nothing is mirrored any more, so that the numbers of all pairs are free, whatever shards say."""
+        for bucket, word in enumerate(self._read()):
+            if not word >> 6 & 1023:
+                self._numbers[self._offset + bucket] = 0
         self.close()
         self._pin.unlink(missing_ok=True)
 

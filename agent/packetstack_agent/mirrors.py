@@ -143,6 +143,8 @@ class Mirrors:
                 names = ", ".join(e.blueprint.name for e in late)
                 message = f"{names} does not use the connection list yet: no bucket is switched until it does"
                 self._journal.event(managed.stack.name, EventReason.ENGINE_DOES_NOT_ANSWER, message)
+                for engine in late:
+                    self._fences.fence_missed(engine, time.monotonic())
                 return True
             await asyncio.sleep(0.002)
         report = await self._change(managed, "switch", moves)

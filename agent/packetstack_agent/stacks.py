@@ -394,13 +394,12 @@ class Stack:
         return [sum(counts) for counts in zip(*(memory.packets() for memory in self.sets.values()), strict=True)]
 
     def close(self) -> None:
-        """Withdraw from the director and let the shared memory go. Files stay."""
+        """Withdraw from the director and let the shared memory go. Files stay, but for a connection list."""
         with suppress(AgentError):
             self._directions.withdraw()
         for b in range(self.buckets):
             self._words[b] = 0
-        if self.mirror is not None:
-            self.mirror.close()
+        self.mirror_no_more()
         for memory in self.sets.values():
             memory.close()
 

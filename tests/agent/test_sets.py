@@ -233,6 +233,27 @@ async def test_a_set_comes_and_goes_while_the_other_stays(run: RunDirectory, dir
     stack.close()
 
 
+def test_a_stack_that_goes_while_its_traffic_is_mirrored_leaves_no_list_and_no_pair_taken(
+    run: RunDirectory, director: Director
+) -> None:
+    stack = opened(run, director)
+    stack.add_set(2)
+    stack.mirror_from(1, 2)
+    assert stack.mirror
+    assert stack.connections
+    pairs, at = lib().ps_director_pair_numbers(director.handle), stack.index * constant("PS_MAX_BUCKETS") + 5
+    lib().ps_director_words(director.handle)[at] = word(3, 2) | 1 << 6
+    pairs[at] = 7
+    pairs[at + 1] = 8  # of a bucket that has ended, whose shard somebody has written
+    shared, mirror = stack.connections.fd, stack.mirror
+    stack.close()
+    assert (pairs[at], pairs[at + 1]) == (0, 0)
+    assert "arena_web_1+connections" not in there_are(run)[0]
+    assert not mirror._list
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(shared)
+
+
 async def test_a_configuration_is_written_for_all_sets(run: RunDirectory, director: Director) -> None:
     stack = opened(run, director)
     stack.add_set(2)
