@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from packetstack_agent import networks
+from packetstack_agent.blueprints import FIRST_SET
 from packetstack_agent.director import Director
 from packetstack_agent.engine_life import EngineLife
 from packetstack_agent.errors import AgentError
@@ -157,8 +158,9 @@ class Applying:
         # An agent may have been killed while it made a stack of this name, or ended one.
         await asyncio.to_thread(self._run.remove_stack, name)
         directory = self._run.stack(name)
+        first = (table.spec.current_set() if table is not None else None) or FIRST_SET
         stack = await asyncio.to_thread(
-            Stack, name, resource, index, directory, self._run.memory, self._director.handle
+            Stack, name, resource, index, directory, self._run.memory, self._director.handle, (first,), first
         )
         managed = Managed(stack, table=table)
         self._stacks[name] = managed

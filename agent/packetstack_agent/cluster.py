@@ -385,12 +385,12 @@ class Follower:
             if self._agent.foreign:  # its engines are as they were, and this table is not carried out
                 former = {"observedGeneration": 0} | self._former.get(name, {})
                 report = former | {"node": self._node, "message": message, "agentVersion": version("packetstack")}
-            return kinds.NodeReport.model_validate(report).model_dump(mode="json", by_alias=True)
+            return kinds.NodeReport.model_validate(report).document()
         said = firewall_report(self._agent.firewall)
         lost = preconditions.problem(managed.lacks, lost=True)
         more = {"firewall": said, "lost": f"{lost[0]}: {lost[1]}"[:1000] if lost is not None else ""}
         full = report_of(managed, self._node, message or managed.problem).model_copy(update=more)
-        return full.model_dump(mode="json", by_alias=True)
+        return full.document()
 
 
 def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
@@ -400,6 +400,7 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
         if owner is not None and owner.slot:
             owned[owner.slot] = owned.get(owner.slot, 0) + 1
     flows = managed.stack.flows_by_slot()
+    has_sets = managed.table is not None and managed.table.spec.sets is not None
     engines = [
         {
             "id": e.blueprint.id,
@@ -410,6 +411,7 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
             "interface": e.blueprint.device,
             "mac": e.mac,
             "message": trouble(e),
+            "configured": managed.stack.is_configured(e) if has_sets else None,
         }
         for _, e in sorted(managed.engines.items())
         if not e.removing
@@ -425,9 +427,25 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
                 "agentVersion": version("packetstack"),
                 "layout": constant("PS_LAYOUT_VERSION"),
                 "message": message,
+                "sets": _sets_of(managed) if has_sets else None,
             }
         )
     )
+
+
+def _sets_of(managed: Managed) -> list[dict[str, int]]:
+    stack = managed.stack
+    left = stack.mirror.left() if stack.mirror is not None else None
+    shown = []
+    for number in stack.sets:
+        one = {"id": number}
+        if left is not None and number != stack.current:
+            one |= {
+                "keptBuckets": power_of_two_below(left.buckets),
+                "connections": power_of_two_below(left.connections),
+            }
+        shown.append(one)
+    return shown
 
 
 def firewall_report(firewall: Firewall) -> str:
@@ -443,7 +461,8 @@ def power_of_two_below(n: int) -> int:
 
 def _without_flows(report: dict[str, Any]) -> dict[str, Any]:
     engines = [{k: v for k, v in e.items() if k != "flows"} for e in report.get("engines", [])]
-    return report | {"engines": engines}
+    sets = [{k: v for k, v in s.items() if k != "connections"} for s in report.get("sets", [])]
+    return report | {"engines": engines, "sets": sets}
 
 
 def _name(item: dict[str, Any]) -> str:

@@ -93,8 +93,8 @@ class EngineLife:
         }
         self._begin(managed, Engine(self.blueprint(stack, known), self._director.handle))
 
-    def attach(self, managed: Managed, wanted: TableEngine) -> None:
-        """Begin to make rings for an engine in the pod that the operator has made for it."""
+    def attach(self, managed: Managed, wanted: TableEngine, number: int) -> None:
+        """Begin to make rings for an engine in the pod that the operator has made for it, with the memory of this set."""
         stack = managed.stack
         slot = self._run.next_slot()
         known = {
@@ -111,7 +111,7 @@ class EngineLife:
             "pod": wanted.name,
             "pod_uid": wanted.pod_uid,
             "interface": wanted.interface,
-            "set": stack.current,
+            "set": number,
         }
         engine = Engine(self.blueprint(stack, known), self._director.handle)
         self._run.record.leaving.pop(engine.blueprint.directory.name, None)

@@ -8,6 +8,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Protocol
 
 from packetstack_agent import standings
@@ -32,7 +33,7 @@ from packetstack_core.planning import (
     RemoveEngine,
 )
 from packetstack_core.reasons import EventReason
-from packetstack_core.transitions import EndSet
+from packetstack_core.transitions import ChangeSet, EndSet, MakeSet
 from packetstack_core.wording import counted
 
 TICK_SECONDS = 1.0
@@ -48,8 +49,8 @@ class Engines(Protocol):
     def create(self, managed: Managed, action: CreateEngine) -> None:
         """Make one in a namespace of its own."""
 
-    def attach(self, managed: Managed, wanted: TableEngine) -> None:
-        """Make rings for one in a pod."""
+    def attach(self, managed: Managed, wanted: TableEngine, number: int) -> None:
+        """Make rings for one in a pod, with the memory of this set."""
 
     def become(self, engine: Engine, state: State) -> None:
         """Set the state of the engine, also for the next agent."""
@@ -238,24 +239,33 @@ class Keeper:
         for _ in range(ROUNDS):
             await self._prepare(managed)
             self._take_states(managed, table)
+            attached, mirrored = _attached(managed), _mirrored(managed)
             steps = following.follow(
-                table, _attached(managed), stack.owners(), stack.open_fences(), stack.shard_slots()
+                table, attached, stack.owners(), stack.open_fences(), stack.shard_slots(), mirrored
             )
             if time.monotonic() < managed.create_after:
-                steps = [s for s in steps if not isinstance(s, following.Attach)]
+                steps = [s for s in steps if not isinstance(s, following.Attach | MakeSet)]
             again = False
             for step in steps:
                 match step:
-                    case following.Attach(wanted):
-                        self._engines.attach(managed, wanted)
+                    case following.Attach(wanted, number):
+                        self._engines.attach(managed, wanted, number)
                     case following.Assign(moves):
                         again |= (await self.transfer(managed, moves, "by the flow table")).moved > 0
                     case following.Detach(slot):
                         self._engines.remove(managed, slot)
+                    case MakeSet(new):
+                        made = MakeSet(replace(new, since=time.monotonic()))
+                        again |= not await self._mirrors.act(managed, made)
+                    case ChangeSet(new):
+                        since = next(s.since for s in managed.sets.known if s.id == new.id)
+                        await self._mirrors.act(managed, ChangeSet(replace(new, since=since)))
+                    case _:
+                        again |= not await self._mirrors.act(managed, step)
             if not again:
                 break
         managed.converged = not stack.open_fences() and following.table_is_live(
-            table, _attached(managed), stack.owners()
+            table, _attached(managed), stack.owners(), _mirrored(managed)
         )
         self.news.tell(stack.name)
 
@@ -331,7 +341,13 @@ class Keeper:
 
 def _attached(managed: Managed) -> list[following.Attached]:
     return [
-        following.Attached(e.blueprint.id, e.slot, e.blueprint.pod_uid, e.ready and e.probed)
+        following.Attached(e.blueprint.id, e.slot, e.blueprint.pod_uid, e.ready and e.probed, e.blueprint.set)
         for e in managed.engines.values()
         if not e.removing
     ]
+
+
+def _mirrored(managed: Managed) -> following.Mirrored:
+    stack = managed.stack
+    known = tuple(replace(s, since=0.0) for s in managed.sets.known)
+    return following.Mirrored(tuple(stack.sets), stack.current, known, stack.belongs(), stack.keepers())

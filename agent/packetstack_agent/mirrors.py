@@ -1,5 +1,5 @@
 """Stacks get a second set of engines, and lose the first one when its connections have ended: carries out what the planner
-of sets decides (`packetstack_core.transitions`). Changes nothing but by the stack's task, which calls it.
+of sets decides (`packetstack_core.transitions`), or a flow table asks for (`following`). Changes nothing but by the stack's task, which calls it.
 """
 
 import asyncio

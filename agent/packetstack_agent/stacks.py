@@ -336,6 +336,10 @@ class Stack:
         """Slot -> how many buckets it still has to hand over: their shards name it, and their words another."""
         return Counter(slot for slot in self._disagreeing().values() if slot)
 
+    def belongs(self) -> Sequence[int]:
+        """By bucket, the set of its owner."""
+        return self._compared()[2]
+
     def _disagreeing(self) -> Mapping[int, int]:
         """Bucket whose word and shard disagree -> slot that its shard names, in the set that the word belongs to."""
         raw, headers, belongs = self._compared()

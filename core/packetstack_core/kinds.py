@@ -21,6 +21,7 @@ from pydantic import ValidationError, model_validator
 
 from packetstack_core import reading, resources, values
 from packetstack_core.assignment import NOBODY, Owner, State
+from packetstack_core.engines import Engine
 from packetstack_core.limits import MAX_BUCKETS, MAX_CORES, MAX_QUEUES, MAX_REPLICAS
 from packetstack_core.reading import ResourceError
 from packetstack_core.resources import API_VERSION, Handover, Listener, Metadata, PacketStack, Snat
@@ -76,6 +77,8 @@ def _decoded(text: str, buckets: int) -> tuple[Owner, ...]:
 Owners = Annotated[str, values.Text(r"[A-Za-z0-9+/=]*", 65536, "base64", "what the operator writes")]
 """Owner by bucket, as `encode_owners` writes it; empty: all nobody's."""
 SetId = Annotated[int, Whole(1, MAX_SET_ID, "a set's id")]
+Template = Annotated[str, values.Text(r"[0-9a-f]+", 64, "a hash", "hexadecimal digits")]
+_TIME = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"
 
 
 class TableNode(Model):
@@ -92,6 +95,18 @@ class TableSet(Model):
     """Number of the set, unique in the table and not given twice in a row."""
     state: Literal["Activating", "Current", "Draining"]
     """`Activating`: its engines come up. `Current`: it takes new connections. `Draining`: it keeps those that it has."""
+    replicas: Annotated[int, Whole(0, MAX_REPLICAS, "a number of engines")]
+    """Engines that it shall have."""
+    template: Template
+    """Hash of the pod template that its engines are made from."""
+    queues: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")]
+    """Receive queues of an engine of this template."""
+    since: Annotated[str, values.Text(_TIME, 20, "a time", 'RFC 3339, UTC, as in "2026-01-31T12:00:00Z"')]
+    """When it got its state. RFC 3339, UTC."""
+    engine: Engine | None = None
+    """Shape that its engines are made from, image included. Absent: the stack's, since nobody knows another."""
+    ending: bool | None = None
+    """The connections that it keeps end now, by resets. Absent: they have their time."""
 
 
 class TableEngine(Model):
@@ -107,7 +122,7 @@ class TableEngine(Model):
     """Name of its interface in the pod. Empty: the agent makes a veth pair."""
     state: StateName
     """State that the operator wants it in."""
-    template: Annotated[str, values.Text(r"[0-9a-f]+", 64, "a hash", "hexadecimal digits")]
+    template: Template
     """Hash of the pod template that it was made from."""
     queues: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")]
     """Receive queues of the engine."""
@@ -118,7 +133,7 @@ class TableEngine(Model):
     node: Annotated[str, values.DNS_NAME] | None = None
     """Node that it runs on, one of `nodes`; absent: `spec.node`."""
     set: SetId | None = None
-    """Set that it belongs to; absent: the only one."""
+    """Set that it belongs to; absent: the first of `sets`, or there are none."""
 
 
 class FlowTableSpec(Model):
@@ -133,7 +148,9 @@ class FlowTableSpec(Model):
     nodes: Items[TableNode] | None = None
     """All nodes that take part, when they are several."""
     sets: Items[TableSet] | None = None
-    """The sets of engines, when they are two."""
+    """The sets of engines, oldest first; absent for a stack that never had `handover.strategy: Mirror`."""
+    last_set: SetId | None = None
+    """Number that was given to a set last; absent without sets."""
     engines: Items[TableEngine] = ()
     """Engines that there shall be, and those that are leaving."""
     last_engine: Annotated[int, Whole(0, MAX_ENGINE_ID, "an engine's id")] = 0
@@ -141,8 +158,8 @@ class FlowTableSpec(Model):
     owners: Owners = ""
     """Owner by bucket: base64 of zlib of a little-endian 16-bit word each, `id << 6 | queue`, 0 = nobody."""
     previous_owners: Owners | None = None
-    """Who keeps the connections that a bucket had before its present owner, written as `owners`: its traffic is mirrored
-    to both. Absent: nobody does."""
+    """Who is to keep the connections that a bucket had before its present owner, written as `owners`: its traffic is
+    mirrored to both until the node's agent finds that none is left. Absent: nobody does."""
     listeners: Items[Listener]
     """Listeners of the stack; Services are resolved to endpoints."""
     snat: Snat
@@ -197,6 +214,18 @@ class FlowTableSpec(Model):
         """Owner by bucket; `Owner.slot` is an engine's id."""
         return decode_owners(self.owners, self.flow_table.buckets)
 
+    def keeper_ids(self) -> list[Owner | None]:
+        """Who is to keep older connections, by bucket; `Owner.slot` is an engine's id."""
+        return decode_owners(self.previous_owners or "", self.flow_table.buckets)
+
+    def set_of(self, engine: TableEngine) -> int | None:
+        """Number of the set that the engine belongs to; None without sets."""
+        return engine.set or (self.sets[0].id if self.sets else None)
+
+    def current_set(self) -> int | None:
+        """Number of the set that takes new connections; None without sets."""
+        return next((s.id for s in self.sets or () if s.state == "Current"), None)
+
 
 class EngineReport(Model):
     """An engine as its node's agent sees it."""
@@ -217,6 +246,20 @@ class EngineReport(Model):
     """MAC address of its interface."""
     message: str = ""
     """Why it is not ready."""
+    configured: bool | None = None
+    """Whether it has the present configuration of its set, and knows of the other set's connections. Absent without
+    sets."""
+
+
+class SetReport(Model):
+    """A set of engines as the node's agent sees it."""
+
+    id: SetId
+    """Number of the set in the flow table."""
+    kept_buckets: Annotated[int, Whole(0, MAX_BUCKETS, "a number of buckets")] = 0
+    """Buckets of which it keeps connections that are older than their owner, rounded down to a power of two."""
+    connections: Annotated[int, Whole(0, 2**31 - 1, "a number of connections")] = 0
+    """Connections that it keeps, rounded down to a power of two."""
 
 
 class NodeReport(Model):
@@ -242,6 +285,8 @@ class NodeReport(Model):
     """What in the node's packet filter stops the stack's packets, as in "PacketsDropped: the policy of chain FORWARD"."""
     lost: str = ""
     """What the node lacks, so that packets of the stack are lost, as in "ForwardingOff: net.ipv4.ip_forward: is 0"."""
+    sets: Items[SetReport] | None = None
+    """Sets of engines that have memory on the node; absent where the flow table has no sets."""
 
 
 class FlowTableStatus(Model):

@@ -32,6 +32,10 @@ from packetstack_core.reasons import Reason
 
 ENGINE = {"id": 1, "name": "web-1", "state": "Active", "template": "ab", "queues": 1, "cores": 1}
 
+SET = {
+    "id": 1, "state": "Current", "replicas": 1, "template": "ab", "queues": 1, "since": "2026-11-30T12:00:00Z",
+}  # fmt: skip
+
 
 class PlayedAgent:
     """What a Follower sees of an agent."""
@@ -327,18 +331,18 @@ async def test_a_table_of_a_later_version_is_answered_with_what_cannot_be_read()
 
 
 @pytest.mark.parametrize(
-    ("spec", "field"),
+    ("spec", "said"),
     [
-        ({"sets": [{"id": 1, "state": "Current"}]}, "spec.sets"),
-        ({"nodes": [{"name": "n1"}, {"name": "n2"}]}, "spec.nodes"),
+        ({"sets": [SET | {"state": "Draining"}]}, "spec.sets: none of them is Current"),
+        ({"nodes": [{"name": "n1"}, {"name": "n2"}]}, "spec.nodes: this agent knows"),
     ],
 )
-async def test_a_table_that_asks_for_more_than_one_set_on_one_node_is_answered_with_that(
-    spec: dict[str, Any], field: str
+async def test_a_table_that_asks_for_what_no_agent_can_do_is_answered_with_that(
+    spec: dict[str, Any], said: str
 ) -> None:
     agent = PlayedAgent()
     [report] = await heard(agent, item(1, **spec))
-    assert report["message"].startswith(f"its FlowTable cannot be read: {field}: this agent knows")
+    assert report["message"].startswith(f"its FlowTable cannot be read: {said}")
     assert agent.events == [("shop.web", "FlowTableRefused")]
 
 

@@ -121,17 +121,23 @@ def test_a_table_as_earlier_operators_wrote_it_is_read_and_written_again_without
     assert not {"node", "set"} & read.document()["engines"][0].keys()
 
 
+SET = {
+    "id": 1, "state": "Current", "replicas": 2, "template": "ab", "queues": 1, "since": "2026-11-30T12:00:00Z",
+}  # fmt: skip
+
+
 def test_a_table_has_a_place_for_two_sets_and_for_several_nodes() -> None:
     spec = {
         "nodes": [{"name": "n1"}, {"name": "n2"}],
-        "sets": [{"id": 1, "state": "Draining"}, {"id": 2, "state": "Current"}],
+        "sets": [{**SET, "id": 1, "state": "Draining", "ending": True}, {**SET, "id": 2}],
+        "lastSet": 2,
         "engines": [{**ENGINE, "set": 1}, {**ENGINE, "id": 2, "name": "web-2", "node": "n2", "set": 2}],
         "owners": kinds.encode_owners([Owner(2, 0)] * 4096),
         "previousOwners": kinds.encode_owners([Owner(1, 0)] * 4096),
     }
     read = kinds.read(kinds.FlowTable, table(**spec))
     assert kinds.read(kinds.FlowTable, read.document()) == read
-    assert read.spec.document().items() >= {k: spec[k] for k in ("nodes", "sets", "previousOwners")}.items()
+    assert read.spec.document().items() >= {k: spec[k] for k in ("nodes", "sets", "lastSet", "previousOwners")}.items()
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,7 @@ def test_a_table_has_a_place_for_two_sets_and_for_several_nodes() -> None:
         ({"nodes": [{"name": "n2"}]}, 'spec.node: "n1" is not among nodes; add it there'),
         ({"engines": [{**ENGINE, "node": "n2"}]}, 'spec.engines[0].node: "n2" is not among nodes; use one of them'),
         ({"engines": [{**ENGINE, "set": 2}]}, "spec.engines[0].set: 2 is not among sets; use one of them"),
-        ({"sets": [{"id": i, "state": "Current"} for i in (1, 2, 3)]}, "spec.sets: has 3 sets; use at most 2"),
+        ({"sets": [{**SET, "id": i} for i in (1, 2, 3)]}, "spec.sets: has 3 sets; use at most 2"),
         ({"previousOwners": "AAAA"}, 'spec.previousOwners: "AAAA" is not the owners of 4096 buckets'),
     ],
 )

@@ -123,6 +123,9 @@ class PlayedStack(Stack):
     def owners(self) -> list[Owner | None]:
         return list(self.table)
 
+    def belongs(self) -> Sequence[int]:
+        return [self.set_of.get(owner.slot, self.current) for owner in self.table]
+
     def open_fences(self) -> frozenset[int]:
         return frozenset(
             b for b, (word, shard) in enumerate(zip(self.table, self.shards, strict=True)) if word != shard
