@@ -71,6 +71,7 @@ def standing(managed: Managed, run: RunDirectory, firewall: Firewall) -> Standin
         graver=None,
         lesser=preconditions.problem(managed.lacks, lost=False),
         firewall=firewall_problem(firewall),
+        kept=left.buckets if left is not None else 0,
         connections=left.connections if left is not None else None,
         oldest=left.oldest_ticks / constant("PS_TICKS_PER_SECOND") if left is not None and left.connections else None,
     )

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from packetstack_core import hashing, planning, transitions
-from packetstack_core.assignment import NOBODY, Owner, State
+from packetstack_core.assignment import Owner, State
 from packetstack_core.planning import GivenUp
 from packetstack_core.reasons import ConditionReason, Problem, Value
 from packetstack_core.resources import Spec
@@ -107,6 +107,8 @@ class Standing:
     """What is wrong, but only worth a word when nothing else is."""
     firewall: Problem | None
     """What was found in the node's packet filter; None if nobody has looked."""
+    kept: int
+    """Buckets of which keepers have connections; perhaps fewer than `Pool.keepers` names."""
     connections: int | None
     """Connections that keepers have; None if it is not known."""
     oldest: float | None
@@ -268,7 +270,6 @@ def sets(standing: Standing) -> list[SetStanding]:
     """The sets of the stack, oldest first; none if it never had `Mirror`."""
     pool = standing.pool
     owned = Counter(o.slot for o in pool.owners if o is not None)
-    kept = sum(k is not None and k != NOBODY for k in pool.keepers)
     found = []
     for one in pool.sets.known:
         engines, drains = pool.of_set(one), one.state is SetState.DRAINING
@@ -279,7 +280,7 @@ def sets(standing: Standing) -> list[SetStanding]:
                 engines=len(engines),
                 ready=len(able),
                 buckets=sum(owned[e.slot] for e in engines),
-                kept=kept if drains else 0,
+                kept=standing.kept if drains else 0,
                 connections=standing.connections if drains else 0,
                 oldest=standing.oldest if drains else None,
             )
@@ -447,8 +448,6 @@ def unsupported(spec: Spec, *, kubernetes: bool) -> str:
         return f'spec.engine.mode: "{spec.engine.mode}" is not supported yet; use "AFXDP"'
     if spec.handover.strategy == "Mirror" and spec.handover.on_deadline == "Transfer":
         return 'spec.handover.onDeadline: "Transfer" is not supported yet; use "Keep" or "Reset"'
-    if kubernetes and spec.handover.strategy != "Transfer":
-        return f'spec.handover.strategy: "{spec.handover.strategy}" is not supported in Kubernetes yet; use "Transfer"'
     if kubernetes:
         return ""
     if spec.engine.interface.veth is None:

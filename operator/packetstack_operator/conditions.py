@@ -3,8 +3,8 @@
 from packetstack_core import limits, reasons, standing
 from packetstack_core.kinds import Condition, PacketEngineStatus
 from packetstack_core.reasons import ConditionReason
-from packetstack_core.standing import Finding
-from packetstack_core.statuses import PacketStackStatus, RebalanceStatus
+from packetstack_core.standing import Finding, SetStanding
+from packetstack_core.statuses import PacketStackStatus, RebalanceStatus, SetStatus
 from packetstack_core.values import Address
 from packetstack_operator import facts, observing, obstacles, pods, standings
 from packetstack_operator.facts import Facts, Plan
@@ -52,6 +52,7 @@ def stack_status(found: Facts, plan: Plan, *, written: bool) -> PacketStackStatu
             "flowTableGeneration": observing.generation(found.world.table),
             "node": plan.node or "",
             "capacity": standing.capacity(found.stack.spec, _backends(found)),
+            "sets": tuple(_set_status(s) for s in standing.sets(stands)) or None,
             "rebalance": _rebalance_status(found, plan, former.rebalance),
             "conditions": tuple(conditions[t] for t in sorted(conditions)),
         }
@@ -68,6 +69,21 @@ def _turn(found: Facts, plan: Plan, conditions: dict[str, Condition], finding: F
         other = was is not None and was.status != finding.status
         if (was is not None or kind != "Available") if bad else other:
             plan.event(finding.reason, finding.message or f"{kind} is {value}")
+
+
+def _set_status(known: SetStanding) -> SetStatus:
+    return SetStatus.model_validate(
+        {
+            "id": known.set.id,
+            "state": str(known.set.state),
+            "since": observing.timestamp(known.set.since),
+            "engines": known.engines,
+            "ready": known.ready,
+            "buckets": known.buckets,
+            "keptBuckets": known.kept,
+            "connections": known.connections,
+        }
+    )
 
 
 def _rebalance_status(found: Facts, plan: Plan, former: RebalanceStatus | None) -> RebalanceStatus | None:

@@ -26,7 +26,7 @@ from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import ConditionReason, Event, EventReason, Problem
 from packetstack_core.statuses import RebalanceStatus
 from packetstack_core.wording import counted
-from packetstack_operator import conditions, facts, observing, obstacles, standings, writing
+from packetstack_operator import changing_sets, conditions, facts, observing, obstacles, standings, writing
 from packetstack_operator.facts import Facts, Plan, Waits
 from packetstack_operator.observing import Memory, World
 from packetstack_operator.outcome import Decision, Write
@@ -122,7 +122,8 @@ def release(world: World, now: float) -> Decision:
     confirmed = True
     if table is not None and observing.owned_by(world.table or {}, world.uid):
         if table.spec.engines or any(o != NOBODY for o in table.spec.owner_ids()):
-            empty = table.spec.model_copy(update={"engines": (), "owners": ""})
+            alone = tuple(s for s in table.spec.sets or () if s.state == "Current") or None
+            empty = table.spec.model_copy(update={"engines": (), "owners": "", "sets": alone, "previous_owners": None})
             writes.append(writing.table_write(world, empty))
             confirmed = False
         else:
@@ -159,6 +160,10 @@ def _begin(found: Facts) -> Plan:
         _remembered(found.world, found.now),
         Waits(found.world.memory.since, found.now),
         rebalanced,
+        pool.sets,
+        dict(pool.shapes),
+        pool.ending,
+        list(pool.keepers),
     )
     if plan.memory.template != found.template:  # what failed before says nothing about another shape
         plan.forget_failures(found.template)
@@ -212,7 +217,7 @@ def _drop_what_is_gone(found: Facts, plan: Plan) -> None:
                 del plan.entries[entry.id]
                 message = f"engine {entry.id}: pod {entry.name} exists and is not of this stack; it is made under another number"
                 plan.event(EventReason.NAME_TAKEN, message)
-            elif entry.template != found.template:  # and will never be: pods are made of the present template
+            elif entry.template not in (found.template, *(s.template for s in plan.sets.known)):  # and will never be
                 del plan.entries[entry.id]
             continue
         uid = str(pod["metadata"]["uid"])
@@ -304,10 +309,10 @@ def _reconcile(found: Facts, plan: Plan) -> None:
 
 def _act(found: Facts, plan: Plan, action: transitions.Action) -> None:
     match action:
-        case CreateEngine(template, queues):
+        case CreateEngine():
             # Without a node one engine finds one; the others go where it is.
-            if plan.node is not None or all(e.template != template for e in plan.entries.values()):
-                _create(found, plan, template, queues)
+            if plan.node is not None or all(e.template != action.template for e in plan.entries.values()):
+                _create(found, plan, action)
         case ActivateEngine(i):
             if plan.entries[i].state == "Starting":
                 plan.event(EventReason.ENGINE_ACTIVE, f"engine {i} serves and gets its share of the buckets")
@@ -328,6 +333,8 @@ def _act(found: Facts, plan: Plan, action: transitions.Action) -> None:
         case RemoveEngine(i):
             del plan.entries[i]
             plan.event(EventReason.ENGINE_REMOVED, f"engine {i} owns no bucket any more and is removed")
+        case _:
+            changing_sets.act(found, plan, action)
 
 
 def _rebalance(found: Facts, plan: Plan) -> None:
@@ -335,6 +342,8 @@ def _rebalance(found: Facts, plan: Plan) -> None:
     proposal, spec = found.world.proposal, found.stack.spec
     if proposal is None or not proposal.moves or spec.rebalance.mode != "Auto" or plan.actions or spec.paused:
         return
+    if len(plan.sets.known) > 1:
+        return  # mirrored buckets stay where they are
     if not found.settled or proposal.generation != observing.generation(found.world.table):
         return
     if "FlowTable" in found.world.outdated:
@@ -350,7 +359,7 @@ def _rebalance(found: Facts, plan: Plan) -> None:
         plan.event(EventReason.REBALANCED, f"{counted(len(moves), 'bucket')}: {proposal.message}")
 
 
-def _create(found: Facts, plan: Plan, template: str, queues: int) -> None:
+def _create(found: Facts, plan: Plan, action: CreateEngine) -> None:
     used = set(plan.entries) | set(found.reported) | {observing.number_of(p) for p in found.pods.values()}
     used |= {o.slot for o in plan.owners if o is not None}
     used |= {i for i in range(1, MAX_ENGINE_ID + 1) if ("Pod", f"{found.stack.name}-{i}") in found.world.strangers}
@@ -359,14 +368,15 @@ def _create(found: Facts, plan: Plan, template: str, queues: int) -> None:
     if not number:
         return
     plan.last = number
-    shape = found.stack.spec.engine
+    shape = plan.shape(found.stack, action.template)
     plan.entries[number] = TableEngine.model_validate(
         {
             "id": number,
             "name": f"{found.stack.name}-{number}",
             "state": "Pending",
-            "template": template,
-            "queues": queues,
+            "template": action.template,
+            "queues": action.queues,
+            "set": action.set,
             "cores": shape.cores,
             "cpuPolicy": shape.cpu_policy,
         }

@@ -6,11 +6,21 @@ from dataclasses import dataclass, field, replace
 from packetstack_core import kinds, transitions
 from packetstack_core.assignment import NOBODY, Owner
 from packetstack_core.autoscaling import rounds
-from packetstack_core.kinds import EngineReport, FlowTable, NodeReport, PacketEngine, PacketEngineStatus, TableEngine
+from packetstack_core.engines import Engine
+from packetstack_core.kinds import (
+    EngineReport,
+    FlowTable,
+    NodeReport,
+    PacketEngine,
+    PacketEngineStatus,
+    SetReport,
+    TableEngine,
+)
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import Event, Reason
 from packetstack_core.resources import Listener, PacketStack
 from packetstack_core.statuses import PacketStackStatus, RebalanceStatus
+from packetstack_core.transitions import EngineSet, Sets, SetState
 from packetstack_operator import backends, observing, pods
 from packetstack_operator.observing import Holder, Memory, Raw, World
 
@@ -26,6 +36,13 @@ class Pool:
     """By bucket."""
     entries: Mapping[int, TableEngine]
     """By number."""
+    sets: Sets = field(default_factory=Sets)
+    shapes: Mapping[int, Engine] = field(default_factory=dict)
+    """Set -> what its engines are made from, image included, where that is known."""
+    ending: frozenset[int] = frozenset()
+    """Sets whose connections end now."""
+    keepers: Sequence[Owner | None] = ()
+    """By bucket, who is to keep connections that are older than its owner. Empty: nobody is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +102,12 @@ class Facts:
             return 0
         return report.buckets if self.report.settled else max(1, report.buckets)
 
+    def kept(self, number: int) -> SetReport | None:
+        """What the set keeps, by the agent that has seen the flow table as it is now; None if none says so."""
+        if not self.settled or self.report is None:
+            return None
+        return next((s for s in self.report.sets or () if s.id == number), SetReport(id=number))
+
     def why_not_ready(self, number: int) -> str:
         """What the agent, or a doubled MAC, says of an engine that is attached."""
         return self.double(number) if number in self.doubles else self.reported[number].message
@@ -140,6 +163,10 @@ class Plan:
     waits: Waits
     rebalanced: bool
     """Buckets were moved by load: their numbers need not be even."""
+    sets: Sets
+    shapes: dict[int, Engine]
+    ending: frozenset[int]
+    keepers: list[Owner | None]
     moved: RebalanceStatus | None = None
     """What was moved by load just now."""
     actions: Sequence[transitions.Action] = ()
@@ -156,6 +183,11 @@ class Plan:
     def pods(self, facts: Facts) -> dict[int, Raw]:
         """The pods of the engines in the table, by engine."""
         return {i: facts.pods[e.name] for i, e in self.entries.items() if e.name in facts.pods}
+
+    def shape(self, stack: PacketStack, template: str) -> Engine:
+        """What an engine of this template is made from: the resource's shape if no set has another."""
+        known = (self.shapes[s.id] for s in self.sets.known if s.template == template and s.id in self.shapes)
+        return next(known, stack.spec.engine)
 
     def forget_failures(self, template: str) -> None:
         """Engines of this template may be made at once."""
@@ -183,7 +215,20 @@ def read(world: World, stack: PacketStack, now: float) -> Facts:
 
 def _pool(table: FlowTable) -> Pool:
     spec = table.spec
-    return Pool(spec.node, spec.last_engine, spec.owner_ids(), {e.id: e for e in spec.engines})
+    known = tuple(
+        EngineSet(s.id, SetState(s.state), s.replicas, s.template, s.queues, observing.seconds(s.since))
+        for s in spec.sets or ()
+    )
+    return Pool(
+        spec.node,
+        spec.last_engine,
+        spec.owner_ids(),
+        {e.id: e for e in spec.engines},
+        Sets(known, spec.last_set or 0),
+        {s.id: s.engine for s in spec.sets or () if s.engine is not None},
+        frozenset(s.id for s in spec.sets or () if s.ending),
+        spec.keeper_ids() if spec.previous_owners else (),
+    )
 
 
 def _lost_pool(world: World, stack: PacketStack, engines: Mapping[str, Raw], now: float) -> Pool:
@@ -205,7 +250,22 @@ def _lost_pool(world: World, stack: PacketStack, engines: Mapping[str, Raw], now
             state = "Draining" if entry.state == "Draining" else "Active"
             update = {"state": state, "pod_uid": str(pod["metadata"]["uid"]), "interface": interface}
         entries[entry.id] = entry.model_copy(update=update)
-    return Pool(stack_status(world.stack).node or None, last, [NOBODY] * stack.spec.flow_table.buckets, entries)
+    status = stack_status(world.stack)
+    nobody: list[Owner | None] = [NOBODY] * stack.spec.flow_table.buckets
+    return Pool(status.node or None, last, nobody, entries, _lost_sets(status, entries), keepers=nobody)
+
+
+def _lost_sets(status: PacketStackStatus, entries: Mapping[int, TableEngine]) -> Sets:
+    """The sets of a table that is lost: the status says which there were, and engines what they are made of."""
+    known = []
+    for one in status.sets or ():
+        own = [e for e in entries.values() if (e.set or status.sets[0].id) == one.id] if status.sets else []
+        if own or one.state == "Current":
+            staying = [e for e in own if e.state != "Draining"] or own
+            template, queues = (staying[0].template, staying[0].queues) if own else ("0", 1)
+            since = observing.seconds(one.since)
+            known.append(EngineSet(one.id, SetState(one.state), len(staying), template, queues, since))
+    return Sets(tuple(known), max((s.id for s in known), default=0))
 
 
 def _doubles(

@@ -16,7 +16,7 @@ ENGINE = "packetstack.io/engine"
 ENGINE_STATE = "packetstack.io/engine-state"
 REVISION = "packetstack.io/revision"
 SHAPE = "packetstack.io/shape"
-"""Annotation of a pod: its queues, cores and CPU policy, so that a lost flow table can be made again."""
+"""Annotation of a pod: its queues, cores, CPU policy and set, so that a lost flow table can be made again."""
 DATA_PATH = "packetstack.io/DataPath"
 """Condition of a pod: the agent says that packets pass through it."""
 NETWORKS = "k8s.v1.cni.cncf.io/networks"
@@ -56,10 +56,9 @@ def pod_labels(stack: str, engine: TableEngine, state: str) -> dict[str, str]:
 
 
 def pod(
-    raw: Mapping[str, Any], stack: PacketStack, engine: TableEngine, image: str, node: str | None
+    raw: Mapping[str, Any], stack: PacketStack, shape: Engine, engine: TableEngine, image: str, node: str | None
 ) -> dict[str, Any]:
     """The pod of an engine. `raw`: the stack as the API server gives it. `node`: where it must run; None is anywhere."""
-    shape = stack.spec.engine
     custom = shape.pod_template
     annotations = {**custom.metadata.annotations, SHAPE: _shape(engine)}
     resources = _resources(shape)
@@ -142,7 +141,8 @@ def pod(
 
 
 def _shape(engine: TableEngine) -> str:
-    return json.dumps({"queues": engine.queues, "cores": engine.cores, "cpuPolicy": engine.cpu_policy})
+    shape = {"queues": engine.queues, "cores": engine.cores, "cpuPolicy": engine.cpu_policy}
+    return json.dumps(shape if engine.set is None else {**shape, "set": engine.set})
 
 
 def network(raw: Mapping[str, Any]) -> str | None:

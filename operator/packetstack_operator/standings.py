@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from packetstack_core.assignment import State
+from packetstack_core.assignment import NOBODY, Owner, State
 from packetstack_core.kinds import TableEngine
 from packetstack_core.reasons import ConditionReason, Problem, split
 from packetstack_core.standing import EngineStanding, Pool, Standing, staying
-from packetstack_core.transitions import Sets
+from packetstack_core.transitions import SetState
 from packetstack_operator import observing, obstacles, pods
 from packetstack_operator.facts import Facts, Plan
 from packetstack_operator.observing import Conflict
@@ -40,7 +40,7 @@ def pool(found: Facts, plan: Plan) -> Pool:
                 leaving=found.leaves(e, plan.node),
                 evicted=e.name in found.pods and observing.terminating(found.pods[e.name]),
                 set=e.set,
-                configured=False,  # no agent says so
+                configured=found.current and e.id in found.reported and bool(found.reported[e.id].configured),
             )
             for _, e in sorted(plan.entries.items())
         ],
@@ -50,8 +50,8 @@ def pool(found: Facts, plan: Plan) -> Pool:
         create_after=plan.memory.create_after,
         rebalanced=plan.rebalanced,
         given_up=plan.memory.given_up,
-        sets=Sets(),  # the stack has none: `Mirror` is refused
-        keepers=(),
+        sets=plan.sets,
+        keepers=_keepers(found, plan),
     )
 
 
@@ -69,9 +69,40 @@ def standing(found: Facts, plan: Plan, *, written: bool) -> Standing:
         graver=_nothing_goes_on(found, plan) or _no_agent(found, plan) or _engines_are_wrong(found, replicas),
         lesser=_surroundings_are_wrong(found),
         firewall=_firewall(found.report.firewall) if found.report is not None else None,
-        connections=None,
+        kept=_kept(found, plan, there),
+        connections=_connections(found, plan),
         oldest=None,
     )
+
+
+def _keepers(found: Facts, plan: Plan) -> Sequence[Owner | None]:
+    """Who keeps older connections: as the flow table says, until the agent says that none is left.
+
+    A flow table that was lost names nobody: then an engine of the set that drains stands for all of them.
+    """
+    draining = plan.sets.one(SetState.DRAINING)
+    if draining is None:
+        return ()
+    kept = found.kept(draining.id)
+    if kept is not None and not kept.kept_buckets:
+        return ()
+    if any(k is not None and k != NOBODY for k in plan.keepers):
+        return plan.keepers
+    first = plan.sets.known[0].id
+    own = [e.id for e in plan.entries.values() if (e.set or first) == draining.id]
+    return [Owner(own[0], 0)] * len(plan.owners) if own else ()
+
+
+def _kept(found: Facts, plan: Plan, there: Pool) -> int:
+    draining = plan.sets.one(SetState.DRAINING)
+    kept = found.kept(draining.id) if draining is not None else None
+    return kept.kept_buckets if kept is not None else sum(k is not None and k != NOBODY for k in there.keepers)
+
+
+def _connections(found: Facts, plan: Plan) -> int | None:
+    draining = plan.sets.one(SetState.DRAINING)
+    kept = found.kept(draining.id) if draining is not None else None
+    return kept.connections if kept is not None else None
 
 
 def conflict_message(conflict: Conflict) -> str:

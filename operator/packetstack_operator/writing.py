@@ -5,14 +5,18 @@ from typing import Any, Literal
 
 from packetstack_core import kinds, resources
 from packetstack_core.assignment import NOBODY
-from packetstack_core.kinds import FlowTable, FlowTableSpec
+from packetstack_core.kinds import FlowTable, FlowTableSpec, TableSet
 from packetstack_core.reasons import ConditionReason
 from packetstack_core.resources import API_VERSION
 from packetstack_core.statuses import PacketStackStatus
+from packetstack_core.transitions import EngineSet
 from packetstack_operator import conditions, observing, pod_deletion, pods
 from packetstack_operator.facts import Facts, Plan, engine_status, stack_status
 from packetstack_operator.observing import Raw, World
 from packetstack_operator.outcome import Kind, Write
+
+_ABSENT = dict.fromkeys(("node", "sets", "lastSet", "previousOwners"))
+"""What a table may have had that the next one has not."""
 
 
 def table(found: Facts, plan: Plan) -> list[Write]:
@@ -32,8 +36,15 @@ def _new_spec(found: Facts, plan: Plan) -> FlowTableSpec:
         owners = ""
     else:
         owners = kinds.encode_owners(plan.owners)
+    sets, keepers = plan.sets, plan.keepers
+    previous = kinds.encode_owners(keepers) if any(k is not None and k != NOBODY for k in keepers) else None
+    if previous is not None and known is not None and known.previous_owners and keepers == known.keeper_ids():
+        previous = known.previous_owners
     return FlowTableSpec.model_validate(
         {
+            "sets": tuple(_set(plan, s) for s in sets.known) or None,
+            "lastSet": sets.last or None,
+            "previousOwners": previous,
             "node": plan.node,
             "engines": tuple(e for _, e in sorted(plan.entries.items())),
             "lastEngine": plan.last,
@@ -49,6 +60,21 @@ def _new_spec(found: Facts, plan: Plan) -> FlowTableSpec:
     )
 
 
+def _set(plan: Plan, known: EngineSet) -> TableSet:
+    return TableSet.model_validate(
+        {
+            "id": known.id,
+            "state": str(known.state),
+            "replicas": known.replicas,
+            "template": known.template,
+            "queues": known.queues,
+            "since": observing.timestamp(known.since),
+            "engine": plan.shapes.get(known.id),
+            "ending": True if known.id in plan.ending else None,
+        }
+    )
+
+
 def pods_to_create(found: Facts, plan: Plan) -> list[Write]:
     """Pods of engines that have none, as many as may be made now."""
     writes = []
@@ -60,7 +86,8 @@ def pods_to_create(found: Facts, plan: Plan) -> list[Write]:
         if early:
             plan.waits.wake(plan.memory.reuse_after)
             break
-        body = pods.pod(found.world.stack, found.stack, entry, found.world.image, plan.node)
+        shape = plan.shape(found.stack, entry.template)
+        body = pods.pod(found.world.stack, found.stack, shape, entry, found.world.image, plan.node)
         writes.append(Write("create", "Pod", entry.name, body))
         waiting = plan.node is None
     return writes
@@ -195,7 +222,7 @@ def table_write(world: World, spec: FlowTableSpec) -> Write:
         # Refused if the table is not the one that this was decided from.
         known["resourceVersion"] = world.table["metadata"]["resourceVersion"]
     verb: Literal["create", "replace"] = "create" if world.table is None else "replace"
-    made = spec.document() if verb == "create" else {"node": None, **spec.document()}
+    made = spec.document() if verb == "create" else {**_ABSENT, **spec.document()}
     body = {"apiVersion": API_VERSION, "kind": FlowTable.__name__, "metadata": known, "spec": made}
     return Write(verb, "FlowTable", meta["name"], body)
 

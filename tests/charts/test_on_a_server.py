@@ -137,7 +137,8 @@ def test_all_that_the_baseline_profile_has_against_an_engine_is_its_directory_of
     raw["metadata"] |= {"uid": "00000000-0000-0000-0000-000000000000", "namespace": "default"}
     stack = reading.parse(raw)
     engine = kinds.TableEngine(id=1, name="edge-1", state="Pending", template="0", queues=4, cores=1)
-    said = refusal(server, "baseline", pods.pod(raw, stack, engine, "localhost/packetstack:0.1.0", None))
+    pod = pods.pod(raw, stack, stack.spec.engine, engine, "localhost/packetstack:0.1.0", None)
+    said = refusal(server, "baseline", pod)
     assert said.endswith('violates PodSecurity "baseline:latest": hostPath volumes (volume "run")')
 
 

@@ -93,6 +93,7 @@ def stands(*engines: EngineStanding, facts: dict[str, Any] | None = None, **circ
         graver=None,
         lesser=None,
         firewall=None,
+        kept=0,
         connections=None,
         oldest=None,
     )
@@ -359,6 +360,7 @@ def two_sets(first: SetState, second: SetState, replicas: int = 2, **handover: A
             "keepers": [Owner(1 + b % 2, 0) if first is SetState.DRAINING else None for b in range(BUCKETS)],
             "sets": Sets((set_of(1, first), new), 2),
         },
+        kept=BUCKETS if first is SetState.DRAINING else 0,
         connections=600 if first is SetState.DRAINING else None,
         oldest=900.0 if first is SetState.DRAINING else None,
     )

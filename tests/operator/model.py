@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
 
+from packetstack_agent.cluster import power_of_two_below
 from packetstack_core import kinds
 from packetstack_core.kinds import FlowTable
 from packetstack_core.reasons import ConditionReason, EventReason, why_not
@@ -60,6 +61,10 @@ class Model:
         """Engines whose datapath does not serve."""
         self.lost = set()
         """Engines that were detached with their buckets, since they did not serve."""
+        self.kept = [0] * BUCKETS
+        """Engine by bucket that keeps connections of before."""
+        self.set_of = {}
+        """Engine -> its set."""
         self.macs = {}
         """Engine -> MAC of its interface."""
         self.firewall = ""
@@ -183,6 +188,7 @@ class Model:
             if not observing.dead(old, self.now):
                 # What does not serve is detached at once, and others take its buckets then.
                 assert number not in self.words or number in self.lost, "never deletes an engine that packets reach"
+                assert number not in self.kept or number in self.lost, "never deletes an engine that keeps connections"
                 assert number not in self.attached, "never deletes an engine that is attached"
             self.delete_pod(at[1])
         else:
@@ -205,6 +211,7 @@ class Model:
             given_up = not any(e["ready"] for e in said) and number not in {o.slot for o in new.owner_ids()}
             if number not in ids and alive and not self.ends and not given_up and pod["spec"].get("nodeName") == NODE:
                 assert number not in self.words, "never takes an engine away that packets reach"
+                assert number not in self.kept, "never takes an engine away that keeps connections"
         for owner in new.owner_ids():
             if owner.slot in ids:
                 engine = next(e for e in new.engines if e.id == owner.slot)
@@ -315,10 +322,11 @@ class Model:
         self.attached = {i: uid for i, uid in self.attached.items() if uid in here}
         if table is None or table.spec.node not in self.nodes:
             if self.now - self.followed > ORPHAN_SECONDS:  # no table of its own for so long: it lets the stack go
-                self.words, self.attached = [0] * BUCKETS, {}
+                self.words, self.attached, self.kept = [0] * BUCKETS, {}, [0] * BUCKETS
             return
         self.followed = self.now
         spec = table.spec
+        self.set_of |= {e.id: spec.set_of(e) for e in spec.engines}
         for engine in spec.engines:
             if engine.pod_uid in here:
                 self.attached[engine.id] = engine.pod_uid
@@ -333,11 +341,21 @@ class Model:
             if not possible or moved == batch:
                 settled = False
                 continue
+            before = self.words[bucket]
+            if before and owner.slot and self.set_of[before] != self.set_of[owner.slot]:
+                assert self.set_of[owner.slot] == spec.current_set(), "buckets are switched to the current set alone"
+                assert not self.kept[bucket], "never three sets"
+                self.kept[bucket] = before
+            elif self.kept[bucket]:
+                assert before not in ready or not owner.slot or self._leaves(before), (
+                    "what is mirrored stays where it is"
+                )
             self.words[bucket] = owner.slot
             moved += 1
+        self._keep(spec, ready)
         named = {e.id for e in spec.engines}
         serving = {i for i in self.attached if i not in self.stuck}
-        kept = {i: u for i, u in self.attached.items() if i in named or (i in serving and i in self.words)}
+        kept = {i: u for i, u in self.attached.items() if i in named or (i in serving and i in self.words + self.kept)}
         self.lost |= set(self.attached) - set(kept)
         self.attached = kept
         counts = Counter(self.words)
@@ -354,12 +372,47 @@ class Model:
                     "ready": i in ready,
                     "buckets": counts[i],
                     "mac": self.macs.get(i, f"02:00:00:00:00:{i % 256:02x}"),
+                    **({"configured": True} if spec.sets else {}),
                 }
                 for i in sorted(self.attached)
             ],
         }
+        if spec.sets:
+            kept = Counter(self.set_of[i] for i in self.kept if i)
+            report["sets"] = [
+                {
+                    "id": s.id,
+                    "keptBuckets": power_of_two_below(kept[s.id]),
+                    "connections": power_of_two_below(kept[s.id]),
+                }
+                for s in spec.sets
+            ]
         if self.get("FlowTable").get("status") != {"nodes": [report]}:
             self.change(("FlowTable", "edge"), lambda b: b.update(status={"nodes": [report]}))
+
+    def _keep(self, spec, ready):
+        """What becomes of connections of before, as the table says."""
+        previous = spec.keeper_ids()
+        named = {s.id for s in spec.sets or () if not s.ending}
+        for bucket, keeper in enumerate(self.kept):
+            if keeper and spec.sets and self.set_of[keeper] not in named:
+                self.kept[bucket] = 0
+            elif keeper and keeper not in self.attached and previous[bucket].slot in ready:
+                assert self.set_of[previous[bucket].slot] == self.set_of[keeper]
+                self.kept[bucket] = previous[bucket].slot
+
+    def _leaves(self, number):
+        pod = self.get("Pod", f"edge-{number}")
+        return pod is None or observing.terminating(pod) or self.table_state(number) != "Active"
+
+    def table_state(self, number):
+        return next((e.state for e in self.table().spec.engines if e.id == number), None)
+
+    def end_connections(self, share=1):
+        """Of every `share`-th bucket, those that engines have kept end; of engines that are gone nothing ends."""
+        for bucket in range(0, BUCKETS, share):
+            if self.kept[bucket] in self.attached and self.kept[bucket] not in self.stuck:
+                self.kept[bucket] = 0
 
     # ---- time
 

@@ -422,7 +422,10 @@ def test_the_buckets_of_a_lost_engine_of_a_paused_stack_go_to_the_others():
 
 @pytest.mark.parametrize(
     ("spec", "field"),
-    [({"engine": {"mode": "DPDK"}}, "spec.engine.mode"), ({"handover": {"strategy": "Mirror"}}, "spec.handover")],
+    [
+        ({"engine": {"mode": "DPDK"}}, "spec.engine.mode"),
+        ({"handover": {"strategy": "Mirror", "onDeadline": "Transfer"}}, "spec.handover"),
+    ],
 )
 def test_what_is_not_supported_is_said_and_nothing_is_made(spec, field):
     model = Model(2, **spec)

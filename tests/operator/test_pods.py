@@ -31,7 +31,7 @@ def made(node=None, **engine):
         "cores": stack.spec.engine.cores,
         "cpuPolicy": stack.spec.engine.cpu_policy,
     }
-    return pods.pod(raw, stack, TableEngine.model_validate(entry), "image:1", node)
+    return pods.pod(raw, stack, stack.spec.engine, TableEngine.model_validate(entry), "image:1", node)
 
 
 def container(pod):
