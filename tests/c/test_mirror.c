@@ -3,7 +3,12 @@
  * Two sets and mirrored traffic, at random: the handlers of a keeper and of a newcomer, and clients and backends that
  * open, use, end and reuse connections while each of the two handles its copies whenever chance has it. Of each packet
  * exactly one copy goes on; nobody answers for the other set; no port is used twice; the keeper's end comes.
+ * In half of the histories the two die all the time, at each point where tests/crash lets a datapath die: what one has left
+ * of its shard and of the list is what the next one begins with, and the packet is handled again, later.
  */
+#define PS_INJECT 1
+#include <setjmp.h>
+
 #include "segments.h"
 
 /* All conversations fall into few buckets, so that they are in want of each other's ports. */
@@ -47,6 +52,28 @@ static struct conversation all[CONVERSATIONS];
 static struct copy queue[SIDES][QUEUE];
 static uint32_t head[SIDES], tail[SIDES], packets, mirrored, now, empty, lost;
 static uint8_t went_on[1 << 20], seen[1 << 20];
+
+static jmp_buf grave;
+static bool dying, mortal;
+static uint32_t deaths[PS_AT_ADOPT_BEGUN];
+
+void ps_point(enum ps_point at)
+{
+	if (!mortal || random_below(at >= PS_AT_PUBLISH_BEGUN ? 8 : 60))
+		return;
+	mortal = false;
+	deaths[at]++;
+	longjmp(grave, 1);
+}
+
+/* What the next process does with a shard before it uses it. */
+static void look_at_shard(enum side side, uint32_t bucket)
+{
+	struct ps_shard *s = ps_shard_at(set[side].arena, bucket);
+
+	if (ps_shard_check(set[side].arena, s))
+		ps_shard_rebuild(set[side].arena, s);
+}
 
 static void begin(uint32_t seed)
 {
@@ -163,7 +190,7 @@ static void arrived(const struct copy *copy, const uint8_t *frame, int by)
 
 static void handle(enum side side)
 {
-	struct copy *copy = &queue[side][head[side]++ % QUEUE];
+	struct copy *copy = &queue[side][head[side] % QUEUE];
 	struct stack *t = &set[side];
 	struct ps_stamp stamp = { .magic = PS_STAMP_MAGIC, .epoch = 1 };
 	struct build *b = copy->reply ? &all[copy->conversation].reply : &all[copy->conversation].forward;
@@ -183,7 +210,14 @@ static void handle(enum side side)
 	t->handler.list = mirrored ? &list : NULL;
 	t->handler.now = now;
 	t->handler.now_ns = now * 100000000ull;
+	if (setjmp(grave)) {
+		look_at_shard(side, stamp.bucket);
+		return;
+	}
+	mortal = dying;
 	verdict = ps_handle(&t->handler, raw, copy->length, &stamp);
+	mortal = false;
+	head[side]++;
 	seen[copy->packet]++;
 	if (PS_VERDICT(verdict) != PS_TRANSMIT)
 		return;
@@ -265,14 +299,33 @@ static void step_conversation(uint32_t number)
 	}
 }
 
+static void sweep_kept(uint32_t bucket)
+{
+	if (setjmp(grave))
+		look_at_shard(KEEPER, bucket);
+	mortal = dying;
+	ps_kept_sweep(&list, ps_connections_of(&list, bucket), set[KEEPER].arena,
+		      ps_shard_at(set[KEEPER].arena, bucket), set[KEEPER].config->timeout, now, empty);
+	mortal = false;
+}
+
+static void publish(uint32_t bucket)
+{
+	if (setjmp(grave))
+		look_at_shard(KEEPER, bucket);
+	mortal = dying;
+	ps_connections_publish(&list, ps_connections_of(&list, bucket), set[KEEPER].arena,
+			       ps_shard_at(set[KEEPER].arena, bucket), now);
+	mortal = false;
+}
+
 static void sweep(void)
 {
 	for (uint32_t b = 0; b < BUCKETS; b++) {
 		struct ps_shard *k = ps_shard_at(set[KEEPER].arena, b), *n = ps_shard_at(set[NEWCOMER].arena, b);
 
 		if (mirrored)
-			ps_kept_sweep(&list, ps_connections_of(&list, b), set[KEEPER].arena, k,
-				      set[KEEPER].config->timeout, now, empty);
+			sweep_kept(b);
 		else
 			ps_shard_sweep(set[KEEPER].arena, k, set[KEEPER].config->timeout, now);
 		ps_shard_sweep(set[NEWCOMER].arena, n, set[NEWCOMER].config->timeout, now);
@@ -324,11 +377,11 @@ static void a_history(uint32_t seed)
 	uint64_t rejected[SIDES] = { 0 };
 
 	begin(seed);
+	dying = seed % 2;
 	some(1500, false);
 	drain();
 	for (uint32_t b = 0; b < BUCKETS; b++)
-		ps_connections_publish(&list, ps_connections_of(&list, b), set[KEEPER].arena,
-				       ps_shard_at(set[KEEPER].arena, b), now);
+		publish(b);
 	mirrored = 1;
 	CHECK(left() > 10, "%u connections", left());
 	some(STEPS, true);
@@ -359,9 +412,15 @@ static void a_history(uint32_t seed)
 
 int main(int argc, char **argv)
 {
-	uint32_t histories = argc > 1 ? (uint32_t)atoi(argv[1]) : 60;
+	uint32_t histories = argc > 1 ? (uint32_t)atoi(argv[1]) : 60, died = 0;
 
 	for (uint32_t seed = 1; seed <= histories; seed++)
 		a_history(seed);
+	for (int at = 1; at < PS_AT_ADOPT_BEGUN; at++) {
+		died += deaths[at];
+		if (at >= PS_AT_PUBLISH_BEGUN && at <= PS_AT_KEPT_GONE && at != PS_AT_KEPT) /* that is the datapath's */
+			CHECK(deaths[at] || histories < 20, "nobody died at point %d", at);
+	}
+	printf("%u deaths\n", died);
 	return 0;
 }
