@@ -109,16 +109,19 @@ class Traffic:
         new_rate: int = 0,
         answer_bytes: str = "64-2048",
         ramp_seconds: float | None = None,
+        leave_seconds: float | None = None,
         timeout_seconds: float = 10,
         seconds: float = 600,
         cpu: int | None = None,
         name: str = "traffic",
     ) -> None:
-        """`name`: another one for each that runs at the same time in a lab."""
+        """`leave_seconds`: in which connections and flows end, one after the other, once it is to stop; None: at once.
+        `name`: another one for each that runs at the same time in a lab."""
         self.samples: list[Json] = []
         self._report = lab.directory / f"{name}.json"
         self._report.unlink(missing_ok=True)
-        self._timeout_seconds = timeout_seconds
+        self.timeout_seconds = timeout_seconds + (leave_seconds or 0)
+        """How long it may take to end."""
         arguments = [word for target in targets for word in ("--target", target)]
         arguments += [word for target in udp_targets for word in ("--udp-target", target)]
         for option, value in {
@@ -134,6 +137,7 @@ class Traffic:
             "timeout-s": timeout_seconds,
             "duration": seconds,
             "ramp-s": ramp_seconds,
+            "leave-s": leave_seconds,
             "cpu": cpu,
             "sources": ",".join(lab.client_addresses + lab.client_addresses6),
             "report": self._report,
@@ -169,11 +173,15 @@ class Traffic:
                 raise TimeoutError(f"connections open after {timeout_seconds:g} s: {self.latest.get('open', 0)}")
             time.sleep(0.05)
 
-    def stop(self) -> Outcome:
-        """No more requests; wait for what is under way, close all connections."""
+    def leave(self) -> None:
+        """Begin to end, as `leave_seconds` says; `stop` waits for it."""
         while self.running and not self.samples:
             time.sleep(0.01)  # it does not listen to signals yet
         self._process.terminate()
-        self._process.wait(self._timeout_seconds + 60)
+
+    def stop(self) -> Outcome:
+        """No more requests; wait for what is under way, close all connections."""
+        self.leave()
+        self._process.wait(self.timeout_seconds + 60)
         self._reader.join(5)
         return Outcome.of(json.loads(self._report.read_text()))

@@ -64,7 +64,7 @@ static struct {
 	const char *target_names[MAX_ENDPOINTS];
 	int target_count, udp_target_count, source_count;
 	uint64_t connections, flows, new_rate;
-	uint64_t request_interval, udp_interval, timeout, duration, ramp;
+	uint64_t request_interval, udp_interval, timeout, duration, ramp, leave;
 	uint64_t least_size, most_size, datagram_size;
 	uint64_t udp_rate, warm_up;
 	double udp_skew;
@@ -101,6 +101,7 @@ static struct {
 
 static int poller;
 static uint64_t run_id, begin, stop_at, wheel_at; /* wheel_at: ms since begin, handled so far */
+static uint64_t leaving;			  /* since when, 0 = not yet */
 static int stopping;
 static struct item *items, *flows, *wheel[WHEEL];
 static struct item *oldest, *newest;
@@ -606,11 +607,24 @@ static void report(uint64_t traffic_ns)
 
 /* ---- the loop ----------------------------------------------------------------------------------- */
 
+/* Has its time to end come? Those opened first are the first to go. */
+static int leaves(const struct item *item, uint64_t now)
+{
+	uint64_t all = item->kind == FLOW ? wish.flows : wish.connections;
+
+	return leaving && item->kind != SHORT && now >= leaving + wish.leave * item->number / all;
+}
+
 static void turn(struct item *item, uint64_t now)
 {
 	if (stopping)
 		return;
-	if (item->kind == FLOW)
+	if (leaves(item, now) && (item->kind == FLOW || item->state == IDLE)) {
+		if (item->kind == FLOW)
+			return;
+		close_connection(item, CLOSED);
+		count.open--;
+	} else if (item->kind == FLOW)
 		flow_turn(item, now);
 	else if (item->state == UNUSED)
 		start_connecting(item, now);
@@ -701,6 +715,8 @@ static void serve_until(uint64_t until, int (*done)(void))
 
 static int stop_asked(void) { return now_ns() >= stop_at; }
 
+static int all_left(void) { return !count.open && now_ns() >= leaving + wish.leave; }
+
 static int nothing_waits(void) { return !oldest; }
 
 static int all_received(void) { return count.received == count.sent; }
@@ -766,6 +782,7 @@ static void usage(FILE *to)
 	      "  --sources ADDRESS,...        own addresses to use\n"
 	      "  --duration S                 (10)\n"
 	      "  --ramp-s S                   in which all are opened (connections / 2000)\n"
+	      "  --leave-s S                  in which all end, one after the other, once it is to stop (0: at once)\n"
 	      "  --timeout-s S                after which an answer is missing (10)\n"
 	      "  --until-eof                  stop when standard input is closed; SIGTERM stops in any case\n"
 	      "  --cpu N                      run on this CPU\n"
@@ -824,6 +841,7 @@ static void read_options(int argc, char **argv)
 		{ "answer-bytes", 1, NULL, 'b' },
 		{ "udp-bytes", 1, NULL, 'g' },
 		{ "ramp-s", 1, NULL, 'a' },
+		{ "leave-s", 1, NULL, 'v' },
 		{ "cpu", 1, NULL, 'p' },
 		{ "until-eof", 0, NULL, 'e' },
 		{ "help", 0, NULL, 'h' },
@@ -871,6 +889,7 @@ static void read_options(int argc, char **argv)
 		case 'm': wish.warm_up = seconds(name, optarg); break;
 		case 'd': wish.duration = seconds(name, optarg); break;
 		case 'a': wish.ramp = seconds(name, optarg) + 1; break;
+		case 'v': wish.leave = seconds(name, optarg); break;
 		case 'w': wish.timeout = seconds(name, optarg); break;
 		case 'r': wish.report = optarg; break;
 		case 'l': wish.series = optarg; break;
@@ -969,6 +988,10 @@ int run(int argc, char **argv)
 		schedule(&items[i], begin + wish.ramp * i / wish.connections);
 	schedule_flows();
 	serve_until(UINT64_MAX, stop_asked);
+	if (wish.leave) {
+		leaving = now_ns();
+		serve_until(leaving + wish.leave + wish.request_interval + wish.timeout, all_left);
+	}
 	uint64_t traffic_ns = now_ns() - begin;
 
 	stopping = 1;
