@@ -13,6 +13,8 @@ TEST_JOBS ?= 3
 BENCH_ARGS ?=
 IMAGE ?= localhost/packetstack:dev
 FUZZ_SECONDS ?= 30
+# Of the demo: transfer or mirror.
+HANDOVER ?= transfer
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Byte code is kept: tests start hundreds of commands and agents, and pytest rewrites each of its files.
 unexport PYTHONDONTWRITEBYTECODE
@@ -108,7 +110,7 @@ manifests: setup
 # ---- to be seen -----------------------------------------------------------------------------------------
 
 demo: setup build
-	$(BIN)/packetstack demo
+	$(BIN)/packetstack demo --handover $(HANDOVER)
 
 # A real Kubernetes of one node on this machine; the first time its programs are built, for some eight minutes.
 cluster: setup build

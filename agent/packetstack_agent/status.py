@@ -147,6 +147,7 @@ def engine_status(engine: Engine, buckets: dict[int, int], flows: dict[int, int]
     status: Json = {
         "slot": b.slot,
         "name": b.name,
+        "set": b.set,
         "state": str(engine.state),
         "ready": engine.ready,
         "buckets": buckets.get(b.slot, 0),

@@ -89,6 +89,10 @@ class Show:
         """Seconds since the traffic began."""
         return time.monotonic() - self.began
 
+    def count(self, what: str) -> int:
+        """What the clients say last of `open` or `broken` connections."""
+        return int(self.traffic.latest.get(what, 0))
+
     def observe(self, until: threading.Event) -> None:
         """Keep the stack's status every quarter of a second."""
         while not until.wait(STATUS_INTERVAL_SECONDS):
@@ -108,13 +112,13 @@ def run_demo(build_dir: Path, connections: int = 2000, udp_flows: int = 200, sec
     if not console.is_terminal:
         console.width = 110
     build_dir.mkdir(parents=True, exist_ok=True)
-    definition = _definition()
+    file = definition()
     try:
         with Lab("pkl-demo") as lab:
             console.print("Three namespaces: [b]client[/b] -- [b]node[/b] -- [b]server[/b]")
             Servers(lab)
-            console.print(f"node $ packetstack up {definition.name} --uplink {NODE_UPLINK}", style="bold")
-            console.print(lab.packetstack("up", str(definition), "--uplink", NODE_UPLINK).rstrip())
+            console.print(f"node $ packetstack up {file.name} --uplink {NODE_UPLINK}", style="bold")
+            console.print(lab.packetstack("up", str(file), "--uplink", NODE_UPLINK).rstrip())
             show, outcome, drops = _perform(console, lab, connections, udp_flows, seconds)
     except (LabError, CliError, TimeoutError) as e:
         console.print(f"demo: {e}", style="red")
@@ -140,7 +144,7 @@ def run_demo(build_dir: Path, connections: int = 2000, udp_flows: int = 200, sec
     return 0 if good else 1
 
 
-def _definition() -> Path:
+def definition() -> Path:
     """The stack of the demo: in the source tree, or where the package keeps it."""
     return Path(__file__).parents[2] / "examples/demo.yaml"
 
@@ -175,11 +179,11 @@ def _perform(
             began = show.now()
             for number, step in enumerate(show.steps):
                 _sleep(show, began + rest * (number + 0.7))
-                _take(console, show, step)
+                take(console, show, step)
             show.phase = "every step is taken"
             _sleep(show, seconds)
             show.phase = "traffic ends"
-            drops = _drops(client, lab)
+            drops = named_drops(client, lab)
             outcome = traffic.stop()
     finally:
         over.set()
@@ -246,7 +250,8 @@ def _sleep(show: Show, until: float) -> None:
         time.sleep(min(left, 0.25))
 
 
-def _take(console: Console, show: Show, step: Step) -> None:
+def take(console: Console, show: Show, step: Step) -> None:
+    """Take a step, and say how it went."""
     show.phase = step.title
     step.began = show.now()
     try:
@@ -259,16 +264,15 @@ def _take(console: Console, show: Show, step: Step) -> None:
         step.said, step.failed = str(e) or "the pool has no engine for it", True
     step.ended = show.now()
     if not console.is_terminal:
-        latest = show.traffic.latest
         console.print(
             f"{step.began:5.1f} s  {step.title}: {step.said}"
-            f"  [{latest.get('open', 0)} connections, {latest.get('broken', 0)} broken]",
+            f"  [{show.count('open')} connections, {show.count('broken')} broken]",
             markup=False,
             highlight=False,
         )
 
 
-def _drops(client: Client, lab: Lab) -> dict[str, int]:
+def named_drops(client: Client, lab: Lab) -> dict[str, int]:
     """Every named drop that is not zero, of stack and lab."""
     status = client.get(STACK)[0]["status"]
     named = {f"{place} {reason}": n for place, reasons in status["drops"].items() for reason, n in reasons.items()}
@@ -410,10 +414,10 @@ def draw(show: Show, outcome: Outcome, path: Path) -> Path | None:
             3, 1, sharex=True, figsize=(14, 8.5), height_ratios=(2.2, 1.5, 2.6), layout="constrained"
         )
         at = [s["elapsed"] for s in samples]
-        answers = _smooth([s["answers_per_second"] for s in samples])
+        answers = smooth([s["answers_per_second"] for s in samples])
         served.fill_between(at, answers, color="#4e79a7", alpha=0.25, linewidth=0)
         served.plot(at, answers, color="#4e79a7", label="TCP answers, each compared byte for byte")
-        echoes = _smooth([s["echoes_per_second"] for s in samples])
+        echoes = smooth([s["echoes_per_second"] for s in samples])
         served.plot(at, echoes, color="#f28e2b", label="UDP datagrams echoed")
         served.set_ylabel("per second")
         served.set_ylim(0, max(1.0, *answers, *echoes) * 1.45)
@@ -477,6 +481,6 @@ def draw(show: Show, outcome: Outcome, path: Path) -> Path | None:
     return path
 
 
-def _smooth(values: list[float], span: int = 5) -> list[float]:
+def smooth(values: list[float], span: int = 5) -> list[float]:
     """Mean over `span` samples."""
     return [sum(values[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(values))]

@@ -97,12 +97,18 @@ def simulate_(
 @click.option("--connections", default=2000, show_default=True)
 @click.option("--udp-flows", default=200, show_default=True)
 @click.option("--seconds", default=75, show_default=True)
+@click.option("--handover", type=click.Choice(["transfer", "mirror"]), default="transfer", show_default=True)
 @click.option("--build-dir", type=click.Path(path_type=Path), default=Path("build/demo"), show_default=True)
-def demo(connections: int, udp_flows: int, seconds: int, build_dir: Path) -> None:
-    """Resize, kill and upgrade a pool under live traffic in network namespaces of its own, and count what breaks."""
-    from packetstack_cli.demo import run_demo  # only here: each command would import it
+def demo(connections: int, udp_flows: int, seconds: int, handover: str, build_dir: Path) -> None:
+    """Resize, kill and upgrade a pool under live traffic in network namespaces of its own, and count what breaks.
 
-    sys.exit(run_demo(build_dir, connections, udp_flows, seconds))
+    With --handover mirror a second set of engines takes over, and the first leaves when its connections have ended.
+    """
+    if handover == "mirror":  # only here: each command would import them
+        from packetstack_cli.demo_mirror import run_mirror_demo as run
+    else:
+        from packetstack_cli.demo import run_demo as run
+    sys.exit(run(build_dir, connections, udp_flows, seconds))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,394 @@
+"""`packetstack demo --handover mirror`: a second set of engines takes over, and the first leaves when its connections have ended.
+
+Clients of before and clients of after the change are counted apart. Everything is real, as in the other demo.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from textwrap import fill
+from typing import Any
+
+import yaml
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from packetstack_cli import views
+from packetstack_cli.client import Client
+from packetstack_cli.demo import STACK, TARGETS, UDP_TARGETS, Kind, Show, Step, definition, named_drops, smooth, take
+from packetstack_cli.errors import CliError
+from packetstack_cli.lab import NODE_UPLINK, Lab, LabError
+from packetstack_cli.traffic import Outcome, Servers, Traffic
+from packetstack_core.verbs import Json
+
+# Timers that a person waits for: a flow that has ended, or a datagram's, is forgotten after them.
+TIMERS = {"tcpClosedTimeoutSeconds": 5, "udpIdleTimeoutSeconds": 5, "udpUnansweredTimeoutSeconds": 5}
+RETIRED_SECONDS = 40.0
+COLOURS = ("#4e79a7", "#f28e2b")
+"""Of the older set and its clients, of the newer set and its clients."""
+
+
+@dataclass
+class MirrorShow(Show):
+    """With clients of after the change."""
+
+    newer: Traffic | None = None
+    newer_began: float = 0.0
+
+    def count(self, what: str) -> int:
+        """Of all clients."""
+        return super().count(what) + (int(self.newer.latest.get(what, 0)) if self.newer is not None else 0)
+
+    def sets(self) -> list[Json]:
+        """The sets of engines, as they were seen last."""
+        return self.statuses[-1][1].get("sets", []) if self.statuses else []
+
+
+def run_mirror_demo(build_dir: Path, connections: int = 2000, udp_flows: int = 200, seconds: int = 75) -> int:
+    """Run it for about `seconds` seconds; 0 only when no connection broke and the first set has gone.
+
+    Writes `mirror.json` and `mirror.png` into `build_dir`.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console.width = 110
+    build_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        with Lab("pkl-demo") as lab:
+            console.print("Three namespaces: [b]client[/b] -- [b]node[/b] -- [b]server[/b]")
+            Servers(lab)
+            file = lab.directory / "mirror.yaml"
+            file.write_text(_mirrored(definition().read_text()))
+            console.print("handover: {strategy: Mirror}", style="bold")
+            console.print(lab.packetstack("up", str(file), "--uplink", NODE_UPLINK).rstrip())
+            show, outcomes, drops = _perform(console, lab, connections, udp_flows, seconds)
+    except (LabError, CliError, TimeoutError) as e:
+        console.print(f"demo: {e}", style="red")
+        return 1
+    failed = [step for step in show.steps if step.failed or not step.ended]
+    broken, opened = sum(o.broken for o in outcomes), sum(o.connections for o in outcomes)
+    (build_dir / "mirror.json").write_text(json.dumps(_report(show, outcomes, drops), indent=2) + "\n")
+    console.print(_summary(show, outcomes, drops))
+    if picture := draw(show, outcomes, build_dir / "mirror.png"):
+        console.print(f"{picture} and {build_dir / 'mirror.json'} show the run")
+    for step in failed:
+        console.print(f"failed: {step.title}: {step.said or 'was not reached'}", style="red")
+    for outcome in outcomes:
+        if outcome.broken:
+            console.print(f"broken: {outcome.what_broke()}", style="red")
+    never = sum(o.never_opened for o in outcomes)
+    if never:
+        console.print(f"{never} connections were never opened", style="red")
+    good = not (failed or broken or never)
+    console.print(
+        f"verdict: {broken} broken of {opened} connections",
+        style="bold green" if good else "bold red",
+        highlight=False,
+    )
+    return 0 if good else 1
+
+
+def _mirrored(text: str) -> str:
+    """The demo's stack, with another strategy and shorter timers."""
+    stack = yaml.safe_load(text)
+    stack["spec"]["handover"] = {"strategy": "Mirror"}
+    stack["spec"]["flowTable"] |= TIMERS
+    return yaml.safe_dump(stack)
+
+
+def _perform(
+    console: Console, lab: Lab, connections: int, udp_flows: int, seconds: int
+) -> tuple[MirrorShow, list[Outcome], dict[str, int]]:
+    client = Client(lab.run_directory)
+    ramp = min(8.0, seconds / 8)
+    leave = seconds / 4
+
+    def traffic(name: str) -> Traffic:
+        return Traffic(
+            lab, TARGETS, UDP_TARGETS, connections=connections // 2, udp_flows=udp_flows // 2,
+            request_interval_ms=1000, udp_interval_ms=100, new_rate=25 if name == "newer" else 0, ramp_seconds=ramp / 2,
+            leave_seconds=leave if name == "older" else None, seconds=seconds + 200, name=name,
+        )  # fmt: skip
+
+    show = MirrorShow(lab, client, traffic("older"), [])
+    show.steps = _plan(show, lambda: traffic("newer"))
+    over = threading.Event()
+    observer = threading.Thread(target=show.observe, args=(over,), daemon=True)
+    observer.start()
+    try:
+        live = Live(console=console, refresh_per_second=4, get_renderable=lambda: _view(show))
+        with live if console.is_terminal else nullcontext():
+            show.traffic.wait_open(ramp + 60)
+            began, rest = show.now(), max(1.0, (seconds - leave - ramp) / (len(show.steps) + 1))
+            for number, step in enumerate(show.steps):
+                _sleep(show, began + rest * (number + 0.5))
+                take(console, show, step)
+            show.phase = "the newer set is alone"
+            _sleep(show, show.now() + rest)
+            show.phase = "traffic ends"
+            drops = named_drops(client, lab)
+            outcomes = [t.stop() for t in (show.traffic, show.newer) if t is not None]
+    finally:
+        over.set()
+        observer.join(5)
+    return show, outcomes, drops
+
+
+def _plan(show: MirrorShow, begin_newer: Any) -> list[Step]:
+    lab, client = show.lab, show.client
+
+    def status() -> Json:
+        found: Json = client.get(STACK)[0]["status"]
+        return found
+
+    def switch() -> str:
+        lab.packetstack("scale", STACK, "--replicas", "3")
+        old, new = status()["sets"]
+        return f"set {new['id']} takes new connections; set {old['id']} keeps {old['connections']:,}"
+
+    def begin() -> str:
+        show.newer_began = show.now()
+        show.newer = begin_newer()
+        show.newer.wait_open(60)
+        return f"{show.newer.latest['open']:,} are open"
+
+    def kill(newest: bool) -> str:
+        engines = sorted((e for e in status()["engines"] if e["ready"]), key=lambda e: int(e["slot"]))
+        engine = engines[-1] if newest else engines[0]
+        os.kill(engine["pid"], signal.SIGKILL)
+        return f"datapath of engine {engine['slot']}"
+
+    def leave() -> str:
+        show.traffic.leave()
+        deadline = time.monotonic() + show.traffic.timeout_seconds + RETIRED_SECONDS
+        while len(status()["sets"]) > 1:
+            if time.monotonic() > deadline:
+                raise LabError("the older set has not gone: " + str(status()["sets"][0]))
+            time.sleep(0.25)
+        return "the older set has gone, with its memory"
+
+    return [
+        Step("scale 2 → 3: another set", switch, Kind.RESIZE),
+        Step("new clients", begin, Kind.MOVE),
+        Step("kill -9 in the older set", lambda: kill(newest=False), Kind.KILL),
+        Step("kill -9 in the newer set", lambda: kill(newest=True), Kind.KILL),
+        Step("older clients end", leave, Kind.MOVE),
+    ]
+
+
+def _sleep(show: MirrorShow, until: float) -> None:
+    while (left := until - show.now()) > 0:
+        time.sleep(min(left, 0.25))
+
+
+# ---- what the user sees -------------------------------------------------------------------------------------------
+
+
+def _view(show: MirrorShow) -> Group:
+    broken = show.count("broken")
+    head = Text.assemble(
+        (f" {show.now():5.1f} s ", "reverse"),
+        f"  {show.phase}   ",
+        (f"{broken} broken", "bold red" if broken else "bold green"),
+        f" of {show.count('open') + show.count('new_connections'):,} connections",
+    )
+    clients = Table.grid(padding=(0, 3))
+    for title, traffic in (("older clients", show.traffic), ("newer clients", show.newer)):
+        latest = traffic.latest if traffic is not None else {}
+        clients.add_row(
+            title,
+            f"{latest.get('open', 0):,} connections",
+            f"{latest.get('answers_per_second', 0):,.0f} answers/s",
+            f"p99 {latest.get('rtt_p99_ms', 0):.1f} ms",
+        )
+    sets: Any = Text("one set of engines")
+    if len(show.sets()) > 1:
+        sets = Group(*views.transition({"status": show.statuses[-1][1]}))
+    done = Table.grid(padding=(0, 2))
+    for step in show.steps:
+        mark = "[red]✗" if step.failed else "[green]✓" if step.ended else "[yellow]…" if step.began else " "
+        done.add_row(mark, step.title, f"{step.began:.1f} s" if step.began else "", Text(step.said, style="dim"))
+    return Group(head, clients, Panel(sets, title="sets", height=9), done)
+
+
+def _summary(show: MirrorShow, outcomes: list[Outcome], drops: dict[str, int]) -> Table:
+    table = Table(title="What happened", title_justify="left")
+    for title in ("step", "at", "took", "result"):
+        table.add_column(title, justify="left" if title in ("step", "result") else "right")
+    for step in show.steps:
+        said = Text(step.said, style="red" if step.failed else "")
+        table.add_row(step.title, f"{step.began:.1f} s", f"{step.ended - step.began:.2f} s", said)
+    table.add_section()
+    for title, outcome in zip(("older clients", "newer clients"), outcomes, strict=False):
+        text = f"{outcome.connections:,} connections, {outcome.requests:,} requests, every answer compared; {outcome.broken} broken"
+        table.add_row(title, "", "", text)
+        lost = (
+            f"{outcome.datagrams_sent:,} datagrams, {outcome.datagrams_lost} lost, {outcome.datagrams_duplicated} twice"
+        )
+        table.add_row("", "", "", lost)
+    for one in _last_of_both(show):
+        rejected = ", ".join(f"{reason} {n:,}" for reason, n in one["rejected"].items() if n) or "nothing"
+        table.add_row(f"set {one['id']}", "", "", f"{one['mirrored']:,} copies, rejected: {rejected}")
+    table.add_row("named drops", "", "", ", ".join(f"{name} {n}" for name, n in drops.items()) or "none")
+    return table
+
+
+def _last_of_both(show: MirrorShow) -> list[Json]:
+    """Both sets as they were last seen."""
+    return next((s["sets"] for _, s in reversed(show.statuses) if len(s.get("sets", ())) > 1), [])
+
+
+def _report(show: MirrorShow, outcomes: list[Outcome], drops: dict[str, int]) -> Json:
+    return {
+        "connections": sum(o.connections for o in outcomes),
+        "broken": sum(o.broken for o in outcomes),
+        "datagrams_sent": sum(o.datagrams_sent for o in outcomes),
+        "datagrams_lost": sum(o.datagrams_lost for o in outcomes),
+        "datagrams_duplicated": sum(o.datagrams_duplicated for o in outcomes),
+        "sets": _last_of_both(show),
+        "steps": [
+            {
+                "title": step.title,
+                "at_seconds": round(step.began, 3),
+                "took_seconds": round(step.ended - step.began, 3),
+                "ok": not step.failed and step.ended > 0,
+                "said": step.said,
+            }
+            for step in show.steps
+        ],
+        "drops": drops,
+        "traffic": [o.report for o in outcomes],
+    }
+
+
+def draw(show: MirrorShow, outcomes: list[Outcome], path: Path) -> Path | None:
+    """The picture: answers by clients, copies by who handled them, connections by set. None without matplotlib."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return None
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    if len(show.statuses) < 2:
+        return None
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
+    with plt.rc_context(style):
+        figure, (served, copies, kept) = plt.subplots(
+            3, 1, sharex=True, figsize=(14, 8.5), height_ratios=(1.8, 2, 2), layout="constrained"
+        )
+        _draw_clients(served, show)
+        _draw_copies(copies, show)
+        _draw_connections(kept, show)
+        kept.set_xlabel("seconds")
+        for step in show.steps:
+            for axes in (served, copies, kept):
+                colour = "#d62728" if step.kind is Kind.KILL else "#333333"
+                axes.axvline(step.began, color=colour, linewidth=1, linestyle=(0, (4, 3)))
+            served.annotate(
+                fill(step.title, 12), (step.began, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -4),
+                textcoords="offset points", va="top", fontsize=8,
+                color="#d62728" if step.kind is Kind.KILL else "#000000",
+            )  # fmt: skip
+        broken, opened = sum(o.broken for o in outcomes), sum(o.connections for o in outcomes)
+        figure.suptitle(
+            f"Mirror: {broken} of {opened:,} connections broken, {sum(o.datagrams_lost for o in outcomes)} of"
+            f" {sum(o.datagrams_sent for o in outcomes):,} datagrams lost",
+            fontsize=14, fontweight="bold", x=0.01, ha="left",
+        )  # fmt: skip
+        figure.savefig(path, dpi=130)
+        plt.close(figure)
+    return path
+
+
+def _draw_clients(axes: Any, show: MirrorShow) -> None:
+    most = 1.0
+    for title, traffic, since, colour in (
+        ("older clients", show.traffic, 0.0, COLOURS[0]),
+        ("newer clients", show.newer, show.newer_began, COLOURS[1]),
+    ):
+        samples = [s for s in traffic.samples if not s["stopping"]] if traffic is not None else []
+        answers = smooth([s["answers_per_second"] for s in samples])
+        axes.plot([since + s["elapsed"] for s in samples], answers, color=colour, label=title)
+        most = max(most, *answers, 1.0)
+    axes.set_ylim(0, most * 1.4)
+    axes.set_ylabel("answers per second")
+    axes.legend(loc="lower right", frameon=False, ncols=2)
+
+
+def _draw_copies(axes: Any, show: MirrorShow) -> None:
+    """Copies a second that each set got: what it rejected, the older one downwards."""
+    known = [(t, {s["id"]: s for s in status.get("sets", ())}) for t, status in show.statuses]
+    numbers = sorted({number for _, sets in known for number in sets})
+    if len(numbers) < 2:
+        return
+    for number, sign, colour, name in ((numbers[0], -1, COLOURS[0], "older"), (numbers[1], 1, COLOURS[1], "newer")):
+        seen = [(t, sets[number]) for t, sets in known if number in sets]
+        times, mirrored, rejected = [], [], []
+        for (before, was), (at, now) in pairwise(seen):
+            span = max(at - before, 0.01)
+            times.append(at)
+            mirrored.append((now["mirrored"] - was["mirrored"]) / span)
+            rejected.append((sum(now["rejected"].values()) - sum(was["rejected"].values())) / span)
+        mirrored, rejected = smooth(mirrored), smooth(rejected)
+        axes.fill_between(times, [sign * n for n in mirrored], color=colour, alpha=0.25, linewidth=0,
+                          label=f"copies that the {name} set got")  # fmt: skip
+        axes.plot(
+            times,
+            [sign * n for n in rejected],
+            color=colour,
+            label=f"of these rejected: the {'newer' if sign < 0 else 'older'} set's",
+        )
+    axes.axhline(0, color="#888888", linewidth=0.8)
+    axes.set_ylabel("older | newer set\ncopies per second")
+    axes.legend(loc="upper right", frameon=False, ncols=2)
+
+
+def _draw_connections(axes: Any, show: MirrorShow) -> None:
+    """What each set has, and how many engines it has."""
+    times = [t for t, _ in show.statuses]
+    have = [_connections(status) for _, status in show.statuses]
+    axes.stackplot(
+        times,
+        [older for older, _ in have],
+        [newer for _, newer in have],
+        colors=COLOURS,
+        alpha=0.8,
+        labels=["connections and flows of the older set", "of the newer set"],
+        step="post",
+    )
+    axes.set_ylabel("connections and flows")
+    axes.margins(x=0, y=0)
+    axes.set_ylim(0, max(a + b for a, b in have) * 1.35)
+    axes.legend(loc="upper left", frameon=False, ncols=2)
+    count = axes.twinx()
+    for state, line in (("Draining", ":"), ("Current", "-")):
+        engines = [
+            sum(s["engines"] for s in status.get("sets", ()) if s["state"] == state) for _, status in show.statuses
+        ]
+        count.step(times, engines, where="post", color="black", linestyle=line, linewidth=1.6)
+    count.set_ylim(0, 6)
+    count.set_ylabel("engines: current (line), draining (dots)")
+    count.spines["right"].set_visible(True)
+
+
+def _connections(status: Json) -> tuple[int, int]:
+    """Of the older set and of the newer one."""
+    sets = status.get("sets", ())
+    if len(sets) < 2:
+        alone = sum(e["flows"] for e in status["engines"])
+        return (0, alone) if sets and sets[0]["id"] > 1 else (alone, 0)
+    flows = [sum(e["flows"] for e in status["engines"] if e["set"] == s["id"]) for s in sets]
+    older = sets[0]["connections"] if sets[0]["state"] == "Draining" and not sets[0]["buckets"] else flows[0]
+    return max(flows[0], older), flows[1]
