@@ -299,8 +299,8 @@ int main(int argc, char **argv)
 				mirror(1);
 				mirrored = rate(routed, flows, packets / TURNS) / 2; /* the sinks of both count */
 				mirror(0);
-				printf("pipeline_%s %.1f\nswap_%s %.1f\ndoubled_%s %.1f\n", size, away, size, back, size,
-				       mirrored);
+				printf("pipeline_%s %.1f\nswap_%s %.1f\ndoubled_%s %.1f\n", size, away, size, back,
+				       size, mirrored);
 			}
 			fflush(stdout);
 		}
