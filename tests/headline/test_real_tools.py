@@ -156,7 +156,7 @@ def by_both_families(lab: Lab, *words: str) -> list[str]:
 def test_wrk_sees_no_error_by_both_families(lab: Lab) -> None:
     with resizing(lab) as sizes:
         both = by_both_families(lab, "wrk", "-t1", "-c50", "-d4s", "--timeout", "10s", "http://HOST:80/small")
-    assert len(sizes) >= 3
+    assert len(sizes) >= 2
     for said in both:
         print(said)
         assert "Socket errors" not in said
@@ -171,7 +171,7 @@ def test_iperf3_streams_over_tcp_by_both_families(lab: Lab, direction: str) -> N
     reverse = ["-R"] if direction == "down" else []
     with resizing(lab) as sizes:
         both = by_both_families(lab, "iperf3", "-c", "HOST", "-t", "3", "-P", "4", "-J", *reverse)
-    assert len(sizes) >= 3
+    assert len(sizes) >= 2
     for said in both:
         end = json.loads(said)["end"]
         rate, sent = end["sum_received"]["bits_per_second"], end["sum_sent"]

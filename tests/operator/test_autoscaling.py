@@ -349,7 +349,7 @@ def test_a_manifest_with_replicas_is_refused_by_the_server_once_the_stack_was_sc
     stack.counters.set_load(stack.name, 1.8)
     control_plane.apply(manifest(stack, replicas=2))
     stack.rests_at(3, 40)
-    with pytest.raises(ClusterError, match="conflicts"):
+    with pytest.raises(ClusterError, match="conflict"):
         control_plane.apply(manifest(stack, replicas=2))
     stack.stays(3)
     body = json.dumps(manifest(stack, replicas=2))
