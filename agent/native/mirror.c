@@ -28,6 +28,19 @@ struct mirror {
 	int n_buckets;
 };
 
+static struct mirror mirror_of(const struct ps_sets *sets, struct ps_transfer_report *report, struct ps_error *e)
+{
+	return (struct mirror){
+		.fence = { .engines = sets->engines,
+			   .n_engines = sets->n_engines,
+			   .limit_ms = sets->limit_ms,
+			   .all_cpus = sets->all_cpus,
+			   .report = report,
+			   .e = e },
+		.sets = sets,
+	};
+}
+
 static uint64_t *word_at(const struct mirror *m, uint32_t bucket) { return &m->sets->words[m->sets->offset + bucket]; }
 
 static uint64_t *keeper_at(const struct mirror *m, uint32_t bucket)
@@ -181,18 +194,10 @@ static int switch_run(struct fence *f)
 int ps_mirror_switch(const struct ps_sets *sets, const struct ps_switch *moves, int n_moves,
 		     struct ps_transfer_report *report, struct ps_error *e)
 {
-	struct mirror m = {
-		.fence = { .engines = sets->engines,
-			   .n_engines = sets->n_engines,
-			   .limit_ms = sets->limit_ms,
-			   .all_cpus = sets->all_cpus,
-			   .report = report,
-			   .e = e },
-		.sets = sets,
-		.moves = moves,
-		.n_moves = n_moves,
-	};
+	struct mirror m = mirror_of(sets, report, e);
 
+	m.moves = moves;
+	m.n_moves = n_moves;
 	return fence_run(&m.fence, switch_run);
 }
 
@@ -252,18 +257,10 @@ static int end_run(struct fence *f)
 int ps_mirror_end(const struct ps_sets *sets, const uint32_t *buckets, int n_buckets, struct ps_transfer_report *report,
 		  struct ps_error *e)
 {
-	struct mirror m = {
-		.fence = { .engines = sets->engines,
-			   .n_engines = sets->n_engines,
-			   .limit_ms = sets->limit_ms,
-			   .all_cpus = sets->all_cpus,
-			   .report = report,
-			   .e = e },
-		.sets = sets,
-		.buckets = buckets,
-		.n_buckets = n_buckets,
-	};
+	struct mirror m = mirror_of(sets, report, e);
 
+	m.buckets = buckets;
+	m.n_buckets = n_buckets;
 	return fence_run(&m.fence, end_run);
 }
 
@@ -271,11 +268,10 @@ int ps_mirror_end(const struct ps_sets *sets, const uint32_t *buckets, int n_buc
 
 int ps_mirror_adopt(const struct ps_sets *sets, const struct ps_switch *moves, int n_moves, struct ps_error *e)
 {
-	struct mirror m = { .fence = { .engines = sets->engines, .n_engines = sets->n_engines, .e = e },
-			    .sets = sets,
-			    .moves = moves,
-			    .n_moves = n_moves };
+	struct mirror m = mirror_of(sets, NULL, e);
 
+	m.moves = moves;
+	m.n_moves = n_moves;
 	if (check(&m))
 		return -1;
 	for (int i = 0; i < n_moves; i++) {
@@ -294,16 +290,6 @@ int ps_mirror_adopt(const struct ps_sets *sets, const struct ps_switch *moves, i
 }
 
 /* ---- the list ----------------------------------------------------------------------------------------- */
-
-struct ps_connection_list *ps_connections_create(const char *pin, const struct ps_arena *keeper, struct ps_error *e)
-{
-	return ps_connections_map(pin, keeper, 1, e);
-}
-
-struct ps_connection_list *ps_connections_open(const char *pin, const struct ps_arena *keeper, struct ps_error *e)
-{
-	return ps_connections_map(pin, keeper, 0, e);
-}
 
 void ps_connections_numbers(const struct ps_connection_list *l, uint32_t out[3])
 {

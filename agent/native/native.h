@@ -36,9 +36,6 @@ void *ps_parts_open(const char *path, const char *pin, uint32_t magic, uint64_t 
 /* The same of a file without a map. */
 void *ps_file_open(const char *path, int read_only, uint32_t magic, uint64_t bytes, const char *what,
 		   struct ps_error *e);
-/* The pinned map of a connection list with the numbers of this arena; made, if there shall be none yet. */
-struct ps_connection_list *ps_connections_map(const char *pin, const struct ps_arena *keeper, int create,
-					      struct ps_error *e);
 /* files.c. Sets offsets and `bytes` of an engine file by its other numbers. */
 void ps_engine_places(struct ps_engine *n);
 /* Runs `work` in a thread whose network namespace is `netns` (-1: the caller's); the caller's never changes. */

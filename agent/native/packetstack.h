@@ -281,8 +281,8 @@ uint16_t *ps_director_pair_numbers(struct ps_director *d);
 
 /* The connection list of a keeper's set (packetstack/connections.h): pinned, for engines of both sets to write. */
 struct ps_connection_list;
-struct ps_connection_list *ps_connections_create(const char *pin, const struct ps_arena *keeper, struct ps_error *e);
-struct ps_connection_list *ps_connections_open(const char *pin, const struct ps_arena *keeper, struct ps_error *e);
+struct ps_connection_list *ps_connections_open(const char *pin, const struct ps_arena *keeper, int create,
+					       struct ps_error *e); /* create: there is none yet */
 void ps_connections_close(struct ps_connection_list *l);
 /* Its buckets, entries and index slots, as PS_MSG_CONNECTIONS names them */
 void ps_connections_numbers(const struct ps_connection_list *l, uint32_t out[3]);

@@ -197,8 +197,8 @@ void *ps_parts_open(const char *path, const char *pin, uint32_t magic, uint64_t 
 
 /* ---- connection list: a map alone ---------------------------------------------------------------------------- */
 
-struct ps_connection_list *ps_connections_map(const char *pin, const struct ps_arena *keeper, int create,
-					      struct ps_error *e)
+struct ps_connection_list *ps_connections_open(const char *pin, const struct ps_arena *keeper, int create,
+					       struct ps_error *e)
 {
 	struct ps_connection_list *l = calloc(1, sizeof(*l));
 	uint64_t bytes;

@@ -89,10 +89,6 @@ class Shared:
     connections: Connections | None = None
     """While traffic is mirrored; the descriptor is the agent's."""
 
-    def given(self) -> tuple[int, ...]:
-        """What a new process gets, in the order of PS_MSG_ATTACH in abi.h. What a process may also get later comes behind."""
-        return (*self.files, *self.rings)
-
 
 class Attachments:
     """Listens on an engine's socket. All methods run on the event loop."""
@@ -305,7 +301,7 @@ class Attachments:
         pin = processes.own_cpus(link.pid, s.cores) if s.pin is None else s.pin
         for i in range(len(message.pin)):
             message.pin[i] = pin[i] if i < len(pin) else -1
-        _send_with(link.connection, message, s.given())
+        _send_with(link.connection, message, (*s.files, *s.rings))
         if not await self._said(link, "PS_MSG_PREPARED"):
             return False
         self._tell(link)

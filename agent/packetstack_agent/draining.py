@@ -4,11 +4,11 @@ Changes nothing.
 """
 
 import time
-from datetime import UTC, datetime
 
 from packetstack_agent.counting import add_copies
 from packetstack_agent.managed import Managed
 from packetstack_core import standing
+from packetstack_core.autoscaling.rounds import timestamp
 from packetstack_core.standing import Standing
 from packetstack_core.transitions import SetState
 from packetstack_core.verbs import Json
@@ -27,20 +27,16 @@ def document(managed: Managed, stands: Standing) -> list[Json]:
             {
                 "id": one.set.id,
                 "state": str(one.set.state),
-                "since": _rfc3339(one.set.since + offset),
+                "since": timestamp(one.set.since + offset),
                 "engines": one.engines,
                 "ready": one.ready,
                 "buckets": one.buckets,
                 "keptBuckets": one.kept,
                 "connections": one.connections,
-                "silentSince": _rfc3339(one.oldest + offset) if one.oldest is not None else "",
+                "silentSince": timestamp(one.oldest + offset) if one.oldest is not None else "",
                 "endsInSeconds": round(ends_in, 1) if ends_in is not None else None,
                 "mirrored": counts.pop("mirrored", 0),
                 "rejected": {reason.removeprefix("rejected_"): n for reason, n in counts.items()},
             }
         )
     return found
-
-
-def _rfc3339(at: float) -> str:
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

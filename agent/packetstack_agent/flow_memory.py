@@ -6,7 +6,7 @@ Functions here block briefly; they are called from worker threads or where a few
 import shutil
 import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -318,6 +318,18 @@ class FlowMemory:
         lib().ps_arena_headers(self.arena, owners, live)
         return bytes(ffi.buffer(owners)), array("H", bytes(ffi.buffer(live)))
 
+    def parties(self, engines: Collection[Engine]) -> tuple[Any, int]:
+        """`struct ps_fence_engine[]` of all that a fence may have to visit, and how many: those engines, and slots that
+        shards name and none of them has, which are gone."""
+        present = [e for e in engines if e.view is not None]
+        gone = words.shard_slots(self.headers()[0]) - {e.slot for e in engines}
+        fence = ffi.new("struct ps_fence_engine[]", len(present) + len(gone) + 1)
+        for i, engine in enumerate(present):
+            fence[i] = engine.fence[0]
+        for i, slot in enumerate(gone, len(present)):
+            fence[i].slot = slot
+        return fence, len(present) + len(gone)
+
     def transfer(self, table: Any, egress: Any, engines: Sequence[Engine], moves: Sequence[Move]) -> Report:
         """Move buckets between engines of the set, in batches of one fence each. Stops at an engine that does not answer.
 
@@ -326,13 +338,7 @@ class FlowMemory:
         them is gone for good. Blocks.
         """
         report = Report()
-        present = [e for e in engines if e.view is not None]
-        gone = words.shard_slots(self.headers()[0]) - {e.slot for e in engines}
-        fence = ffi.new("struct ps_fence_engine[]", len(present) + len(gone) + 1)
-        for i, engine in enumerate(present):
-            fence[i] = engine.fence[0]
-        for i, slot in enumerate(gone, len(present)):
-            fence[i].slot = slot
+        fence, parties = self.parties(engines)
         out = ffi.new("struct ps_transfer_report *")
         batches = [list(moves[i : i + BATCH]) for i in range(0, len(moves), BATCH)] or [[]]
         with processes.way_to_all_cpus() as cpus:
@@ -342,8 +348,8 @@ class FlowMemory:
                 while moved and not report.stalled:
                     wanted = ffi.new("struct ps_move[]", [(m.bucket, m.to.slot, m.to.queue) for m in batch] or 1)
                     call(
-                        lib().ps_transfer, self.arena, table, 0, egress, fence, len(present) + len(gone), wanted,
-                        len(batch), FENCE_LIMIT_MS, cpus, out,
+                        lib().ps_transfer, self.arena, table, 0, egress, fence, parties, wanted, len(batch), FENCE_LIMIT_MS,
+                        cpus, out,
                     )  # fmt: skip
                     moved = int(out.moved)
                     report.moved += moved

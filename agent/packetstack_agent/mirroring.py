@@ -46,18 +46,17 @@ class Mirror:
         self._numbers = lib().ps_director_pair_numbers(director)
         self.keeper, self.newcomer = keeper, newcomer
         self._pin = pin
-        make = lib().ps_connections_open if pin.exists() else lib().ps_connections_create
-        self._list = call(make, text(pin), keeper.arena)
+        self._list = call(lib().ps_connections_open, text(pin), keeper.arena, not pin.exists())
         self._pairs: dict[tuple[int, int], int] = {}
         """(owner's slot, keeper's slot) -> number of the pair."""
         self._made: dict[int, tuple[int, int]] = {}
         """Number -> interfaces that it sends to."""
-        for bucket, word in enumerate(self._read()):
-            if prev := word >> 6 & 1023:
-                self._pairs[word >> 22 & 1023, prev] = self._numbers[offset + bucket]
+        for bucket, (owner, kept_by) in enumerate(zip(words.owners(self._read()), self.keepers(), strict=True)):
+            if owner is not None and kept_by is not None:
+                self._pairs[owner.slot, kept_by.slot] = self._numbers[offset + bucket]
 
-    def _read(self) -> "array[int]":
-        return array("Q", bytes(ffi.buffer(self._words + self._offset, 8 * self.keeper.buckets)))
+    def _read(self) -> bytes:
+        return bytes(ffi.buffer(self._words + self._offset, 8 * self.keeper.buckets))
 
     def connections(self) -> Connections:
         """The list, as engines get it; its descriptor is the caller's to close."""
@@ -72,8 +71,8 @@ class Mirror:
 
     def remove(self) -> None:
         """Let it go for good: nothing is mirrored any more, so that the numbers of all pairs are free, whatever shards say."""
-        for bucket, word in enumerate(self._read()):
-            if not word >> 6 & 1023:
+        for bucket, kept_by in enumerate(self.keepers()):
+            if kept_by is None:
                 self._numbers[self._offset + bucket] = 0
         self.close()
         self._pin.unlink(missing_ok=True)
@@ -82,14 +81,14 @@ class Mirror:
 
     def keepers(self) -> list[Owner | None]:
         """By bucket, the engine's queue that keeps connections of it; None: its traffic is not mirrored."""
-        return [Owner(w >> 6 & 1023, w & 63) if w >> 6 & 1023 else None for w in self._read()]
+        return list(words.keepers(self._read()))
 
     def left(self) -> Left:
         """What the keeper has left."""
         n = self.keeper.buckets
         left, oldest = ffi.new("uint32_t[]", n), ffi.new("uint32_t[]", n)
         lib().ps_connections_left(self._list, left, oldest)
-        mirrored = [b for b, word in enumerate(self._read()) if word >> 6 & 1023]
+        mirrored = [b for b, kept_by in enumerate(self.keepers()) if kept_by is not None]
         some = [b for b in mirrored if 0 < left[b] < UNPUBLISHED]
         return Left(
             buckets=len(mirrored),
@@ -105,7 +104,7 @@ class Mirror:
 
         Without moves it finishes what an interrupted call left open. `engines`: all of both sets.
         """
-        owners = words.owners(bytes(ffi.buffer(self._words + self._offset, 8 * self.keeper.buckets)))
+        owners = words.owners(self._read())
         known = [(m, owner) for m in moves if (owner := owners[m.bucket]) is not None]
         self._make_pairs(engines, {(m.to.slot, owner.slot) for m, owner in known})
         wanted = [(m.bucket, m.to.slot, m.to.queue, self._pairs[m.to.slot, owner.slot]) for m, owner in known]
@@ -118,15 +117,13 @@ class Mirror:
 
     def adopt(self, engines: Collection[Engine], moves: Sequence[Move]) -> None:
         """Give what engines that are gone kept to others of their set."""
-        pairs = [(m, owner) for m in moves if (owner := self._owner(m.bucket)) is not None]
+        owners = words.owners(self._read())
+        pairs = [(m, owner) for m in moves if (owner := owners[m.bucket]) is not None]
         self._make_pairs(engines, {(owner.slot, m.to.slot) for m, owner in pairs})
         wanted = [(m.bucket, m.to.slot, m.to.queue, self._pairs[owner.slot, m.to.slot]) for m, owner in pairs]
         sets, kept_alive = self._sets(engines)
         call(lib().ps_mirror_adopt, sets, ffi.new("struct ps_switch[]", wanted or 1), len(wanted))
         del kept_alive
-
-    def _owner(self, bucket: int) -> Owner | None:
-        return words.owners(bytes(ffi.buffer(self._words + self._offset + bucket, 8)))[0]
 
     def look_at_devices(self, engines: Collection[Engine]) -> None:
         """An engine that was made again has another interface: its pairs send there."""
@@ -135,19 +132,13 @@ class Mirror:
     @property
     def unfinished(self) -> bool:
         """Whether an interrupted call has left something open."""
-        return self._waits() or self._ended_halfway()
-
-    def _waits(self) -> bool:
-        shards = array("Q", self.newcomer.headers()[0])
-        waiting = constant("PS_WAITING")
-        pairs = zip(self._read(), shards, strict=True)
-        return any(word >> 6 & 1023 and owner == word & ~0xFFFF | waiting for word, owner in pairs)
-
-    def _ended_halfway(self) -> bool:
-        shards = zip(
-            self._read(), array("Q", self.keeper.headers()[0]), array("Q", self.newcomer.headers()[0]), strict=True
-        )
-        return any(not word >> 6 & 1023 and kept and owner == word & ~0xFFFF for word, kept, owner in shards)
+        raw, waiting = self._read(), constant("PS_WAITING")
+        shards = (array("Q", memory.headers()[0]) for memory in (self.keeper, self.newcomer))
+        for word, kept_by, kept, owner in zip(array("Q", raw), words.keepers(raw), *shards, strict=True):
+            own = word & ~0xFFFF
+            if owner == own | waiting if kept_by is not None else kept and owner == own:
+                return True
+        return False
 
     def _batches(self, moves: Sequence[tuple[int, int, int, int]]) -> list[list[tuple[int, int, int, int]]]:
         live = self.keeper.headers()[1]
@@ -180,17 +171,11 @@ class Mirror:
 
     def _sets(self, engines: Collection[Engine]) -> tuple[Any, Any]:
         """`struct ps_sets *`, and the array that it points to."""
-        present = [e for e in engines if e.view is not None]
-        gone = words.shard_slots(self.keeper.headers()[0]) - {e.slot for e in engines}
-        fence = ffi.new("struct ps_fence_engine[]", len(present) + len(gone) + 1)
-        for i, engine in enumerate(present):
-            fence[i] = engine.fence[0]
-        for i, slot in enumerate(gone, len(present)):
-            fence[i].slot = slot
+        fence, parties = self.keeper.parties(engines)
         sets = ffi.new("struct ps_sets *")
         sets.keeper, sets.newcomer = self.keeper.arena, self.newcomer.arena
         sets.words, sets.offset, sets.pairs = self._words, self._offset, self._numbers
-        sets.engines, sets.n_engines = fence, len(present) + len(gone)
+        sets.engines, sets.n_engines = fence, parties
         sets.limit_ms = FENCE_LIMIT_MS
         return sets, fence
 

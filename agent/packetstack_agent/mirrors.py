@@ -57,9 +57,7 @@ class Mirrors:
 
     async def prepare(self, managed: Managed) -> None:
         """What comes before anything new: engines know the list, what was begun is finished, what is over has ended."""
-        for engine in managed.engines.values():
-            if engine.attachments is not None:
-                engine.attachments.connect(managed.stack.connections)
+        _tell_engines(managed)
         mirror = managed.stack.mirror
         if mirror is None:
             return
@@ -84,8 +82,7 @@ class Mirrors:
             case PromoteSet(number):
                 self._note(managed, action)
                 managed.stack.current = number
-                message = f"set {number} takes new connections from now on; the set before it keeps those that it has"
-                self._journal.event(managed.stack.name, EventReason.SET_CURRENT, message)
+                self._journal.event(managed.stack.name, EventReason.SET_CURRENT, transitions.said(action))
             case SwitchBuckets(moves):
                 return await self._switch(managed, moves)
             case AdoptKept(moves):
@@ -130,8 +127,7 @@ class Mirrors:
             self._journal.event(stack.name, EventReason.ENGINE_FAILED, message)
             return True
         self._note(managed, MakeSet(new))
-        message = f"set {new.id} is being made with {counted(new.replicas, 'engine')}; the present one serves until it is ready"
-        self._journal.event(stack.name, EventReason.SET_ACTIVATING, message)
+        self._journal.event(stack.name, EventReason.SET_ACTIVATING, transitions.said(MakeSet(new)))
         return False
 
     async def _switch(self, managed: Managed, moves: Sequence[Move]) -> bool:
@@ -191,9 +187,7 @@ class Mirrors:
         stack = managed.stack
         stack.mirror_no_more()
         managed.stale = True
-        for engine in managed.engines.values():
-            if engine.attachments is not None:
-                engine.attachments.connect(None)
+        _tell_engines(managed)
         async with managed.busy:
             if number in stack.sets:
                 stack.remove_set(number)
@@ -222,3 +216,10 @@ class Mirrors:
         if engine := managed.engines.get(report.stalled):
             self._fences.fence_missed(engine, time.monotonic())
         return report
+
+
+def _tell_engines(managed: Managed) -> None:
+    """Which connection list the stack has now, if it has one."""
+    for engine in managed.engines.values():
+        if engine.attachments is not None:
+            engine.attachments.connect(managed.stack.connections)

@@ -17,6 +17,12 @@ def owners(words: bytes) -> tuple[Owner | None, ...]:
 
 
 @lru_cache(maxsize=32)
+def keepers(words: bytes) -> tuple[Owner | None, ...]:
+    """Previous owner by bucket, which gets a copy of its packets; None: its traffic is not mirrored."""
+    return tuple(Owner(w >> 6 & 1023, w & 63) if w >> 6 & 1023 else None for w in array("Q", words))
+
+
+@lru_cache(maxsize=32)
 def open_fences(words: bytes, shards: bytes) -> Mapping[int, int]:
     """Bucket whose word and shard disagree -> slot that its shard names; 0: nobody."""
     pairs = enumerate(zip(array("Q", words), array("Q", shards), strict=True))

@@ -36,6 +36,7 @@ from packetstack_core.assignment import NOBODY, Move, Owner, State
 from packetstack_core.kinds import MAX_SET_ID
 from packetstack_core.planning import AssignBuckets, CreateEngine, Desired, Engine
 from packetstack_core.resources import Handover
+from packetstack_core.wording import counted
 
 
 class SetState(StrEnum):
@@ -89,6 +90,16 @@ class Sets:
                 return replace(self, known=tuple(_promoted(s, id_, now) for s in self.known))
             case RetireSet(id_):
                 return replace(self, known=tuple(s for s in self.known if s.id != id_))
+
+
+def said(action: "MakeSet | PromoteSet") -> str:
+    """What an event says of it, whoever carries it out."""
+    match action:
+        case MakeSet(new):
+            engines = counted(new.replicas, "engine")
+            return f"set {new.id} is being made with {engines}; the present one serves until it is ready"
+        case PromoteSet(number):
+            return f"set {number} takes new connections from now on; the set before it keeps those that it has"
 
 
 def _promoted(known: EngineSet, id_: int, now: float) -> EngineSet:

@@ -13,8 +13,8 @@ from packetstack_core.transitions import (
     RetireSet,
     SetState,
     SwitchBuckets,
+    said,
 )
-from packetstack_core.wording import counted
 from packetstack_operator.facts import Facts, Plan
 
 
@@ -25,15 +25,13 @@ def act(found: Facts, plan: Plan, action: Action) -> None:
             plan.sets = plan.sets.after(action, found.now)
             _note_shape(found, plan, new)
             if new.state is SetState.ACTIVATING:
-                message = f"set {new.id} is being made with {counted(new.replicas, 'engine')}; the present one serves until it is ready"
-                plan.event(EventReason.SET_ACTIVATING, message)
+                plan.event(EventReason.SET_ACTIVATING, said(action))
         case ChangeSet(new):
             plan.sets = plan.sets.after(action, found.now)
             _note_shape(found, plan, new)
-        case PromoteSet(number):
+        case PromoteSet():
             plan.sets = plan.sets.after(action, found.now)
-            message = f"set {number} takes new connections from now on; the set before it keeps those that it has"
-            plan.event(EventReason.SET_CURRENT, message)
+            plan.event(EventReason.SET_CURRENT, said(action))
         case SwitchBuckets(moves):
             plan.keepers = plan.keepers or [NOBODY] * len(plan.owners)
             for move in moves:
