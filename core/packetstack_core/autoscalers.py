@@ -21,11 +21,11 @@ from packetstack_core.values import (
     Opaque,
     Quantity,
     Seconds,
-    Text,
     Whole,
     exactly_one,
     quantity,
 )
+from packetstack_core.vertical_autoscalers import CronText, Vertical, ZoneText
 
 
 class MetricTarget(Model):
@@ -233,9 +233,9 @@ class Schedule(Model):
 
     name: Name
     """Name of the schedule, unique in the stack."""
-    cron: Annotated[str, Text(r"\S+( \S+){4}", 100, "a cron schedule", 'five fields, as in "0 8 * * 1-5"')]
+    cron: CronText
     """When it begins: five fields, for example "0 8 * * 1-5"."""
-    time_zone: Annotated[str, Text(r"[A-Za-z0-9_+-]+(/[A-Za-z0-9_+-]+)*", 64, "a time zone", '"Europe/Berlin"')] = "UTC"
+    time_zone: ZoneText = "UTC"
     """Time zone of `cron`, for example "Europe/Berlin"."""
     duration_seconds: Seconds
     """How long it lasts, in seconds."""
@@ -281,11 +281,29 @@ class Autoscaling(Model):
     """Other limits at some hours; the first one that is active counts."""
     fallback: Fallback | None = None
     """Number of engines when no metric can be used for long. Absent: the number stays."""
+    vertical: Vertical | None = None
+    """Scaling by the size of engines. Absent: `engine.cores` stays as it is."""
+
+    @property
+    def vertical_decides_replicas(self) -> bool:
+        """Whether `vertical` decides the number of engines too."""
+        return self.vertical is not None and self.vertical.decides_replicas(len(self.metrics))
 
     @model_validator(mode="after")
     def _limits(self) -> Self:
         _min_max(self.min_replicas, self.max_replicas)
+        self._one_decides()
         return self
+
+    def _one_decides(self) -> None:
+        """Whoever decides the number of engines does it alone, and nothing is given that has no effect."""
+        if self.vertical is not None and self.vertical.decides == "CoresAndReplicas" and self.metrics:
+            says = "has metrics and vertical.decides CoresAndReplicas, two who would decide the number of engines"
+            raise ValueError(f"{says}; leave one of them out")
+        for name in ("behavior", "panic", "fallback") if self.vertical_decides_replicas else ():
+            if getattr(self, name) is not None:
+                says = f"has {name}, which is for metrics, while vertical decides the number of engines"
+                raise ValueError(f'{says}; leave it out, or use vertical.decides "Cores"')
 
 
 def _min_max(low: int | None, high: int | None) -> None:

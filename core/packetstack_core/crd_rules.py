@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from packetstack_core import autoscalers, kinds, limits, resources
+from packetstack_core import autoscalers, kinds, limits, resources, vertical_autoscalers
 from packetstack_core.engines import Engine, HugePages, Interface, PodTemplate
 from packetstack_core.limits import MAX_FLOWS_PER_BUCKET, MAX_NAME, MAX_QUEUES, MAX_SNAT_ADDRESSES
 from packetstack_core.statuses import PacketStackStatus
@@ -186,6 +186,13 @@ _POWERS = [1 << bits for bits in range(MAX_SNAT_ADDRESSES.bit_length())]  # CEL 
 _TOTAL = f"self.addresses.map(a, !isCIDR(a) ? 1 : {_HOST_BITS} < {len(_POWERS)} ? {_POWERS}[{_HOST_BITS}] : 0).sum()"
 _OTHER_SOURCES = "self.allowedSources.filter(s, s.contains(':') != self.address.contains(':'))"
 _OTHER_FAMILY = "self.backends.endpoints.filter(e, e.address.contains(':') != self.address.contains(':'))"
+_TRIGGERS_TWICE = (
+    "self.triggers.filter(t, self.triggers.filter(u, u.type == t.type "
+    "&& (t.type != 'Schedule' || (has(t.schedule) && has(u.schedule) && u.schedule.name == t.schedule.name))).size() > 1)"
+)
+_CORES_BEYOND = (
+    "self.triggers.filter(t, has(t.schedule) && (t.schedule.cores < self.minCores || t.schedule.cores > self.maxCores))"
+)
 _METRICS = {
     kind: kind[0].lower() + kind[1:]
     for kind in ("Engine", "Resource", "ContainerResource", "Pods", "Object", "External")
@@ -210,6 +217,15 @@ RULES: dict[type[BaseModel], list[Json]] = {
             '"%s" is a SNAT address too; use an address outside of spec.snat.addresses',
             f"{_IN_SNAT}[0].address",
             path=".listeners",
+        ),
+        _rule(
+            "!has(self.autoscaling) || !has(self.autoscaling.vertical) "
+            f"|| self.autoscaling.vertical.maxCores * self.engine.queuesPerCore <= {MAX_QUEUES}",
+            f"has maxCores %s x %s queuesPerCore = %s queues; use at most {MAX_QUEUES}",
+            "string(self.autoscaling.vertical.maxCores)",
+            "string(self.engine.queuesPerCore)",
+            "string(self.autoscaling.vertical.maxCores * self.engine.queuesPerCore)",
+            path=".autoscaling.vertical",
         ),
     ],
     Engine: [
@@ -304,7 +320,82 @@ RULES: dict[type[BaseModel], list[Json]] = {
         )
     ],
     autoscalers.Schedule: [_LIMITS],
-    autoscalers.Autoscaling: [_LIMITS],
+    autoscalers.Autoscaling: [
+        _LIMITS,
+        _rule(
+            "!has(self.vertical) || !has(self.vertical.decides) || self.vertical.decides == 'Cores' "
+            "|| !has(self.metrics) || self.metrics.size() == 0",
+            "has metrics and vertical.decides CoresAndReplicas, two who would decide the number of engines; "
+            "leave one of them out",
+        ),
+        _rule(
+            "!has(self.vertical) || (has(self.vertical.decides) ? self.vertical.decides == 'Cores' "
+            ": has(self.metrics) && self.metrics.size() > 0) "
+            "|| !(has(self.behavior) || has(self.panic) || has(self.fallback))",
+            "has %s, which is for metrics, while vertical decides the number of engines; leave it out, or use "
+            'vertical.decides "Cores"',
+            _either(("has(self.behavior)", "'behavior'"), ("has(self.panic)", "'panic'"), otherwise="'fallback'"),
+        ),
+    ],
+    vertical_autoscalers.Vertical: [
+        _rule(
+            "self.minCores <= self.maxCores",
+            "has minCores %s above maxCores %s; use minCores <= maxCores",
+            "string(self.minCores)",
+            "string(self.maxCores)",
+        ),
+        _rule(
+            f"!has(self.triggers) || {_TRIGGERS_TWICE}.size() == 0",
+            "has %s twice; use one trigger of each type, and a name once",
+            _either(
+                (
+                    f"{_TRIGGERS_TWICE}[0].type == 'Schedule'",
+                    f"'schedule %s'.format([{_TRIGGERS_TWICE}[0].schedule.name])",
+                ),
+                otherwise=f"{_TRIGGERS_TWICE}[0].type",
+            ),
+        ),
+        _rule(
+            f"!has(self.triggers) || {_CORES_BEYOND}.size() == 0",
+            "has schedule %s with %s cores; use %s to %s, as minCores and maxCores",
+            f"{_CORES_BEYOND}[0].schedule.name",
+            f"string({_CORES_BEYOND}[0].schedule.cores)",
+            "string(self.minCores)",
+            "string(self.maxCores)",
+        ),
+        _rule(
+            "!has(self.triggers) || self.triggers.size() == 0 "
+            "|| self.triggers.exists(t, !(t.type in ['QueueDepth', 'Drops', 'Schedule']))",
+            "has no trigger that says when fewer cores do; add one, as Utilization or PacketsPerSecond",
+        ),
+    ],
+    # That above is more than target, and target more than below, is left to the operator: comparing quantities costs
+    # too much, for the reason that stands at _UNIT.
+    vertical_autoscalers.Trigger: [
+        _rule(
+            "has(self.schedule) == (self.type == 'Schedule')",
+            'has type "%s" %s',
+            "self.type",
+            _either(
+                ("has(self.schedule)", "'with schedule; use type Schedule'"), otherwise="'without schedule; give it'"
+            ),
+        ),
+        _rule(
+            "self.type != 'Schedule' || !(has(self.above) || has(self.target) || has(self.below))",
+            'has %s for "Schedule"; leave it out: a schedule has cores',
+            _either(("has(self.above)", "'above'"), ("has(self.target)", "'target'"), otherwise="'below'"),
+        ),
+        _rule(
+            "has(self.above) || self.type in ['Utilization', 'FlowMemory', 'Schedule']",
+            'has type "%s" without above; give it',
+            "self.type",
+        ),
+        _rule(
+            "!has(self.target) || !(self.type in ['QueueDepth', 'Drops'])",
+            'has target for "%s"; leave it out: it asks for one step more',
+            "self.type",
+        ),
+    ],
 }
 
 

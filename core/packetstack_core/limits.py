@@ -8,6 +8,8 @@ MAX_METRICS = 32
 """Metrics of an autoscaler: each is read at each decision."""
 MAX_SCHEDULES = 32
 """Schedules of an autoscaler: each is looked up at each decision."""
+MAX_TRIGGERS = 32
+"""Triggers of an autoscaler of cores."""
 MAX_POLICIES = 32
 """Policies of one direction of an autoscaler."""
 MAX_QUEUES = 64

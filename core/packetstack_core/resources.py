@@ -18,6 +18,7 @@ from packetstack_core.limits import (
     MAX_BUCKETS,
     MAX_FLOWS_PER_BUCKET,
     MAX_LISTENERS,
+    MAX_QUEUES,
     MAX_SNAT_ADDRESSES,
     MIN_BUCKETS,
 )
@@ -334,7 +335,7 @@ class Spec(Model):
 
     @model_validator(mode="after")
     def _parts_fit_each_other(self) -> Self:
-        found = [*self._check_snat(), *self._check_listeners()]
+        found = [*self._check_snat(), *self._check_listeners(), *self._check_largest_engine()]
         if found:
             raise Problems(found)
         return self
@@ -353,6 +354,13 @@ class Spec(Model):
                         ("snat", "addresses", i),
                         f'"{network}" overlaps "{networks[j]}"; use each address once',
                     )
+
+    def _check_largest_engine(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
+        vertical = self.autoscaling and self.autoscaling.vertical
+        if vertical and vertical.max_cores * self.engine.queues_per_core > MAX_QUEUES:
+            each = self.engine.queues_per_core
+            text = f"has maxCores {vertical.max_cores} x {each} queuesPerCore = {vertical.max_cores * each} queues"
+            yield ("autoscaling", "vertical"), f"{text}; use at most {MAX_QUEUES}"
 
     def _check_listeners(self) -> Iterator[tuple[tuple[str | int, ...], str]]:
         listeners = self.listeners

@@ -448,6 +448,8 @@ def unsupported(spec: Spec, *, kubernetes: bool) -> str:
         return f'spec.engine.mode: "{spec.engine.mode}" is not supported yet; use "AFXDP"'
     if spec.handover.strategy == "Mirror" and spec.handover.on_deadline == "Transfer":
         return 'spec.handover.onDeadline: "Transfer" is not supported yet; use "Keep" or "Reset"'
+    if spec.autoscaling is not None and spec.autoscaling.vertical is not None:
+        return 'spec.autoscaling.vertical: is not carried out yet; leave it out ("packetstack simulate" shows what it would do)'
     if kubernetes:
         return ""
     if spec.engine.interface.veth is None:

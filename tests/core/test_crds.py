@@ -134,6 +134,7 @@ ITEMS: dict[str, Any] = {
         "engine": {"name": "ActiveFlows", "target": {"type": "AverageValue", "averageValue": "1"}},
     },
     "Autoscaling.schedules": {"name": "day", "cron": "0 8 * * *", "durationSeconds": 60},
+    "Vertical.triggers": {"type": "ActiveFlows", "above": "1"},
     "ScalingRules.policies": {"type": "Pods", "value": 1, "periodSeconds": 60},
 }
 

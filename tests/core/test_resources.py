@@ -187,6 +187,25 @@ def two(**fields):
     return changed("spec.listeners", [document()["spec"]["listeners"][0], {**SECOND, **fields}])
 
 
+NIGHT = {"name": "night", "cron": "0 20 * * *", "durationSeconds": 3600, "cores": 4}
+BUSY = {
+    "type": "Engine",
+    "engine": {"name": "Utilization", "target": {"type": "Utilization", "averageUtilization": 50}},
+}
+UNORDERED = [
+    {"type": "FlowMemory", "above": 101},
+    {"type": "Utilization", "above": 100},
+    {"type": "Utilization", "below": 80},
+    {"type": "PacketsPerSecond", "above": "10k", "target": "20k"},
+]
+"""Triggers whose thresholds contradict each other, or can never be exceeded."""
+
+
+def vertical(*triggers, **more):
+    """spec.autoscaling with a vertical one of up to 4 cores."""
+    return {"maxReplicas": 2, "vertical": {"maxCores": 4, "triggers": list(triggers)} | more}
+
+
 WRONG = [
     ("spec.replicas", "2", 'spec.replicas: "2" is a string; use a whole number'),
     ("spec.replicas", -1, "spec.replicas: -1 is not a number of engines; use 0 to 1000"),
@@ -279,6 +298,25 @@ WRONG = [
         "has 33 metrics; use at most 32",
     ),
     ("spec.autoscaling", {"maxReplicas": 2, "metrics": [{"type": "Pods"}]}, "metrics[0]: is empty; use exactly"),
+    ("spec.autoscaling", {"maxReplicas": 2, "vertical": {}}, "vertical.maxCores: is missing"),
+    ("spec.autoscaling", vertical(minCores=5), "vertical: has minCores 5 above maxCores 4; use minCores <= maxCores"),
+    ("spec.autoscaling", vertical(maxCores=17), "vertical: has maxCores 17 x 4 queuesPerCore = 68 queues; use at most 64"),
+    ("spec.autoscaling", vertical({"type": "Busy"}), "vertical.triggers[0].type"),
+    ("spec.autoscaling", vertical({"type": "ActiveFlows"}), 'has type "ActiveFlows" without above; give it'),
+    ("spec.autoscaling", vertical({"type": "Schedule"}), 'has type "Schedule" without schedule; give it'),
+    ("spec.autoscaling", vertical({"type": "Utilization", "schedule": NIGHT}), 'has type "Utilization" with schedule; use type'),
+    ("spec.autoscaling", vertical({"type": "Schedule", "schedule": NIGHT, "above": 1}), 'has above for "Schedule"; leave it out'),
+    ("spec.autoscaling", vertical({"type": "Drops", "above": "0.01", "target": "0.001"}), 'has target for "Drops"; leave it out'),
+    ("spec.autoscaling", vertical(UNORDERED[0]), "has above 101; use less than 100, or it could never be exceeded"),
+    ("spec.autoscaling", vertical(UNORDERED[1]), "has above 100; use less than 100, or it"),
+    ("spec.autoscaling", vertical(UNORDERED[2]), "has below 80, target 60, above 75; use 0 < below <"),
+    ("spec.autoscaling", vertical(UNORDERED[3]), "target 20,000, above 10,000; use 0"),
+    ("spec.autoscaling", vertical(*[{"type": "Utilization"}] * 2), "has Utilization twice; use one trigger of each type"),
+    ("spec.autoscaling", vertical(*[{"type": "Schedule", "schedule": NIGHT}] * 2), "has schedule night twice; use one trigger of"),
+    ("spec.autoscaling", vertical({"type": "Drops", "above": "0.01"}), "has no trigger that says when fewer cores do; add one"),
+    ("spec.autoscaling", vertical({"type": "Schedule", "schedule": NIGHT | {"cores": 5}}), "has schedule night with 5 cores; use 1 to 4"),
+    ("spec.autoscaling", vertical(decides="CoresAndReplicas") | {"metrics": [BUSY]}, "two who would decide the number of engines; leave"),
+    ("spec.autoscaling", vertical() | {"panic": {}}, "has panic, which is for metrics, while vertical decides the number of engines"),
     ("metadata.name", "Edge", 'metadata.name: "Edge" is not a DNS label'),
     ("metadata.name", "a" * 53, "has 53 characters; use at most 52"),
     ("metadata.name", "edge\n", "is not a DNS label"),

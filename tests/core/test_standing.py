@@ -315,6 +315,10 @@ def test_what_is_not_built_is_refused_everywhere_and_what_needs_kubernetes_witho
             {"handover": {"strategy": "Mirror", "onDeadline": "Transfer"}},
             'spec.handover.onDeadline: "Transfer" is not supported yet; use "Keep" or "Reset"',
         ),
+        (
+            {"autoscaling": {"maxReplicas": 2, "vertical": {"maxCores": 2}}},
+            'spec.autoscaling.vertical: is not carried out yet; leave it out ("packetstack simulate" shows what it would do)',
+        ),
     ]
     for change, text in everywhere:
         assert standing.unsupported(spec(**change), kubernetes=True) == text

@@ -16,7 +16,7 @@ import yaml
 from tests.cluster.control_plane import ControlPlane
 from tests.core.test_crds import ALL
 from tests.core.test_kinds import ENGINE, table
-from tests.core.test_resources import FULL, MINIMAL, WRONG, changed, document, two
+from tests.core.test_resources import FULL, MINIMAL, UNORDERED, WRONG, changed, document, two, vertical
 
 from packetstack_core import crd_rules, crds, kinds, limits, reading
 
@@ -99,6 +99,7 @@ STRUCTURAL = re.compile(
 TAKEN = [
     ("spec.replicas", None),
     ("spec.listeners.0.backends.endpoints.0.address", "192.0.2.70"),
+    *(("spec.autoscaling", vertical(trigger)) for trigger in UNORDERED),
 ]
 
 ENDPOINTS = "spec.listeners.0.backends.endpoints"
