@@ -26,6 +26,9 @@ Found by the walk, and changed in the rules (each with the shortest way to it):
    come, the newcomer is released at e+2: what it parked is late. To wait for the parking would not do: a packet stamped
    e+2 from one CPU is parked before one stamped e+1 from another, which waits behind it for a release that waits for it.
    So the side that stays needs no fence, and an engine may vanish before the release, too.
+   Pair, word and shard of the side that moves change one after the other. The newcomer's pair goes first: copies that are
+   stamped by the old word come to an engine that they do not name. The keeper's shard goes first: a bucket that ends before
+   the word has changed has a queue to wait for. A newcomer is moved when it was released, not while it waits.
 4. *The list goes only when both queues have handled what they parked, too.* Way: one opener, parked; released; nothing
    is on the list, so the bucket ends; all markers come, the list is unmapped; then the parked opener looks at it.
 5. *The sweep goes through the entries, not the flows.* Way: a datagram is claimed; the keeper's copy removes the flow, as
@@ -61,6 +64,8 @@ class Mirror(Engines):
     def __init__(self, setting: Setting = NOTHING, rules: Rules = ALL) -> None:
         super().__init__(setting, rules)
         self.dead = (False, False)
+        self.since = 0
+        """Copies with an older epoch name a newcomer's engine that is gone."""
 
     def copy(self) -> "Mirror":
         new = Mirror.__new__(Mirror)
@@ -75,7 +80,7 @@ class Mirror(Engines):
         return (
             *cpus,
             self.word, self.epoch, self.kept, self.newcomer_epoch, self.rolled, self.unmapped, self.cursors,
-            self.parked, self.pc, self.redo, self.dead, self.clients, self.serving, self.excused,
+            self.parked, self.pc, self.redo, self.dead, self.away, self.since, self.clients, self.serving, self.excused,
             tuple(sorted(self.list.items())), tuple(sorted(self.flows[0].items())), tuple(sorted(self.flows[1].items())),
             tuple(sorted(self.backends.items())), frozenset(self.counts.items()), tuple(sorted(self.half.items())),
         )  # fmt: skip
@@ -102,7 +107,8 @@ class Mirror(Engines):
         out: list[Label] = []
         for side in (KEEPER, NEWCOMER):
             if self.dead[side]:
-                out.append(("adopt", side))
+                if not self.away[side]:
+                    out.append(("adopt", side))
             elif self.pc[side] is not None:
                 out.append(("go on", side))
             elif (redo := self.redo[side]) is not None:
@@ -119,6 +125,8 @@ class Mirror(Engines):
     def _admits_parked(self, side: int) -> bool:
         p = self.parked[side][0]
         if side == NEWCOMER:
+            if self.away[side]:
+                return False
             if self._counts_epoch(p):
                 return self.word == "back" or self.newcomer_epoch >= p.epoch
             return self.word == "back" or self.newcomer_epoch > 0
@@ -151,6 +159,10 @@ class Mirror(Engines):
     def _agent(self) -> Iterator[Label]:
         word = self.word
         yield from (("mark", *mark, cpu) for cpu in CPUS for mark in self.lost[cpu])
+        if self.away[KEEPER]:
+            yield ("keeper moves",)
+        if self.away[NEWCOMER] and self.newcomer_epoch:
+            yield ("newcomer moves",)
         if word == "keeper":
             yield ("switch",)
         elif word == "both":
@@ -195,8 +207,8 @@ class Mirror(Engines):
         if left("deaths"):
             yield from (("die", side) for side in (KEEPER, NEWCOMER) if not self.dead[side])
         if left("moves") and self.word != "keeper":
-            yield from (("move", side) for side in (KEEPER, NEWCOMER))
-        if left("backs") and self.word == "both" and self.newcomer_epoch == 0:
+            yield from (("move", side) for side in (KEEPER, NEWCOMER) if not self.away[side])
+        if left("backs") and self.word == "both" and self.newcomer_epoch == 0 and not any(self.away):
             yield ("back",)
         if left("losses"):
             for side in (KEEPER, NEWCOMER):
@@ -222,7 +234,19 @@ class Mirror(Engines):
 
     def _do_end(self) -> None:
         self.word = "newcomer"
-        self._mark_all(END, KEEPER, NEWCOMER)
+        if self.away[NEWCOMER] != "worded":  # else when its shard has been released
+            self._mark_end()
+        if self.away[KEEPER]:  # by its shard it was another's already, or nobody keeps anything
+            if self.away[KEEPER] == "gone":
+                self._adopt(KEEPER)
+            self._set_away(KEEPER, "")
+
+    def _mark_end(self) -> None:
+        for side in (KEEPER, NEWCOMER):
+            if self.away[side] == "gone" or (side == NEWCOMER and self.away[side]):  # nothing is on its way there
+                self.marks = tuple(m | 1 << 2 * END + side for m in self.marks)
+            else:
+                self._mark_all(END, side)
 
     def _do_unmap(self) -> None:
         self.unmapped = True
@@ -302,17 +326,46 @@ class Mirror(Engines):
             self._ring_is_empty()
         self._die(side)
         self._redone(side)
+        if self.word == "both":
+            return self._set_away(side, "gone")
         self._adopt(side)
         if (self.word, side) not in (("newcomer", KEEPER), ("back", NEWCOMER)):
             self.epoch += 1  # the word names another one now
         if side == NEWCOMER and self.newcomer_epoch:
             self.newcomer_epoch = self.epoch
         bits = 1 << 2 * END + side | 1 << 2 * BACK + side
-        if self.word != "both":
-            self.marks = tuple(m | bits for m in self.marks)  # nothing is on its way there: no markers are waited for
-        elif side == KEEPER and self.kept == "owned":
+        self.marks = tuple(m | bits for m in self.marks)  # nothing is on its way there: no markers are waited for
+        return None
+
+    def _set_away(self, side: int, how: str) -> None:
+        self.away = tuple(how if i == side else a for i, a in enumerate(self.away))  # type: ignore[assignment]
+
+    def _do_keeper_moves(self) -> None:
+        """Its shard first, then the pair, which leads copies to the new engine, then the word."""
+        if self.away[KEEPER] == "gone":
+            self._set_away(KEEPER, "paired")
+            return self._adopt(KEEPER)
+        self._set_away(KEEPER, "")
+        if self.kept == "owned":
             self.marks = tuple(m & ~(1 << 2 * SWITCH) for m in self.marks)
             self._mark_all(SWITCH, KEEPER)
+        return None
+
+    def _do_newcomer_moves(self) -> None:
+        """The pair first: what is stamped by the old word comes to the new engine and is none of its. Then the word, then
+        the shard, since nothing is on its way to the engine that is gone."""
+        if self.away[NEWCOMER] == "gone":
+            self._set_away(NEWCOMER, "paired")
+            self.since = self.epoch + 1
+            self._adopt(NEWCOMER)
+        elif self.away[NEWCOMER] == "paired":
+            self._set_away(NEWCOMER, "worded")
+            self.epoch += 1
+        else:
+            self._set_away(NEWCOMER, "")
+            self.newcomer_epoch = self.epoch
+            if self.word == "newcomer":
+                self._mark_end()
 
     # ---- steps: the list -----------------------------------------------------------------------------------------------
 
@@ -369,12 +422,13 @@ class Mirror(Engines):
         getattr(self, "_then_" + what[0])(side, *what[1:])
 
     def _handle(self, side: int, p: Packet, source: int | None) -> None:
+        if side == NEWCOMER and p.mirror and p.epoch < self.since:
+            return self._finish(side, p, source, "lost")
         if p.mirror and self.unmapped:
             raise Wrong(f"{p} came when the list was unmapped")
         if side == KEEPER:
-            self._keeper(p, source)
-        else:
-            self._newcomer(p, source)
+            return self._keeper(p, source)
+        return self._newcomer(p, source)
 
     # ---- checks --------------------------------------------------------------------------------------------------------
 

@@ -99,6 +99,8 @@ class Around:
         self.backends: dict[int, End] = {}
         """Place -> its end of the last connection that used it"""
         self.counts: dict[Any, int] = {}
+        self.away = ("", "")
+        """By side, how far it is with an engine that vanished: gone, paired (copies go to another), worded (so says the word)."""
 
     def _count(self, *what: Any) -> int:
         n = self.counts.get(what, 0) + 1
@@ -112,10 +114,19 @@ class Around:
     # ---- what is on its way --------------------------------------------------------------------------------------------
 
     def _arrive(self, p: Packet, cpu: int) -> None:
-        if self.word != "newcomer":
-            self._append(KEEPER, cpu, p)
-        if self.word in ("both", "newcomer"):
-            self._append(NEWCOMER, cpu, p)
+        to = [KEEPER] * (self.word != "newcomer") + [NEWCOMER] * (self.word in ("both", "newcomer"))
+        for side in to:
+            if self._is_lost(side):
+                self._done(p, "lost")
+            else:
+                self._append(side, cpu, p)
+
+    def _done(self, p: Packet, verdict: str) -> None:
+        raise NotImplementedError
+
+    def _is_lost(self, side: int) -> bool:
+        """Does nobody get what is sent there?"""
+        return self.away[side] == "gone" or (self.away[side] == "paired" and self.word == "newcomer")
 
     def _append(self, side: int, cpu: int, frame: Any) -> None:
         streams = [list(s) for s in self.streams]

@@ -252,7 +252,7 @@ class Engines(Around):
     def _newcomer(self, p: Packet, source: int | None) -> None:
         if self.word == "back":
             return self._finish(NEWCOMER, p, source, "excused")
-        if self.newcomer_epoch == 0 or (p.epoch > self.newcomer_epoch and self._counts_epoch(p)):
+        if self.newcomer_epoch == 0 or self.away[NEWCOMER] or (p.epoch > self.newcomer_epoch and self._counts_epoch(p)):
             return self._park(NEWCOMER, p, source)
         if p.epoch < self.newcomer_epoch and self._counts_epoch(p):
             return self._finish(NEWCOMER, p, source, "late")
