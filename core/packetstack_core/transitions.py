@@ -13,8 +13,9 @@ Rules
   keeper has what it had.
 - Until then it can be undone: an Activating set that is not wanted any more is removed. With another size it gets
   that size, with another template another set is made after it.
-- A Draining set keeps its engines until it keeps no bucket. One that is gone gives what it kept to another of its set;
-  one is made if there is none, and for no other reason. Then they are removed, and the set is retired.
+- A Draining set keeps its engines until it keeps no bucket. One that is given up is removed though it keeps some. One
+  that is gone gives what it kept to another of its set; one is made if there is none, and for no other reason. Then they
+  are removed, and the set is retired.
 - There are never more than two sets. What is wanted while one drains is held (`held`), but for more engines of the
   same template: these join the Current set by Transfer. `policy: Hurry` ends the Draining set instead, and so does
   the deadline, as `onDeadline` says, when all buckets are switched; with `Keep` neither does.
@@ -368,12 +369,16 @@ class _Plan:
 
     def _in_draining(self, old: EngineSet, waiting: Mapping[int, Owner], switched: Set[int]) -> list[Action]:
         """Its engines stay; what those had that are gone goes to others."""
-        holders: list[Owner | None] = [self.kept.get(b) or waiting.get(b) for b in range(len(self.pool.owners))]
-        free = [
-            b
-            for b, holder in enumerate(holders)
-            if holder is not None and holder.slot not in self.staying and b not in switched
-        ]
+        silent = {e.slot for e in self.members[old.id] if e.slot not in self.staying and not e.ready}
+        holders: list[Owner | None] = []
+        free = []
+        for bucket in range(len(self.pool.owners)):
+            holder = self.kept.get(bucket) or waiting.get(bucket)
+            if holder is not None and holder.slot not in self.staying and bucket not in switched:
+                free.append(bucket)
+            # Nobody can have what it kept before it is removed: its process may come back to it until then.
+            forsaken = bucket in self.kept and holder is not None and holder.slot in silent
+            holders.append(None if forsaken else holder)
         active = sum(e.state is State.ACTIVE and e.slot in self.staying for e in self.members[old.id])
         found: list[Action] = []
         for action in self._engines(old, max(1, active), holders, free):

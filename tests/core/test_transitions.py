@@ -247,6 +247,20 @@ def test_what_a_keeper_that_is_gone_kept_goes_to_another_of_its_set_and_no_engin
     assert 1 not in world.engines
 
 
+def test_a_keeper_that_does_not_come_back_is_removed_though_nobody_has_what_it_kept_yet():
+    world = draining(2)
+    world.change(1, ready=False, down_since=0.0)
+    world.now = 60.0
+    want = desired(2, "b", replace_after=60.0)
+    world.do(DrainEngine(1))
+    done = world.plan(want)
+    assert kinds(done) == {"AdoptKept": 1, "RemoveEngine": 1}
+    world.do(next(a for a in done if isinstance(a, RemoveEngine)))
+    world.settle(want)
+    assert {k.slot for k in world.keepers} == {2}
+    assert sum(world.open.values()) == BUCKETS
+
+
 def test_the_only_keeper_is_replaced_so_that_its_connections_go_on():
     world = draining(1, desired(3))
     want = desired(3)
