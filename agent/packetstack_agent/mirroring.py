@@ -89,12 +89,14 @@ class Mirror:
         left, oldest = ffi.new("uint32_t[]", n), ffi.new("uint32_t[]", n)
         lib().ps_connections_left(self._list, left, oldest)
         mirrored = [b for b, kept_by in enumerate(self.keepers()) if kept_by is not None]
+        live = self.keeper.headers()[1]
         some = [b for b in mirrored if 0 < left[b] < UNPUBLISHED]
         return Left(
             buckets=len(mirrored),
             connections=sum(left[b] for b in some),
             oldest_ticks=min((oldest[b] for b in some), default=0),
-            over=tuple(b for b in mirrored if not left[b]),
+            # The newcomer can write the list, so it is not believed that nothing is left.
+            over=tuple(b for b in mirrored if not left[b] and not live[b]),
         )
 
     # ---- changes ------------------------------------------------------------------------------------------------

@@ -255,9 +255,10 @@ static inline uint32_t ps_kept_sweep(const struct ps_connection_list *l, struct 
 				     struct ps_shard *s, const uint32_t *timeout, uint32_t now, uint32_t handled)
 {
 	struct ps_entry *flows = ps_shard_flows(a, s);
-	uint32_t left = 0, removed = 0, oldest = now;
+	/* Which flows there are says the shard: the newcomer cannot hide them. What the list has beyond is gone. */
+	uint32_t high = s->high > c->high ? s->high : c->high, left = 0, removed = 0, oldest = now;
 
-	for (uint32_t i = 0; i < c->high && i < l->entries && i < a->entries; i++) {
+	for (uint32_t i = 0; i < high && i < l->entries && i < a->entries; i++) {
 		struct ps_connection *to = ps_connection_at(l, c, i);
 		struct ps_entry *f = &flows[i];
 		uint8_t state = ps_connection_state(to), is = state & PS_CONNECTION_STATE;

@@ -200,12 +200,46 @@ static void a_round(uint32_t seed)
 	free(list.at);
 }
 
+/* A newcomer says that the keeper has nothing: that one counts its own flows, and forgets them when it is their time. */
+static void nobody_hides_what_the_keeper_has(void)
+{
+	struct stack *k = &set[KEEPER];
+	struct ps_connections *c;
+	struct ps_shard *s;
+
+	random_state = 1;
+	stack_new(k, BUCKETS, ENTRIES, INDEX);
+	k->engine.slot = KEEPER + 1;
+	CHECK(ps_connections_are(&list, BUCKETS, ENTRIES, INDEX), "numbers");
+	list.at = aligned_alloc(64, list.stride * list.buckets);
+	CHECK(list.at, "out of memory");
+	memset(list.at, 0, list.stride * list.buckets);
+	for (int i = 0; i < 400; i++)
+		handle(KEEPER, false);
+	s = ps_shard_at(k->arena, FIRST);
+	c = ps_connections_of(&list, FIRST);
+	ps_connections_publish(&list, c, k->arena, s, k->handler.now);
+	CHECK(s->live > 10 && c->left == s->live, "%u of %u flows", c->left, s->live);
+	c->high = c->left = 0;
+	ps_kept_sweep(&list, c, k->arena, s, k->config->timeout, k->handler.now, k->handler.now);
+	CHECK(c->left == s->live, "%u of %u flows are left", c->left, s->live);
+	for (int i = 0; i < 4; i++) {
+		c->high = 0;
+		k->handler.now += 100000;
+		ps_kept_sweep(&list, c, k->arena, s, k->config->timeout, k->handler.now, k->handler.now);
+	}
+	CHECK(!s->live && !c->left, "%u flows are left", s->live);
+	stack_free(k);
+	free(list.at);
+}
+
 int main(int argc, char **argv)
 {
 	uint32_t rounds = argc > 1 ? (uint32_t)atoi(argv[1]) : ROUNDS;
 
 	for (uint32_t seed = 1; seed <= rounds; seed++)
 		a_round(seed);
+	nobody_hides_what_the_keeper_has();
 	printf("%u rounds\n", rounds);
 	return 0;
 }
