@@ -160,13 +160,15 @@ static int switch_run(struct fence *f)
 
 		if (!is_open(m, b))
 			continue;
-		if ((keeper & 0xffff) == PS_OWNED && ps_word_slot(keeper) &&
-		    fence_engine_at(f, ps_word_slot(keeper)) < 0) { /* it may still make flows */
-			f->report->stalled_slot = ps_word_slot(keeper);
-			continue;
-		}
-		if ((keeper & 0xffff) == PS_OWNED)
+		if ((keeper & 0xffff) == PS_OWNED && ps_word_slot(keeper)) {
+			int at = fence_engine_at(f, ps_word_slot(keeper));
+
+			if (at < 0) /* it may still make flows */
+				f->report->stalled_slot = ps_word_slot(keeper);
+			if (at < 0 || fence_is_gone(&f->engines[at]))
+				continue; /* nobody publishes what it has until it is adopted */
 			fence_add(f, keeper);
+		}
 		fence_bucket(description, b);
 	}
 	if (!description->buckets)

@@ -205,6 +205,7 @@ struct ps_fence_engine { /* an engine that a fence may have to visit */
 
 struct ps_move {
 	uint32_t bucket, slot, queue; /* new owner; slot 0 = none: its packets are dropped and counted */
+	uint32_t pair; /* of it and of who keeps connections of the bucket, without which that one is not moved; or 0 */
 };
 
 struct ps_transfer_report {
@@ -226,11 +227,12 @@ int ps_probe(const struct ps_fence_engine *engine, struct ps_error *e);
  * by a timer: with stalled_slot set, some shards are not released and the caller must repeat the
  * call (same or other moves) when the engine answers again. Idempotent: buckets whose word and
  * shard differ from an earlier, interrupted call are fenced too. all_cpus: the `tasks` file of a cpuset
- * with every CPU, which the fence's thread enters when its own lacks one; or -1.
+ * with every CPU, which the fence's thread enters when its own lacks one; or -1. pairs: of a newcomer's set
+ * (ps_director_pair_numbers), whose mirrored buckets may be moved; else NULL, and they stay.
  */
-int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *egress, struct ps_fence_engine *engines,
-		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms, int all_cpus,
-		struct ps_transfer_report *report, struct ps_error *e);
+int ps_transfer(struct ps_arena *a, uint64_t *words, uint16_t *pairs, uint32_t offset, uint64_t *egress,
+		struct ps_fence_engine *engines, int n_engines, const struct ps_move *moves, int n_moves,
+		uint32_t limit_ms, int all_cpus, struct ps_transfer_report *report, struct ps_error *e);
 /* ---- mirror.c: a second set of engines takes new connections, the first keeps those that it has ---------------------- */
 
 /* Two sets of one stack. */
@@ -253,8 +255,8 @@ struct ps_switch {
 /*
  * Gives buckets to the newcomer's set; their connections stay with their owners of now, which get a copy of each packet.
  * Every engine of both has the connection list. As with ps_transfer nothing is released by a timer; a call that was
- * interrupted, or was not answered, is finished by the next, without moves too. A keeper's engine that is gone (engine
- * NULL) publishes nothing: its connections are the newcomer's strangers.
+ * interrupted, or was not answered, is finished by the next, without moves too. Of a keeper's engine that is gone (engine
+ * NULL) the buckets wait until another has adopted them, which publishes.
  */
 int ps_mirror_switch(const struct ps_sets *sets, const struct ps_switch *moves, int n_moves,
 		     struct ps_transfer_report *report, struct ps_error *e);

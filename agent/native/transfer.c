@@ -16,6 +16,10 @@
  * processes and interface, nothing can be under way: its buckets need no markers. Its shards may be torn: their next
  * owner finds that. Engines write shards, and may write what they like: of a shard only its owner is read here, and it
  * leads nowhere but to queues that there are.
+ *
+ * Of a bucket in mirror the newcomer's side can be moved, away from an engine that is gone; its keeper stays. Its pair is
+ * stored before its word: copies that are stamped by the old word then come to an engine that they do not name, and go no
+ * further (tests/model/mirror.py). The keeper's side: ps_mirror_adopt.
  */
 #include <string.h>
 
@@ -26,6 +30,7 @@ struct transfer {
 	struct fence fence; /* first: see fence_run */
 	struct ps_arena *arena;
 	uint64_t *words;
+	uint16_t *pairs; /* beside the words; NULL where the set is no newcomer */
 	uint32_t offset;
 	const struct ps_move *moves;
 	int n_moves;
@@ -42,15 +47,21 @@ static int has_queue(const struct transfer *t, int at, uint64_t owner)
 /* ---- the move ---------------------------------------------------------------------------------------- */
 
 /*
- * Is the bucket none of ours to touch? Its traffic is mirrored, this set waits for it or keeps connections of it, or its
- * word names an engine of another set, of which no shard is here.
+ * Is the bucket none of ours to touch? This set waits for it or keeps connections of it, or its word names an engine of
+ * another set: of which no shard is here, or to which its traffic is mirrored.
  */
 static int is_others(const struct transfer *t, uint64_t word, uint64_t owner)
 {
 	uint32_t state = owner & 0xffff;
 
-	return ps_word_prev_slot(word) || state == PS_WAITING || state == PS_KEPT ||
+	return (ps_word_prev_slot(word) && !t->pairs) || state == PS_WAITING || state == PS_KEPT ||
 	       (!ps_word_slot(owner) && ps_word_slot(word) && fence_engine_at(&t->fence, ps_word_slot(word)) < 0);
+}
+
+/* The word of a bucket that is moved: whoever keeps connections of it goes on doing so. */
+static uint64_t moved_word(uint64_t word, const struct ps_move *m)
+{
+	return ps_word(ps_word_epoch(word) + 1, m->slot, m->queue, ps_word_prev_slot(word), ps_word_prev_queue(word));
 }
 
 /* A bucket whose word and shard differ: its fence is open. Adds its source. -> 1 if it is to be fenced */
@@ -130,6 +141,8 @@ static int transfer_run(struct fence *f)
 		if (m->slot &&
 		    (at < 0 || fence_is_gone(&t->fence.engines[at]) || m->queue >= t->fence.engines[at].engine->queues))
 			return ps_fail(t->fence.e, "bucket %u: no queue %u of engine %u", m->bucket, m->queue, m->slot);
+		if (m->pair >= PS_MAX_PAIRS)
+			return ps_fail(t->fence.e, "bucket %u: there is no pair %u", m->bucket, m->pair);
 	}
 	begun = clock_ns();
 	/* What an interrupted call left open counts: its queues wait already. */
@@ -141,16 +154,21 @@ static int transfer_run(struct fence *f)
 	}
 	for (int i = 0; i < t->n_moves; i++) {
 		const struct ps_move *m = &t->moves[i];
-		uint64_t *at = &t->words[t->offset + m->bucket], word = LOAD(at);
-		uint64_t next = ps_word(ps_word_epoch(word) + 1, m->slot, m->queue, 0, 0);
+		uint64_t *at = &t->words[t->offset + m->bucket], word = LOAD(at), next = moved_word(word, m);
+		uint64_t owner = LOAD(&ps_shard_at(t->arena, m->bucket)->owner);
 
-		if (ps_owner(word) != ps_owner(LOAD(&ps_shard_at(t->arena, m->bucket)->owner)) ||
-		    ps_word_prev_slot(word) || (ps_word_slot(word) == m->slot && ps_word_queue(word) == m->queue) ||
+		if (ps_owner(word) != ps_owner(owner) || is_others(t, word, owner) ||
+		    (ps_word_prev_slot(word) && (!m->pair || !m->slot)) ||
+		    (ps_word_slot(word) == m->slot && ps_word_queue(word) == m->queue) ||
 		    !may_take_part(t, word, next)) {
 			r->skipped++; /* there already, or it must wait for the next fence */
 			continue;
 		}
 		take_part(t, word, next);
+		if (ps_word_prev_slot(word)) {
+			STORE(&t->pairs[t->offset + m->bucket], (uint16_t)m->pair);
+			STEP("paired");
+		}
 		STORE(at, next);
 		r->moved++;
 		STEP("word");
@@ -203,9 +221,9 @@ static int transfer_run(struct fence *f)
 	return 0;
 }
 
-int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *egress, struct ps_fence_engine *engines,
-		int n_engines, const struct ps_move *moves, int n_moves, uint32_t limit_ms, int all_cpus,
-		struct ps_transfer_report *report, struct ps_error *e)
+int ps_transfer(struct ps_arena *a, uint64_t *words, uint16_t *pairs, uint32_t offset, uint64_t *egress,
+		struct ps_fence_engine *engines, int n_engines, const struct ps_move *moves, int n_moves,
+		uint32_t limit_ms, int all_cpus, struct ps_transfer_report *report, struct ps_error *e)
 {
 	struct transfer t = {
 		.fence = { .engines = engines,
@@ -217,6 +235,7 @@ int ps_transfer(struct ps_arena *a, uint64_t *words, uint32_t offset, uint64_t *
 			   .e = e },
 		.arena = a,
 		.words = words,
+		.pairs = pairs,
 		.offset = offset,
 		.moves = moves,
 		.n_moves = n_moves,

@@ -6,7 +6,7 @@ Functions here block briefly; they are called from worker threads or where a few
 import shutil
 import threading
 from array import array
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,16 @@ class Configuration:
     key: tuple[int, int]
     """The stack's secret."""
     listeners: Sequence[Dealt]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a newcomer's set needs so that buckets in mirror leave an engine that does not serve any more."""
+
+    numbers: Any
+    """`uint16_t *`, the numbers of the pairs that the stack's buckets are mirrored to."""
+    wanted: Mapping[int, int]
+    """Bucket -> number of the pair of its next owner and its keeper; one without it is not moved while it is mirrored."""
 
 
 @dataclass
@@ -330,13 +340,16 @@ class FlowMemory:
             fence[i].slot = slot
         return fence, len(present) + len(gone)
 
-    def transfer(self, table: Any, egress: Any, engines: Sequence[Engine], moves: Sequence[Move]) -> Report:
+    def transfer(
+        self, table: Any, egress: Any, engines: Sequence[Engine], moves: Sequence[Move], pairs: Pairs | None = None
+    ) -> Report:
         """Move buckets between engines of the set, in batches of one fence each. Stops at an engine that does not answer.
 
         With no moves it finishes what an interrupted call left open. `table`: the stack's words. `egress`: what the
         director has counted of egress markers. `engines`: all of the set; one that a shard names and that is not among
-        them is gone for good. Blocks.
+        them is gone for good. `pairs`: of a newcomer; in other sets buckets in mirror stay. Blocks.
         """
+        numbers, number_of = (pairs.numbers, pairs.wanted) if pairs is not None else (ffi.NULL, {})
         report = Report()
         fence, parties = self.parties(engines)
         out = ffi.new("struct ps_transfer_report *")
@@ -346,10 +359,10 @@ class FlowMemory:
                 moved = 1
                 # A queue never gives and gets in one fence, so some moves may have to wait for a second one.
                 while moved and not report.stalled:
-                    wanted = ffi.new("struct ps_move[]", [(m.bucket, m.to.slot, m.to.queue) for m in batch] or 1)
+                    wanted = [(m.bucket, m.to.slot, m.to.queue, number_of.get(m.bucket, 0)) for m in batch]
                     call(
-                        lib().ps_transfer, self.arena, table, 0, egress, fence, parties, wanted, len(batch), FENCE_LIMIT_MS,
-                        cpus, out,
+                        lib().ps_transfer, self.arena, table, numbers, 0, egress, fence, parties,
+                        ffi.new("struct ps_move[]", wanted or 1), len(batch), FENCE_LIMIT_MS, cpus, out,
                     )  # fmt: skip
                     moved = int(out.moved)
                     report.moved += moved

@@ -14,7 +14,7 @@ from packetstack_agent import processes, words
 from packetstack_agent.attachments import Connections
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
-from packetstack_agent.flow_memory import BATCH, FENCE_LIMIT_MS, FlowMemory, Report
+from packetstack_agent.flow_memory import BATCH, FENCE_LIMIT_MS, FlowMemory, Pairs, Report
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_core.assignment import Move, Owner
 
@@ -127,6 +127,17 @@ class Mirror:
         call(lib().ps_mirror_adopt, sets, ffi.new("struct ps_switch[]", wanted or 1), len(wanted))
         del kept_alive
 
+    def pairs_of(self, engines: Collection[Engine], moves: Sequence[Move]) -> Pairs:
+        """What a move inside the newcomer's set needs: only away from engines that do not serve. A packet would be lost else."""
+        owners, serving = words.owners(self._read()), {e.slot for e in engines if e.ready}
+        keepers, wanted = self.keepers(), {}
+        for bucket, to in ((m.bucket, m.to) for m in moves):
+            owner, keeper = owners[bucket], keepers[bucket]
+            if keeper is not None and to.slot and owner is not None and owner.slot not in serving:
+                wanted[bucket] = to.slot, keeper.slot
+        self._make_pairs(engines, wanted.values())
+        return Pairs(self._numbers + self._offset, {bucket: self._pairs[pair] for bucket, pair in wanted.items()})
+
     def look_at_devices(self, engines: Collection[Engine]) -> None:
         """An engine that was made again has another interface: its pairs send there."""
         self._make_pairs(engines, ())
@@ -183,13 +194,14 @@ class Mirror:
 
     def _make_pairs(self, engines: Collection[Engine], wanted: Iterable[tuple[int, int]]) -> None:
         """Pairs that are wanted, and those that there are, send to the interfaces that the engines have now."""
-        for pair in sorted(set(wanted) - self._pairs.keys()):
+        new = set(wanted) - self._pairs.keys()
+        for pair in sorted(new):
             self._pairs[pair] = self._free_number()
         devices: Mapping[int, int] = {e.slot: e.ifindex for e in engines if e.ifindex}
         fresh = {
-            number: (devices[owner], devices[keeper])
+            number: (devices.get(owner, 0), devices.get(keeper, 0))
             for (owner, keeper), number in self._pairs.items()
-            if owner in devices and keeper in devices
+            if (owner in devices and keeper in devices) or (owner, keeper) in new
         }
         changed = [(number, pair) for number, pair in sorted(fresh.items()) if self._made.get(number) != pair]
         if changed:

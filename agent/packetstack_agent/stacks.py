@@ -363,7 +363,9 @@ class Stack:
         for number, memory in self.sets.items():
             own = [m for m in moves if alone or belongs[m.bucket] == number]
             if alone or own or number in begun:
-                report.add(memory.transfer(self._words, self._egress, _of(number, engines), own))
+                mirror = self.mirror if self.mirror is not None and self.mirror.newcomer is memory else None
+                pairs = mirror.pairs_of(engines, own) if mirror is not None else None
+                report.add(memory.transfer(self._words, self._egress, _of(number, engines), own, pairs))
         return report
 
     def live(self) -> int:

@@ -16,7 +16,7 @@ from packetstack_agent.agent import Agent
 from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
-from packetstack_agent.flow_memory import FlowMemory, Report
+from packetstack_agent.flow_memory import FlowMemory, Pairs, Report
 from packetstack_agent.managed import Managed
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.node import RunDirectory
@@ -90,7 +90,9 @@ class Recorded(FlowMemory):
     def headers(self) -> tuple[bytes, Sequence[int]]:
         return bytes(self.owners), [1] * len(self.owners)
 
-    def transfer(self, table: Any, egress: Any, engines: Sequence[Engine], moves: Sequence[Move]) -> Report:
+    def transfer(
+        self, table: Any, egress: Any, engines: Sequence[Engine], moves: Sequence[Move], pairs: Pairs | None = None
+    ) -> Report:
         self.asked.append(([e.slot for e in engines], [m.bucket for m in moves]))
         return Report(len(moves), 1, [7], self.stalled)
 
@@ -99,7 +101,7 @@ class TwoSets(Stack):
     """Bucket 0 is engine 1's, of set 1; bucket 1 is engine 2's, of set 2."""
 
     def __init__(self, first: Recorded, second: Recorded) -> None:
-        self.current, self.set_of = 2, {1: 1, 2: 2, 3: 2}
+        self.current, self.set_of, self.mirror = 2, {1: 1, 2: 2, 3: 2}, None
         self.sets = {1: first, 2: second}
         self._words = self._egress = None
         self.table = array("Q", [word(1, 1), word(2, 2)])

@@ -5,6 +5,8 @@
  * exactly one copy goes on; nobody answers for the other set; no port is used twice; the keeper's end comes.
  * In half of the histories the two die all the time, at each point where tests/crash lets a datapath die: what one has left
  * of its shard and of the list is what the next one begins with, and the packet is handled again, later.
+ * In some engines vanish with their queues: another one of the set, with another slot, goes on with the shards, and the
+ * ends send again what was lost.
  */
 #define PS_INJECT 1
 #include <setjmp.h>
@@ -38,23 +40,22 @@ struct conversation {
 	uint32_t packet; /* the last that was sent; 0 = none is under way */
 	uint32_t opened; /* number of the SYN that has opened it, */
 	int by;		 /* the side that has taken it; -1: none yet */
-};
-
-struct copy {
-	uint8_t frame[160];
-	uint32_t length, packet, conversation, number;
-	bool reply, opener;
+	struct copy {
+		uint8_t frame[160];
+		uint32_t length, packet, conversation, number;
+		bool reply, opener;
+	} last;
 };
 
 static struct stack set[SIDES];
 static struct ps_connection_list list;
 static struct conversation all[CONVERSATIONS];
 static struct copy queue[SIDES][QUEUE];
-static uint32_t head[SIDES], tail[SIDES], packets, mirrored, now, empty, lost;
-static uint8_t went_on[1 << 20], seen[1 << 20];
+static uint32_t head[SIDES], tail[SIDES], packets, mirrored, now, empty, lost, moves;
+static uint8_t went_on[1 << 20], seen[1 << 20], vanished[1 << 20];
 
 static jmp_buf grave;
-static bool dying, mortal;
+static bool dying, vanishing, mortal;
 static uint32_t deaths[PS_AT_ADOPT_BEGUN];
 
 void ps_point(enum ps_point at)
@@ -88,6 +89,7 @@ static void begin(uint32_t seed)
 	memset(all, 0, sizeof(all));
 	memset(went_on, 0, sizeof(went_on));
 	memset(seen, 0, sizeof(seen));
+	memset(vanished, 0, sizeof(vanished));
 	memset(head, 0, sizeof(head));
 	memset(tail, 0, sizeof(tail));
 	packets = mirrored = lost = 0;
@@ -117,6 +119,36 @@ static void end(void)
 	free(list.at);
 }
 
+static void push(struct copy *copy)
+{
+	copy->packet = ++packets;
+	CHECK(packets < sizeof(went_on), "too many packets");
+	for (int i = 0; i < SIDES; i++)
+		if (i == KEEPER || mirrored) {
+			CHECK(tail[i] - head[i] < QUEUE, "a queue is full");
+			queue[i][tail[i]++ % QUEUE] = *copy;
+		} else {
+			seen[packets]++;
+		}
+}
+
+/* An engine is gone with its queue. Another one of the set has its shards from now on, and openers may be lost. */
+static void vanish(enum side side)
+{
+	while (head[side] != tail[side]) {
+		const struct copy *copy = &queue[side][head[side]++ % QUEUE];
+
+		seen[copy->packet]++;
+		vanished[copy->packet] = 1;
+	}
+	if (side == KEEPER)
+		empty = now;
+	set[side].engine.slot += SIDES;
+	for (uint32_t b = 0; b < USED; b++)
+		look_at_shard(side, b);
+	moves++;
+}
+
 /* again: a SYN that comes a second time although the first may be under way */
 static void send_packet(uint32_t number, bool reply, uint8_t flags, bool opener, bool again)
 {
@@ -131,17 +163,11 @@ static void send_packet(uint32_t number, bool reply, uint8_t flags, bool opener,
 			     : build_segment(copy.frame, &b, c->next[reply], flags & ACK ? c->next[!reply] : 0, 0);
 	c->next[reply] += payload + !!(flags & (SYN | FIN));
 	copy.number = c->next[reply] - payload - !!(flags & (SYN | FIN));
-	copy.packet = ++packets;
-	if (!again)
-		c->packet = packets;
-	CHECK(packets < sizeof(went_on), "too many packets");
-	for (int i = 0; i < SIDES; i++)
-		if (i == KEEPER || mirrored) {
-			CHECK(tail[i] - head[i] < QUEUE, "a queue is full");
-			queue[i][tail[i]++ % QUEUE] = copy;
-		} else {
-			seen[packets]++;
-		}
+	push(&copy);
+	if (again)
+		return;
+	c->packet = packets;
+	c->last = copy;
 }
 
 /* No two connections that live have the same port at a backend. */
@@ -205,7 +231,7 @@ static void handle(enum side side)
 		stamp = stamp_of_flow(t, b->source, b->sport, b->destination, b->dport, b->protocol);
 	}
 	if (mirrored)
-		stamp.flags |= PS_STAMP_MIRROR | (NEWCOMER + 1) << PS_STAMP_SLOT;
+		stamp.flags |= (uint16_t)(PS_STAMP_MIRROR | set[NEWCOMER].engine.slot << PS_STAMP_SLOT);
 	memcpy(raw, copy->frame, copy->length);
 	t->handler.list = mirrored ? &list : NULL;
 	t->handler.now = now;
@@ -233,6 +259,11 @@ static void step_conversation(uint32_t number)
 	if (c->packet) {
 		if (seen[c->packet] < SIDES)
 			return; /* a copy is under way still */
+		if (vanished[c->packet]) {
+			push(&c->last);
+			c->packet = packets;
+			return;
+		}
 		CHECK(c->phase == OPENING || (c->udp && c->tries < 3),
 		      "packet %u of conversation %u in phase %d is lost", c->packet, number, c->phase);
 		CHECK(++c->tries < 4, "nobody takes the opener of conversation %u", number);
@@ -359,6 +390,8 @@ static void some(uint32_t steps, bool lag)
 			now += random_below(random_below(20) ? 4 : 60);
 		if (!random_below(512))
 			sweep();
+		if (vanishing && mirrored && !random_below(700))
+			vanish((enum side)random_below(SIDES));
 	}
 }
 
@@ -378,6 +411,7 @@ static void a_history(uint32_t seed)
 
 	begin(seed);
 	dying = seed % 2;
+	vanishing = seed % 4 >= 2;
 	some(1500, false);
 	drain();
 	for (uint32_t b = 0; b < BUCKETS; b++)
@@ -421,6 +455,7 @@ int main(int argc, char **argv)
 		if (at >= PS_AT_PUBLISH_BEGUN && at <= PS_AT_KEPT_GONE && at != PS_AT_KEPT) /* that is the datapath's */
 			CHECK(deaths[at] || histories < 20, "nobody died at point %d", at);
 	}
-	printf("%u deaths\n", died);
+	CHECK(moves || histories < 3, "no engine has vanished");
+	printf("%u deaths, %u engines vanished\n", died, moves);
 	return 0;
 }
