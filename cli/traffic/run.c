@@ -87,7 +87,7 @@ static struct {
 	uint64_t opened, open, short_opened, short_done, short_open;
 	uint64_t requests, answers, bytes, broken, short_broken, by_breakage[BREAKAGES];
 	uint64_t sent, received, unsent, wrong_datagrams, reordered_back, duplicates_back;
-	uint64_t longest_gap, longest_connect, longest_datagram_gap;
+	uint64_t longest_gap, interval_gap, longest_connect, longest_datagram_gap;
 	uint32_t longest_gap_connection;
 } count;
 
@@ -121,6 +121,14 @@ static void note_latency(struct latencies *latencies, uint64_t ns)
 		latencies->longest = ns;
 }
 
+/* The longest that a bin holds. */
+static double upper_ms(const struct latencies *latencies, int bin)
+{
+	uint64_t upper = (16ull + bin % 16 + 1) << (bin / 16 - 4);
+
+	return (upper < latencies->longest ? upper : latencies->longest) / 1e6;
+}
+
 static double quantile_ms(const struct latencies *latencies, double quantile)
 {
 	uint64_t wanted = latencies->count * quantile, seen = 0;
@@ -129,11 +137,8 @@ static double quantile_ms(const struct latencies *latencies, double quantile)
 		return 0;
 	for (int bin = 0; bin < BINS; bin++) {
 		seen += latencies->bins[bin];
-		if (seen > wanted) {
-			uint64_t upper = (16ull + bin % 16 + 1) << (bin / 16 - 4);
-
-			return (upper < latencies->longest ? upper : latencies->longest) / 1e6;
-		}
+		if (seen > wanted)
+			return upper_ms(latencies, bin);
 	}
 	return latencies->longest / 1e6;
 }
@@ -168,6 +173,8 @@ static void end_wait(struct item *item)
 
 static void note_gap(const struct item *item, uint64_t gap)
 {
+	if (gap > count.interval_gap)
+		count.interval_gap = gap;
 	if (gap > count.longest_gap) {
 		count.longest_gap = gap;
 		count.longest_gap_connection = item->number;
@@ -501,6 +508,21 @@ static void flow_readable(struct item *item, uint64_t now)
 
 /* ---- reports ------------------------------------------------------------------------------------ */
 
+/* So that quantiles of several intervals, or of several generators, can be taken together. */
+static void write_latencies(const struct latencies *latencies)
+{
+	const char *comma = "";
+
+	fputs(" \"rtt_counts\": [", series);
+	for (int bin = 0; bin < BINS; bin++) {
+		if (!latencies->bins[bin])
+			continue;
+		fprintf(series, "%s[%.4f, %lu]", comma, upper_ms(latencies, bin), latencies->bins[bin]);
+		comma = ", ";
+	}
+	fputs("],", series);
+}
+
 static void sample(uint64_t now)
 {
 	static uint64_t last, requests, answers, sent, received, bytes, done;
@@ -508,11 +530,13 @@ static void sample(uint64_t now)
 	double seconds = (now - last) / 1e9;
 
 	clock_gettime(CLOCK_REALTIME, &clock);
-	if (last && series)
+	if (last && series) {
+		fputs("{", series);
+		write_latencies(&interval_latencies);
 		fprintf(series,
-			"{\"time\": %.3f, \"elapsed\": %.3f, \"open\": %lu, \"requests_per_second\": %.0f,"
+			" \"time\": %.3f, \"elapsed\": %.3f, \"open\": %lu, \"requests_per_second\": %.0f,"
 			" \"answers_per_second\": %.0f, \"bytes_per_second\": %.0f, \"rtt_p50_ms\": %.3f,"
-			" \"rtt_p99_ms\": %.3f, \"waiting_ms\": %.1f, \"longest_gap_ms\": %.1f,"
+			" \"rtt_p99_ms\": %.3f, \"waiting_ms\": %.1f, \"gap_ms\": %.3f, \"longest_gap_ms\": %.1f,"
 			" \"datagrams_per_second\": %.0f, \"echoes_per_second\": %.0f, \"datagrams_sent\": %lu,"
 			" \"datagrams_received\": %lu, \"new_per_second\": %.0f, \"new_connections\": %lu,"
 			" \"broken\": %lu, \"reordered\": %lu, \"ready\": %s, \"stopping\": %s}\n",
@@ -521,13 +545,13 @@ static void sample(uint64_t now)
 			(count.bytes - bytes) / seconds, quantile_ms(&interval_latencies, 0.5),
 			quantile_ms(&interval_latencies, 0.99),
 			/* A request that was asked since `now` was read has waited for nothing. */
-			oldest && oldest->since < now ? (now - oldest->since) / 1e6 : 0.0, count.longest_gap / 1e6,
-			(count.sent - sent) / seconds, (count.received - received) / seconds, count.sent,
-			count.received, (count.short_done - done) / seconds, count.short_done,
+			oldest && oldest->since < now ? (now - oldest->since) / 1e6 : 0.0, count.interval_gap / 1e6,
+			count.longest_gap / 1e6, (count.sent - sent) / seconds, (count.received - received) / seconds,
+			count.sent, count.received, (count.short_done - done) / seconds, count.short_done,
 			count.broken + count.short_broken, count.reordered_back,
 			count.open + count.broken >= wish.connections ? "true" : "false", stopping ? "true" : "false");
-	if (series)
 		fflush(series);
+	}
 	last = now;
 	requests = count.requests;
 	answers = count.answers;
@@ -535,6 +559,7 @@ static void sample(uint64_t now)
 	received = count.received;
 	bytes = count.bytes;
 	done = count.short_done;
+	count.interval_gap = 0;
 	memset(&interval_latencies, 0, sizeof(interval_latencies));
 }
 

@@ -96,6 +96,8 @@ def test_good_servers_break_nothing_by_either_family(lab: Lab, servers: Servers)
     assert outcome.never_opened == 0
     assert outcome.connections > 500
     assert outcome.report["requests"] == outcome.report["answers"] > 1500
+    assert sum(n for s in traffic.samples for _, n in s["rtt_counts"]) == outcome.report["answers"]
+    assert max(s["gap_ms"] for s in traffic.samples) == outcome.longest_gap_ms
     assert outcome.report["datagrams"]["at_server"] == outcome.datagrams_sent > 1000
     assert outcome.datagrams_lost == outcome.datagrams_reordered == outcome.datagrams_duplicated == 0
 
