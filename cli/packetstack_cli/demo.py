@@ -9,98 +9,46 @@ import json
 import os
 import signal
 import statistics
-import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
-from textwrap import fill
-from typing import Any
 
 from rich.console import Console, Group
-from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from packetstack_cli.client import Client
+from packetstack_cli.demo_steps import (
+    STACK,
+    STYLE,
+    Kind,
+    Show,
+    Step,
+    checklist,
+    entitle,
+    mark,
+    named_drops,
+    shown,
+    sleep,
+    smooth,
+    summary,
+    take,
+    told,
+    verdict,
+)
 from packetstack_cli.errors import CliError
 from packetstack_cli.lab import NODE_UPLINK, Lab, LabError
 from packetstack_cli.outage import Outage, hang
 from packetstack_cli.traffic import Outcome, Servers, Traffic
 from packetstack_core.verbs import Json
 
-STACK = "demo"
 TARGETS = ("192.0.2.10:80", "[2001:db8:1::10]:80")
 UDP_TARGETS = ("192.0.2.10:53", "[2001:db8:1::10]:53")
-STATUS_INTERVAL_SECONDS = 0.25
 
 # Slots of engines are not reused soon, so their colours go round.
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f")
 COLOURS_OF_TERMINAL = ("blue", "dark_orange", "green", "red", "cyan", "yellow", "magenta", "orange4")
-
-
-class Kind(Enum):
-    """What a step does."""
-
-    RESIZE = "resize"
-    MOVE = "move"
-    KILL = "kill"
-    HANG = "hang"
-    AGENT_RESTART = "agent restart"
-    UPGRADE = "upgrade"
-
-
-FAULTS = (Kind.KILL, Kind.HANG, Kind.AGENT_RESTART)
-
-
-@dataclass
-class Step:
-    """One planned change."""
-
-    title: str
-    act: Callable[[], str | float]
-    """Returns what happened; after a fault, for how many milliseconds the engine's flows were not answered."""
-    kind: Kind
-    began: float = 0.0
-    """Seconds since the traffic began; so is `ended`."""
-    ended: float = 0.0
-    said: str = ""
-    outage_ms: float | None = None
-    failed: bool = False
-
-
-@dataclass
-class Show:
-    """What the picture and the live view are made of."""
-
-    lab: Lab
-    client: Client
-    traffic: Traffic
-    steps: list[Step]
-    began: float = field(default_factory=time.monotonic)
-    phase: str = "connections open"
-    statuses: list[tuple[float, Json]] = field(default_factory=list)
-    """Seconds since the traffic began, status of the stack."""
-
-    def now(self) -> float:
-        """Seconds since the traffic began."""
-        return time.monotonic() - self.began
-
-    def count(self, what: str) -> int:
-        """What the clients say last of `open` or `broken` connections."""
-        return int(self.traffic.latest.get(what, 0))
-
-    def observe(self, until: threading.Event) -> None:
-        """Keep the stack's status every quarter of a second."""
-        while not until.wait(STATUS_INTERVAL_SECONDS):
-            try:
-                status = self.client.get(STACK)[0]["status"]
-            except CliError:
-                continue
-            self.statuses.append((self.now(), status))
 
 
 def run_demo(build_dir: Path, connections: int = 2000, udp_flows: int = 200, seconds: int = 75) -> int:
@@ -123,25 +71,11 @@ def run_demo(build_dir: Path, connections: int = 2000, udp_flows: int = 200, sec
     except (LabError, CliError, TimeoutError) as e:
         console.print(f"demo: {e}", style="red")
         return 1
-    failed = [step for step in show.steps if step.failed or not step.ended]
-    report = _report(show, outcome, drops)
-    (build_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (build_dir / "report.json").write_text(json.dumps(_report(show, outcome, drops), indent=2) + "\n")
     console.print(_summary(show, outcome, drops))
     if picture := draw(show, outcome, build_dir / "demo.png"):
         console.print(f"{picture} and {build_dir / 'report.json'} show the run")
-    for step in failed:
-        console.print(f"failed: {step.title}: {step.said or 'was not reached'}", style="red")
-    if outcome.broken:
-        console.print(f"broken: {outcome.what_broke()}", style="red")
-    if outcome.never_opened:
-        console.print(f"{outcome.never_opened} connections were never opened", style="red")
-    good = not (failed or outcome.broken or outcome.never_opened)
-    console.print(
-        f"verdict: {outcome.broken} broken of {outcome.connections} connections",
-        style="bold green" if good else "bold red",
-        highlight=False,
-    )
-    return 0 if good else 1
+    return verdict(console, show.steps, [outcome])
 
 
 def definition() -> Path:
@@ -168,26 +102,20 @@ def _perform(
     )
     outage = Outage(lab, client, STACK, ("192.0.2.10", 53))
     show = Show(lab, client, traffic, _plan(lab, client, outage))
-    over = threading.Event()
-    observer = threading.Thread(target=show.observe, args=(over,), daemon=True)
-    observer.start()
     try:
-        live = Live(console=console, refresh_per_second=4, get_renderable=lambda: _view(show))
-        with live if console.is_terminal else nullcontext():
+        with shown(console, show, lambda: _view(show)):
             traffic.wait_open(ramp_seconds + 60)
             rest = (seconds - show.now()) / (len(show.steps) + 1)
             began = show.now()
             for number, step in enumerate(show.steps):
-                _sleep(show, began + rest * (number + 0.7))
+                sleep(show, began + rest * (number + 0.7))
                 take(console, show, step)
             show.phase = "every step is taken"
-            _sleep(show, seconds)
+            sleep(show, seconds)
             show.phase = "traffic ends"
             drops = named_drops(client, lab)
             outcome = traffic.stop()
     finally:
-        over.set()
-        observer.join(5)
         outage.close()
     return show, outcome, drops
 
@@ -243,42 +171,6 @@ def _plan(lab: Lab, client: Client, outage: Outage) -> list[Step]:
     ]
 
 
-def _sleep(show: Show, until: float) -> None:
-    while (left := until - show.now()) > 0:
-        if not show.traffic.running:
-            raise LabError("the traffic generator ended before the demo did")
-        time.sleep(min(left, 0.25))
-
-
-def take(console: Console, show: Show, step: Step) -> None:
-    """Take a step, and say how it went."""
-    show.phase = step.title
-    step.began = show.now()
-    try:
-        result = step.act()
-        if isinstance(result, str):
-            step.said = result.strip()
-        else:
-            step.outage_ms, step.said = result, f"its flows were answered again after {result:.0f} ms"
-    except (LabError, CliError, StopIteration, IndexError, ProcessLookupError) as e:
-        step.said, step.failed = str(e) or "the pool has no engine for it", True
-    step.ended = show.now()
-    if not console.is_terminal:
-        console.print(
-            f"{step.began:5.1f} s  {step.title}: {step.said}"
-            f"  [{show.count('open')} connections, {show.count('broken')} broken]",
-            markup=False,
-            highlight=False,
-        )
-
-
-def named_drops(client: Client, lab: Lab) -> dict[str, int]:
-    """Every named drop that is not zero, of stack and lab."""
-    status = client.get(STACK)[0]["status"]
-    named = {f"{place} {reason}": n for place, reasons in status["drops"].items() for reason, n in reasons.items()}
-    return {name: n for name, n in {**named, **lab.device_drops()}.items() if n}
-
-
 # ---- what the user sees -------------------------------------------------------------------------------------------
 
 
@@ -312,47 +204,20 @@ def _view(show: Show) -> Group:
             f"{engine['packetsPerSecond']:,.0f}",
             f"{engine['busy']:.0%}",
         )
-    done = Table.grid(padding=(0, 2))
-    for step in show.steps:
-        mark = "[red]✗" if step.failed else "[green]✓" if step.ended else "[yellow]…" if step.began else " "
-        done.add_row(mark, step.title, f"{step.began:.1f} s" if step.began else "", Text(step.said, style="dim"))
-    return Group(head, traffic, Panel(engines, title="pool", height=9), done)
+    return Group(head, traffic, Panel(engines, title="pool", height=9), checklist(show.steps))
 
 
 def _summary(show: Show, outcome: Outcome, drops: dict[str, int]) -> Table:
-    table = Table(title="What happened", title_justify="left")
-    table.add_column("step")
-    table.add_column("at", justify="right")
-    table.add_column("took", justify="right")
-    table.add_column("longest wait", justify="right")
-    table.add_column("result")
-    for step in show.steps:
-        table.add_row(
-            step.title,
-            f"{step.began:.1f} s",
-            f"{step.ended - step.began:.2f} s",
-            f"{_longest_wait(show, step.began, step.ended + 1):.1f} ms",
-            Text("failed" if step.failed else "ok", style="red" if step.failed else "green"),
-        )
-    lost = ", ".join(f"{name} {n}" for name, n in drops.items()) or "none"
-    table.add_section()
-    for title, text in (
+    lines = (
         ("connections", f"{outcome.connections:,}, {outcome.requests:,} requests, every answer compared"),
         (
             "datagrams",
             f"{outcome.datagrams_sent:,}, {outcome.datagrams_lost} lost, {outcome.datagrams_reordered} reordered",
         ),
         ("longest gap", f"{outcome.longest_gap_ms:.1f} ms"),
-        ("named drops", lost),
-    ):
-        table.add_row(title, "", "", "", text)
-    return table
-
-
-def _longest_wait(show: Show, began: float, ended: float) -> float:
-    """Milliseconds; the 99th percentile of a tenth of a second or the oldest open request, whichever is longer."""
-    spans = [s for s in show.traffic.samples if began <= s["elapsed"] <= ended]
-    return max((max(s["rtt_p99_ms"], s["waiting_ms"]) for s in spans), default=0.0)
+        ("named drops", ", ".join(f"{name} {n}" for name, n in drops.items()) or "none"),
+    )
+    return summary(show, lines)
 
 
 def _done(show: Show, kind: Kind) -> int:
@@ -380,16 +245,7 @@ def _report(show: Show, outcome: Outcome, drops: dict[str, int]) -> Json:
         "longest_gap_ms": outcome.longest_gap_ms,
         "served_again_ms": _outage(show, Kind.KILL),
         "served_again_after_hang_ms": _outage(show, Kind.HANG),
-        "steps": [
-            {
-                "title": step.title,
-                "at_seconds": round(step.began, 3),
-                "took_seconds": round(step.ended - step.began, 3),
-                "ok": not step.failed and step.ended > 0,
-                "said": step.said,
-            }
-            for step in show.steps
-        ],
+        "steps": told(show.steps),
         "drops": drops,
         "traffic": outcome.report,
     }
@@ -408,8 +264,7 @@ def draw(show: Show, outcome: Outcome, path: Path) -> Path | None:
     statuses = [(t, s) for t, s in show.statuses if not samples or t <= samples[-1]["elapsed"] + 0.3]
     if len(samples) < 2 or len(statuses) < 2:
         return None
-    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, (served, waits, pool) = plt.subplots(
             3, 1, sharex=True, figsize=(14, 8.5), height_ratios=(2.2, 1.5, 2.6), layout="constrained"
         )
@@ -450,37 +305,12 @@ def draw(show: Show, outcome: Outcome, path: Path) -> Path | None:
         count.set_ylim(0, 5)
         count.set_ylabel("engines (black line)")
         count.spines["right"].set_visible(True)
-        for step in show.steps:
-            for axes in (served, waits, pool):
-                axes.axvline(
-                    step.began,
-                    color="#d62728" if step.kind in FAULTS else "#333333",
-                    linewidth=1.2 if step.kind in FAULTS else 0.9,
-                    linestyle=(0, (4, 3)),
-                )
-            served.annotate(
-                fill(step.title, 11),
-                (step.began, 1.0),
-                xycoords=("data", "axes fraction"),
-                xytext=(4, -4),
-                textcoords="offset points",
-                va="top",
-                fontsize=8,
-                color="#d62728" if step.kind in FAULTS else "#000000",
-            )
-        figure.suptitle(
+        mark(show.steps, (served, waits, pool), width=11)
+        entitle(
+            figure,
             f"{outcome.broken} of {outcome.connections:,} connections broken, {outcome.datagrams_lost} of"
             f" {outcome.datagrams_sent:,} datagrams lost, {outcome.datagrams_reordered} reordered",
-            fontsize=14,
-            fontweight="bold",
-            x=0.01,
-            ha="left",
         )
         figure.savefig(path, dpi=130)
         plt.close(figure)
     return path
-
-
-def smooth(values: list[float], span: int = 5) -> list[float]:
-    """Mean over `span` samples."""
-    return [sum(values[max(0, i - span + 1) : i + 1]) / min(i + 1, span) for i in range(len(values))]

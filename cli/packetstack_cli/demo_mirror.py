@@ -8,25 +8,39 @@ from __future__ import annotations
 import json
 import os
 import signal
-import threading
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from textwrap import fill
 from typing import Any
 
 import yaml
 from rich.console import Console, Group
-from rich.live import Live
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from packetstack_cli import views
 from packetstack_cli.client import Client
-from packetstack_cli.demo import STACK, TARGETS, UDP_TARGETS, Kind, Show, Step, definition, named_drops, smooth, take
+from packetstack_cli.demo import TARGETS, UDP_TARGETS, definition
+from packetstack_cli.demo_steps import (
+    STACK,
+    STYLE,
+    Kind,
+    Show,
+    Step,
+    checklist,
+    entitle,
+    mark,
+    named_drops,
+    shown,
+    sleep,
+    smooth,
+    summary,
+    take,
+    told,
+    verdict,
+)
 from packetstack_cli.errors import CliError
 from packetstack_cli.lab import NODE_UPLINK, Lab, LabError
 from packetstack_cli.traffic import Outcome, Servers, Traffic
@@ -46,9 +60,9 @@ class MirrorShow(Show):
     newer: Traffic | None = None
     newer_began: float = 0.0
 
-    def count(self, what: str) -> int:
-        """Of all clients."""
-        return super().count(what) + (int(self.newer.latest.get(what, 0)) if self.newer is not None else 0)
+    def clients(self) -> list[tuple[float, Traffic]]:
+        """The older ones, and the newer ones once there are any."""
+        return super().clients() + ([(self.newer_began, self.newer)] if self.newer is not None else [])
 
     def sets(self) -> list[Json]:
         """The sets of engines, as they were seen last."""
@@ -76,27 +90,11 @@ def run_mirror_demo(build_dir: Path, connections: int = 2000, udp_flows: int = 2
     except (LabError, CliError, TimeoutError) as e:
         console.print(f"demo: {e}", style="red")
         return 1
-    failed = [step for step in show.steps if step.failed or not step.ended]
-    broken, opened = sum(o.broken for o in outcomes), sum(o.connections for o in outcomes)
     (build_dir / "mirror.json").write_text(json.dumps(_report(show, outcomes, drops), indent=2) + "\n")
     console.print(_summary(show, outcomes, drops))
     if picture := draw(show, outcomes, build_dir / "mirror.png"):
         console.print(f"{picture} and {build_dir / 'mirror.json'} show the run")
-    for step in failed:
-        console.print(f"failed: {step.title}: {step.said or 'was not reached'}", style="red")
-    for outcome in outcomes:
-        if outcome.broken:
-            console.print(f"broken: {outcome.what_broke()}", style="red")
-    never = sum(o.never_opened for o in outcomes)
-    if never:
-        console.print(f"{never} connections were never opened", style="red")
-    good = not (failed or broken or never)
-    console.print(
-        f"verdict: {broken} broken of {opened} connections",
-        style="bold green" if good else "bold red",
-        highlight=False,
-    )
-    return 0 if good else 1
+    return verdict(console, show.steps, outcomes)
 
 
 def _mirrored(text: str) -> str:
@@ -123,25 +121,17 @@ def _perform(
 
     show = MirrorShow(lab, client, traffic("older"), [])
     show.steps = _plan(show, lambda: traffic("newer"))
-    over = threading.Event()
-    observer = threading.Thread(target=show.observe, args=(over,), daemon=True)
-    observer.start()
-    try:
-        live = Live(console=console, refresh_per_second=4, get_renderable=lambda: _view(show))
-        with live if console.is_terminal else nullcontext():
-            show.traffic.wait_open(ramp + 60)
-            began, rest = show.now(), max(1.0, (seconds - leave - ramp) / (len(show.steps) + 1))
-            for number, step in enumerate(show.steps):
-                _sleep(show, began + rest * (number + 0.5))
-                take(console, show, step)
-            show.phase = "the newer set is alone"
-            _sleep(show, show.now() + rest)
-            show.phase = "traffic ends"
-            drops = named_drops(client, lab)
-            outcomes = [t.stop() for t in (show.traffic, show.newer) if t is not None]
-    finally:
-        over.set()
-        observer.join(5)
+    with shown(console, show, lambda: _view(show)):
+        show.traffic.wait_open(ramp + 60)
+        began, rest = show.now(), max(1.0, (seconds - leave - ramp) / (len(show.steps) + 1))
+        for number, step in enumerate(show.steps):
+            sleep(show, began + rest * (number + 0.5))
+            take(console, show, step)
+        show.phase = "the newer set is alone"
+        sleep(show, show.now() + rest)
+        show.phase = "traffic ends"
+        drops = named_drops(client, lab)
+        outcomes = [traffic.stop() for _, traffic in show.clients()]
     return show, outcomes, drops
 
 
@@ -187,11 +177,6 @@ def _plan(show: MirrorShow, begin_newer: Any) -> list[Step]:
     ]
 
 
-def _sleep(show: MirrorShow, until: float) -> None:
-    while (left := until - show.now()) > 0:
-        time.sleep(min(left, 0.25))
-
-
 # ---- what the user sees -------------------------------------------------------------------------------------------
 
 
@@ -215,33 +200,24 @@ def _view(show: MirrorShow) -> Group:
     sets: Any = Text("one set of engines")
     if len(show.sets()) > 1:
         sets = Group(*views.transition({"status": show.statuses[-1][1]}))
-    done = Table.grid(padding=(0, 2))
-    for step in show.steps:
-        mark = "[red]✗" if step.failed else "[green]✓" if step.ended else "[yellow]…" if step.began else " "
-        done.add_row(mark, step.title, f"{step.began:.1f} s" if step.began else "", Text(step.said, style="dim"))
-    return Group(head, clients, Panel(sets, title="sets", height=9), done)
+    return Group(head, clients, Panel(sets, title="sets", height=9), checklist(show.steps))
 
 
 def _summary(show: MirrorShow, outcomes: list[Outcome], drops: dict[str, int]) -> Table:
-    table = Table(title="What happened", title_justify="left")
-    for title in ("step", "at", "took", "result"):
-        table.add_column(title, justify="left" if title in ("step", "result") else "right")
-    for step in show.steps:
-        said = Text(step.said, style="red" if step.failed else "")
-        table.add_row(step.title, f"{step.began:.1f} s", f"{step.ended - step.began:.2f} s", said)
-    table.add_section()
-    for title, outcome in zip(("older clients", "newer clients"), outcomes, strict=False):
-        text = f"{outcome.connections:,} connections, {outcome.requests:,} requests, every answer compared; {outcome.broken} broken"
-        table.add_row(title, "", "", text)
-        lost = (
-            f"{outcome.datagrams_sent:,} datagrams, {outcome.datagrams_lost} lost, {outcome.datagrams_duplicated} twice"
-        )
-        table.add_row("", "", "", lost)
+    lines = []
+    for title, o in zip(("older clients", "newer clients"), outcomes, strict=False):
+        lines += [
+            (
+                title,
+                f"{o.connections:,} connections, {o.requests:,} requests, every answer compared; {o.broken} broken",
+            ),
+            ("", f"{o.datagrams_sent:,} datagrams, {o.datagrams_lost} lost, {o.datagrams_duplicated} twice"),
+        ]
     for one in _last_of_both(show):
         rejected = ", ".join(f"{reason} {n:,}" for reason, n in one["rejected"].items() if n) or "nothing"
-        table.add_row(f"set {one['id']}", "", "", f"{one['mirrored']:,} copies, rejected: {rejected}")
-    table.add_row("named drops", "", "", ", ".join(f"{name} {n}" for name, n in drops.items()) or "none")
-    return table
+        lines.append((f"set {one['id']}", f"{one['mirrored']:,} copies, rejected: {rejected}"))
+    lines.append(("named drops", ", ".join(f"{name} {n}" for name, n in drops.items()) or "none"))
+    return summary(show, lines)
 
 
 def _last_of_both(show: MirrorShow) -> list[Json]:
@@ -257,16 +233,7 @@ def _report(show: MirrorShow, outcomes: list[Outcome], drops: dict[str, int]) ->
         "datagrams_lost": sum(o.datagrams_lost for o in outcomes),
         "datagrams_duplicated": sum(o.datagrams_duplicated for o in outcomes),
         "sets": _last_of_both(show),
-        "steps": [
-            {
-                "title": step.title,
-                "at_seconds": round(step.began, 3),
-                "took_seconds": round(step.ended - step.began, 3),
-                "ok": not step.failed and step.ended > 0,
-                "said": step.said,
-            }
-            for step in show.steps
-        ],
+        "steps": told(show.steps),
         "drops": drops,
         "traffic": [o.report for o in outcomes],
     }
@@ -283,8 +250,7 @@ def draw(show: MirrorShow, outcomes: list[Outcome], path: Path) -> Path | None:
 
     if len(show.statuses) < 2:
         return None
-    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
-    with plt.rc_context(style):
+    with plt.rc_context(STYLE):
         figure, (served, copies, kept) = plt.subplots(
             3, 1, sharex=True, figsize=(14, 8.5), height_ratios=(1.8, 2, 2), layout="constrained"
         )
@@ -292,21 +258,12 @@ def draw(show: MirrorShow, outcomes: list[Outcome], path: Path) -> Path | None:
         _draw_copies(copies, show)
         _draw_connections(kept, show)
         kept.set_xlabel("seconds")
-        for step in show.steps:
-            for axes in (served, copies, kept):
-                colour = "#d62728" if step.kind is Kind.KILL else "#333333"
-                axes.axvline(step.began, color=colour, linewidth=1, linestyle=(0, (4, 3)))
-            served.annotate(
-                fill(step.title, 12), (step.began, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -4),
-                textcoords="offset points", va="top", fontsize=8,
-                color="#d62728" if step.kind is Kind.KILL else "#000000",
-            )  # fmt: skip
-        broken, opened = sum(o.broken for o in outcomes), sum(o.connections for o in outcomes)
-        figure.suptitle(
-            f"Mirror: {broken} of {opened:,} connections broken, {sum(o.datagrams_lost for o in outcomes)} of"
-            f" {sum(o.datagrams_sent for o in outcomes):,} datagrams lost",
-            fontsize=14, fontweight="bold", x=0.01, ha="left",
-        )  # fmt: skip
+        mark(show.steps, (served, copies, kept), width=12)
+        entitle(
+            figure,
+            f"Mirror: {sum(o.broken for o in outcomes)} of {sum(o.connections for o in outcomes):,} connections broken,"
+            f" {sum(o.datagrams_lost for o in outcomes)} of {sum(o.datagrams_sent for o in outcomes):,} datagrams lost",
+        )
         figure.savefig(path, dpi=130)
         plt.close(figure)
     return path
