@@ -20,7 +20,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE
 
 DEBIAN := clang libclang-rt-dev bpftool gcc libbpf-dev libelf-dev zlib1g-dev libc6-dev linux-libc-dev meson ninja-build pkg-config python3 \
-	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables iptables nginx-light iperf3 wrk curl util-linux buildah mmdebstrap prometheus \
+	python3-venv mount netbase ethtool iproute2 iputils-ping procps nftables iptables nginx-light haproxy iperf3 wrk curl util-linux buildah mmdebstrap prometheus \
 	containerd runc containernetworking-plugins etcd-server
 
 .PHONY: setup build image test soak lint format demo bench fuzz sanitize clean manifests cluster cluster-down

@@ -22,6 +22,7 @@ import floods
 import handovers
 import rebalancing
 import reconciling
+import transitions
 from rows import Row, Unavailable, yes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +149,8 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "all_killed": handovers.all_killed,
     "moves": handovers.moves,
     "joining": handovers.joining,
+    "transitions": transitions.transitions,
+    "costs": transitions.costs,
     "steps": rebalancing.steps,
     "skew": rebalancing.latencies,
     "floods": floods.floods,
