@@ -20,7 +20,7 @@ def document(managed: Managed, stands: Standing) -> list[Json]:
     for one in standing.sets(stands):
         counts = dict(managed.gone_copies.get(one.set.id, {}))
         for engine in managed.engines.values():
-            if engine.blueprint.set == one.set.id and engine.view is not None and not engine.removing:
+            if engine.blueprint.set == one.set.id and engine.view is not None:
                 add_copies(engine, counts)
         ends_in = managed.countdown.ends_in() if one.set.state is SetState.DRAINING else None
         found.append(
