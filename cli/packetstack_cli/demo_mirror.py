@@ -252,7 +252,7 @@ def draw(show: MirrorShow, outcomes: list[Outcome], path: Path) -> Path | None:
         return None
     with plt.rc_context(STYLE):
         figure, (served, copies, kept) = plt.subplots(
-            3, 1, sharex=True, figsize=(14, 8.5), height_ratios=(1.8, 2, 2), layout="constrained"
+            3, 1, sharex=True, figsize=(14, 9.5), height_ratios=(1.7, 2.2, 2), layout="constrained"
         )
         _draw_clients(served, show)
         _draw_copies(copies, show)
@@ -272,44 +272,44 @@ def draw(show: MirrorShow, outcomes: list[Outcome], path: Path) -> Path | None:
 def _draw_clients(axes: Any, show: MirrorShow) -> None:
     most = 1.0
     for title, traffic, since, colour in (
-        ("older clients", show.traffic, 0.0, COLOURS[0]),
-        ("newer clients", show.newer, show.newer_began, COLOURS[1]),
+        ("to clients of before", show.traffic, 0.0, COLOURS[0]),
+        ("to clients of after the switch", show.newer, show.newer_began, COLOURS[1]),
     ):
         samples = [s for s in traffic.samples if not s["stopping"]] if traffic is not None else []
         answers = smooth([s["answers_per_second"] for s in samples])
         axes.plot([since + s["elapsed"] for s in samples], answers, color=colour, label=title)
         most = max(most, *answers, 1.0)
-    axes.set_ylim(0, most * 1.4)
-    axes.set_ylabel("answers per second")
-    axes.legend(loc="lower right", frameon=False, ncols=2)
+    axes.set_ylim(0, most * 1.5)
+    axes.set_ylabel("answers a second")
+    _legend(axes)
 
 
 def _draw_copies(axes: Any, show: MirrorShow) -> None:
-    """Copies a second that each set got: what it rejected, the older one downwards."""
+    """Copies a second that each set got, and which of them it rejected; the older set's downwards."""
     known = [(t, {s["id"]: s for s in status.get("sets", ())}) for t, status in show.statuses]
     numbers = sorted({number for _, sets in known for number in sets})
     if len(numbers) < 2:
         return
-    for number, sign, colour, name in ((numbers[0], -1, COLOURS[0], "older"), (numbers[1], 1, COLOURS[1], "newer")):
+    for number, sign, colour, name in ((numbers[1], 1, COLOURS[1], "newer"), (numbers[0], -1, COLOURS[0], "older")):
         seen = [(t, sets[number]) for t, sets in known if number in sets]
-        times, mirrored, rejected = [], [], []
+        times, handled, rejected = [], [], []
         for (before, was), (at, now) in pairwise(seen):
             span = max(at - before, 0.01)
+            refused = sum(now["rejected"].values()) - sum(was["rejected"].values())
             times.append(at)
-            mirrored.append((now["mirrored"] - was["mirrored"]) / span)
-            rejected.append((sum(now["rejected"].values()) - sum(was["rejected"].values())) / span)
-        mirrored, rejected = smooth(mirrored), smooth(rejected)
-        axes.fill_between(times, [sign * n for n in mirrored], color=colour, alpha=0.25, linewidth=0,
-                          label=f"copies that the {name} set got")  # fmt: skip
-        axes.plot(
-            times,
-            [sign * n for n in rejected],
-            color=colour,
-            label=f"of these rejected: the {'newer' if sign < 0 else 'older'} set's",
-        )
+            rejected.append(sign * refused / span)
+            handled.append(sign * (now["mirrored"] - was["mirrored"] - refused) / span)
+        handled, rejected = smooth(handled), smooth(rejected)
+        both = [h + r for h, r in zip(handled, rejected, strict=True)]
+        axes.fill_between(times, handled, color=colour, alpha=0.85, linewidth=0, label=f"{name} set: handled")
+        axes.fill_between(
+            times, handled, both, color=colour, alpha=0.25, linewidth=0, hatch="////", edgecolor=colour,
+            label=f"{name} set: rejected, the other set handles it",
+        )  # fmt: skip
     axes.axhline(0, color="#888888", linewidth=0.8)
-    axes.set_ylabel("older | newer set\ncopies per second")
-    axes.legend(loc="upper right", frameon=False, ncols=2)
+    axes.set_ylabel("mirrored packets a second\nolder set | newer set")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{abs(value):,.0f}")
+    _legend(axes)
 
 
 def _draw_connections(axes: Any, show: MirrorShow) -> None:
@@ -321,23 +321,33 @@ def _draw_connections(axes: Any, show: MirrorShow) -> None:
         [older for older, _ in have],
         [newer for _, newer in have],
         colors=COLOURS,
-        alpha=0.8,
+        alpha=0.85,
         labels=["connections and flows of the older set", "of the newer set"],
         step="post",
     )
     axes.set_ylabel("connections and flows")
     axes.margins(x=0, y=0)
-    axes.set_ylim(0, max(a + b for a, b in have) * 1.35)
-    axes.legend(loc="upper left", frameon=False, ncols=2)
+    axes.set_ylim(0, max(a + b for a, b in have) * 1.2)
     count = axes.twinx()
-    for state, line in (("Draining", ":"), ("Current", "-")):
+    for state, line, label in (
+        ("Current", "-", "engines of the set that takes new connections"),
+        ("Draining", ":", "engines of the set that drains"),
+    ):
         engines = [
             sum(s["engines"] for s in status.get("sets", ()) if s["state"] == state) for _, status in show.statuses
         ]
-        count.step(times, engines, where="post", color="black", linestyle=line, linewidth=1.6)
-    count.set_ylim(0, 6)
-    count.set_ylabel("engines: current (line), draining (dots)")
+        shown_ = [n or float("nan") for n in engines]
+        count.step(times, shown_, where="post", color="black", linestyle=line, linewidth=1.8)
+        axes.plot([], [], color="black", linestyle=line, linewidth=1.8, label=label)
+    count.set_ylim(0, 5)
+    count.set_ylabel("engines")
     count.spines["right"].set_visible(True)
+    _legend(axes, -0.2)
+
+
+def _legend(axes: Any, below: float = -0.02) -> None:
+    """Under the panel, where no mark crosses it."""
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, below), frameon=False, ncols=4, fontsize=9)
 
 
 def _connections(status: Json) -> tuple[int, int]:
