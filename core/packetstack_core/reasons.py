@@ -194,6 +194,10 @@ class EventReason(StrEnum):
     SELECTOR_REQUIRED = (
         "SelectorRequired", "Warning", "the scale of the stack names no selector", "see the condition `ScalingActive`")
     SUCCESSFUL_RESCALE = ("SuccessfulRescale", "Normal", "the autoscaler wrote `replicas`")
+    ENGINES_RESIZED = (
+        "EnginesResized", "Normal", "the vertical autoscaler wrote `engine.cores`, or `replicas`; the message has the triggers, and how the change is made")
+    RESIZE_REFUSED = (
+        "ResizeRefused", "Normal", "a trigger asked for another size, and something stood against it; `VerticalScalingLimited` has the reason")
     AUTOSCALING_PAUSED = ("AutoscalingPaused", "Normal", "`spec.autoscaling.paused`: what the autoscaler would do")
     # ---- anything else
     FAILED = ("Failed", "Warning", "something did not work, and is tried again", "do what the message says; if it stays, report it with `packetstack logs`")
@@ -222,10 +226,19 @@ class Says:
 
 BAD = ("Degraded", "ScalingHeld")
 """Conditions that should not be True."""
-NEUTRAL = ("Progressing", "ScalingLimited", "ScaledToZero", "Ready", "packetstack.io/DataPath")
+NEUTRAL = (
+    "Progressing",
+    "ScalingLimited",
+    "ScaledToZero",
+    "VerticalScalingLimited",
+    "Ready",
+    "packetstack.io/DataPath",
+)
 """Conditions that may be either without anything being wrong."""
 AUTOSCALER = ("AbleToScale", "ScalingActive", "ScalingLimited", "ScaledToZero")
 """Conditions that a stack has only with `spec.autoscaling`."""
+VERTICAL = ("VerticalScalingActive", "VerticalScalingLimited")
+"""Conditions that a stack has only with `spec.autoscaling.vertical`."""
 ENGINE = ("Ready", "packetstack.io/DataPath")
 """Conditions of a PacketEngine, and of its pod."""
 
@@ -446,13 +459,21 @@ class ConditionReason(StrEnum):
     INVALID_METRIC_SOURCE_TYPE = ("InvalidMetricSourceType", Says("ScalingActive", "False", _UNUSABLE, _SAID))
     INVALID_SELECTOR = ("InvalidSelector", Says("ScalingActive", "False", _UNUSABLE, _SAID))
     AMBIGUOUS_SELECTOR = ("AmbiguousSelector", Says("ScalingActive", "False", _UNUSABLE, _SAID))
-    SCALING_DISABLED = ("ScalingDisabled", Says("ScalingActive", "False", "somebody set `replicas` to 0", "set it to 1 or more"))
+    SCALING_DISABLED = (
+        "ScalingDisabled",
+        Says("ScalingActive", "False", "somebody set `replicas` to 0", "set it to 1 or more"),
+        Says("VerticalScalingActive", "False", "there is no engine to measure, as `replicas` is 0", "set it to 1 or more"))
     EXTERNALLY_SCALED = (
         "ExternallyScaled",
         Says("ScalingActive", "False", "somebody else wrote `replicas`; the message says who. The autoscaler changes nothing any more",
-             "find out who; to give it back: `spec.autoscaling.paused` true, then false"))
+             "find out who; to give it back: `spec.autoscaling.paused` true, then false"),
+        Says("VerticalScalingActive", "False",
+             "somebody else wrote `engine.cores`, or `replicas` where they are decided by `vertical` too; the message says who. "
+             "Nothing is changed any more", "find out who; to give it back: `spec.autoscaling.paused` true, then false"))
     INVALID_SCHEDULE = (
-        "InvalidSchedule", Says("ScalingActive", "False", "a schedule has a cron or a time zone that cannot be read", _SAID))
+        "InvalidSchedule",
+        Says("ScalingActive", "False", "a schedule has a cron or a time zone that cannot be read", _SAID),
+        Says("VerticalScalingActive", "False", "a schedule has a cron or a time zone that cannot be read", _SAID))
     TOO_MANY_REPLICAS = ("TooManyReplicas", Says("ScalingLimited", "True", _LIMITED, "raise `maxReplicas` if it stays there"))
     TOO_FEW_REPLICAS = ("TooFewReplicas", Says("ScalingLimited", "True", _LIMITED, "raise `maxReplicas` if it stays there"))
     SCALE_UP_LIMIT = ("ScaleUpLimit", Says("ScalingLimited", "True", _RATE, "wait, or other policies"))
@@ -462,6 +483,34 @@ class ConditionReason(StrEnum):
         "ScaledToZero",
         Says("ScaledToZero", "True", "the autoscaler set `replicas` to 0; only with a metric that can be read without an engine"))
     NOT_SCALED_TO_ZERO = ("NotScaledToZero", Says("ScaledToZero", "False", "the autoscaler did not set `replicas` to 0"))
+    # ---- of the vertical autoscaler
+    TRIGGERS_KNOWN = ("TriggersKnown", Says("VerticalScalingActive", "True", "the load of all active engines is known"))
+    MISSING_SAMPLES = (
+        "MissingSamples",
+        Says("VerticalScalingActive", "False",
+             "the load of some engines is not known. They count as idle, and no core is taken away. "
+             "Normal for some seconds after engines came or were made anew",
+             "if it stays: `packetstack describe`, for engines that are active and not ready"))
+    FAILED_UPDATE_CORES = (
+        "FailedUpdateCores",
+        Says("VerticalScalingActive", "False", "`engine.cores` could not be written", "do what the message says; it is tried again"))
+    WITHIN_LIMITS = ("WithinLimits", Says("VerticalScalingLimited", "False", "what the triggers ask for is done, or they ask for nothing"))
+    MAX_CORES = (
+        "MaxCores",
+        Says("VerticalScalingLimited", "True", "the triggers ask for more than `maxCores`, and `maxReplicas`, allow",
+             "raise them if it stays there and the node, or a licence, has more"))
+    HOLD_TIME = (
+        "HoldTime", Says("VerticalScalingLimited", "True", "a trigger asks for another size, but not yet for `holdSeconds`", "wait, or a shorter `holdSeconds`"))
+    COOL_DOWN = (
+        "CoolDown",
+        Says("VerticalScalingLimited", "True", "another size is asked for within `coolDownSeconds` after the last change", "wait, or a shorter `coolDownSeconds`"))
+    CHANGE_UNDER_WAY = (
+        "ChangeUnderWay",
+        Says("VerticalScalingLimited", "True", "engines are not yet those that were asked for last: until then their load is no measure", "wait; `Progressing` says what it waits for"))
+    NO_FREE_CORE = (
+        "NoFreeCore",
+        Says("VerticalScalingLimited", "True", "the node has no room for engines of the size that was asked for; the engines that are there go on",
+             "`CapacityAvailable` says what is missing; make room, or lower `maxCores`"))
     # ---- of an engine
     SERVING = (
         "Serving",
@@ -528,8 +577,8 @@ def why_not(condition: str, status: Value, reason: ConditionReason) -> str:
 def tables() -> dict[str, str]:
     """Name of a table -> the table in Markdown."""
     everything = [(reason, says) for reason in ConditionReason for says in reason.says]
-    special = {"autoscaler": AUTOSCALER, "engine": ENGINE}
-    plain = [pair for pair in everything if pair[1].condition not in AUTOSCALER + ENGINE]
+    special = {"autoscaler": AUTOSCALER, "vertical": VERTICAL, "engine": ENGINE}
+    plain = [pair for pair in everything if pair[1].condition not in AUTOSCALER + VERTICAL + ENGINE]
     return {
         "conditions": _conditions(plain),
         **{name: _conditions([p for p in everything if p[1].condition in types]) for name, types in special.items()},

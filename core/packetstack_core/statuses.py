@@ -75,6 +75,69 @@ class ScalingRecord(Model):
     """Why no metric counted, or what counted instead."""
 
 
+class TriggerReading(Model):
+    """A trigger of the vertical autoscaler, as it was last looked at."""
+
+    trigger: str
+    """Its type."""
+    value: str = ""
+    """Per core when it was looked at; empty where it is not known."""
+    above: str = ""
+    """Above it more is asked for."""
+    below: str = ""
+    """Below it, on the cores that would be left, less is allowed."""
+    fires: bool = False
+    """It asks for more."""
+    cores: int | None = None
+    """Cores of all engines that it asks for, or would do with; absent where it does not say."""
+    note: str = ""
+    """Why it does not say."""
+
+
+class CongestionStatus(Model):
+    """A size was too small; while this is remembered, no size is taken that would be so again."""
+
+    trigger: str
+    """Type of the trigger."""
+    time: str
+    """When it asked for more. RFC 3339, UTC."""
+    packets_per_second: float
+    """Of a core, then."""
+
+
+class VerticalStatus(Model):
+    """What the vertical autoscaler saw and decided last."""
+
+    current_cores: int
+    """`spec.engine.cores` when it decided."""
+    desired_cores: int
+    """Cores of an engine that it wants."""
+    current_replicas: int
+    """`spec.replicas` when it decided."""
+    desired_replicas: int
+    """Engines that it wants; the present number where that is not its own to decide."""
+    min_cores: int
+    """Fewest cores of an engine now, perhaps of a schedule."""
+    max_cores: int
+    """Most cores of an engine."""
+    decides: Literal["Cores", "CoresAndReplicas"]
+    """What it writes: `spec.engine.cores`, and perhaps `spec.replicas`."""
+    schedule: str = ""
+    """Name of the schedule that the fewest cores come from."""
+    last_scale_time: str | None = None
+    """When it last changed the size, in RFC 3339, UTC."""
+    decision: str
+    """What it decided and why, in one line."""
+    how: str = ""
+    """How the change comes about."""
+    refused: str = ""
+    """Reason that stood against another size that was asked for; see the condition VerticalScalingLimited."""
+    triggers: Items[TriggerReading] = ()
+    """What each trigger said."""
+    congested: Items[CongestionStatus] = ()
+    """What is remembered of sizes that were too small."""
+
+
 class AutoscalingStatus(Model):
     """What the autoscaler saw and decided last."""
 
@@ -98,6 +161,8 @@ class AutoscalingStatus(Model):
     """Since when this status is what it is. RFC 3339, UTC."""
     record: ScalingRecord | None = None
     """Why the last decision is what it is."""
+    vertical: VerticalStatus | None = None
+    """What the vertical autoscaler saw and decided last; absent without `spec.autoscaling.vertical`."""
 
 
 class RebalanceStatus(Model):
@@ -166,4 +231,4 @@ class PacketStackStatus(Model):
     """The sets of engines; absent for a stack that never had `handover.strategy: Mirror`."""
     conditions: Items[Condition] = ()
     """Available, Progressing, Degraded, CapacityAvailable, FirewallOpen; with `Mirror` also ScalingHeld; with
-    spec.autoscaling also those of an HPA."""
+    spec.autoscaling also those of an HPA; with spec.autoscaling.vertical also VerticalScalingActive, VerticalScalingLimited."""

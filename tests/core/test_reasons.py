@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 from packetstack_core.autoscaling import rounds
-from packetstack_core.reasons import AUTOSCALER, BAD, ENGINE, ConditionReason, EventReason, Says, fill, named, why_not
+from packetstack_core.reasons import (
+    AUTOSCALER,
+    BAD,
+    ENGINE,
+    VERTICAL,
+    ConditionReason,
+    EventReason,
+    Says,
+    fill,
+    named,
+    why_not,
+)
 
 TROUBLESHOOT = Path(__file__).resolve().parents[2] / "docs/troubleshoot.md"
 
@@ -74,5 +85,5 @@ def test_a_reason_is_found_by_its_name() -> None:
 
 def test_conditions_that_the_list_tells_apart_are_there() -> None:
     known = {says.condition for reason in ConditionReason for says in reason.says}
-    assert known >= {*BAD, *AUTOSCALER, *ENGINE}
+    assert known >= {*BAD, *AUTOSCALER, *VERTICAL, *ENGINE}
     assert AUTOSCALER == rounds.CONDITIONS

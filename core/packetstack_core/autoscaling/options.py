@@ -20,12 +20,13 @@ from packetstack_core.autoscaling.settings import Settings
 from packetstack_core.autoscaling.spec import Spec, spec_of
 from packetstack_core.autoscaling.status import Decision, Status
 from packetstack_core.reasons import Event, EventReason
+from packetstack_core.vertical_autoscalers import CoreSchedule
 
 _CHANGE = timedelta(hours=3)
 """More than any clock is ever changed by."""
 
 
-def is_active(schedule: autoscalers.Schedule, now: datetime) -> bool:
+def is_active(schedule: autoscalers.Schedule | CoreSchedule, now: datetime) -> bool:
     """Whether a beginning of the schedule lies at most its duration back.
 
     `now` has a time zone. A beginning in an hour that a change of clocks leaves out is an hour later; one in an

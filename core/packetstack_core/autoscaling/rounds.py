@@ -13,7 +13,7 @@ Nothing here reads a clock. Times are seconds since 1970; `StackLoad.read` must 
 may have been set goes on with the state `by_the_clock`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
@@ -29,7 +29,7 @@ from packetstack_core.autoscaling.options import State, with_decision, with_sche
 from packetstack_core.autoscaling.options import reconcile as _reconcile
 from packetstack_core.autoscaling.settings import Settings
 from packetstack_core.autoscaling.spec import Metric, Spec, Target, spec_of
-from packetstack_core.autoscaling.status import Condition, Decision, Proposal, Record, Status, set_condition
+from packetstack_core.autoscaling.status import Condition, Conditions, Decision, Proposal, Record, Status, set_condition
 from packetstack_core.load import StackLoad
 from packetstack_core.reasons import AUTOSCALER, ConditionReason, Event
 from packetstack_core.statuses import AutoscalingStatus
@@ -258,18 +258,20 @@ def timestamp(at: float) -> str:
 
 def conditions(state: State, generation: int = 0) -> tuple[kinds.Condition, ...]:
     """The autoscaler's conditions. `generation`: of the stack."""
-    return tuple(
-        kinds.Condition.model_validate(
-            {
-                "type": c.type,
-                "status": c.status,
-                "reason": str(c.reason),
-                "message": _cut(c.message),
-                "lastTransitionTime": timestamp(c.last_transition),
-                "observedGeneration": generation,
-            }
-        )
-        for c in state.status.conditions
+    return tuple(condition(c, generation) for c in state.status.conditions)
+
+
+def condition(one: Condition, generation: int) -> kinds.Condition:
+    """A condition as the stack's status has it."""
+    return kinds.Condition.model_validate(
+        {
+            "type": one.type,
+            "status": one.status,
+            "reason": str(one.reason),
+            "message": cut(one.message),
+            "lastTransitionTime": timestamp(one.last_transition),
+            "observedGeneration": generation,
+        }
     )
 
 
@@ -299,7 +301,7 @@ def show(done: Round, before: AutoscalingStatus | None, now: float) -> Autoscali
                 for metric, value in zip(spec.metrics, values, strict=True)
                 if value is not None
             ],
-            "decision": _cut(str(record)),
+            "decision": cut(str(record)),
             "record": _record(record),
         }
     )
@@ -317,23 +319,30 @@ def resume(shown: AutoscalingStatus | None, known: Iterable[kinds.Condition]) ->
     """The state of an autoscaler that starts anew; `known`: the stack's conditions."""
     if shown is None:
         return State()
-    kept = tuple(
-        Condition(c.type, c.status, reason, c.message, _seconds(c.last_transition_time))
-        for c in known
-        if c.type in CONDITIONS and c.status != "Unknown" and (reason := _reason(c.reason)) is not None
-    )
-    last = None if shown.last_scale_time is None else _seconds(shown.last_scale_time)
+    kept = known_conditions(known, CONDITIONS)
+    last = None if shown.last_scale_time is None else seconds(shown.last_scale_time)
     return State(status=Status(shown.current_replicas, shown.desired_replicas, last, kept))
 
 
-def _seconds(text: str) -> float:
+def known_conditions(known: Iterable[kinds.Condition], types: Collection[str]) -> Conditions:
+    """Those of these types that can be understood."""
+    return tuple(
+        Condition(c.type, c.status, reason, c.message, seconds(c.last_transition_time))
+        for c in known
+        if c.type in types and c.status != "Unknown" and (reason := _reason(c.reason)) is not None
+    )
+
+
+def seconds(text: str) -> float:
+    """What `timestamp` wrote; 0 for anything else."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
         return 0.0
 
 
-def _cut(text: str) -> str:
+def cut(text: str) -> str:
+    """A text that the status has room for."""
     return text if len(text) <= _LONGEST else text[: _LONGEST - 3] + "..."
 
 
@@ -350,22 +359,22 @@ def _record(record: Record) -> dict[str, Any]:
         "desired": record.desired,
         "proposals": [
             {
-                "metric": _cut(p.metric),
+                "metric": cut(p.metric),
                 "target": _target(p.target),
                 "value": _value(p),
                 "replicas": p.replicas,
                 "missing": p.missing,
-                "error": _cut(p.error),
+                "error": cut(p.error),
             }
             for p in record.proposals
         ],
-        "winner": _cut(record.winner),
+        "winner": cut(record.winner),
         "proposed": record.proposed,
         "stabilized": record.stabilized,
         "stabilizedBy": record.stabilized_by,
         "limited": record.limited,
         "limitedBy": record.limited_by,
-        "why": _cut(record.why),
+        "why": cut(record.why),
     }
 
 
