@@ -59,7 +59,7 @@ def _counters(engine: Engine, flows: int) -> EngineCounters:
             for i, (core, q) in enumerate(queues)
         ),
         packets=counters["received"] - sum(n for c, n in counters.items() if c.startswith("rejected_")),
-        bytes=counters["received_bytes"],
+        bytes=counters["received_bytes"] - counters["copied_bytes"],
         flows_created=counters["flows_created"],
         dropped=dropped,
         flows=flows,

@@ -316,6 +316,7 @@ enum ps_counter {
 	PS_C_JOURNALS_REFUSED,	  /* what a dead process left of a journal or ring made no sense */
 	PS_C_FRAMES_RECOVERED,	  /* were in no ring at an adoption: given back */
 	PS_C_SHARDS_REBUILT,
+	PS_C_COPIED_BYTES, /* of the received bytes: those of copies that were rejected */
 	PS_COUNTERS
 };
 

@@ -146,7 +146,7 @@ static void check_side(enum side side)
 	counts_check(t->arena, FIRST, USED, 0);
 	for (int reason = PS_C_REJECTED_NOT_KEPT; reason <= PS_C_REJECTED_CLOSING; reason++)
 		sum += t->counters[reason];
-	for (int reason = PS_C_DROP_NO_STAMP; reason < PS_COUNTERS; reason++)
+	for (int reason = PS_C_DROP_NO_STAMP; reason < PS_C_JOURNALS_REFUSED; reason++)
 		sum += t->counters[reason];
 	CHECK(sum == handled[side], "side %d: %lu of %lu packets are counted", side, (unsigned long)sum,
 	      (unsigned long)handled[side]);
