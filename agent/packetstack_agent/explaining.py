@@ -1,8 +1,9 @@
 """Where a packet of a flow goes, and why: what directors and engines would do with it, in words. Changes nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from ipaddress import ip_address
+from typing import Any
 
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import ffi, lib, packed, unpacked, wire
@@ -60,16 +61,20 @@ def explain(stack: Stack, pods: Mapping[int, str], flow: Flow) -> Json:
     bucket = value & (stack.buckets - 1)
     word = stack.words()[bucket]
     slot = word >> 22 & 1023
-    owner: Json = {"slot": slot, "queue": word >> 16 & 63, "epoch": word >> 32}
-    if slot in pods:
-        owner["pod"] = pods[slot]
-    entry = _entry(stack, bucket, flow)
+    owner = _engine(pods, slot, word >> 16 & 63) | {"epoch": word >> 32}
+    own, kept = stack.flows(bucket)
+    entry, keeper = _entry(own, flow), None  # what both have the owner has claimed
+    if entry is None and (entry := _entry(kept, flow)) is not None:
+        keeper = _engine(pods, word >> 6 & 1023, word & 63)
     way = f"hash {value:016x} -> bucket {bucket} -> engine {pods.get(slot) or slot}"
     allowed = listener.allowed_sources
     if allowed is not None and not any(flow.client in network for network in allowed):
         why = f"{flow.client} is not in allowedSources of listener {listener.name}: dropped as not_allowed"
     elif not slot:
         why = f"bucket {bucket} has no owner: packets are dropped as no_owner"
+    elif keeper is not None:
+        name = keeper.get("pod") or keeper["slot"]
+        why = f"{way}, which rejects it, and a copy to engine {name} of the set before, which keeps this flow"
     elif entry is not None:
         why = f"{way}, which keeps this flow"
     elif not stack.usable(listener):
@@ -80,10 +85,15 @@ def explain(stack: Stack, pods: Mapping[int, str], flow: Flow) -> Json:
         "hash": f"{value:016x}",
         "bucket": bucket,
         "owner": owner,
+        "keeper": keeper,
         "listener": listener.name,
         "flow": entry,
         "why": why,
     }
+
+
+def _engine(pods: Mapping[int, str], slot: int, queue: int) -> Json:
+    return {"slot": slot, "queue": queue} | ({"pod": pods[slot]} if slot in pods else {})
 
 
 def _listener(stack: Stack, flow: Flow) -> Listener | None:
@@ -93,10 +103,10 @@ def _listener(stack: Stack, flow: Flow) -> Listener | None:
     return None
 
 
-def _entry(stack: Stack, bucket: int, flow: Flow) -> Json | None:
-    """The flow's entry in its shard."""
+def _entry(entries: Iterable[Any], flow: Flow) -> Json | None:
+    """The flow's entry, if it is among these."""
     names = abi.enum_names("ps_flow_state")
-    for entry in stack.flows(bucket):
+    for entry in entries:
         if (
             unpacked(bytes(ffi.buffer(entry.client))) == flow.client
             and wire(entry.client_port) == flow.client_port

@@ -382,9 +382,11 @@ class Stack:
                     total[slot] = total.get(slot, 0) + live
         return total
 
-    def flows(self, bucket: int) -> list[Any]:
-        """Copies of a bucket's live flows, in all sets."""
-        return [flow for memory in self.sets.values() for flow in memory.flows(bucket)]
+    def flows(self, bucket: int) -> tuple[list[Any], list[Any]]:
+        """Copies of a bucket's live flows: those of its owner, and those that its keeper has."""
+        if self.mirror is None or self.mirror.keepers()[bucket] is None:
+            return [flow for memory in self.sets.values() for flow in memory.flows(bucket)], []
+        return self.mirror.newcomer.flows(bucket), self.mirror.keeper.flows(bucket)
 
     def backend_flows(self) -> dict[Place, tuple[int, int]]:
         """Of each backend that flows were dealt to: those that live, and all that there were."""

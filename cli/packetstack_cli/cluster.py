@@ -309,8 +309,9 @@ class ClusterClient:
         node, known = self._node_of(question.name)
         ends = endpoint(question.source, question.sport), endpoint(question.destination, question.dport)
         result: Json = self._ask(node, "explain", known, question.protocol, *ends)
-        if pod := result.get("owner", {}).get("pod"):
-            result["owner"]["slot"] = number_of(pod)
+        for engine in (result.get("owner"), result.get("keeper")):
+            if engine and "pod" in engine:
+                engine["slot"] = number_of(engine["pod"])
         return result | {"node": node}
 
     def move_buckets(self, name: str, buckets: Sequence[int], slot: int, queue: int | None) -> Json:

@@ -137,7 +137,7 @@ def _endpoint(text: str) -> tuple[str, int]:
 
 def _lines(result: Json) -> list[str]:
     lines = [str(result["why"])]
-    for key in ("listener", "bucket", "owner", "flow"):
+    for key in ("listener", "bucket", "owner", "keeper", "flow"):
         value = result.get(key)
         if isinstance(value, Mapping):
             value = ", ".join(f"{k} {v}" for k, v in value.items())

@@ -22,8 +22,8 @@ class Asked(PlayedStack):
     def words(self) -> "array[int]":
         return array("Q", [7 << 32 | owner.slot << 22 | owner.queue << 16 for owner in self.table])
 
-    def flows(self, bucket: int) -> list[Any]:
-        return []
+    def flows(self, bucket: int) -> tuple[list[Any], list[Any]]:
+        return [], []
 
     def parts(self, listener: Any) -> list[int]:
         return [1] * len(self.usable(listener))
