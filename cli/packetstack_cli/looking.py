@@ -12,7 +12,7 @@ from packetstack_cli.backend import Backend
 from packetstack_cli.errors import CliError
 from packetstack_cli.target import output_option, show, with_backend
 from packetstack_core import verbs
-from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling import together
 from packetstack_core.verbs import Json
 
 
@@ -124,7 +124,7 @@ def _decided(item: Json) -> Json:
     if shown is None:
         period = wanted.get("syncPeriodSeconds", 15)
         raise CliError(f"stack {name}: its autoscaler has not decided yet; it does every {period} s")
-    known = [c for c in item["status"]["conditions"] if c["type"] in rounds.CONDITIONS]
+    known = [c for c in item["status"]["conditions"] if c["type"] in together.CONDITIONS]
     return {"stack": name, "autoscaling": shown, "conditions": known}
 
 

@@ -332,7 +332,29 @@ def autoscaling(item: Json, decided: Json) -> Group:
         parts += [Text(), table]
     if cuts:
         parts += [Text(), *(Text(f"  {name:10} {text}") for name, text in cuts)]
+    if sized := status.get("vertical"):
+        parts += [Text(), *_sized(sized)]
     return Group(*parts, Text(), _conditions(decided["conditions"]))
+
+
+def _sized(sized: Json) -> list[RenderableType]:
+    """Why engines have as many cores as they have: what each trigger said, and what stood against it."""
+    schedule = f", by schedule {sized['schedule']}" if sized.get("schedule") else ""
+    writes = "spec.engine.cores" if sized["decides"] == "Cores" else "spec.engine.cores and spec.replicas"
+    lines = [
+        ("cores", sized["decision"]),
+        ("limits", f"{sized['minCores']} to {counted(sized['maxCores'], 'core')}{schedule}; it writes {writes}"),
+        ("scaled", sized.get("lastScaleTime") or "never by the autoscaler"),
+    ]
+    lines += [(name, sized[name]) for name in ("how", "refused") if sized.get(name)]
+    table = _table("TRIGGER", "A CORE HAS", "UP ABOVE", "DOWN BELOW", "CORES IN ALL", "")
+    for t in sized.get("triggers") or ():
+        cores = "-" if t.get("cores") is None else str(t["cores"])
+        note = t.get("note") or ("asks for more" if t.get("fires") else "would do")
+        table.add_row(t["trigger"], t.get("value") or "-", t["above"], t["below"], cores, note)
+    table.columns[-1].no_wrap = False
+    parts: list[RenderableType] = [Text(f"  {name:10} {text}") for name, text in lines]
+    return [*parts, Text(), table] if table.row_count else parts
 
 
 def _metric(kind: str, values: Json) -> str:

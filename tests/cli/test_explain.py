@@ -10,10 +10,12 @@ from packetstack_cli import main as command
 from packetstack_cli import shapes
 from packetstack_cli.client import Client
 from packetstack_core import reading
-from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling import rounds, together
 from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.metrics import MetricError, Pod
 from packetstack_core.autoscaling.options import State
+from packetstack_core.autoscaling.triggers import Size
+from packetstack_core.autoscaling.vertical import Seen
 from packetstack_core.load import EngineLoad, StackLoad
 
 BUSY = {
@@ -93,6 +95,30 @@ def test_it_says_what_each_metric_asked_for_and_what_cut_it(explain):
     assert any(line.startswith("AbleToScale True SucceededRescale") for line in lines)
     assert any(line.startswith("ScalingLimited True TooManyReplicas") for line in lines)
     assert "MinimumEnginesAvailable" not in text, "that is not the autoscaler's"
+
+
+def test_it_says_what_each_trigger_of_the_cores_said_and_what_stood_against_it(explain):
+    triggers = [{"type": "Utilization"}, {"type": "PacketsPerSecond", "above": "100k"}]
+    made = document(vertical={"maxCores": 4, "triggers": triggers})
+    names = ("web-1", "web-2")
+    load = StackLoad(
+        NOW,
+        tuple(EngineLoad(i, n, "Active", True, 15.0, (0.9,), (), 0, 0, 900.0, 0, 0) for i, n in enumerate(names, 1)),
+    )
+    seen = Seen(Size(2, 1), [Pod(n, ready="True") for n in names])
+    done = together.written(together.reconcile(reading.parse(made).spec, together.State(), seen, 2, load, NOW), NOW)
+    shown = together.show(done, None, NOW).model_dump(mode="json", by_alias=True, exclude_none=True)
+    known = [c.model_dump(mode="json", by_alias=True) for c in together.conditions(done.state)]
+    _, text = explain(made | {"status": {"autoscaling": shown, "conditions": known}})
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    assert any(
+        line.startswith("cores 2 x 1 core -> 2 x 1 core: 2 x 2 cores is asked for, but the number") for line in lines
+    )
+    assert "limits 1 to 4 cores; it writes spec.engine.cores" in lines
+    assert "refused ChangeUnderWay" in lines
+    assert "Utilization 90 75 35 3 asks for more" in lines
+    assert "PacketsPerSecond 900 100,000 46,667 2 would do" in lines
+    assert any(line.startswith("VerticalScalingLimited True ChangeUnderWay") for line in lines)
 
 
 def test_it_says_why_a_metric_does_not_count(explain):

@@ -32,7 +32,7 @@ from packetstack_core.autoscaling.spec import Metric, Spec, Target, spec_of
 from packetstack_core.autoscaling.status import Condition, Conditions, Decision, Proposal, Record, Status, set_condition
 from packetstack_core.load import StackLoad
 from packetstack_core.reasons import AUTOSCALER, ConditionReason, Event
-from packetstack_core.statuses import AutoscalingStatus
+from packetstack_core.statuses import AutoscalingStatus, VerticalStatus
 
 CONDITIONS = AUTOSCALER
 """Types that are the autoscaler's."""
@@ -275,7 +275,9 @@ def condition(one: Condition, generation: int) -> kinds.Condition:
     )
 
 
-def show(done: Round, before: AutoscalingStatus | None, now: float) -> AutoscalingStatus:
+def show(
+    done: Round, before: AutoscalingStatus | None, now: float, vertical: VerticalStatus | None = None
+) -> AutoscalingStatus:
     """`status.autoscaling` after this round. `before`: what it was. Equal rounds give equal statuses."""
     status, record, spec = done.decision.status, done.decision.record, done.spec
     values = status.current_metrics if len(status.current_metrics) == len(spec.metrics) else [None] * len(spec.metrics)
@@ -303,8 +305,14 @@ def show(done: Round, before: AutoscalingStatus | None, now: float) -> Autoscali
             ],
             "decision": cut(str(record)),
             "record": _record(record),
+            "vertical": vertical,
         }
     )
+    return stamped(fresh, before, now)
+
+
+def stamped(fresh: AutoscalingStatus, before: AutoscalingStatus | None, now: float) -> AutoscalingStatus:
+    """With the time since when it is so."""
     if before is not None and before.model_copy(update={"decision_time": ""}) == fresh:
         return before
     return fresh.model_copy(update={"decision_time": timestamp(now)})
