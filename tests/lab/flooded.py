@@ -46,12 +46,13 @@ def source_route(lab: Lab) -> None:
     lab.sysctl("server", {"net.ipv4.tcp_syncookies": "2"})
 
 
-def flood(lab: Lab, kind: str, rate: float, seconds: float) -> "Flood":
-    """Packets of this kind to the first TCP or UDP listener, each from another source."""
+def flood(lab: Lab, kind: str, rate: float, seconds: float, seed: int | None = None) -> "Flood":
+    """Packets of this kind to the first TCP or UDP listener, each from another source: always the same ones by a seed."""
     target = UDP if kind in ("udp", "fragment") else TCP
     link = json.loads(lab.run("node", "ip", "-j", "link", "show", "dev", "up0").stdout)
     words = ["--device", "c0", "--mac", link[0]["address"], "--kind", kind, "--target", target, "--sources", SOURCES]
-    words += ["--rate", str(max(1, round(rate))), "--seconds", f"{seconds:g}", "--seed", str(time.monotonic_ns())]
+    words += ["--rate", str(max(1, round(rate))), "--seconds", f"{seconds:g}"]
+    words += ["--seed", str(seed or time.monotonic_ns())]
     return Flood(lab.start("client", str(FLOOD), *words, stdout=subprocess.PIPE))
 
 
@@ -60,6 +61,11 @@ class Flood:
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended by itself."""
+        return self._process.poll() is None
 
     def stop(self) -> dict[str, Any]:
         """Ends it."""
