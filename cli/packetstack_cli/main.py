@@ -6,11 +6,13 @@ from pathlib import Path
 
 import click
 
-from packetstack_cli import changing, files, looking, simulate, views
+from packetstack_cli import changing, files, looking, simulate, simulate_sizes, views
 from packetstack_cli.client import DEFAULT_RUN_DIRECTORY
 from packetstack_cli.errors import CliError
 from packetstack_cli.target import Group, Target, cluster_options, output_option, show
 from packetstack_core.autoscaling.spec import spec_of
+from packetstack_core.autoscaling.triggers import Size
+from packetstack_core.resources import PacketStack
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -75,7 +77,7 @@ def simulate_(
     """Show what the autoscaler of a stack in a file would do under a load.
 
     The series is CSV: a column `seconds` and one for each metric, with what the whole stack gets. Utilization counts
-    fully busy engines.
+    fully busy engines; with spec.autoscaling.vertical fully busy cores, and there is a column for each trigger.
     """
     if (interval is not None and not 1 <= interval <= 3600) or not 0 <= start_seconds <= 3600:
         raise click.UsageError("--interval takes 1 to 3600 seconds, --start 0 to 3600")
@@ -84,6 +86,9 @@ def simulate_(
         names = "no" if not stacks else ", ".join(stack.metadata.name for stack in stacks)
         raise CliError(f"{file}: has {names} {f'stack {name}' if name else 'stacks'}; name one that it has")
     wanted = simulate.autoscaling_of(stacks[0])
+    if wanted.vertical is not None:
+        _simulate_sizes(stacks[0], series, replicas, interval, start_seconds, begin, picture, output)
+        return
     metrics = spec_of(wanted).metrics
     load = simulate.read_series(series, metrics)
     first = stacks[0].spec.replicas if replicas is None else replicas
@@ -91,6 +96,24 @@ def simulate_(
     if picture:
         simulate.draw(metrics, ticks, f"stack {stacks[0].metadata.name} under {series.name}", picture)
     show([tick.document() for tick in ticks], output, lambda: views.decisions(ticks))
+
+
+def _simulate_sizes(
+    stack: PacketStack,
+    series: Path,
+    replicas: int | None,
+    interval: float | None,
+    start_seconds: float,
+    begin: datetime,
+    picture: Path | None,
+    output: str | None,
+) -> None:
+    load = simulate.read_columns(series, simulate_sizes.columns_of(stack.spec))
+    size = Size(stack.spec.replicas if replicas is None else replicas, stack.spec.engine.cores)
+    ticks = simulate_sizes.simulate(stack.spec, load, size, begin.replace(tzinfo=UTC), interval, start_seconds)
+    if picture:
+        simulate_sizes.draw(ticks, f"stack {stack.metadata.name} under {series.name}", picture)
+    show([tick.document() for tick in ticks], output, lambda: views.sizes(ticks))
 
 
 @main.command()

@@ -8,7 +8,8 @@ answer.
 
 import csv
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import ROUND_HALF_EVEN, Decimal, InvalidOperation
@@ -88,12 +89,16 @@ def autoscaling_of(stack: PacketStack) -> Autoscaling:
 
 def read_series(path: Path, metrics: Sequence[Metric]) -> Series:
     """A series with a column for each metric. CliError names the line."""
+    return read_columns(path, [metric.name for metric in metrics])
+
+
+def read_columns(path: Path, wanted: Sequence[str]) -> Series:
+    """A series with these columns. CliError names the line."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [(i, row) for i, row in enumerate(csv.reader(file), 1) if any(cell.strip() for cell in row)]
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise unreadable(path, e) from None
-    wanted = [metric.name for metric in metrics]
     header = [cell.strip() for cell in rows[0][1]] if rows else []
     if not header or header[0] != "seconds" or sorted(header[1:]) != sorted(set(wanted)):
         right = ",".join(["seconds", *dict.fromkeys(wanted)])
@@ -164,7 +169,7 @@ def simulate(
         active, current = sum(at <= now for at in ready_at), len(ready_at)
         pods = [Pod(f"engine-{j}", ready="True") for j in range(active)]
         load = {metric.name: series.at(metric.name, now) for metric in metrics}
-        readings = {j: _reading(metric, load[metric.name], active, clock) for j, metric in enumerate(metrics)}
+        readings = {j: reading_of(metric, load[metric.name], active, clock) for j, metric in enumerate(metrics)}
         done = rounds.decide(wanted, state, Scale(current, current), pods, NOT_IN_SERIES, clock, readings)
         if done.decision.write is not None:
             # Those that serve longest stay.
@@ -180,7 +185,8 @@ def simulate(
     return ticks
 
 
-def _reading(metric: Metric, value: Decimal | None, active: int, now: float) -> Reading:
+def reading_of(metric: Metric, value: Decimal | None, active: int, now: float) -> Reading:
+    """What so many engines, which share a value, give for a metric."""
     if value is None:
         return NOT_IN_SERIES
     milli = int((value * 1000).to_integral_value(ROUND_HALF_EVEN))
@@ -196,8 +202,9 @@ def _reading(metric: Metric, value: Decimal | None, active: int, now: float) -> 
     return {f"engine-{j}": Sample(each, now) for j in range(active)}
 
 
-def draw(metrics: Sequence[Metric], ticks: Sequence[Tick], title: str, path: Path) -> None:
-    """Load and replicas over time, with the limits. CliError without matplotlib or when it cannot be written."""
+@contextmanager
+def plotting(rows: int, title: str, path: Path) -> Iterator[Sequence[Any]]:
+    """Axes below each other, written to the file in the end. CliError without matplotlib or when it cannot be written."""
     try:
         import matplotlib as mpl
     except ImportError:
@@ -205,13 +212,26 @@ def draw(metrics: Sequence[Metric], ticks: Sequence[Tick], title: str, path: Pat
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    at = [tick.seconds for tick in ticks]
-    names = list(ticks[0].load)
     style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
     with plt.rc_context(style):
-        figure, axes = plt.subplots(
-            len(names) + 1, 1, sharex=True, figsize=(12, 2.4 * (len(names) + 1) + 1), layout="constrained"
-        )
+        figure, axes = plt.subplots(rows, 1, sharex=True, figsize=(12, 2.4 * rows + 1), layout="constrained")
+        try:
+            yield axes
+            axes[-1].set_xlabel("seconds")
+            figure.suptitle(title)
+            try:
+                figure.savefig(path, dpi=110)
+            except (OSError, ValueError) as e:
+                raise CliError(f"{path}: cannot be written: {e}") from None
+        finally:
+            plt.close(figure)
+
+
+def draw(metrics: Sequence[Metric], ticks: Sequence[Tick], title: str, path: Path) -> None:
+    """Load and replicas over time, with the limits. CliError without matplotlib or when it cannot be written."""
+    at = [tick.seconds for tick in ticks]
+    names = list(ticks[0].load)
+    with plotting(len(names) + 1, title, path) as axes:
         for plot, name, metric in zip(axes, names, metrics, strict=False):
             values = [float("nan") if (value := tick.load[name]) is None else float(value) for tick in ticks]
             plot.fill_between(at, values, step="post", color="#4e79a7", alpha=0.25, linewidth=0)
@@ -235,12 +255,4 @@ def draw(metrics: Sequence[Metric], ticks: Sequence[Tick], title: str, path: Pat
             )
         pool.set_ylim(0, 1.25 * max(max(tick.limits[1], tick.replicas) for tick in ticks))
         pool.set_ylabel("engines")
-        pool.set_xlabel("seconds")
         pool.legend(loc="upper left", frameon=False, ncols=2)
-        figure.suptitle(title)
-        try:
-            figure.savefig(path, dpi=110)
-        except (OSError, ValueError) as e:
-            raise CliError(f"{path}: cannot be written: {e}") from None
-        finally:
-            plt.close(figure)

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from packetstack_cli.checks import Check
 from packetstack_cli.simulate import Tick
+from packetstack_cli.simulate_sizes import SizeTick
 from packetstack_core.values import quantity
 from packetstack_core.verbs import Json
 from packetstack_core.wording import counted
@@ -396,6 +397,20 @@ def checks(found: Sequence[Check]) -> list[Text]:
         )
         for c in found
     ]
+
+
+def sizes(ticks: Sequence[SizeTick]) -> Table:
+    """A line for each change of the size, and each time that something else stands against one."""
+    table = _table("SECONDS", "ENGINES", "CORES", "DECISION")
+    table.columns[-1].no_wrap = False
+    refused = ""
+    for tick in ticks:
+        number = tick.size.replicas != tick.before.replicas and tick.decision
+        if tick.size != tick.before or tick.refused != refused:
+            why = tick.decision if number else "; ".join(filter(None, [tick.sized, tick.how]))
+            table.add_row(f"{tick.seconds:g}", str(tick.size.replicas), str(tick.size.cores), why)
+        refused = tick.refused
+    return table
 
 
 def decisions(ticks: Sequence[Tick]) -> Table:

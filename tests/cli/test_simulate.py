@@ -3,6 +3,7 @@
 import json
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -10,9 +11,12 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from packetstack_cli import simulate_sizes
 from packetstack_cli.main import main
 from packetstack_cli.simulate import Series, simulate
 from packetstack_core.autoscalers import Autoscaling
+from packetstack_core.autoscaling.triggers import Size
+from packetstack_core.reading import parse
 
 BUSY = {
     "type": "Engine",
@@ -162,3 +166,85 @@ def test_any_series_stays_inside_the_limits(values, replicas):
     assert len(ticks) == len(loads)
     assert all(2 <= tick.replicas <= 6 for tick in ticks) or replicas == 0
     assert all(tick.active <= tick.current for tick in ticks)
+
+
+# ---- with triggers for the cores ---------------------------------------------------------------------------------
+
+VERTICAL = {"maxCores": 4, "triggers": [{"type": "Utilization"}, {"type": "Drops", "above": "0.01"}]}
+EACH = {"type": "Engine", "engine": {"name": "ActiveFlows", "target": {"type": "AverageValue", "averageValue": "10k"}}}
+BOTH = AUTOSCALING | {"metrics": [EACH], "vertical": VERTICAL, "syncPeriodSeconds": 60}
+DAY = "seconds,ActiveFlows,Utilization,DropRatio\n" + "".join(
+    f"{hour * 3600},{flows},{busy},0\n"
+    for hour, (flows, busy) in enumerate(
+        [(6_000, 0.3)] * 7
+        + [(14_000, 1.2), (26_000, 3.0)]
+        + [(38_000, 6.5)] * 9
+        + [(18_000, 2.0), (9_000, 0.6)]
+        + [(5_000, 0.2)] * 5
+    )
+)
+"""A day by hours: flows decide the number of engines, the work of a flow the cores of each."""
+
+
+def test_row_7_a_day_with_both_goes_up_and_down_once_and_never_back_and_forth(ask, tmp_path):
+    picture = tmp_path / "day.png"
+    code, out = ask("-o", "json", "--picture", str(picture), autoscaling=BOTH, series=DAY)
+    ticks = json.loads(out)
+    assert (code, len(ticks)) == (0, 24 * 60 + 1)
+    sizes = [(t["replicas"], t["cores"]) for t in ticks]
+    changes = [b for a, b in pairwise(sizes) if a != b]
+    assert len(changes) < 14, changes
+    assert all(a[0] == b[0] or a[1] == b[1] for a, b in pairwise(sizes)), "one of the two at a time"
+    noon, night = ticks[12 * 60], ticks[-1]
+    assert (noon["replicas"], night["replicas"], night["cores"]) == (4, 1, 1)
+    assert noon["busy"] < 0.76
+    for part in ("replicas", "cores"):
+        values = [t[part] for t in ticks]
+        top = values.index(max(values))
+        assert values[:top] == sorted(values[:top]), part
+        assert values[top:] == sorted(values[top:], reverse=True), part
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_triggers_alone_use_all_cores_before_another_engine_and_say_how(ask):
+    wanted = {"maxReplicas": 2, "vertical": VERTICAL}
+    code, out = ask(
+        autoscaling=wanted, series="seconds,Utilization,DropRatio\n0,0.5,0\n60,4.5,0\n600,,\n900,0.1,0\n1500,0,0\n"
+    )
+    assert code == 0
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert any("1 x 1 core -> 1 x 2 cores: Utilization 100 % is above 75 %" in line for line in lines), out
+    assert any("-> 2 x 4 cores" in line and "engines join or leave" in line for line in lines)
+    assert any("-> 1 x 1 core: all triggers allow fewer cores" in line for line in lines)
+    assert "maxSurge 1" in out
+
+
+def test_a_trigger_that_does_not_answer_takes_no_core(ask):
+    series = "seconds,Utilization,DropRatio\n0,3,0\n200,0.1,\n900,0.1,\n"
+    code, out = ask("-o", "json", autoscaling={"maxReplicas": 1, "vertical": VERTICAL}, series=series)
+    last = json.loads(out)[-1]
+    assert (code, last["cores"]) == (0, 4)
+    assert {"type": "VerticalScalingActive", "status": "False", "reason": "MissingSamples"} in last["conditions"]
+
+
+def test_a_series_needs_a_column_for_each_trigger(ask):
+    assert "use seconds,ActiveFlows,Utilization,DropRatio" in ask(autoscaling=BOTH)[1]
+    wrong = {"name": "day", "cron": "61 8 * * *", "durationSeconds": 60, "cores": 2}
+    timed = {
+        "maxReplicas": 1,
+        "vertical": {"maxCores": 2, "triggers": [{"type": "Utilization"}, {"type": "Schedule", "schedule": wrong}]},
+    }
+    assert 'schedule day: cron "61 8 * * *" cannot be read' in ask(autoscaling=timed)[1]
+
+
+def test_engines_are_replaced_one_after_the_other_and_with_mirror_at_once():
+    series = Series([0.0, 60.0, 90.0], {"Utilization": [Decimal(4)] * 3})
+    for strategy, serving in (("Transfer", [4, 5, 6, 7, 8]), ("Mirror", [4, 8])):
+        document = stack(
+            {"maxReplicas": 4, "minReplicas": 4, "syncPeriodSeconds": 1, "vertical": {"maxCores": 2, "holdSeconds": 0}}
+        )
+        document["spec"] |= {"handover": {"strategy": strategy}}
+        ticks = simulate_sizes.simulate(
+            parse(document).spec, series, Size(4, 1), datetime(2026, 1, 5, tzinfo=UTC), 1, 5
+        )
+        assert list(dict.fromkeys(t.serving for t in ticks)) == serving
