@@ -112,5 +112,8 @@ def _accounted(frames: Counter[str]) -> bool:
     """Nothing is without a reason, and of two copies one is rejected."""
     rejected = sum(n for name, n in frames.items() if name.startswith("rejected_"))
     dropped = sum(n for name, n in frames.items() if name.startswith("drop_"))
-    return frames["received"] == frames["forwarded"] + dropped + rejected and frames["mirrored"] == 2 * rejected > 0
-    assert 64 * rejected <= frames["copied_bytes"] < frames["received_bytes"]
+    return (
+        frames["received"] == frames["forwarded"] + dropped + rejected
+        and frames["mirrored"] == 2 * rejected > 0
+        and 64 * rejected <= frames["copied_bytes"] < frames["received_bytes"]
+    )
