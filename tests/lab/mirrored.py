@@ -64,8 +64,8 @@ class Wire:
         self._socket.setsockopt(socket.SOL_SOCKET, 33, 512 << 20)  # SO_RCVBUFFORCE
         self._socket.bind((device, 0x0003))
 
-    def read(self) -> list[Segment]:
-        """All TCP and UDP over IPv4 since, without later fragments; AssertionError if the kernel could not keep all."""
+    def peek(self) -> list[Segment]:
+        """What has passed since the last look: TCP and UDP over IPv4, without later fragments."""
         found = []
         while True:
             try:
@@ -74,6 +74,11 @@ class Wire:
                 break
             if (segment := _segment(frame, address[2] == 4)) is not None:
                 found.append(segment)
+        return found
+
+    def read(self) -> list[Segment]:
+        """The same; it is the last look. AssertionError if the kernel could not keep all."""
+        found = self.peek()
         dropped = struct.unpack("II", self._socket.getsockopt(263, 6, 8))[1]  # SOL_PACKET, PACKET_STATISTICS
         self._socket.close()
         assert dropped == 0, f"{dropped} packets were not kept"
@@ -159,10 +164,11 @@ class Mirrored(Node):
         """Events with this reason."""
         return sum(int(e["count"]) for e in self.client.call("events", name="demo") if e["reason"] == reason)
 
-    def switch(self, replicas: int) -> tuple[set[int], set[int]]:
-        """Scale, until all buckets are switched; slots of the first set and of the second."""
+    def switch(self, replicas: int | None = None) -> tuple[set[int], set[int]]:
+        """Scale, until all buckets are switched; slots of the first set and of the second. None: to one engine, or to two
+        if there is one."""
         before = self.slots()
-        self.scale(replicas)
+        self.scale(replicas if replicas is not None else 1 if len(before) > 1 else 2)
         self.wait_switched()
         return before, self.slots() - before
 
@@ -187,13 +193,18 @@ class Mirrored(Node):
         """Connections and flows that these engines have."""
         return sum(e["flows"] for e in self.engines() if e["slot"] in slots)
 
+    def kept(self) -> int:
+        """Connections of the set that drains, by the list from which the other one knows them."""
+        return sum(s["connections"] for s in self.status("demo")["sets"] if s["state"] == "Draining")
+
     def retired(self, times: int, timeout_seconds: float = 30) -> None:
         """Until so many sets have gone since the stack was made."""
         eventually(lambda: self.count("SetRetired") >= times, timeout_seconds, f"{times} sets retired")
 
     def settle(self, timeout_seconds: float = 30) -> None:
-        """Until the stack is as its resource says."""
+        """Until the stack is as its resource says, and has one set."""
         self.wait_ready("demo", timeout_seconds)
+        eventually(lambda: len(self.status("demo")["sets"]) == 1, timeout_seconds)
 
     def counters(self, slots: set[int]) -> Counter[str]:
         """Of these engines together: packets by what became of them."""
@@ -254,9 +265,20 @@ def ask(connection: socket.socket, sequence: int = 1, size: int = 64) -> bytes:
 
 
 @contextmanager
-def mirrored(prefix: str, *, servers: bool = True) -> Iterator[Mirrored]:
-    """A lab with servers, and without a stack."""
-    with Lab(prefix) as lab:
+def dropped(node: Node, room: Room, rule: str) -> Iterator[None]:
+    """Whoever is in this room gets no packet that the rule is about."""
+    chain = "add chain inet lost in { type filter hook prerouting priority raw; }"
+    node.lab.run(room, "nft", f"add table inet lost; {chain}; add rule inet lost in {rule} drop")
+    try:
+        yield
+    finally:
+        node.lab.run(room, "nft", "delete table inet lost")
+
+
+@contextmanager
+def mirrored(prefix: str, *, servers: bool = True, clients: int = 8) -> Iterator[Mirrored]:
+    """A lab with servers, and without a stack. `clients`: addresses of the client, of each family."""
+    with Lab(prefix, client_addresses=clients) as lab:
         serving = Servers(lab) if servers else None
         made = Mirrored(lab)
         try:
