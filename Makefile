@@ -6,8 +6,8 @@ MESON_DIR := build/meson
 NATIVE := core/packetstack_core/native
 CODE := core agent engine cli operator bench tests setup.py
 PACKAGES := core/packetstack_core agent/packetstack_agent engine/packetstack_engine cli/packetstack_cli operator/packetstack_operator
-# Tests that play the agent's ports: what they play must be what the agent takes.
-TYPED_TESTS := tests/model/node.py $(patsubst %,tests/agent/test_%.py,attachments balancing explaining follower keeping probes scaling shedding verbs watchdog web)
+# Tests that play the agent's ports: what they play must be what the agent takes. And those of Mirror.
+TYPED_TESTS := tests/lab/mirrored.py $(wildcard tests/mirror/test_*.py) tests/model/node.py $(patsubst %,tests/agent/test_%.py,attachments balancing explaining follower keeping probes scaling shedding verbs watchdog web)
 PYTEST_ARGS ?=
 TEST_JOBS ?= 3
 BENCH_ARGS ?=
