@@ -1068,12 +1068,12 @@ static inline uint8_t ps_handle(struct ps_handler *h, uint8_t *frame, uint32_t l
 			rejected = ps_rejected_by_newcomer(h, frame, &p, &k, reply, opener);
 		if (rejected != PS_COUNTERS) {
 			s->packets--; /* the other set's */
+			h->counters[PS_C_COPIED_BYTES] += length;
 			return ps_refuse(h, rejected);
 		}
 		if (side == PS_KEEPER && h->config->kept_reset && p.kind == PS_PKT_FLOW)
 			return ps_end_kept(h, s, f, frame, &p, reply);
 	}
-			h->counters[PS_C_COPIED_BYTES] += length;
 	if (__builtin_expect(p.kind == PS_PKT_ICMP_ERROR, 0))
 		return f ? ps_translate_icmp(h, f, frame, &p, reply) : ps_refuse(h, PS_C_DROP_NO_FLOW);
 	fresh = opener && !f;
