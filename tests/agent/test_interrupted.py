@@ -27,8 +27,11 @@ STEPS = (
 )  # fmt: skip
 
 
-SWITCH = ("opened:1", "mirrored:40")
-SWITCH_AT_LENGTH = ("waiting:1", "mirrored:1", "ingress:1", "acknowledged:1")
+# Most buckets have no connection, so the switch is followed by their end.
+SWITCH = ("opened:1", "mirrored:40", "alone:40")
+SWITCH_AT_LENGTH = (
+    "waiting:1", "mirrored:1", "ingress:1", "acknowledged:1", "release:30", "alone:1", "passed:1", "ended:1", "ended:40",
+)  # fmt: skip
 FLOWS = {"buckets": 256, "maxFlows": 20000, "tcpClosedTimeoutSeconds": 1, "tcpTimeWaitTimeoutSeconds": 1}
 
 
@@ -88,7 +91,7 @@ def test_a_handover_is_finished_by_the_agent_that_follows(served: Node, step: st
 
 
 @pytest.mark.parametrize("step", [*SWITCH, *(pytest.param(s, marks=pytest.mark.soak) for s in SWITCH_AT_LENGTH)])
-def test_a_switch_to_a_second_set_is_finished_by_the_agent_that_follows(mirrored: Node, step: str) -> None:
+def test_row_32_a_switch_to_a_second_set_is_finished_by_the_agent_that_follows(mirrored: Node, step: str) -> None:
     node = mirrored
     older = [node.connect() for _ in range(8)]
     answers = [ask(c) for c in older]
