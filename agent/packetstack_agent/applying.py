@@ -79,7 +79,9 @@ class Applying:
         for resource in wanted:
             managed = self._stacks.get(resource.name)
             if managed is not None and resource.spec.autoscaling is not None:
-                resource = reading.with_replicas(resource, managed.stack.resource.spec.replicas)
+                there = managed.stack.resource.spec
+                cores = there.engine.cores if resource.spec.autoscaling.vertical is not None else None
+                resource = reading.with_replicas(resource, there.replicas, cores)
             if managed is None:
                 await self._add_stack(resource.name, resource)
                 results.append({"stack": resource.name, "result": "created"})

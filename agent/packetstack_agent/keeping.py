@@ -209,11 +209,11 @@ class Keeper:
         self._run.record.pinned[managed.stack.name] = {str(b): slot for b, slot in buckets.items()}
         self._run.save()
 
-    def resize(self, managed: Managed, replicas: int) -> int:
-        """Make it spec.replicas; returns what it was."""
+    def resize(self, managed: Managed, replicas: int, cores: int | None = None) -> int:
+        """Make it spec.replicas, and `cores` spec.engine.cores; returns what the replicas were."""
         stack = managed.stack
         was = stack.resource.spec.replicas
-        stack.resource = reading.with_replicas(stack.resource, replicas)
+        stack.resource = reading.with_replicas(stack.resource, replicas, cores)
         managed.note(self._run.record)
         self._run.save()
         managed.disturb()

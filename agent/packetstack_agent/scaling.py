@@ -1,4 +1,4 @@
-"""Autoscalers of the stacks that the agent plans for: they read the engines' load and write spec.replicas."""
+"""Autoscalers of the stacks that the agent plans for: they read the engines' load and write spec.replicas, and spec.engine.cores."""
 
 import asyncio
 import time
@@ -13,11 +13,12 @@ from packetstack_agent.managed import Managed
 from packetstack_agent.node import RunDirectory
 from packetstack_core import kinds
 from packetstack_core.assignment import State as EngineState
-from packetstack_core.autoscaling import rounds
-from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling import together
 from packetstack_core.autoscaling.metrics import MetricError, Pod
-from packetstack_core.autoscaling.options import State
-from packetstack_core.reasons import Event
+from packetstack_core.autoscaling.together import State
+from packetstack_core.autoscaling.triggers import Size
+from packetstack_core.autoscaling.vertical import Seen
+from packetstack_core.reasons import ConditionReason, Event, split
 from packetstack_core.statuses import AutoscalingStatus
 from packetstack_core.verbs import Json
 
@@ -56,14 +57,14 @@ class Autoscaler:
             known = tuple(kinds.Condition.model_validate(c) for c in (document or {})["conditions"])
         except (KeyError, TypeError, ValueError):
             return Autoscaler()
-        return Autoscaler(rounds.resume(shown, known), shown, known)
+        return Autoscaler(together.resume(shown, known), shown, known)
 
 
 class Resizer(Protocol):
-    """Who writes spec.replicas."""
+    """Who writes spec.replicas and spec.engine.cores."""
 
-    def resize(self, managed: Managed, replicas: int) -> int:
-        """Make it this number; returns what it was. AgentError if it cannot be."""
+    def resize(self, managed: Managed, replicas: int, cores: int | None = None) -> int:
+        """Make it this number, with so many cores; returns what the number was. AgentError if it cannot be."""
 
 
 class Autoscalers:
@@ -115,7 +116,7 @@ class Autoscalers:
         if one is None or spec.autoscaling is None or spec.autoscaling.paused:
             return False
         now = self._clock()
-        self._keep(managed, one, rounds.step_aside(spec, one.state, _scale(managed), who, now), now)
+        self._keep(managed, one, together.step_aside(spec, one.state, _seen(managed), "replicas", who, now), now)
         return True
 
     def _decide_if_due(self, managed: Managed, now: float) -> None:
@@ -135,29 +136,29 @@ class Autoscalers:
         wanted = spec.autoscaling
         assert wanted is not None
         clocks = now, asyncio.get_running_loop().time()
-        one.state = rounds.by_the_clock(one.state, one.clocks or clocks, clocks)
+        one.state = together.by_the_clock(one.state, one.clocks or clocks, clocks)
         one.clocks = clocks
-        active = [
-            Pod(loading.name(e), ready="True")
-            for e in managed.engines.values()
-            if e.state is EngineState.ACTIVE and not e.removing
-        ]
         measured = managed.history.load(wanted.sync_period_seconds) or NOT_MEASURED
         answers = {i: NO_METRICS_API for i, metric in enumerate(wanted.metrics) if metric.type != "Engine"}
-        done = rounds.reconcile(spec, one.state, _scale(managed), active, measured, now, answers)
-        if done.decision.write is not None:
+        there = (EngineState.PENDING, EngineState.STARTING, EngineState.ACTIVE)
+        count = sum(e.state in there for e in managed.engines.values())
+        done = together.reconcile(spec, one.state, _seen(managed), count, measured, now, answers)
+        goal = done.write
+        if goal is None:
+            done = together.ended(done)
+        else:
             try:
-                self._resizer.resize(managed, done.decision.write)
+                self._resizer.resize(managed, goal.replicas, goal.cores)
             except AgentError as e:
-                done = rounds.refused(done, str(e), now)
+                done = together.refused(done, str(e), now)
             else:
-                done = rounds.written(done, now)
+                done = together.written(done, now)
         self._keep(managed, one, done, now)
 
-    def _keep(self, managed: Managed, one: Autoscaler, done: rounds.Round, now: float) -> None:
+    def _keep(self, managed: Managed, one: Autoscaler, done: together.Round, now: float) -> None:
         one.state = done.state
-        one.shown, one.conditions = rounds.show(done, one.shown, now), rounds.conditions(done.state)
-        self._report(managed.stack.name, done.decision.events)
+        one.shown, one.conditions = together.show(done, one.shown, now), together.conditions(done.state)
+        self._report(managed.stack.name, done.events)
         self._run.record.autoscaling[managed.stack.name] = one.document()
         self._run.save()
 
@@ -166,6 +167,15 @@ class Autoscalers:
             self._journal.event(name, event.reason, event.message)
 
 
-def _scale(managed: Managed) -> Scale:
-    there = (EngineState.PENDING, EngineState.STARTING, EngineState.ACTIVE)
-    return Scale(managed.stack.resource.spec.replicas, sum(e.state in there for e in managed.engines.values()))
+def _seen(managed: Managed) -> Seen:
+    spec = managed.stack.resource.spec
+    active = [
+        Pod(loading.name(e), ready="True")
+        for e in managed.engines.values()
+        if e.state is EngineState.ACTIVE and not e.removing
+    ]
+    held = ""
+    if len(managed.sets.known) > 1:
+        held = "there is another set of engines: " + ", ".join(f"{s.id} is {s.state}" for s in managed.sets.known)
+    obstacle = split(managed.problem, ConditionReason.ENGINE_FAILED)[1] if managed.problem else ""
+    return Seen(Size(spec.replicas, spec.engine.cores), active, obstacle, held)

@@ -47,10 +47,13 @@ def parse(document: Mapping[str, Any]) -> PacketStack:
         raise ResourceError(["document: is nested too deeply; use the fields that the documentation names"]) from None
 
 
-def with_replicas(stack: PacketStack, replicas: int) -> PacketStack:
-    """The resource with another spec.replicas. Raises ResourceError for a number that it cannot have."""
+def with_replicas(stack: PacketStack, replicas: int, cores: int | None = None) -> PacketStack:
+    """The resource with another spec.replicas, and perhaps spec.engine.cores. Raises ResourceError for a number that it
+    cannot have."""
     document = stack.document()
     document["spec"]["replicas"] = replicas
+    if cores is not None:
+        document["spec"].setdefault("engine", {})["cores"] = cores
     return parse(document)
 
 

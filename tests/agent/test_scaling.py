@@ -16,7 +16,7 @@ from packetstack_agent.node import RunDirectory
 from packetstack_agent.scaling import Autoscaler, Autoscalers
 from packetstack_core import reading
 from packetstack_core.assignment import State
-from packetstack_core.autoscaling.rounds import Round
+from packetstack_core.autoscaling.together import Round
 from packetstack_core.load import CoreCounters, EngineCounters, Snapshot
 
 BEGIN = 1_000_000_000.0
@@ -54,7 +54,9 @@ class World:
         self.run = RunDirectory(directory)
         self.journal = PlayedJournal(loop.time)
         self.sizes: list[tuple[float, int]] = []
-        self.cycles: dict[int, int] = {}
+        self.cores: list[int] = []
+        """Cores of an engine, as they were written."""
+        self.cycles: dict[int, dict[int, int]] = {}
         self.stack = PlayedStack(resource(replicas=replicas))
         self.managed = managed(self.stack)
         self.stacks = {"web": self.managed}
@@ -63,6 +65,8 @@ class World:
         self.decided: list[float] = []
         """When something was decided."""
         self.autoscalers = self.another()
+        self.replaces = True
+        """Engines of another shape are replaced."""
         self.ahead = 0.0
         """Of the wall clock."""
 
@@ -82,10 +86,13 @@ class World:
         parts: dict[str, Any] = {"autoscaling": autoscaling} if autoscaling is not None else {}
         self.stack.resource = resource(replicas=replicas, **parts, **changes)
 
-    def resize(self, managed: Managed, replicas: int) -> int:
+    def resize(self, managed: Managed, replicas: int, cores: int | None = None) -> int:
         was = managed.stack.resource.spec.replicas
-        managed.stack.resource = reading.with_replicas(managed.stack.resource, replicas)
-        self.sizes.append((self.loop.time(), replicas))
+        managed.stack.resource = reading.with_replicas(managed.stack.resource, replicas, cores)
+        if was != replicas:
+            self.sizes.append((self.loop.time(), replicas))
+        if cores is not None:
+            self.cores.append(cores)
         return was
 
     def _engines(self, replicas: int) -> None:
@@ -98,16 +105,23 @@ class World:
         """Counters each second; engines are there a second after they were asked for."""
         while True:
             await asyncio.sleep(1)
-            share = min(1.0, self.work / len(self.managed.engines)) if self.managed.engines else 0.0
+            total = sum(e.blueprint.cores for e in self.managed.engines.values())
+            share = min(1.0, self.work / total) if total else 0.0
             now = self.loop.time()
             seen = []
             for slot in self.managed.engines:
-                self.cycles[slot] = self.cycles.get(slot, 0) + round(1000 * share)
-                core = CoreCounters(self.cycles[slot], round(1000 * now))
+                own = self.managed.engines[slot].blueprint.cores
+                busy = self.cycles.setdefault(slot, {}).get(own, 0) + round(1000 * share)
+                self.cycles[slot] = {own: busy}  # another shape begins anew
+                cores = (CoreCounters(busy, round(1000 * now)),) * own
                 state = str(self.managed.engines[slot].state)
-                seen.append(EngineCounters(slot, f"web-{slot}", state, True, (core,), (), 0, 0, 0, 0, 0))
+                seen.append(EngineCounters(slot, f"web-{slot}", state, True, cores, (), 0, 0, 0, 0, 0))
             self.managed.history.add(Snapshot(now, tuple(seen)), self.clock())
             self._engines(self.managed.stack.resource.spec.replicas)
+            for slot, engine in self.managed.engines.items():
+                if engine.blueprint.cores != self.stack.resource.spec.engine.cores and self.replaces:
+                    self.managed.engines[slot] = PlayedEngine(slot, self.stack.resource)
+                    break  # one after the other
 
     def reasons(self) -> list[str]:
         return self.journal.reasons()
@@ -166,6 +180,58 @@ def test_engines_come_and_go_with_the_load() -> None:
     assert 70 <= world.sizes[2][0] <= 80, "after the window of ten seconds"
     assert world.reasons() == ["SuccessfulRescale"] * 3
     assert world.events[0][2] == "New size: 2; reason: engine metric Utilization above target"
+
+
+SIZED = {"maxCores": 4, "holdSeconds": 10, "coolDownSeconds": 10}
+
+
+def test_cores_come_and_go_with_the_load_and_the_next_agent_goes_on() -> None:
+    async def story(world: World) -> None:
+        world.work = 2.2
+        await asyncio.sleep(60)
+        assert world.stack.resource.spec.engine.cores == 4
+        world.autoscalers = world.another()
+        assert world.autoscalers.of(world.managed)
+        vertical = world.shown()["autoscaling"]["vertical"]
+        assert (vertical["desiredCores"], vertical["decides"]) == (4, "CoresAndReplicas")
+        world.work = 0.1
+        await asyncio.sleep(60)
+
+    world = run({"maxReplicas": 1, "syncPeriodSeconds": 5, "vertical": SIZED}, story)
+    assert world.cores == [2, 4, 1]
+    assert world.reasons().count("EnginesResized") == 3
+    assert not world.sizes
+
+
+def test_while_engines_cannot_be_made_the_stack_stays_and_says_so() -> None:
+    async def story(world: World) -> None:
+        world.replaces = False
+        world.work = 1.0
+        await asyncio.sleep(16)
+        assert world.cores == [2]
+        world.managed.problem = "NoExclusiveCPU: no CPU is left for an engine"
+        await asyncio.sleep(30)
+        vertical = world.shown()["autoscaling"]["vertical"]
+        assert vertical["refused"] == "NoFreeCore"
+        assert "engines with 1 core are not replaced yet: no CPU is left for an engine" in vertical["decision"]
+        assert world.cores == [2]
+        world.work = 0.1
+        await asyncio.sleep(30)
+
+    assert run({"maxReplicas": 1, "syncPeriodSeconds": 5, "vertical": SIZED}, story).cores == [2, 1]
+
+
+def test_whoever_scales_by_hand_takes_the_size_from_the_triggers() -> None:
+    async def story(world: World) -> None:
+        await asyncio.sleep(11)
+        world.become({"maxReplicas": 4, "syncPeriodSeconds": 5, "vertical": SIZED}, 2)
+        assert world.autoscalers.step_aside(world.managed, "packetstack scale")
+        world.work = 2.0
+        await asyncio.sleep(40)
+        assert not world.cores
+        assert "ExternallyScaled" in [c["reason"] for c in world.shown()["conditions"]]
+
+    run({"maxReplicas": 4, "syncPeriodSeconds": 5, "vertical": SIZED}, story)
 
 
 def test_it_decides_once_a_sync_period() -> None:

@@ -53,6 +53,10 @@ class Stack:
         self.said += [str(e.reason) for e in done.events]
         return done
 
+    def aside(self, what: together.Field, who: str) -> None:
+        done = together.step_aside(self.spec, self.state, self.seen(), what, who, self.now)
+        self.state, self.shown = done.state, together.show(done, self.shown, self.now)
+
     def looks(self, count: int, **work: float) -> None:
         for _ in range(count):
             self.look(**work)
@@ -134,7 +138,10 @@ def test_each_steps_aside_for_what_is_its_own_and_the_other_goes_on() -> None:
     stack.looks(2, busy=0.5, flows=900)
     stack.size = Size(1, 2)
     assert together.changed_by_other(stack.spec, stack.state, stack.size) == ("cores",)
-    stack.state = together.step_aside(stack.spec, stack.state, stack.seen(), "cores", "kubectl-edit", stack.now)
+    stack.aside("cores", "kubectl-edit")
+    assert stack.shown
+    assert stack.shown.vertical
+    assert "kubectl-edit set spec.engine.cores to 2" in stack.shown.vertical.decision
     stack.looks(4, busy=2.0, flows=3000)
     assert stack.size == Size(3, 2)
     assert (stack.reasons["VerticalScalingActive"], stack.reasons["ScalingActive"]) == (
@@ -143,14 +150,16 @@ def test_each_steps_aside_for_what_is_its_own_and_the_other_goes_on() -> None:
     )
     stack.size = Size(1, 2)
     assert together.changed_by_other(stack.spec, stack.state, stack.size) == ("replicas",)
-    stack.state = together.step_aside(stack.spec, stack.state, stack.seen(), "replicas", "kubectl", stack.now)
+    stack.aside("replicas", "kubectl")
+    assert "kubectl set spec.replicas to 1" in stack.shown.decision
+    assert "kubectl-edit set spec.engine.cores to 2" in stack.shown.vertical.decision
     stack.looks(8, busy=2.0, flows=3000)
     assert stack.size == Size(1, 2)
     alone = Stack(spec(decides="CoresAndReplicas"))
     alone.looks(1, busy=0.5)
     alone.size = Size(2, 1)
     assert together.changed_by_other(alone.spec, alone.state, alone.size) == ("replicas",)
-    alone.state = together.step_aside(alone.spec, alone.state, alone.seen(), "replicas", "packetstack scale", alone.now)
+    alone.aside("replicas", "packetstack scale")
     alone.looks(8, busy=2.0)
     assert alone.size == Size(2, 1)
 

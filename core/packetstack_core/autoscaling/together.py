@@ -49,6 +49,8 @@ class Round:
     """None where the triggers decide the number of engines."""
     vertical: sizing.Round | None
     """None without `spec.autoscaling.vertical`."""
+    kept: State = field(default_factory=State)
+    """What one remembers that is not in this round."""
 
     @property
     def write(self) -> Size | None:
@@ -67,8 +69,8 @@ class Round:
     def state(self) -> State:
         """For the next round, once this one has ended."""
         return State(
-            self.horizontal.state if self.horizontal is not None else options.State(),
-            self.vertical.state if self.vertical is not None else sizing.State(),
+            self.horizontal.state if self.horizontal is not None else self.kept.horizontal,
+            self.vertical.state if self.vertical is not None else self.kept.vertical,
         )
 
 
@@ -134,13 +136,14 @@ def changed_by_other(stack: resources.Spec, state: State, size: Size) -> tuple[F
     return tuple(found)
 
 
-def step_aside(stack: resources.Spec, state: State, seen: Seen, what: Field, who: str, now: float) -> State:
-    """Whoever decides this field leaves it to `who`; the other one goes on."""
+def step_aside(stack: resources.Spec, state: State, seen: Seen, what: Field, who: str, now: float) -> Round:
+    """The round in which whoever decides this field leaves it to `who`; the other one goes on as it was."""
     wanted = stack.autoscaling
     if wanted is not None and wanted.vertical is not None and (what == "cores" or wanted.vertical_decides_replicas):
-        return replace(state, vertical=sizing.step_aside(stack, state.vertical, seen, who, now).state)
+        aside = sizing.step_aside(stack, state.vertical, seen, who, now)
+        return Round(stack, seen.size, None, aside, state)
     scale = Scale(seen.size.replicas, seen.size.replicas)
-    return replace(state, horizontal=rounds.step_aside(stack, state.horizontal, scale, who, now).state)
+    return Round(stack, seen.size, rounds.step_aside(stack, state.horizontal, scale, who, now), None, state)
 
 
 def by_the_clock(state: State, before: tuple[float, float], now: tuple[float, float]) -> State:
@@ -157,9 +160,14 @@ def show(done: Round, before: AutoscalingStatus | None, now: float) -> Autoscali
     if wanted is not None and done.vertical is not None:
         second = vertical_status.show(wanted, done.vertical)
     if done.horizontal is not None:
+        if second is None and wanted is not None and wanted.vertical is not None and before is not None:
+            second = before.vertical  # as it was
         return rounds.show(done.horizontal, before, now, second)
+    if wanted is not None and not wanted.vertical_decides_replicas and before is not None:
+        fresh = before.model_copy(update={"vertical": second, "decision_time": ""})
+        return rounds.stamped(fresh, before, now)
     if second is None or done.vertical is None:
-        raise TypeError("the round is nobody's; call only for a stack that has spec.autoscaling")
+        raise TypeError("nothing was decided; call only for a stack that has spec.autoscaling")
     sizes = done.vertical.limits.sizes
     document = {
         "desiredReplicas": second.desired_replicas,
