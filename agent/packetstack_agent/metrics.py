@@ -48,6 +48,7 @@ class _StackFamilies:
     def __init__(self) -> None:
         self.engines = GaugeMetricFamily("packetstack_node_engines", "Engines by state", labels=["stack", "state"])
         self.replicas = GaugeMetricFamily("packetstack_node_desired_engines", "spec.replicas", labels=["stack"])
+        self.cores = GaugeMetricFamily("packetstack_node_desired_cores", "spec.engine.cores", labels=["stack"])
         self.flows = GaugeMetricFamily("packetstack_flows", "Live flows", labels=["stack", "engine"])
         self.buckets = GaugeMetricFamily("packetstack_buckets", "Buckets owned", labels=["stack", "engine"])
         self.moved = CounterMetricFamily("packetstack_buckets_moved", "Changes of owner", labels=["stack"])
@@ -113,6 +114,7 @@ class _StackFamilies:
         """One stack; `shown` is its resource with the status of now."""
         status = shown["status"]
         self.replicas.add_metric([name], shown["spec"]["replicas"])
+        self.cores.add_metric([name], managed.stack.resource.spec.engine.cores)
         for state in State:
             count = sum(e["state"] == state for e in status["engines"])
             self.engines.add_metric([name, str(state)], count)

@@ -163,6 +163,18 @@ FIRING: dict[str, tuple[dict[str, str], int, dict[str, str], dict[str, str]]] = 
             f'packetstack_autoscaler_limit{{{B}, limit="max"}}': "8x30",
         },
     ),
+    "PacketStackFlapping": (
+        {
+            f'packetstack_node_desired_engines{{{AGENT}, stack="a"}}': "2x60",
+            f'packetstack_node_desired_cores{{{AGENT}, stack="a"}}': "1 2 1 2 1 2 1 2 1 2 1 2 1 2 1 2 1 2x40",
+        },
+        14,
+        {"stack": "a", "instance": "10.0.0.1:9470"},
+        {  # up and down once
+            f'packetstack_node_desired_engines{{{AGENT}, stack="b"}}': "1 2 3 4x20 3 2 1x30",
+            f'packetstack_node_desired_cores{{{AGENT}, stack="b"}}': "1x60",
+        },
+    ),
     "PacketStackDrainStuck": (
         {f'packetstack_engines{{{A}, state="Draining"}}': "1x30"},
         11,
