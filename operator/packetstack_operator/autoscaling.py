@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import kopf
 
-from packetstack_core import autoscalers, reading, resources
+from packetstack_core import autoscalers, reading, resources, standing
 from packetstack_core.autoscaling import rounds
 from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.controller import WRITE_ATTEMPTS
@@ -323,14 +323,19 @@ def _path(key: Key) -> str:
     return f"{PATHS[resources.KIND].format(key[0])}/{key[1]}"
 
 
+def scalable(stack: Raw) -> resources.Spec | None:
+    """Its spec; None for a stack that is refused, which the operator says: it is scaled by no other rules than its own."""
+    try:
+        spec = reading.parse(stack).spec
+    except reading.ResourceError:
+        return None
+    return None if standing.unsupported(spec, kubernetes=True) else spec
+
+
 def _parsed(scaled: _Scaled, stack: Raw) -> resources.Spec | None:
-    """None for one that cannot be carried out; the operator says so."""
     generation = stack["metadata"].get("uid"), stack["metadata"].get("generation")
     if scaled.read[0] != generation or generation[1] is None:
-        try:
-            scaled.read = generation, reading.parse(stack).spec
-        except reading.ResourceError:
-            scaled.read = generation, None
+        scaled.read = generation, scalable(stack)
     return scaled.read[1]
 
 

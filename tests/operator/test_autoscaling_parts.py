@@ -13,7 +13,7 @@ from packetstack_core.load import EngineLoad, StackLoad
 from packetstack_core.reading import parse
 from packetstack_core.reasons import ConditionReason
 from packetstack_operator.applying import Refused
-from packetstack_operator.autoscaling import MANAGER, knows_all, other_writer, replica_writers
+from packetstack_operator.autoscaling import MANAGER, knows_all, other_writer, replica_writers, scalable
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.pods import ENGINE_STATE
 from packetstack_operator.readings import Readings, selector_text
@@ -39,6 +39,17 @@ def pod(name, state):
 def test_a_load_is_enough_if_it_is_of_this_period_and_has_each_engine(there, since, knows):
     one = EngineLoad(1, "edge-1", "Active", True, 15.0, (0.5,), (), 0, 0.0, 1000.0, 0.0, 0.0)
     assert knows_all(StackLoad(100.0, (one,)), [pod(*p) for p in there], since) == knows
+
+
+# ---- who is scaled -----------------------------------------------------------------------------------------------
+
+
+def test_a_stack_that_the_operator_refuses_is_scaled_by_no_other_rules():
+    assert scalable(raw())
+    assert scalable(raw(vertical={"maxCores": 2})) is None
+    wrong = raw()
+    del wrong["spec"]["snat"]
+    assert scalable(wrong) is None
 
 
 # ---- the second writer -----------------------------------------------------------------------------------------
