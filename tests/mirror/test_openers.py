@@ -137,6 +137,7 @@ def test_row_16_half_open_connections_are_served_by_the_set_that_has_seen_their_
         with dropped(lab, "client", SYN_ACKS):
             begun = [closing.enter_context(c) for c in begin(lab, ports)]
             old, new = lab.switch()
+            since = Wire(lab.lab, "server", "s0")
             client = Wire(lab.lab, "client", "c0")
             seen: list[Segment] = []
 
@@ -158,6 +159,7 @@ def test_row_16_half_open_connections_are_served_by_the_set_that_has_seen_their_
     assert resets(seen) == []
     assert owners(at_server := server.read()) == {1}, "each is one connection at its backend"
     assert len(openers(at_server, outgoing=False)) == len(ports)
+    assert len(openers(since.read(), outgoing=False)) == len(ports), "what came again was sent on"
 
 
 def connect_if_free(lab: Mirrored, source: tuple[str, int]) -> socket.socket | None:
