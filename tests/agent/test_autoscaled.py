@@ -81,3 +81,35 @@ def test_a_stack_follows_its_flows_until_a_person_takes_its_size_over(node: Node
     assert serving(node, 1), "without autoscaling the file says how many there are"
     assert "autoscaling" not in node.status()
     node.command("down", "--all", "--yes")
+
+
+@pytest.mark.slow
+def test_row_6_flows_alone_give_engines_more_cores_and_take_them_back_without_a_broken_connection(node: Node) -> None:
+    flows = {"type": "ActiveFlows", "above": 5, "target": 4, "below": 2}
+    sized = {"maxCores": 3, "triggers": [flows], "holdSeconds": 2, "coolDownSeconds": 2}
+    made = autoscaled(maxReplicas=1, vertical=sized)
+    del made["spec"]["autoscaling"]["metrics"]
+    node.up(made)
+
+    def cores() -> tuple[int, set[int]]:
+        status = node.client.call("get", name="web")[0]
+        return status["spec"]["engine"]["cores"], {len(e["cores"]) for e in status["status"]["engines"]}
+
+    with ExitStack() as open_connections:
+        connections = [open_connections.enter_context(node.connect()) for _ in range(8)]
+        first = [ask(c) for c in connections]
+        eventually(lambda: cores() == (2, {2}) and serving(node, 1), 30)
+        assert [ask(c) for c in connections] == first, "no connection broke"
+        [event] = [e for e in node.client.call("events", name="web") if e["reason"] == "EnginesResized"]
+        assert event["message"].startswith(
+            "1 x 1 core -> 1 x 2 cores: ActiveFlows 8 is above 5 -> 2 cores. Engines are"
+        )
+        assert "it writes spec.engine.cores and spec.replicas" in node.packetstack("explain", "web")
+        assert "unchanged" in node.up(made), "the size is the autoscaler's, not that of the file"
+        node.packetstack("upgrade", "--agent")
+        assert node.status()["autoscaling"]["vertical"]["lastScaleTime"], "the next agent knows"
+        for c in connections[1:]:
+            c.close()
+        eventually(lambda: cores() == (1, {1}) and serving(node, 1), 60)
+        assert ask(connections[0]) == first[0], "nor did the one that is left"
+    node.command("down", "--all", "--yes")
