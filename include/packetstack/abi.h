@@ -596,7 +596,7 @@ struct ps_entry {
 	uint32_t hash;	     /* upper half of the forward hash */
 	uint16_t prev, next; /* list links: index + 1, 0 = end */
 	uint8_t client[16];
-	/* By ps_side. TCP, once it is established; what is in them before, and for UDP, say track.h and nat.h: */
+	/* By ps_side. TCP, once it is established; what is in them before, and for UDP, say track.h and follow.h: */
 	uint32_t end[2];    /* number behind the last byte it sent */
 	uint32_t acked[2];  /* highest number it has acknowledged */
 	uint16_t window[2]; /* largest window it has offered, unscaled. In TIME_WAIT a timestamp */
