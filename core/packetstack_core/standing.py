@@ -449,8 +449,6 @@ def unsupported(spec: Spec, *, kubernetes: bool) -> str:
     if spec.handover.strategy == "Mirror" and spec.handover.on_deadline == "Transfer":
         return 'spec.handover.onDeadline: "Transfer" is not supported yet; use "Keep" or "Reset"'
     if kubernetes:
-        if spec.autoscaling is not None and spec.autoscaling.vertical is not None:
-            return "spec.autoscaling.vertical: the operator does not carry it out yet; leave it out, and write spec.engine.cores"
         return ""
     if spec.engine.interface.veth is None:
         return "spec.engine.interface: only Kubernetes can give an engine such an interface; use {veth: {}}"

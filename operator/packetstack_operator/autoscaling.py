@@ -1,6 +1,8 @@
-"""A task for each stack with `spec.autoscaling`: it measures, decides, writes /scale, and then its part of the status.
+"""A task for each stack with `spec.autoscaling`: it measures, decides, writes the size, and then its part of the status.
 
-It writes as `packetstack-autoscaler`, so that `managedFields` tells its writes of `spec.replicas` from those of others.
+The number of engines alone is written to /scale, as an HPA would; what triggers decide, `spec.engine.cores` and perhaps the
+number, in one patch of the stack. It writes as `packetstack-autoscaler`, so that `managedFields` tells its writes from
+those of others.
 What it has to know after a restart is in the status; windows and rates begin anew, as an HPA's.
 """
 
@@ -17,25 +19,24 @@ import aiohttp
 import kopf
 
 from packetstack_core import autoscalers, reading, resources, standing
-from packetstack_core.autoscaling import rounds
-from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling import rounds, together, vertical
 from packetstack_core.autoscaling.controller import WRITE_ATTEMPTS
 from packetstack_core.autoscaling.metrics import MetricError, Pod, Reading
-from packetstack_core.autoscaling.options import State
+from packetstack_core.autoscaling.together import Field, State
+from packetstack_core.autoscaling.triggers import Size
 from packetstack_core.backing_off import ANSWER_SECONDS, back_off
 from packetstack_core.kinds import Condition
 from packetstack_core.load import StackLoad
 from packetstack_core.statuses import AutoscalingStatus
-from packetstack_operator import observing, pods
+from packetstack_operator import observing, pods, writers
 from packetstack_operator.loads import Key, LoadError, Loads
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.observing import Raw, World
 from packetstack_operator.ports import APPLY_TYPE, PATHS, Api, Refused
 from packetstack_operator.readings import Readings
 from packetstack_operator.showing import Shown
+from packetstack_operator.writers import MANAGER
 
-MANAGER = "packetstack-autoscaler"
-HPA = "kube-controller-manager"
 ASK_SECONDS = 5.0
 """So soon the agent is asked again while there is an engine whose load is not known, as after its start."""
 AGAIN_SECONDS = 1.5
@@ -61,8 +62,8 @@ class _Scaled:
     woken: asyncio.Event
     state: State | None = None
     """None before the first round."""
-    ours: bool = False
-    """The last writer of `spec.replicas` was the autoscaler."""
+    ours: frozenset[Field] = frozenset()
+    """What the autoscaler was the last writer of."""
     decided: float = 0.0
     """When the last decision was made, on the monotonic clock."""
     wall: float = 0.0
@@ -163,34 +164,36 @@ class Autoscalers:
             return ASK_SECONDS
         if spec.autoscaling is None:
             await self._clear(key, raw)
-            scaled.state, scaled.ours, scaled.asks = None, False, False
+            scaled.state, scaled.ours, scaled.asks = None, frozenset(), False
             self._metrics.autoscalers.known.pop(key, None)
             return None
         period = float(spec.autoscaling.sync_period_seconds)
         world, now, before = scaled.read_world(), time.time(), (scaled.wall, scaled.decided)
         scaled.wall, scaled.decided = now, time.monotonic()
         active = [_pod(p) for p in world.pods if _active(p)] if world is not None else []
-        scale = Scale(spec.replicas, int((raw.get("status") or {}).get("replicas") or 0))
+        there = int((raw.get("status") or {}).get("replicas") or 0)
         shown, conditions = _shown(raw)
-        first = scaled.state is None
-        state = scaled.state or _resume(shown, conditions, scale)
+        first, seen = scaled.state is None, _seen(raw, spec, active)
+        state = scaled.state or _resume(shown, conditions, seen.size)
         if not first:
             # Kept whatever becomes of this round: the next one sees no jump.
-            state = scaled.state = rounds.by_the_clock(state, before, (now, scaled.decided))
-        wrote = False
-        who = other_writer(raw, spec, state, scale, ours=scaled.ours, first=first)
-        if who:
-            done = rounds.step_aside(spec, state, scale, who, now)
+            state = scaled.state = together.by_the_clock(state, before, (now, scaled.decided))
+        owned = writers.ours(raw)
+        if taken := writers.other_writer(raw, spec, state, seen.size, owned=scaled.ours, first=first):
+            done = together.step_aside(spec, state, seen, *taken, now)
+            owned |= scaled.ours - {taken[0]}  # of the other one the next round has to know
         else:
             answers = await self._answers(key, spec.autoscaling, state)
-            done = rounds.reconcile(spec, state, scale, active, measured, now, answers)
-            if done.decision.write is not None:
-                done, wrote = await self._write(key, done, now)
-        scaled.state = done.state
-        scaled.ours = wrote or MANAGER in replica_writers(raw)
+            done = together.reconcile(spec, state, seen, there, measured, now, answers)
+            if done.write is not None:
+                done, wrote = await self._write(key, done, done.write, now)
+                owned |= wrote
+            else:
+                done = together.ended(done)
+        scaled.state, scaled.ours = done.state, owned
         self._metrics.autoscalers.known[key] = done
-        scaled.events.show(scaled.body, done.decision.events)
-        fresh = rounds.show(done, shown, now), rounds.conditions(done.state, observing.generation(raw))
+        scaled.events.show(scaled.body, done.events)
+        fresh = together.show(done, shown, now), together.conditions(done.state, observing.generation(raw))
         if fresh[0] != shown or {c.type: c for c in fresh[1]} != {c.type: c for c in conditions}:
             await self._apply(key, {"autoscaling": fresh[0].document(), "conditions": [c.document() for c in fresh[1]]})
         return period
@@ -219,7 +222,7 @@ class Autoscalers:
 
     async def _answers(self, key: Key, wanted: autoscalers.Autoscaling, state: State) -> dict[int, Reading]:
         others = {i: metric for i, metric in enumerate(wanted.metrics) if metric.engine is None}
-        if not others or (rounds.is_external(state) and not wanted.paused):
+        if not others or (rounds.is_external(state.horizontal) and not wanted.paused):
             return {}
         found: dict[int, Reading] = {}
         now = time.time()
@@ -236,24 +239,32 @@ class Autoscalers:
 
     # ---- writes ----------------------------------------------------------------------------------------------
 
-    async def _write(self, key: Key, done: rounds.Round, now: float) -> tuple[rounds.Round, bool]:
-        """/scale, if the replicas are still those that were decided about. -> whether that was so"""
-        current, replicas = done.decision.record.current, done.decision.write
-        change = [
-            {"op": "test", "path": "/spec/replicas", "value": current},
-            {"op": "replace", "path": "/spec/replicas", "value": replicas},
-        ]
+    async def _write(
+        self, key: Key, done: together.Round, goal: Size, now: float
+    ) -> tuple[together.Round, frozenset[Field]]:
+        """This size, if the present one is still that which was decided about. -> what was written"""
+        size = done.size
+        path, kind, change = f"{_path(key)}/scale", "Scale", _change("/spec/replicas", size.replicas, goal.replicas)
+        if done.by_triggers:
+            path, kind = _path(key), resources.KIND
+            change += _change("/spec/engine/cores", size.cores, goal.cores)
+        change.sort(key=lambda one: one["op"] != "test")
         for attempt in range(1, WRITE_ATTEMPTS + 1):
-            self._metrics.writes.labels("patch", "Scale").inc()
+            self._metrics.writes.labels("patch", kind).inc()
             try:
-                await self._api.patch(f"{_path(key)}/scale", change, "application/json-patch+json", MANAGER)
+                await self._api.patch(path, change, "application/json-patch+json", MANAGER)
             except Refused as e:
                 if e.status == 409 and attempt < WRITE_ATTEMPTS:
                     continue
-                message = f"spec.replicas is not {current} any more" if e.status == 422 else str(e)
-                return rounds.refused(done, message, now), False
+                was = f"the stack is not {size}" if done.by_triggers else f"spec.replicas is not {size.replicas}"
+                return together.refused(done, f"{was} any more" if e.status == 422 else str(e), now), frozenset()
             break
-        return rounds.written(done, now), True
+        wrote: set[Field] = set()
+        if goal.replicas != size.replicas:
+            wrote.add("replicas")
+        if goal.cores != size.cores:
+            wrote.add("cores")
+        return together.written(done, now), frozenset(wrote)
 
     async def _apply(self, key: Key, status: Mapping[str, Any]) -> None:
         meta = {"namespace": key[0], "name": key[1]}
@@ -278,45 +289,31 @@ def knows_all(load: StackLoad, engine_pods: Iterable[Raw], since: float) -> bool
     )
 
 
-def replica_writers(stack: Raw) -> list[str]:
-    """Managers that own `spec.replicas`, the latest last. Writes of /scale have no time: they are the latest.
-
-    Nobody owns a value from the default, if a server-side apply made the stack; nor one that /scale has put in its
-    place then.
-    """
-    found = []
-    for entry in stack["metadata"].get("managedFields") or ():
-        fields = entry.get("fieldsV1") or {}
-        if "f:replicas" in (fields.get("f:spec") or {}):
-            found.append((entry.get("time") or "~", str(entry.get("manager") or "somebody")))
-    return [manager for _, manager in sorted(found)]
+def _change(path: str, value: int, goal: int) -> list[dict[str, Any]]:
+    """A part of a JSON patch: it must be this value, and becomes that one."""
+    test = {"op": "test", "path": path, "value": value}
+    return [test] if value == goal else [test, {"op": "replace", "path": path, "value": goal}]
 
 
-def other_writer(stack: Raw, spec: resources.Spec, state: State, scale: Scale, *, ours: bool, first: bool) -> str:
-    """Who has taken `spec.replicas` from the autoscaler since its last round; "" if nobody has.
-
-    `ours`: in the last round the autoscaler owned it. `first`: this is the first round of this process, so that what
-    nobody owns may be the write of the process before.
-    """
-    if spec.autoscaling is None or spec.autoscaling.paused or rounds.is_external(state):
-        return ""
-    writers = replica_writers(stack)
-    if MANAGER in writers:
-        return ""
-    changed = rounds.is_changed_by_other(spec, state, scale)
-    taken = ours or changed if writers else changed and not first
-    if not taken:
-        return ""
-    who = writers[-1] if writers else "somebody"
-    return f"{who} (a HorizontalPodAutoscaler)" if who == HPA else who
+def _seen(stack: Raw, spec: resources.Spec, active: list[Pod]) -> vertical.Seen:
+    """What there is, and what stands against another size, as the stack's status says."""
+    status = stack.get("status") or {}
+    sets = status.get("sets") or ()
+    held = ""
+    if len(sets) > 1:
+        held = "there is another set of engines: " + ", ".join(f"{s.get('id')} is {s.get('state')}" for s in sets)
+    room: Raw = next((c for c in status.get("conditions") or () if c.get("type") == "CapacityAvailable"), {})
+    obstacle = str(room.get("message") or room.get("reason")) if room.get("status") == "False" else ""
+    return vertical.Seen(Size(spec.replicas, spec.engine.cores), active, obstacle, held)
 
 
-def _resume(shown: AutoscalingStatus | None, conditions: Iterable[Condition], scale: Scale) -> State:
-    state = rounds.resume(shown, conditions)
-    if state.status.conditions:
-        return state
+def _resume(shown: AutoscalingStatus | None, conditions: Iterable[Condition], size: Size) -> State:
+    state = together.resume(shown, conditions)
+    first, second = state.horizontal, state.vertical
     # What there is now is not somebody else's change, even if the first round fails.
-    return replace(state, status=replace(state.status, desired_replicas=scale.spec_replicas))
+    if not first.status.conditions:
+        first = replace(first, status=replace(first.status, desired_replicas=size.replicas))
+    return State(first, second if second.left is not None else replace(second, left=size))
 
 
 def _path(key: Key) -> str:
@@ -341,8 +338,12 @@ def _parsed(scaled: _Scaled, stack: Raw) -> resources.Spec | None:
 
 def _asks(spec: resources.Spec, state: State | None) -> bool:
     """Whether the engines' load is needed for the next decision."""
-    wanted = spec.autoscaling
-    if wanted is None or (state is not None and rounds.is_external(state) and not wanted.paused):
+    wanted, known = spec.autoscaling, state or State()
+    if wanted is None:
+        return False
+    if wanted.vertical is not None and (wanted.paused or not vertical.is_external(known.vertical)):
+        return True
+    if wanted.vertical_decides_replicas or (rounds.is_external(known.horizontal) and not wanted.paused):
         return False
     return not wanted.metrics or any(metric.engine is not None for metric in wanted.metrics)
 
@@ -356,7 +357,7 @@ def _shown(stack: Raw) -> tuple[AutoscalingStatus | None, tuple[Condition, ...]]
             shown = AutoscalingStatus.model_validate(status["autoscaling"])
     conditions = []
     for raw in status.get("conditions") or ():
-        if raw.get("type") in rounds.CONDITIONS:
+        if raw.get("type") in together.CONDITIONS:
             with suppress(ValueError):
                 conditions.append(Condition.model_validate(raw))
     return shown, tuple(conditions)

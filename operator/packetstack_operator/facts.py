@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from packetstack_core import kinds, transitions
 from packetstack_core.assignment import NOBODY, Owner
-from packetstack_core.autoscaling import rounds
+from packetstack_core.autoscaling import together
 from packetstack_core.engines import Engine
 from packetstack_core.kinds import (
     EngineReport,
@@ -303,7 +303,7 @@ def stack_status(stack: Raw) -> PacketStackStatus:
     except ValueError:
         return PacketStackStatus()
     # A server keeps the order in which conditions came; it says nothing.
-    own = sorted((c for c in status.conditions if c.type not in rounds.CONDITIONS), key=lambda c: c.type)
+    own = sorted((c for c in status.conditions if c.type not in together.CONDITIONS), key=lambda c: c.type)
     return status.model_copy(update={"conditions": tuple(own)})
 
 

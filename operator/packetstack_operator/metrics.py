@@ -8,7 +8,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from packetstack_core.autoscaling.rounds import Round
+from packetstack_core.autoscaling.status import Record
+from packetstack_core.autoscaling.together import Round
 from packetstack_operator.observing import Raw
 
 LONGEST_NAME = 200
@@ -27,6 +28,9 @@ class Stacks(Collector):
         names = ["namespace", "stack"]
         engines = GaugeMetricFamily("packetstack_engines", "Engines by state.", labels=[*names, "state"])
         desired = GaugeMetricFamily("packetstack_desired_engines", "Engines that the stack asks for.", labels=names)
+        cores = GaugeMetricFamily(
+            "packetstack_desired_cores", "Cores of an engine that the stack asks for.", labels=names
+        )
         conditions = GaugeMetricFamily(
             "packetstack_condition", "1 if the condition of the stack is true, 0 if not.", labels=[*names, "type"]
         )
@@ -35,9 +39,10 @@ class Stacks(Collector):
             for state in ("Pending", "Starting", "Active", "Draining", "Failed"):
                 engines.add_metric([*key, state], states[state])
             desired.add_metric(list(key), int(stack.get("spec", {}).get("replicas", 1)))
+            cores.add_metric(list(key), int((stack.get("spec", {}).get("engine") or {}).get("cores", 1)))
             for c in (stack.get("status") or {}).get("conditions") or ():
                 conditions.add_metric([*key, c["type"]], float(c["status"] == "True"))
-        yield from (engines, desired, conditions)
+        yield from (engines, desired, cores, conditions)
 
 
 class Loads(Collector):
@@ -81,7 +86,9 @@ class Autoscalers(Collector):
             labels=[*names, "metric"],
         )
         for key, done in sorted(self.known.items()):
-            record = done.decision.record
+            if (decided := _decision(done)) is None:
+                continue
+            record, few, most = decided
             for step, value in (
                 ("current", record.current),
                 ("proposed", record.proposed),
@@ -90,8 +97,8 @@ class Autoscalers(Collector):
             ):
                 if value is not None:
                     steps.add_metric([*key, step], value)
-            limits.add_metric([*key, "min"], done.spec.minimum)
-            limits.add_metric([*key, "max"], done.spec.maximum)
+            limits.add_metric([*key, "min"], few)
+            limits.add_metric([*key, "max"], most)
             ratios: dict[str, float] = {}
             for p in record.proposals:
                 value, name = p.usage if p.utilization is None else p.utilization, p.metric[:LONGEST_NAME]
@@ -100,6 +107,19 @@ class Autoscalers(Collector):
             for name, ratio in ratios.items():
                 usage.add_metric([*key, name], ratio)
         yield from (steps, limits, usage)
+
+
+def _decision(done: Round) -> tuple[Record, int, int] | None:
+    """What was decided about the number of engines, by metrics or by triggers, and the fewest and most; None if nothing
+    was, as in the round in which another part stepped aside."""
+    if done.horizontal is not None:
+        return done.horizontal.decision.record, done.horizontal.spec.minimum, done.horizontal.spec.maximum
+    wanted = done.spec.autoscaling
+    if done.vertical is None or wanted is None or not wanted.vertical_decides_replicas:
+        return None
+    sizes = done.vertical.limits.sizes
+    desired = (done.vertical.write or done.size).replicas
+    return Record(done.size.replicas, desired), sizes[0].replicas, sizes[-1].replicas
 
 
 class Metrics:

@@ -30,14 +30,17 @@ class Server(http.server.ThreadingHTTPServer):
 class PlayedCounters:
     """One address for the agents of all nodes. Inside a `with` it answers at 127.0.0.1:`port`.
 
-    A stack is `namespace.name`. Its load is spread evenly over its active engines, of which none does more than it can.
+    A stack is `namespace.name`. Its load is spread evenly over the cores of its active engines, of which none does more than
+    it can.
     """
 
     def __init__(self) -> None:
         self.engines: dict[str, dict[str, str]] = {}
         """Stack -> name of each engine that is attached, and its state."""
+        self.cores: dict[tuple[str, str], int] = {}
+        """Stack and engine -> its cores, if it has not one."""
         self.load: dict[str, float] = {}
-        """Stack -> fully busy engines that its load would take."""
+        """Stack -> fully busy cores that its load would take."""
         self.drains: dict[str, float] = {}
         """Stack -> busy share of each engine that is not active."""
         self.silent: set[str] = set()
@@ -85,16 +88,17 @@ class PlayedCounters:
             now = time.monotonic()
             seconds, self._at = now - self._at, now
             for stack, engines in list(self.engines.items()):
-                active = [name for name, state in engines.items() if state == "Active"]
+                active = sum(self.cores.get((stack, name), 1) for name, state in engines.items() if state == "Active")
                 for name, state in engines.items():
                     share = self.drains.get(stack, 0.0)
                     if state == "Active":
-                        share = min(1.0, self.load.get(stack, 0.0) / len(active))
+                        share = min(1.0, self.load.get(stack, 0.0) / active)
                     busy, total = self._counted.get((stack, name), (0.0, 0.0))
                     self._counted[stack, name] = (busy + share * seconds, total + seconds)
 
-    def attach(self, stack: str, engines: dict[str, str]) -> None:
-        """From now on these, with their states."""
+    def attach(self, stack: str, engines: dict[str, str], cores: dict[str, int] | None = None) -> None:
+        """From now on these, with their states. `cores`: of those that are told."""
+        self.cores |= {(stack, name): count for name, count in (cores or {}).items()}
         if self.engines.get(stack) != engines:
             self.turn()
             self.engines[stack] = engines
@@ -118,11 +122,12 @@ class PlayedCounters:
             if name in self.silent:
                 continue
             busy, total = (int(CYCLES * s) for s in self._counted.get((stack, name), (0.0, 0.0)))
-            packets = busy // 1000
+            cores = self.cores.get((stack, name), 1)
+            packets = cores * busy // 1000
             found.append(
                 EngineCounters(
                     int(name.rpartition("-")[2]), name, state, True,
-                    (CoreCounters(busy, total),), (QueueCounters(0, busy, packets, 0),),
+                    (CoreCounters(busy, total),) * cores, (QueueCounters(0, busy, packets, 0),),
                     packets, 64 * packets, packets // 100, 0, packets // 1000,
                 )
             )  # fmt: skip

@@ -191,7 +191,9 @@ class PlayedNode:
         if self.counters is not None:
             states = {e.id: e.state for e in spec.engines}
             self.counters.attach(
-                f"{self.namespace}.{name}", {f"{name}-{i}": states.get(i, "Draining") for i in sorted(attached)}
+                f"{self.namespace}.{name}",
+                {f"{name}-{i}": states.get(i, "Draining") for i in sorted(attached)},
+                {f"{name}-{e.id}": e.cores for e in spec.engines},
             )
         report = {
             "node": self.name,

@@ -2,21 +2,24 @@
 
 import pytest
 from prometheus_client import generate_latest
+from tests.operator.counters import busy
 
 from packetstack_core import autoscalers
-from packetstack_core.autoscaling import rounds
-from packetstack_core.autoscaling.calculator import Scale
+from packetstack_core.autoscaling import options, together, vertical
 from packetstack_core.autoscaling.metrics import MetricError, Pod, Sample
-from packetstack_core.autoscaling.options import State
 from packetstack_core.autoscaling.status import Condition, Status
+from packetstack_core.autoscaling.together import State
+from packetstack_core.autoscaling.triggers import Size
+from packetstack_core.autoscaling.vertical import Seen
 from packetstack_core.load import EngineLoad, StackLoad
 from packetstack_core.reading import parse
 from packetstack_core.reasons import ConditionReason
 from packetstack_operator.applying import Refused
-from packetstack_operator.autoscaling import MANAGER, knows_all, other_writer, replica_writers, scalable
+from packetstack_operator.autoscaling import knows_all, scalable
 from packetstack_operator.metrics import Metrics
 from packetstack_operator.pods import ENGINE_STATE
 from packetstack_operator.readings import Readings, selector_text
+from packetstack_operator.writers import MANAGER, other_writer, ours, writers
 
 # ---- when an agent is asked again ---------------------------------------------------------------------------------
 
@@ -46,7 +49,10 @@ def test_a_load_is_enough_if_it_is_of_this_period_and_has_each_engine(there, sin
 
 def test_a_stack_that_the_operator_refuses_is_scaled_by_no_other_rules():
     assert scalable(raw())
-    assert scalable(raw(vertical={"maxCores": 2})) is None
+    assert scalable(raw(vertical={"maxCores": 2}))
+    other = raw()
+    other["spec"]["engine"] = {"mode": "DPDK"}
+    assert scalable(other) is None
     wrong = raw()
     del wrong["spec"]["snat"]
     assert scalable(wrong) is None
@@ -80,13 +86,18 @@ def raw(*writers, replicas=3, **autoscaling):
 def left(replicas, reason="ValidMetricFound"):
     """The state after a round that left so many."""
     return State(
-        status=Status(2, replicas, 1.0, (Condition("ScalingActive", "True", ConditionReason(reason), "", 0.0),))
+        options.State(
+            status=Status(2, replicas, 1.0, (Condition("ScalingActive", "True", ConditionReason(reason), "", 0.0),))
+        )
     )
 
 
 def who(stack, state, *, ours=True, first=False):
-    replicas = stack["spec"]["replicas"]
-    return other_writer(stack, parse(stack).spec, state, Scale(replicas, replicas), ours=ours, first=first)
+    size = Size(stack["spec"]["replicas"], 1)
+    owned = {"replicas"} if ours else ()
+    found = other_writer(stack, parse(stack).spec, state, size, owned=owned, first=first)
+    assert found is None or found[0] == "replicas"
+    return found[1] if found else ""
 
 
 US, KUBECTL = (MANAGER, ""), ("kubectl", "")
@@ -94,10 +105,10 @@ US, KUBECTL = (MANAGER, ""), ("kubectl", "")
 
 def test_the_latest_writer_is_the_last_and_a_status_is_no_write():
     stack = raw(("helm", "2026-01-01T00:00:00Z"), KUBECTL, ("kubectl-edit", "2026-01-02T00:00:00Z"))
-    assert replica_writers(stack) == ["helm", "kubectl-edit", "kubectl"]
-    assert replica_writers(raw()) == []
+    assert writers(stack, "replicas") == ["helm", "kubectl-edit", "kubectl"]
+    assert writers(raw(), "replicas") == writers(stack, "cores") == []
     del stack["metadata"]["managedFields"]
-    assert replica_writers(stack) == []
+    assert writers(stack, "replicas") == []
 
 
 @pytest.mark.parametrize(
@@ -125,6 +136,65 @@ def test_the_latest_writer_is_the_last_and_a_status_is_no_write():
 )
 def test_who_took_the_replicas_away(stack, state, flags, found):
     assert who(stack, state, **flags) == found
+
+
+BY_BOTH = {"metrics": [busy(60)], "vertical": {"maxCores": 4}}
+BY_TRIGGERS = {"vertical": {"maxCores": 4}}
+
+
+def sized(cores_by, *, cores=2, replicas=3, replicas_by=MANAGER, autoscaling=BY_TRIGGERS):
+    """A stack whose cores and number were written by these."""
+    stack = raw((replicas_by, ""), replicas=replicas, **autoscaling)
+    stack["spec"]["engine"] = {"cores": cores}
+    fields = stack["metadata"]["managedFields"]
+    fields.insert(0, {"manager": "helm", "fieldsV1": {"f:spec": {"f:engine": {".": {}, "f:image": {}}}}})
+    if cores_by:
+        fields.append({"manager": cores_by, "fieldsV1": {"f:spec": {"f:engine": {"f:cores": {}}}}})
+    return stack
+
+
+def left_size(replicas, cores, reason="TriggersKnown"):
+    """The state after a round that left this size."""
+    condition = Condition(vertical.ACTIVE, "True", ConditionReason(reason), "", 0.0)
+    return State(left(replicas).horizontal, vertical.State(left=Size(replicas, cores), conditions=(condition,)))
+
+
+BOTH_OURS = frozenset(("cores", "replicas"))
+
+
+@pytest.mark.parametrize(
+    ("stack", "state", "flags", "found"),
+    [
+        (sized(MANAGER), left_size(3, 2), {}, None),
+        (sized(MANAGER, cores=4), left_size(3, 2), {}, None),  # written by one that died before its status
+        (sized("kubectl", cores=4), left_size(3, 2), {}, ("cores", "kubectl")),
+        (sized("kubectl"), left_size(3, 2), {}, ("cores", "kubectl")),  # to and fro within one period
+        (sized("kubectl"), left_size(3, 2), {"owned": {"replicas"}}, None),  # of the manifest that made it
+        (sized("", cores=4), left_size(3, 2), {"owned": {"replicas"}}, ("cores", "somebody")),
+        (sized("", cores=4), left_size(3, 2), {"owned": {"replicas"}, "first": True}, None),
+        (sized("kubectl", cores=4), left_size(3, 2, "ExternallyScaled"), {}, None),
+        # The number is the triggers' too, or the metrics'.
+        (sized(MANAGER, replicas=5, replicas_by="kubectl"), left_size(3, 2), {}, ("replicas", "kubectl")),
+        (sized(MANAGER, replicas=5, replicas_by="kubectl"), left_size(3, 2, "ExternallyScaled"), {}, None),
+        (
+            sized(MANAGER, replicas=5, replicas_by="kubectl", autoscaling=BY_BOTH),
+            left_size(3, 2, "ExternallyScaled"),
+            {},
+            ("replicas", "kubectl"),
+        ),
+        (sized("kubectl", cores=4, autoscaling=BY_BOTH), left_size(3, 2), {}, ("cores", "kubectl")),
+    ],
+)
+def test_who_took_the_cores_away(stack, state, flags, found):
+    size = Size(stack["spec"]["replicas"], stack["spec"]["engine"]["cores"])
+    given = {"owned": BOTH_OURS, "first": False, **flags}
+    assert other_writer(stack, parse(stack).spec, state, size, **given) == found
+
+
+def test_what_is_the_autoscalers_own_is_told_field_by_field():
+    assert ours(sized(MANAGER)) == BOTH_OURS
+    assert ours(sized("kubectl")) == {"replicas"}
+    assert ours(sized(MANAGER, replicas_by="kubectl")) == {"cores"}
 
 
 # ---- metrics APIs ----------------------------------------------------------------------------------------------
@@ -260,10 +330,25 @@ def test_metrics_of_one_name_are_one_series_and_no_name_is_endless():
     load = StackLoad(1.0, (EngineLoad(1, "edge-1", "Active", True, 5.0, (0.9,), (), 0, 0.0, 0.0, 0.0, 0.0),))
     ready = [Pod("edge-1", ready="True")]
     metrics = Metrics()
-    metrics.autoscalers.known["shop", "edge"] = rounds.reconcile(spec, State(), Scale(3, 3), ready, load, 1.0, {2: [1]})
+    seen = Seen(Size(3, 1), ready)
+    metrics.autoscalers.known["shop", "edge"] = together.reconcile(spec, State(), seen, 3, load, 1.0, {2: [1]})
     found = [
         line for line in generate_latest(metrics.registry).decode().splitlines() if line.startswith("packetstack_autos")
     ]
     series = [line.rpartition(" ")[0] for line in found if "usage_ratio" in line]
     assert len(series) == len(set(series)) == 2
     assert max(map(len, series)) < 400
+
+
+def test_the_size_that_triggers_decide_is_exported_as_that_of_metrics_is():
+    spec = parse(sized(MANAGER)).spec
+    load = StackLoad(1.0, (EngineLoad(1, "edge-1", "Active", True, 5.0, (0.9, 0.9), (), 0, 0.0, 0.0, 0.0, 0.0),))
+    metrics = Metrics()
+    seen = Seen(Size(1, 2), [Pod("edge-1", ready="True")])
+    metrics.autoscalers.known["shop", "edge"] = together.reconcile(spec, State(), seen, 1, load, 1.0)
+    metrics.stacks.known["shop", "edge"] = sized(MANAGER), ()
+    text = generate_latest(metrics.registry).decode()
+    labels = 'namespace="shop",stack="edge"'
+    assert f"packetstack_desired_cores{{{labels}}} 2.0" in text
+    assert f'packetstack_autoscaler_decision{{{labels},step="desired"}} 1.0' in text
+    assert f'packetstack_autoscaler_limit{{limit="max",{labels}}} 8.0' in text

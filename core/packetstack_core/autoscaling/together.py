@@ -53,6 +53,11 @@ class Round:
     """What one remembers that is not in this round."""
 
     @property
+    def by_triggers(self) -> bool:
+        """Whether what it writes was decided by triggers; else it is the number of engines, by metrics."""
+        return self.horizontal is None or self.horizontal.decision.write is None
+
+    @property
     def write(self) -> Size | None:
         """What `spec.replicas` and `spec.engine.cores` shall be; None: what they are."""
         if self.horizontal is not None and self.horizontal.decision.write is not None:
