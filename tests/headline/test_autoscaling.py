@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.waiting import eventually
 
 from packetstack_cli.client import Client
 from packetstack_cli.lab import Lab
@@ -17,6 +18,7 @@ from packetstack_cli.traffic import Outcome, Servers, Traffic
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples/autoscaled.yaml"
+BY_CORES = ROOT / "examples/vertical.yaml"
 PICTURE = ROOT / "build/autoscaled/autoscaled.png"
 TARGETS = ("192.0.2.10:80",)
 LOOK_SECONDS = 0.25
@@ -166,3 +168,45 @@ def test_the_pool_follows_a_ramp_of_traffic_and_breaks_no_connection() -> None:
     rescaled = [e for e in events if e["reason"] == "SuccessfulRescale"]
     assert len(rescaled) >= len(found) - 1
     assert "engine metric PacketsPerSecond above target" in rescaled[0]["message"]
+
+
+@pytest.mark.slow
+def test_row_6_the_cores_of_an_engine_follow_a_ramp_of_traffic_and_no_connection_breaks() -> None:
+    with Lab("pkl-cores") as lab:
+        servers = Servers(lab)
+        lab.packetstack("up", str(BY_CORES))
+        client = Client(lab.run_directory)
+
+        def has(cores: int) -> bool:
+            item = client.call("get", name="web")[0]
+            there = [len(e["cores"]) for e in item["status"]["engines"]]
+            return bool(item["spec"]["engine"]["cores"] == cores and there == [cores] and item["status"]["ready"])
+
+        def start(name: str, connections: int, interval_ms: int, ramp_seconds: float) -> Traffic:
+            return Traffic(
+                lab,
+                TARGETS,
+                connections=connections,
+                request_interval_ms=interval_ms,
+                answer_bytes="64-512",
+                ramp_seconds=ramp_seconds,
+                name=name,
+            )
+
+        steady = start("steady", 50, 2000, 1)
+        steady.wait_open()
+        assert has(1)
+        ramp = start("ramp", 300, 300, 5)
+        eventually(lambda: has(2), LIMIT_SECONDS)
+        ramp.wait_open()
+        ramped = ramp.stop()
+        eventually(lambda: has(1), LIMIT_SECONDS)
+        outcome = steady.stop()
+        events = json.loads(lab.packetstack("events", "web", "-o", "json"))
+        servers.stop()
+    for part in (outcome, ramped):
+        assert part.never_opened == 0
+        assert part.broken == 0, part.what_broke()
+    up, down = [e["message"] for e in events if e["reason"] == "EnginesResized"]
+    assert up.startswith("1 x 1 core -> 1 x 2 cores: PacketsPerSecond ")
+    assert down.startswith("1 x 2 cores -> 1 x 1 core: all triggers allow fewer cores")
