@@ -88,6 +88,8 @@ class Mirrors:
             case AdoptKept(moves):
                 await self._adopt(managed, moves)
             case RetireSet(number):
+                if any(e.blueprint.set == number for e in managed.engines.values()):
+                    return True  # those are being removed, and still have its memory
                 await self._retire(managed, number)
             case _:
                 return await self._end(managed)
