@@ -246,7 +246,7 @@ class EngineLife:
     def _served(self, managed: Managed, engine: Engine) -> None:
         name, slot = managed.stack.name, engine.slot
         call(lib().ps_director_engine, self._director.handle, slot, engine.ifindex)
-        managed.failures, managed.problem = 0, ""
+        managed.lacks_nothing()
         engine.silent_since = engine.unserved_since = 0.0
         message = f"engine {slot}: datapath {engine.pid} serves its queues"
         self._journal.event(name, EventReason.ENGINE_READY, message)

@@ -33,7 +33,7 @@ from packetstack_core.planning import (
     RemoveEngine,
 )
 from packetstack_core.reasons import EventReason
-from packetstack_core.transitions import ChangeSet, EndSet, MakeSet
+from packetstack_core.transitions import ChangeSet, EndSet, MakeSet, RetireSet
 from packetstack_core.wording import counted
 
 TICK_SECONDS = 1.0
@@ -149,15 +149,18 @@ class Keeper:
         for _ in range(ROUNDS):
             await self._prepare(managed)
             self._unpin(managed)
-            plan = standing.plan(standings.pool(managed, self._run), time.monotonic())
+            pool = standings.pool(managed, self._run)
+            plan = standing.plan(pool, time.monotonic())
             managed.given_up = plan.given_up
             managed.converged = not plan.actions and not managed.stack.open_fences()
+            if managed.converged and len(pool.sets.known) < 2 and standing.has_its_size(pool):
+                managed.lacks_nothing()
             if not plan.actions:
                 return
             waiting = False
             for action in plan.actions:
                 waiting |= await self.act(managed, action)
-            if waiting and all(isinstance(a, CreateEngine | EndSet) for a in plan.actions):
+            if waiting and all(isinstance(a, CreateEngine | EndSet | RetireSet) for a in plan.actions):
                 return
 
     async def _prepare(self, managed: Managed) -> None:

@@ -51,7 +51,7 @@ class Managed:
     ending: float = 0.0
     """Since when the connections that a set kept have no more time, by the monotonic clock."""
     problem: str = ""
-    """Why the last engine could not be made, empty when it could."""
+    """Why the last engine could not be made; empty when it could, and when no more are wanted."""
     pinned: dict[int, int] = field(default_factory=dict)
     """Bucket -> slot, where a person put it; kept while that engine stays."""
     converged: bool = False
@@ -106,6 +106,10 @@ class Managed:
         """Something else is wanted: it has not converged until its task has looked again, which it does at once."""
         self.converged = False
         self.changed.set()
+
+    def lacks_nothing(self) -> None:
+        """Nothing stands against an engine any more: one was made, or none is wanted."""
+        self.failures, self.problem = 0, ""
 
     def note_step(self) -> None:
         """Its task has looked once more: whoever waits for that goes on."""

@@ -104,10 +104,14 @@ class Stack:
         """Make the memory of one more set, with the others' configuration. The stack's `busy` is held. Blocks."""
         left = self.directory / "sets" / str(number)
         flow_memory.remove_files(left, self._pin(left))
-        memory = self._memory(number, self.buckets, self.resource.spec.flow_table.max_flows)
-        if self._configured is not None:
-            memory.prepare(self._configured)
-            memory.publish()
+        try:
+            memory = self._memory(number, self.buckets, self.resource.spec.flow_table.max_flows)
+            if self._configured is not None:
+                memory.prepare(self._configured)
+                memory.publish()
+        except BaseException:
+            flow_memory.remove_files(left, self._pin(left))  # it may never be tried again
+            raise
         self.sets = self.sets | {number: memory}
 
     def remove_set(self, number: int) -> None:

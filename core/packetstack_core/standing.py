@@ -229,12 +229,12 @@ def settled(standing: Standing) -> bool:
 
 def _as_wanted(standing: Standing) -> bool:
     """Whether what takes new connections is what the resource says, and packets see it."""
-    pool, wanted = standing.pool, standing.pool.spec.replicas
-    return (
-        standing.planned
-        and len(serving(pool)) == len(staying(pool)) == len(updated(pool)) == wanted
-        and (standing.followed or not wanted)
-    )
+    return standing.planned and has_its_size(standing.pool) and (standing.followed or not standing.pool.spec.replicas)
+
+
+def has_its_size(pool: Pool) -> bool:
+    """Whether as many engines serve as are wanted, all of the present template, and there are no others."""
+    return len(serving(pool)) == len(staying(pool)) == len(updated(pool)) == pool.spec.replicas
 
 
 def ready(standing: Standing) -> bool:

@@ -81,6 +81,9 @@ def test_without_a_free_core_the_stack_stays_at_its_size(node: Node) -> None:
         assert sum(e["count"] for e in failures) <= 4
         assert len(node.status()["engines"]) == cores
         assert ask(connection) == first
+        node.client.call("scale", name="web", replicas=1)
+        eventually(lambda: condition(node, "CapacityAvailable")["status"] == "True", 10, "nobody wants more any more")
+        assert ask(connection) == first
     node.command("down", "--all", "--yes")
 
 

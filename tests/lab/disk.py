@@ -17,11 +17,13 @@ def own_disk(node: Node) -> Iterator[Path]:
     node.command("down", "--all", "--yes")
     run.mkdir(exist_ok=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={LARGE_MIB}m", "packetstack-test", run], check=True)
-    yield run
-    remount(run, "rw")
-    node.command("down", "--all", "--yes")
-    subprocess.run(["umount", "-l", run], check=True)
-    run.rmdir()
+    try:
+        yield run
+    finally:
+        remount(run, "rw")
+        node.command("down", "--all", "--yes")
+        subprocess.run(["umount", "-l", run], check=True)
+        run.rmdir()
 
 
 def remount(run: Path, options: str) -> None:
