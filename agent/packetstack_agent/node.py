@@ -139,18 +139,20 @@ class RunDirectory:
         If writing fails, `unsaved` says why, and the caller of the next `save` tries again; with `must` it is an
         AgentError, for what must not be made before it is written down.
         """
+        fresh = self._file.with_suffix(".new")
         with self._saving:
             try:
                 content = self._content()
                 if content != self._written or not self._file.exists():
                     self.path.mkdir(parents=True, exist_ok=True)
-                    fresh = self._file.with_suffix(".new")
                     fresh.write_text(content)
                     fresh.replace(self._file)
                     self._written = content
                 self.unsaved = ""
             except OSError as e:
                 self.unsaved = f"{self._file}: cannot be written: {e.strerror}"
+                with suppress(OSError):
+                    fresh.unlink(missing_ok=True)  # nothing new may be left to write
         if must and self.unsaved:
             raise AgentError(self.unsaved)
 
