@@ -291,13 +291,75 @@ int ps_mirror_adopt(const struct ps_sets *sets, const struct ps_switch *moves, i
 	return 0;
 }
 
+/* ---- what both sets have together --------------------------------------------------------------------- */
+
+/* -> number of a backend or listener, by its name, the first `bytes` of an entry; it is looked for from *next on, for both
+ * sets have most of them in one order. -1: there is none */
+static int number_of(const void *name, size_t bytes, const void *entries, size_t stride, uint32_t n, uint32_t *next)
+{
+	for (uint32_t i = 0; i < n; i++) {
+		uint32_t at = (*next + i) % n;
+
+		if (!memcmp((const uint8_t *)entries + at * stride, name, bytes)) {
+			*next = at + 1;
+			return (int)at;
+		}
+	}
+	return -1;
+}
+
+static uint32_t least_0(int32_t n) { return n > 0 ? (uint32_t)n : 0; }
+
+void ps_mirror_share(const struct ps_sets *sets, const struct ps_connection_list *l)
+{
+	struct ps_arena *keeper = sets->keeper, *newcomer = sets->newcomer;
+	const ps_client_count *from = ps_arena_clients(keeper).at;
+	ps_client_count *to = ps_connections_clients(l);
+	uint32_t next = 0;
+
+	for (uint32_t i = 0; i < newcomer->backends && i < PS_MAX_BACKENDS; i++) {
+		struct ps_backend *b = &newcomer->backend[i];
+		int at = number_of(b, offsetof(struct ps_backend, used), keeper->backend, sizeof(*b),
+				   keeper->backends < PS_MAX_BACKENDS ? keeper->backends : PS_MAX_BACKENDS, &next);
+
+		STORE(&b->kept, at < 0 ? 0 : least_0(LOAD(&keeper->backend_count[at].live)));
+	}
+	memcpy(newcomer->kept_key, keeper->clients_key, sizeof(newcomer->kept_key));
+	for (uint32_t i = 0; i < l->clients && i < keeper->clients; i++) {
+		ps_client_count count = LOAD(&from[i]);
+
+		if (LOAD(&to[i]) != count)
+			STORE(&to[i], count);
+	}
+	for (uint32_t i = next = 0; i < PS_MAX_NUMBERS; i++) {
+		struct ps_listener_name *name = &newcomer->listener[i];
+		int at = !name->used ? -1
+				     : number_of(name, offsetof(struct ps_listener_name, used), keeper->listener,
+						 sizeof(*name), PS_MAX_NUMBERS, &next);
+
+		STORE(&name->kept, at < 0 ? 0 : least_0(LOAD(&keeper->listener_count[at].proven)));
+		STORE(&name->kept_as, (uint16_t)(at + 1));
+	}
+}
+
+void ps_mirror_share_no_more(struct ps_arena *newcomer)
+{
+	for (uint32_t i = 0; i < PS_MAX_BACKENDS; i++)
+		STORE(&newcomer->backend[i].kept, 0);
+	for (uint32_t i = 0; i < PS_MAX_NUMBERS; i++) {
+		STORE(&newcomer->listener[i].kept, 0);
+		STORE(&newcomer->listener[i].kept_as, 0);
+	}
+}
+
 /* ---- the list ----------------------------------------------------------------------------------------- */
 
-void ps_connections_numbers(const struct ps_connection_list *l, uint32_t out[3])
+void ps_connections_numbers(const struct ps_connection_list *l, uint32_t out[4])
 {
 	out[0] = l->buckets;
 	out[1] = l->entries;
 	out[2] = l->index_slots;
+	out[3] = l->clients;
 }
 
 void ps_connections_left(const struct ps_connection_list *l, uint32_t *left, uint32_t *oldest)

@@ -286,13 +286,21 @@ struct ps_connection_list;
 struct ps_connection_list *ps_connections_open(const char *pin, const struct ps_arena *keeper, int create,
 					       struct ps_error *e); /* create: there is none yet */
 void ps_connections_close(struct ps_connection_list *l);
-/* Its buckets, entries and index slots, as PS_MSG_CONNECTIONS names them */
-void ps_connections_numbers(const struct ps_connection_list *l, uint32_t out[3]);
+/* Its buckets, entries, index slots and places for clients, as PS_MSG_CONNECTIONS names them */
+void ps_connections_numbers(const struct ps_connection_list *l, uint32_t out[4]);
 /*
  * By bucket: connections that the keeper has left, UINT32_MAX if it has published none yet; and when the one of them was
  * seen that is silent for the longest time, in ticks.
  */
 void ps_connections_left(const struct ps_connection_list *l, uint32_t *left, uint32_t *oldest);
+
+/*
+ * Tells the newcomer what the keeper has left now of each backend, listener and client: for its limits, and for LeastFlows.
+ * The keeper's counts are believed as far as they go: a wrong one may keep the newcomer from opening flows, no more.
+ */
+void ps_mirror_share(const struct ps_sets *sets, const struct ps_connection_list *l);
+/* The keeper has nothing left. */
+void ps_mirror_share_no_more(struct ps_arena *newcomer);
 
 /* Wakes a core by its `wake`. Never waits. */
 void ps_wake(int socket);

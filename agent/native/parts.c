@@ -204,7 +204,7 @@ struct ps_connection_list *ps_connections_open(const char *pin, const struct ps_
 	uint64_t bytes;
 	int map;
 
-	if (!l || !ps_connections_are(l, keeper->buckets, keeper->entries, keeper->index_slots)) {
+	if (!l || !ps_connections_are(l, keeper->buckets, keeper->entries, keeper->index_slots, keeper->clients)) {
 		ps_fail(e, "%s: no connection list of %u buckets with %u entries is possible", pin, keeper->buckets,
 			keeper->entries);
 		free(l);
@@ -215,6 +215,10 @@ struct ps_connection_list *ps_connections_open(const char *pin, const struct ps_
 	if (map < 0 && create)
 		ps_fail(e, "%s: cannot take %lu MiB for it: %s", pin, (unsigned long)(bytes + (1 << 20) - 1) >> 20,
 			strerror(errno));
+	if (map >= 0 && !create && map_bytes(map) != bytes) { /* an earlier build's */
+		l->clients = 0;
+		bytes = ps_connections_bytes(l);
+	}
 	if (map >= 0 && map_bytes(map) != bytes) {
 		ps_fail(e, "%s: has %lu bytes instead of %lu: this connection list is not used", pin,
 			(unsigned long)map_bytes(map), (unsigned long)bytes);

@@ -42,8 +42,8 @@ class Connections:
     """The connection list of two sets whose traffic is mirrored."""
 
     fd: int
-    numbers: tuple[int, int, int]
-    """Buckets, entries, index slots: see PS_MSG_CONNECTIONS."""
+    numbers: tuple[int, int, int, int]
+    """Buckets, entries, index slots, places for clients: see PS_MSG_CONNECTIONS."""
 
 
 @dataclass(eq=False)
@@ -170,7 +170,7 @@ class Attachments:
             return
         message = _message("PS_MSG_CONNECTIONS")
         if wanted is not None:
-            message.buckets, message.entries, message.index_slots = wanted.numbers
+            message.buckets, message.entries, message.index_slots, message.clients = wanted.numbers
         with suppress(OSError):  # it has ended: its successor is told
             _send_with(link.connection, message, () if wanted is None else (wanted.fd,))
         link.connections = wanted

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from packetstack_agent import processes, words
-from packetstack_agent.directing import Listening
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
@@ -107,8 +106,6 @@ class FlowMemory:
         self._reading = threading.Lock()
         """Held while a worker thread reads flows without the stack's `busy`: the memory stays meanwhile."""
         self._closed = False
-        self.elsewhere: dict[Listening, int] = {}
-        """Flows that another set keeps of a listener's `maxFlows`."""
         self.ending = False
         """The connections that it keeps have no more time: its configurations say so."""
         directory.mkdir(parents=True, exist_ok=True)
@@ -197,8 +194,7 @@ class FlowMemory:
             entry.balancing = constant(BALANCING[listener.balancing])
             entry.flags = _flags(listener)
             entry.number = self._number(listener)
-            kept = self.elsewhere.get((listener.address, listener.port, listener.protocol), 0)
-            entry.max_flows = max(1, listener.limits.max_flows - kept) if listener.limits.max_flows else 0
+            entry.max_flows = listener.limits.max_flows or 0
             entry.new_flows_per_second = listener.limits.new_flows_per_second or 0
             entry.max_flows_per_client = listener.limits.max_flows_per_client or 0
             entry.first_backend, entry.backends, entry.down = backends, len(dealt.shares), len(dealt.down)
@@ -292,17 +288,6 @@ class FlowMemory:
             entry, count = self.arena.backend[i], self.arena.backend_count[i]
             place = (unpacked(bytes(ffi.buffer(entry.address))), wire(entry.port))
             found[place] = max(0, int(count.live)), int(count.created)
-        return found
-
-    def proven(self) -> dict[Listening, int]:
-        """Flows of each listener that count for its limits."""
-        names = {number: name for name, number in PROTOCOLS.items()}
-        found = {}
-        for i in range(constant("PS_MAX_NUMBERS")):
-            listener = self.arena.listener[i]
-            if listener.used and listener.protocol in names:
-                key = unpacked(bytes(ffi.buffer(listener.address))), wire(listener.port), names[listener.protocol]
-                found[key] = max(0, int(self.arena.listener_count[i].proven))
         return found
 
     def live(self) -> int:

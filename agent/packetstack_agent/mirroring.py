@@ -60,9 +60,9 @@ class Mirror:
 
     def connections(self) -> Connections:
         """The list, as engines get it; its descriptor is the caller's to close."""
-        out = ffi.new("uint32_t[3]")
+        out = ffi.new("uint32_t[4]")
         lib().ps_connections_numbers(self._list, out)
-        return Connections(call(lib().ps_map_open, text(self._pin), 0), (out[0], out[1], out[2]))
+        return Connections(call(lib().ps_map_open, text(self._pin), 0), (out[0], out[1], out[2], out[3]))
 
     def close(self) -> None:
         """Let the list go. It stays for the next agent."""
@@ -71,6 +71,7 @@ class Mirror:
 
     def remove(self) -> None:
         """Let it go for good: nothing is mirrored any more, so that the numbers of all pairs are free, whatever shards say."""
+        lib().ps_mirror_share_no_more(self.newcomer.arena)
         for bucket, kept_by in enumerate(self.keepers()):
             if kept_by is None:
                 self._numbers[self._offset + bucket] = 0
@@ -99,6 +100,11 @@ class Mirror:
             over=tuple(b for b in mirrored if not left[b] and not live[b]),
         )
 
+    def share(self) -> None:
+        """Let what the keeper has left now count for the newcomer's limits, and for the load of backends. Blocks."""
+        sets = ffi.new("struct ps_sets *", {"keeper": self.keeper.arena, "newcomer": self.newcomer.arena})
+        lib().ps_mirror_share(sets, self._list)
+
     # ---- changes ------------------------------------------------------------------------------------------------
 
     def switch(self, engines: Collection[Engine], moves: Sequence[Move]) -> Report:
@@ -110,6 +116,7 @@ class Mirror:
         known = [(m, owner) for m in moves if (owner := owners[m.bucket]) is not None]
         self._make_pairs(engines, {(m.to.slot, owner.slot) for m, owner in known})
         wanted = [(m.bucket, m.to.slot, m.to.queue, self._pairs[m.to.slot, owner.slot]) for m, owner in known]
+        self.share()
         return self._run(engines, lib().ps_mirror_switch, "struct ps_switch[]", self._batches(wanted))
 
     def end(self, engines: Collection[Engine], buckets: Sequence[int]) -> Report:

@@ -67,9 +67,8 @@ class Mirrors:
         over = (await asyncio.to_thread(mirror.left)).over
         if over:
             await self._change(managed, "end", over)
-        if managed.stack.share_limits():
-            managed.stale = True
         async with managed.busy:
+            await to_the_end(mirror.share)
             await to_the_end(mirror.look_at_devices, list(managed.engines.values()))
 
     async def act(self, managed: Managed, action: transitions.Action) -> bool:
@@ -188,7 +187,6 @@ class Mirrors:
         """Its engines have gone: the others forget the list, then the memory goes."""
         stack = managed.stack
         stack.mirror_no_more()
-        managed.stale = True
         _tell_engines(managed)
         async with managed.busy:
             if number in stack.sets:

@@ -32,9 +32,6 @@ from packetstack_core.assignment import Move, Owner
 from packetstack_core.resources import Listener, PacketStack
 from packetstack_core.values import Address, Network
 
-LIMIT_SHARE = 0.005
-"""Of a listener's `maxFlows`: what a keeper may have lost until the newcomer may have more."""
-
 
 class Stack:
     """A stack on this node. `index` (0..63) says where its flow table begins."""
@@ -138,26 +135,11 @@ class Stack:
         self.mirror = Mirror(self.director, self._offset, self.sets[keeper], self.sets[newcomer], pin)
         self.connections = self.mirror.connections()
 
-    def share_limits(self) -> bool:
-        """What a keeper has of a listener's `maxFlows` its newcomer cannot have. Whether that is not as configured."""
-        if self.mirror is None:
-            return False
-        limits = {_listening(li): li.limits.max_flows for li in self.resource.spec.listeners if li.limits.max_flows}
-        if not limits:
-            return False
-        proven, newcomer = self.mirror.keeper.proven(), self.mirror.newcomer
-        kept = {key: min(proven.get(key, 0), most) for key, most in limits.items()}
-        if all(abs(n - newcomer.elsewhere.get(key, 0)) <= limits[key] * LIMIT_SHARE for key, n in kept.items()):
-            return False
-        newcomer.elsewhere = kept
-        return True
-
     def mirror_no_more(self) -> None:
         """The list goes. Engines may have it mapped still."""
         if self.mirror is not None and self.connections is not None:
             self.mirror.remove()
             os.close(self.connections.fd)
-            self.mirror.newcomer.elsewhere = {}
         self.mirror = self.connections = None
 
     def keepers(self) -> list[Owner | None]:

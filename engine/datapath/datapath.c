@@ -1323,7 +1323,7 @@ int datapath_connect(struct datapath *d, int fd, const struct ps_message *m, cha
 
 	if (fd >= 0) {
 		list = malloc(sizeof(*list));
-		if (!list || !ps_connections_are(list, m->buckets, m->entries, m->index_slots) ||
+		if (!list || !ps_connections_are(list, m->buckets, m->entries, m->index_slots, m->clients) ||
 		    list->buckets != d->arena->buckets) {
 			snprintf(error, (size_t)size, "a connection list of %u buckets with %u entries is not possible",
 				 m->buckets, m->entries);

@@ -61,8 +61,10 @@ static inline uint32_t ps_backend_choose(struct ps_handler *h, const struct ps_l
 			uint32_t at = l->first_backend + (start + i) % l->backends;
 			int32_t live =
 				__atomic_load_n(&h->arena->backend_count[c->backend[at].id].live, __ATOMIC_RELAXED);
+			uint32_t kept = h->arena->backend[c->backend[at].id].kept;
 			/* With the flow that it would get: so weights count among the idle too. */
-			uint64_t load = ((uint64_t)(live > 0 ? live + 1 : 1) << 16) / c->backend[at].weight;
+			uint64_t flows = (uint64_t)(live > 0 ? live : 0) + kept + 1;
+			uint64_t load = (flows << 16) / c->backend[at].weight;
 
 			if (load < best_load) {
 				best_load = load;
@@ -97,16 +99,19 @@ static inline bool ps_rate_allows(struct ps_listener_count *count, uint32_t per_
 
 /*
  * Only proven flows count for limits: with forged sources nobody can use up what others may have. What is not proven
- * is bounded by the shares of a shard. -> the reason to refuse, or PS_COUNTERS
+ * is bounded by the shares of a shard. What the set before has left counts too. -> the reason to refuse, or PS_COUNTERS
  */
 static inline enum ps_counter ps_limit_reached(const struct ps_handler *h, const struct ps_listener *l,
 					       const uint8_t client[16])
 {
 	const struct ps_listener_count *count = &h->arena->listener_count[l->number & (PS_MAX_NUMBERS - 1)];
+	uint32_t kept = h->arena->listener[l->number & (PS_MAX_NUMBERS - 1)].kept;
 
-	if (l->max_flows && __atomic_load_n(&count->proven, __ATOMIC_RELAXED) >= (int64_t)l->max_flows)
+	if (l->max_flows && (int64_t)__atomic_load_n(&count->proven, __ATOMIC_RELAXED) + kept >= (int64_t)l->max_flows)
 		return PS_C_DROP_LIMIT_FLOWS;
-	if (l->max_flows_per_client && ps_client_flows(h->arena, client, l->number) >= l->max_flows_per_client)
+	if (l->max_flows_per_client && (uint64_t)ps_client_flows(ps_arena_clients(h->arena), client, l->number) +
+						       ps_client_flows_kept(h->list, h->arena, client, l->number) >=
+					       l->max_flows_per_client)
 		return PS_C_DROP_LIMIT_CLIENT;
 	return PS_COUNTERS;
 }

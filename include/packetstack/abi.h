@@ -677,7 +677,8 @@ struct ps_backend {
 	uint8_t address[16];
 	uint16_t port;
 	uint16_t used; /* the configuration names it */
-	uint32_t spare[3];
+	uint32_t kept; /* flows of it that the set before has left */
+	uint32_t spare[2];
 };
 
 struct ps_backend_count {
@@ -692,7 +693,10 @@ struct ps_listener_name {
 	uint16_t port;	  /* wire order */
 	uint8_t protocol; /* 0: the entry is free */
 	uint8_t used;	  /* the configuration names it */
-	uint32_t spare[3];
+	uint32_t kept;	  /* proven flows of it that the set before has left */
+	uint16_t kept_as; /* its number there + 1; 0: it has none */
+	uint16_t spare0;
+	uint32_t spare1;
 };
 
 /* Its flows over all engines of the node. One cache line. */
@@ -721,7 +725,8 @@ struct ps_arena {
 	uint64_t clients_offset; /* ps_client_count[clients] */
 	uint64_t clients_key[2]; /* of its hash, a secret */
 	uint64_t next_fence;
-	uint64_t spare0[5];
+	uint64_t kept_key[2]; /* of the table of clients in the connection list */
+	uint64_t spare0[3];
 	struct ps_fence fences[16];		/* PS_MAX_FENCES */
 	struct ps_address address[4096];	/* PS_MAX_ADDRESSES: SNAT and virtual addresses */
 	struct ps_backend backend[4096];	/* PS_MAX_BACKENDS */
@@ -838,9 +843,8 @@ struct ps_message {
 	uint32_t slot, queues, cores;
 	uint32_t generation;
 	uint32_t spare;
-	uint32_t buckets, entries, index_slots; /* CONNECTIONS: of the list */
-	uint32_t spare1;
-	int32_t pin[32]; /* CPU per core, -1 = not pinned */
+	uint32_t buckets, entries, index_slots, clients; /* CONNECTIONS: of the list */
+	int32_t pin[32];				 /* CPU per core, -1 = not pinned */
 	char text[128];
 };
 

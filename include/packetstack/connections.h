@@ -13,7 +13,7 @@
 
 #include "packetstack/shard.h"
 
-enum { PS_CONNECTIONS_VERSION = 1 };
+enum { PS_CONNECTIONS_VERSION = 2 };
 
 /* Changed by compare-and-swap, but for PS_CONNECTION_GONE, which is the keeper's last word. */
 enum ps_connection_state {
@@ -57,11 +57,14 @@ struct ps_connections {
 
 _Static_assert(sizeof(struct ps_connection) == 80 && sizeof(struct ps_connections) == 64, "as other builds have it");
 
-/* Where one is mapped; its numbers come from the agent, not from the list. */
+/*
+ * Where one is mapped; its numbers come from the agent, not from the list. Behind the buckets: ps_client_count[clients],
+ * the keeper's table of clients as the agent saw it last. 0: an agent made the list that has no such table.
+ */
 struct ps_connection_list {
 	uint8_t *at;
 	uint64_t stride;
-	uint32_t buckets, entries, index_slots;
+	uint32_t buckets, entries, index_slots, clients;
 };
 
 static inline uint64_t ps_connections_stride(uint32_t entries, uint32_t index_slots)
@@ -72,20 +75,39 @@ static inline uint64_t ps_connections_stride(uint32_t entries, uint32_t index_sl
 
 static inline uint64_t ps_connections_bytes(const struct ps_connection_list *l)
 {
-	return (l->buckets * l->stride + PS_PAGE - 1) & ~(uint64_t)(PS_PAGE - 1);
+	return (l->buckets * l->stride + l->clients * sizeof(ps_client_count) + PS_PAGE - 1) & ~(uint64_t)(PS_PAGE - 1);
+}
+
+static inline ps_client_count *ps_connections_clients(const struct ps_connection_list *l)
+{
+	return (ps_client_count *)(l->at + l->buckets * l->stride);
+}
+
+/* -> proven flows of this client of this listener that the keeper of the set with this arena had when the agent last looked */
+static inline uint32_t ps_client_flows_kept(const struct ps_connection_list *l, const struct ps_arena *a,
+					    const uint8_t client[16], uint16_t listener)
+{
+	uint16_t kept_as = a->listener[listener & (PS_MAX_NUMBERS - 1)].kept_as;
+
+	if (!l || !l->clients || !kept_as)
+		return 0;
+	return ps_client_flows((struct ps_clients){ ps_connections_clients(l), l->clients, a->kept_key }, client,
+			       kept_as - 1);
 }
 
 /* -> 0 if the numbers are not possible */
 static inline int ps_connections_are(struct ps_connection_list *l, uint32_t buckets, uint32_t entries,
-				     uint32_t index_slots)
+				     uint32_t index_slots, uint32_t clients)
 {
 	l->buckets = buckets;
 	l->entries = entries;
 	l->index_slots = index_slots;
+	l->clients = clients;
 	l->stride = ps_connections_stride(entries, index_slots);
 	return buckets >= PS_MIN_BUCKETS && buckets <= PS_MAX_BUCKETS && !(buckets & (buckets - 1)) && entries &&
 	       entries <= PS_MAX_ENTRIES && index_slots > entries && index_slots <= 65536 &&
-	       !(index_slots & (index_slots - 1));
+	       !(index_slots & (index_slots - 1)) &&
+	       (!clients || (clients >= PS_CLIENT_GROUP && clients <= 1 << 24 && !(clients & (clients - 1))));
 }
 
 static inline struct ps_connections *ps_connections_of(const struct ps_connection_list *l, uint32_t bucket)

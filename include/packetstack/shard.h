@@ -323,24 +323,34 @@ static inline void ps_count_subtract(struct ps_arena *a, struct ps_shard *s, str
  */
 enum { PS_CLIENT_GROUP = 8 };
 
-static inline ps_client_count *ps_client_group(const struct ps_arena *a, const uint8_t client[16], uint16_t listener,
+struct ps_clients {
+	ps_client_count *at;
+	uint32_t places; /* a power of two */
+	const uint64_t *key;
+};
+
+static inline struct ps_clients ps_arena_clients(const struct ps_arena *a)
+{
+	return (struct ps_clients){ (ps_client_count *)((uint8_t *)a + a->clients_offset), a->clients, a->clients_key };
+}
+
+static inline ps_client_count *ps_client_group(struct ps_clients t, const uint8_t client[16], uint16_t listener,
 					       uint64_t *tag)
 {
 	uint32_t words[4], none[4] = { 0 };
 	uint64_t hash;
 
 	memcpy(words, client, 16);
-	hash = ps_hash6(a->clients_key[0], a->clients_key[1], words, none, listener, 0, 0);
+	hash = ps_hash6(t.key[0], t.key[1], words, none, listener, 0, 0);
 	*tag = hash & ~0xffffffffull;
-	return (ps_client_count *)((uint8_t *)a + a->clients_offset) +
-	       ((uint32_t)hash & (a->clients - 1) & ~(PS_CLIENT_GROUP - 1u));
+	return t.at + ((uint32_t)hash & (t.places - 1) & ~(PS_CLIENT_GROUP - 1u));
 }
 
 /* -> proven flows of this client of this listener */
-static inline uint32_t ps_client_flows(const struct ps_arena *a, const uint8_t client[16], uint16_t listener)
+static inline uint32_t ps_client_flows(struct ps_clients t, const uint8_t client[16], uint16_t listener)
 {
 	uint64_t tag;
-	ps_client_count *group = ps_client_group(a, client, listener, &tag);
+	ps_client_count *group = ps_client_group(t, client, listener, &tag);
 
 	for (int i = 0; i < PS_CLIENT_GROUP; i++) {
 		uint64_t at = __atomic_load_n(&group[i], __ATOMIC_RELAXED);
@@ -363,7 +373,7 @@ static inline void ps_proven_add(struct ps_arena *a, struct ps_entry *f, bool by
 	f->flags |= PS_FLOW_PROVEN;
 	if (!by_client)
 		return;
-	group = ps_client_group(a, f->client, f->listener, &tag);
+	group = ps_client_group(ps_arena_clients(a), f->client, f->listener, &tag);
 	for (int pass = 0; pass < 2; pass++)
 		for (int i = 0; i < PS_CLIENT_GROUP; i++) {
 			uint64_t at = __atomic_load_n(&group[i], __ATOMIC_RELAXED);
@@ -389,7 +399,7 @@ static inline void ps_proven_subtract(struct ps_arena *a, struct ps_entry *f)
 	}
 	if (!(f->flags & PS_FLOW_CLIENT_COUNTED))
 		return;
-	group = ps_client_group(a, f->client, f->listener, &tag);
+	group = ps_client_group(ps_arena_clients(a), f->client, f->listener, &tag);
 	f->flags &= (uint16_t)~PS_FLOW_CLIENT_COUNTED;
 	PS_BARRIER();
 	for (int i = 0; i < PS_CLIENT_GROUP; i++) {

@@ -57,6 +57,9 @@ class PlayedMirror(Mirror):
     def look_at_devices(self, engines: Collection[Engine]) -> None:
         """There are none."""
 
+    def share(self) -> None:
+        """Nothing is counted."""
+
 
 class TwoSets(PlayedStack):
     """A stack whose sets come and go."""

@@ -2,13 +2,14 @@
 
 import contextlib
 import json
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.lab.node import Node, ask, metric, stack
+from tests.lab.node import BACKENDS, Node, ask, metric, stack
 from tests.waiting import eventually
 
 MIRROR = {"strategy": "Mirror"}
@@ -67,23 +68,64 @@ def test_row_27_at_the_deadline_both_ends_of_a_connection_that_goes_on_are_reset
         ask(young)
 
 
-def test_row_24_a_listeners_limit_holds_over_both_sets_together(node: Node) -> None:
-    limited = [li | {"limits": {"maxFlows": 30}} for li in stack()["spec"]["listeners"]]
-    node.up(stack(handover=MIRROR, flowTable=FLOWS, listeners=limited))
-    old = [node.connect() for _ in range(20)]
-    for connection in old:
-        ask(connection)
-    node.packetstack("scale", "web", "--replicas", "1")
-    eventually(lambda: "BucketsSwitched" in node.reasons())
-    young, answered = [], 0
-    with contextlib.suppress(OSError):
-        while answered < 30:
-            young.append(node.connect(timeout_seconds=0.5))
-            ask(young[-1])
-            answered += 1
-    for connection in (*old, *young):
-        connection.close()
-    assert answered == 10
+def test_row_24_limits_hold_over_both_sets_together(node: Node) -> None:
+    limits = {"maxFlows": 30, "maxFlowsPerClient": 22}
+    node.up(stack(handover=MIRROR, flowTable=FLOWS, listeners=[stack()["spec"]["listeners"][0] | {"limits": limits}]))
+    greedy, modest = node.lab.client_addresses[:2]
+    with contextlib.ExitStack() as held:
+
+        def fill(client: str, most: int) -> int:
+            """How many of so many connections the client gets."""
+            for served in range(most):
+                try:
+                    ask(held.enter_context(node.connect(source=(client, 0), timeout_seconds=0.5)))
+                except OSError:
+                    return served
+            return most
+
+        assert (fill(greedy, 18), fill(modest, 2)) == (18, 2)
+        node.packetstack("scale", "web", "--replicas", "1")
+        eventually(lambda: _all_is_switched(node))
+        assert fill(greedy, 30) == 22 - 18
+        assert fill(modest, 30) == 30 - 22 - 2
+
+
+def test_least_flows_counts_what_the_first_set_keeps_and_explain_finds_it_there(node: Node) -> None:
+    [both, *_] = stack()["spec"]["listeners"]
+    both |= {"balancing": "LeastFlows"}
+    first = both | {"backends": {"endpoints": both["backends"]["endpoints"][:1]}}
+    node.up(stack(handover=MIRROR, flowTable=FLOWS, listeners=[first]))
+    with contextlib.ExitStack() as held:
+        old = [held.enter_context(node.connect()) for _ in range(8)]
+        assert {ask(connection) for connection in old} == {BACKENDS[0]}
+        node.up(stack(handover=MIRROR, flowTable=FLOWS, listeners=[both]))
+        node.packetstack("scale", "web", "--replicas", "1")
+        eventually(lambda: _all_is_switched(node))
+        young = [held.enter_context(node.connect()) for _ in range(8)]
+        assert Counter(ask(connection) for connection in young) == {BACKENDS[1]: 8}
+        assert [b["flows"] for b in node.status()["backends"]] == [8, 8]
+        kept, own = (_explained(node, connection) for connection in (old[0], young[0]))
+        old_slots = {e["slot"] for e in node.status()["engines"] if e["set"] == 1}
+        assert kept["keeper"]["slot"] in old_slots
+        assert kept["owner"]["slot"] not in old_slots
+        assert kept["flow"]["state"] == "established"
+        assert kept["why"].endswith("of the set before, which keeps this flow")
+        assert (own["owner"]["slot"], own["keeper"]) == (kept["owner"]["slot"], None)
+        assert own["why"].endswith(f"-> engine {own['owner']['slot']}, which keeps this flow")
+
+
+def _all_is_switched(node: Node) -> bool:
+    """Whether a second set has all buckets."""
+    sets = node.status().get("sets", ())
+    return len(sets) == 2 and bool(sets[1]["buckets"] == FLOWS["buckets"])
+
+
+def _explained(node: Node, connection: socket.socket) -> dict[str, Any]:
+    (client, sport), (address, port) = connection.getsockname()[:2], connection.getpeername()[:2]
+    said: dict[str, Any] = json.loads(
+        node.packetstack("explain", "web", f"tcp {client}:{sport} {address}:{port}", "-o", "json")
+    )
+    return said
 
 
 def _both_sets_are_shown_and_every_packet_is_counted(node: Node) -> None:

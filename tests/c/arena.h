@@ -209,7 +209,8 @@ static inline uint32_t counts_check(const struct ps_arena *a, uint32_t first, ui
 			}
 			proven[f->listener] += !!(f->flags & PS_FLOW_PROVEN);
 			if (f->flags & PS_FLOW_CLIENT_COUNTED) {
-				CHECK(ps_client_flows(a, f->client, f->listener), "a counted client is not there");
+				CHECK(ps_client_flows(ps_arena_clients(a), f->client, f->listener),
+				      "a counted client is not there");
 				by_client--;
 			}
 		}

@@ -59,7 +59,10 @@ static void write_rubbish(void)
 	uint16_t *index = ps_connections_index(&list, c, random_below(2));
 	uint8_t *bytes = (uint8_t *)c;
 
-	switch (random_below(8)) {
+	switch (random_below(9)) {
+	case 8:
+		ps_connections_clients(&list)[random_below(CLIENTS)] = (uint64_t)random_below(UINT32_MAX) << 32 | 1;
+		break;
 	case 0: bytes[random_below((uint32_t)list.stride)] = (uint8_t)random_below(256); break;
 	case 1: /* a search finds no end */
 		for (uint32_t i = 0; i < INDEX; i++)
@@ -162,10 +165,14 @@ static void a_round(uint32_t seed)
 		stack_new(&set[i], BUCKETS, i == KEEPER ? ENTRIES : ENTRIES / 2, INDEX);
 		set[i].engine.slot = (uint32_t)i + 1;
 	}
-	CHECK(ps_connections_are(&list, BUCKETS, ENTRIES, INDEX), "numbers");
+	CHECK(ps_connections_are(&list, BUCKETS, ENTRIES, INDEX, CLIENTS), "numbers");
 	set[KEEPER].config->kept_reset = !(seed % 5);
-	/* Ends where the last bucket ends: the sanitizer sees each byte behind it. */
-	bytes = list.stride * list.buckets;
+	for (int i = 0; i < 4; i++) {
+		set[NEWCOMER].arena->listener[i].kept_as = (uint16_t)(i + 1);
+		set[NEWCOMER].config->listener[i].max_flows_per_client = 1 << 20;
+	}
+	/* Ends where the table of clients ends: the sanitizer sees each byte behind it. */
+	bytes = list.stride * list.buckets + CLIENTS * sizeof(ps_client_count);
 	list.at = aligned_alloc(64, bytes);
 	CHECK(list.at, "out of memory");
 	memset(list.at, 0, bytes);
@@ -210,7 +217,7 @@ static void nobody_hides_what_the_keeper_has(void)
 	random_state = 1;
 	stack_new(k, BUCKETS, ENTRIES, INDEX);
 	k->engine.slot = KEEPER + 1;
-	CHECK(ps_connections_are(&list, BUCKETS, ENTRIES, INDEX), "numbers");
+	CHECK(ps_connections_are(&list, BUCKETS, ENTRIES, INDEX, CLIENTS), "numbers");
 	list.at = aligned_alloc(64, list.stride * list.buckets);
 	CHECK(list.at, "out of memory");
 	memset(list.at, 0, list.stride * list.buckets);

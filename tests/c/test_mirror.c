@@ -83,7 +83,7 @@ static void begin(uint32_t seed)
 		stack_new(&set[i], BUCKETS, ENTRIES, INDEX);
 		set[i].engine.slot = (uint32_t)i + 1;
 	}
-	CHECK(ps_connections_are(&list, BUCKETS, ENTRIES, INDEX), "numbers");
+	CHECK(ps_connections_are(&list, BUCKETS, ENTRIES, INDEX, CLIENTS), "numbers");
 	list.at = aligned_alloc(64, ps_connections_bytes(&list));
 	memset(list.at, 0, ps_connections_bytes(&list));
 	memset(all, 0, sizeof(all));

@@ -1280,7 +1280,7 @@ static void the_proven_flows_of_a_client_are_limited(void)
 	assure(&more);
 	for (uint32_t i = 0; i < 3; i++)
 		established(9, 256 + i); /* another client */
-	CHECK(ps_client_flows(t.arena, c[0].forward.source, 0) == 3, "a client's flows");
+	CHECK(ps_client_flows(ps_arena_clients(t.arena), c[0].forward.source, 0) == 3, "a client's flows");
 	end_orderly(&c[0], CLIENT);
 	more = client_in(9, 3);
 	LEADS(more, CLIENT, TCP_SYN, 0, 0, 0, SYN);
@@ -1295,13 +1295,50 @@ static void the_proven_flows_of_a_client_are_limited(void)
 	LEADS(c[1], CLIENT, TCP_ACK, 1, 1, 100, ESTABLISHED);
 	LEADS(c[1], CLIENT, TCP_RST, 1, 0, 0, CLOSED);
 	LEADS(c[1], BACKEND, TCP_ACK, 1, 101, 0, ESTABLISHED);
-	CHECK(ps_client_flows(t.arena, c[0].forward.source, 0) == 3, "a client's flows");
+	CHECK(ps_client_flows(ps_arena_clients(t.arena), c[0].forward.source, 0) == 3, "a client's flows");
 	t.handler.now += 80000;
 	for (uint32_t b = 0; b < 256; b++)
 		ps_shard_sweep(t.arena, ps_shard_at(t.arena, b), t.config->timeout, t.handler.now);
 	for (uint32_t i = 0; i < 4; i++)
 		CHECK(!t.arena->listener_count[i].live && !proven(i), "listener %u counts", i);
-	CHECK(!ps_client_flows(t.arena, c[0].forward.source, 0), "the client counts");
+	CHECK(!ps_client_flows(ps_arena_clients(t.arena), c[0].forward.source, 0), "the client counts");
+}
+
+/* What the set before has left counts for the limits, and as load of its backends. */
+static void what_the_set_before_has_left_counts_too(void)
+{
+	static ps_client_count table[CLIENTS];
+	struct ps_connection_list list = { .at = (uint8_t *)table, .clients = CLIENTS }; /* of no bucket */
+	struct ps_clients kept = { table, CLIENTS, t.arena->kept_key };
+	struct ps_listener_name *name = &t.arena->listener[0];
+	struct ps_listener *l = &t.config->listener[0];
+	struct conversation c, more = client_in(9, 1);
+	ps_client_count *place;
+	uint64_t tag;
+
+	t.arena->kept_key[0] = 77;
+	name->kept_as = 700 + 1;
+	t.handler.list = &list;
+	l->max_flows_per_client = 3;
+	c = established(9, 0);
+	place = ps_client_group(kept, c.forward.source, 700, &tag);
+	*place = tag | 2;
+	CHECK(segment(&more, CLIENT, TCP_SYN, 0, 0, 0) == PS_DROP && t.counters[PS_C_DROP_LIMIT_CLIENT] == 1, "1 + 2");
+	established(9, 256); /* another client */
+	*place = tag | 1;
+	l->max_flows = 5;
+	name->kept = 3;
+	CHECK(segment(&more, CLIENT, TCP_SYN, 0, 0, 0) == PS_DROP && t.counters[PS_C_DROP_LIMIT_FLOWS] == 1, "2 + 3");
+	name->kept = 2;
+	established(9, 1);
+	t.handler.list = NULL; /* all has ended */
+	name->kept = name->kept_as = 0;
+	established(9, 2);
+	t.arena->backend[0].kept = t.arena->backend[2].kept = 5;
+	for (uint32_t i = 0; i < 5; i++) {
+		c = asks(9, 300 + i);
+		CHECK(entry_of(&c)->backend == 1, "flow %u: backend %u", i, entry_of(&c)->backend);
+	}
 }
 
 /* ---- backends that get no new flows ----------------------------------------------------------------------------- */
@@ -1584,6 +1621,7 @@ int main(int argc, char **argv)
 		openers_beyond_the_rate_are_dropped,
 		proven_flows_are_limited,
 		the_proven_flows_of_a_client_are_limited,
+		what_the_set_before_has_left_counts_too,
 		a_syn_again_leaves_a_backend_that_does_not_serve,
 		a_syn_again_leaves_a_backend_that_has_answered_and_is_gone,
 		a_made_up_segment_resets_no_flow_of_a_backend_that_is_down,

@@ -98,7 +98,7 @@ static void check(int side)
 	counts_check(t->arena, FIRST, USED, 0);
 	for (int reason = PS_C_REJECTED_NOT_KEPT; reason <= PS_C_REJECTED_CLOSING; reason++)
 		sum += t->counters[reason];
-	for (int reason = PS_C_DROP_NO_STAMP; reason < PS_COUNTERS; reason++)
+	for (int reason = PS_C_DROP_NO_STAMP; reason < PS_C_JOURNALS_REFUSED; reason++)
 		sum += t->counters[reason];
 	CHECK(sum == handled[side], "%lu of %lu packets are counted", (unsigned long)sum, (unsigned long)handled[side]);
 }
@@ -119,7 +119,7 @@ static void begin(void)
 	static struct stack kept[SIDES];
 	static uint8_t *arena[SIDES], *first_list;
 	static uint64_t kept_handled;
-	size_t bytes = list.buckets * list.stride;
+	size_t bytes = list.buckets * list.stride + CLIENTS * sizeof(ps_client_count);
 
 	if (first_list) {
 		for (int i = 0; i < SIDES; i++) {
@@ -131,8 +131,8 @@ static void begin(void)
 		memcpy(list.at, first_list, bytes);
 		return;
 	}
-	CHECK(ps_connections_are(&list, BUCKETS, ENTRIES, INDEX), "numbers");
-	bytes = list.buckets * list.stride;
+	CHECK(ps_connections_are(&list, BUCKETS, ENTRIES, INDEX, CLIENTS), "numbers");
+	bytes = list.buckets * list.stride + CLIENTS * sizeof(ps_client_count);
 	list.at = guarded(bytes);
 	first_list = malloc(bytes);
 	CHECK(first_list, "out of memory");
