@@ -8,10 +8,10 @@ import time
 from packetstack_agent.counting import add_copies
 from packetstack_agent.managed import Managed
 from packetstack_core import standing
-from packetstack_core.autoscaling.rounds import timestamp
 from packetstack_core.standing import Standing
 from packetstack_core.transitions import SetState
 from packetstack_core.verbs import Json
+from packetstack_core.wording import timestamp
 
 
 def document(managed: Managed, stands: Standing) -> list[Json]:

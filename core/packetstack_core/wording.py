@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 
 def show(value: object, limit: int = 60) -> str:
@@ -36,3 +37,8 @@ def kind_of(value: object) -> str:
 def one_line(text: str | None) -> str:
     """Text of another library on one line, at most 200 characters."""
     return " ".join((text or "cannot be read").split())[:200]
+
+
+def timestamp(at: float) -> str:
+    """RFC 3339 in UTC, as Kubernetes writes it."""
+    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -6,6 +6,7 @@ from packetstack_core.reasons import ConditionReason
 from packetstack_core.standing import Finding, SetStanding
 from packetstack_core.statuses import PacketStackStatus, RebalanceStatus, SetStatus
 from packetstack_core.values import Address
+from packetstack_core.wording import timestamp
 from packetstack_operator import facts, observing, obstacles, pods, standings
 from packetstack_operator.facts import Facts, Plan
 from packetstack_operator.observing import World
@@ -76,7 +77,7 @@ def _set_status(known: SetStanding) -> SetStatus:
         {
             "id": known.set.id,
             "state": str(known.set.state),
-            "since": observing.timestamp(known.set.since),
+            "since": timestamp(known.set.since),
             "engines": known.engines,
             "ready": known.ready,
             "buckets": known.buckets,
@@ -155,7 +156,7 @@ def _set(
 ) -> None:
     """`value`: None if it is not known."""
     was, status = conditions.get(kind), "Unknown" if value is None else str(value)
-    since = was.last_transition_time if was is not None and was.status == status else observing.timestamp(now)
+    since = was.last_transition_time if was is not None and was.status == status else timestamp(now)
     conditions[kind] = Condition.model_validate(
         {
             "type": kind,

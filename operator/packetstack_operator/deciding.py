@@ -25,7 +25,7 @@ from packetstack_core.planning import (
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import ConditionReason, Event, EventReason, Problem
 from packetstack_core.statuses import RebalanceStatus
-from packetstack_core.wording import counted
+from packetstack_core.wording import counted, timestamp
 from packetstack_operator import changing_sets, conditions, facts, observing, obstacles, standings, writing
 from packetstack_operator.facts import Facts, Plan, Waits
 from packetstack_operator.observing import Memory, World
@@ -354,7 +354,7 @@ def _rebalance(found: Facts, plan: Plan) -> None:
         plan.owners = moved(plan.owners, moves)
         plan.rebalanced = True
         plan.moved = RebalanceStatus.model_validate(
-            {"lastTime": observing.timestamp(found.now), "buckets": len(moves), "message": proposal.message}
+            {"lastTime": timestamp(found.now), "buckets": len(moves), "message": proposal.message}
         )
         plan.event(EventReason.REBALANCED, f"{counted(len(moves), 'bucket')}: {proposal.message}")
 

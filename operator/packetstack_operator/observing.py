@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
@@ -239,11 +239,6 @@ def with_looked_up(world: World, found: Mapping[Named, Raw]) -> World:
 def seconds(timestamp: str) -> float:
     """Unix time of an API server's timestamp."""
     return datetime.fromisoformat(timestamp.replace("Z", "+00:00")).timestamp()
-
-
-def timestamp(now: float) -> str:
-    """The API server's form of a Unix time."""
-    return datetime.fromtimestamp(int(now), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 # ---- pods --------------------------------------------------------------------------------------------------------

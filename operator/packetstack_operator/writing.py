@@ -10,6 +10,7 @@ from packetstack_core.reasons import ConditionReason
 from packetstack_core.resources import API_VERSION
 from packetstack_core.statuses import PacketStackStatus
 from packetstack_core.transitions import EngineSet
+from packetstack_core.wording import timestamp
 from packetstack_operator import conditions, observing, pod_deletion, pods
 from packetstack_operator.facts import Facts, Plan, engine_status, stack_status
 from packetstack_operator.observing import Raw, World
@@ -68,7 +69,7 @@ def _set(plan: Plan, known: EngineSet) -> TableSet:
             "replicas": known.replicas,
             "template": known.template,
             "queues": known.queues,
-            "since": observing.timestamp(known.since),
+            "since": timestamp(known.since),
             "engine": plan.shapes.get(known.id),
             "ending": True if known.id in plan.ending else None,
         }
@@ -126,7 +127,7 @@ def marks(found: Facts, plan: Plan) -> list[Write]:
         if {k: was.get(k) or "" for k in ("status", "reason", "message")} != {
             k: condition.get(k, "") for k in ("status", "reason", "message")
         }:
-            since = observing.timestamp(found.now)
+            since = timestamp(found.now)
             if was.get("status") == condition["status"] and was.get("lastTransitionTime"):
                 since = was["lastTransitionTime"]
             body = {

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from packetstack_core import kinds, reading, resources
+from packetstack_core import kinds, reading, resources, wording
 from packetstack_core.autoscaling import rounds
 from packetstack_core.autoscaling.calculator import Scale
 from packetstack_core.autoscaling.metrics import MetricError, Pod
@@ -426,7 +426,7 @@ def test_a_fresh_autoscaler_knows_when_it_scaled_last_and_takes_no_engine_at_onc
     pool = Pool(spec(behavior={"scaleDown": {"stabilizationWindowSeconds": 20}}), 2)
     pool.step(evenly(1.9))
     scaled, before = pool.status.last_scale_time, rounds.conditions(pool.state)
-    assert scaled == rounds.timestamp(BEGIN + 5)
+    assert scaled == wording.timestamp(BEGIN + 5)
     fresh = Pool(pool.spec, 4, rounds.resume(pool.status, before))
     fresh.now, fresh.shown = pool.now, pool.shown
     assert rounds.conditions(fresh.state) == before
@@ -449,7 +449,7 @@ def test_the_status_does_not_change_when_nothing_does() -> None:
     assert pool.status == before
     assert rounds.conditions(pool.state) == known
     pool.step(evenly(1.3))
-    assert pool.status.decision_time == rounds.timestamp(pool.now) != before.decision_time
+    assert pool.status.decision_time == wording.timestamp(pool.now) != before.decision_time
 
 
 def test_texts_in_the_status_are_bounded() -> None:

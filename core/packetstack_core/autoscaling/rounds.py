@@ -33,6 +33,7 @@ from packetstack_core.autoscaling.status import Condition, Conditions, Decision,
 from packetstack_core.load import StackLoad
 from packetstack_core.reasons import AUTOSCALER, ConditionReason, Event
 from packetstack_core.statuses import AutoscalingStatus, VerticalStatus
+from packetstack_core.wording import timestamp
 
 CONDITIONS = AUTOSCALER
 """Types that are the autoscaler's."""
@@ -249,11 +250,6 @@ def _aside(state: State, scale: Scale) -> Decision:
 
 
 # ---- what is shown, and read again -----------------------------------------------------------------------------
-
-
-def timestamp(at: float) -> str:
-    """RFC 3339 in UTC, as Kubernetes writes it."""
-    return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def conditions(state: State, generation: int = 0) -> tuple[kinds.Condition, ...]:

@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 
 from packetstack_core import autoscalers, kinds
-from packetstack_core.autoscaling.rounds import condition, cut, known_conditions, seconds, timestamp
+from packetstack_core.autoscaling.rounds import condition, cut, known_conditions, seconds
 from packetstack_core.autoscaling.triggers import Asked, Size, shown
 from packetstack_core.autoscaling.vertical import Congestion, Round, State
 from packetstack_core.reasons import VERTICAL
 from packetstack_core.statuses import VerticalStatus
 from packetstack_core.verbs import Json
+from packetstack_core.wording import timestamp
 
 
 def show(wanted: autoscalers.Autoscaling, done: Round) -> VerticalStatus:
