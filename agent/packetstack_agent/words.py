@@ -10,16 +10,22 @@ from functools import lru_cache
 from packetstack_core.assignment import NOBODY, Owner
 
 
+@lru_cache(maxsize=4096)
+def _owner(slot: int, queue: int) -> Owner:
+    """One for all buckets that it has: what is kept of 32 tables would else be an object for each bucket of each."""
+    return Owner(slot, queue)
+
+
 @lru_cache(maxsize=32)
 def owners(words: bytes) -> tuple[Owner | None, ...]:
     """Owner by bucket."""
-    return tuple(Owner(w >> 22 & 1023, w >> 16 & 63) if w >> 22 & 1023 else NOBODY for w in array("Q", words))
+    return tuple(_owner(w >> 22 & 1023, w >> 16 & 63) if w >> 22 & 1023 else NOBODY for w in array("Q", words))
 
 
 @lru_cache(maxsize=32)
 def keepers(words: bytes) -> tuple[Owner | None, ...]:
     """Previous owner by bucket, which gets a copy of its packets; None: its traffic is not mirrored."""
-    return tuple(Owner(w >> 6 & 1023, w & 63) if w >> 6 & 1023 else None for w in array("Q", words))
+    return tuple(_owner(w >> 6 & 1023, w & 63) if w >> 6 & 1023 else None for w in array("Q", words))
 
 
 @lru_cache(maxsize=32)

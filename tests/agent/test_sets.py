@@ -1,7 +1,9 @@
 """Sets of engines of a stack: each has an arena, a configuration and numbers of its own, and comes and goes while others stay."""
 
+import gc
 import os
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,11 +15,13 @@ from tests.waiting import eventually
 
 from packetstack_agent import flow_memory, namespaces, words
 from packetstack_agent.agent import Agent
+from packetstack_agent.attachments import Connections
 from packetstack_agent.director import Director
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.flow_memory import FlowMemory, Pairs, Report
 from packetstack_agent.managed import Managed
+from packetstack_agent.mirroring import Mirror
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Stack
@@ -52,6 +56,12 @@ def test_with_one_set_every_word_is_its_own() -> None:
     table, shards = bytes(array("Q", [word(1, 5), 0])), {4: bytes(array("Q", [word(1, 6), 0]))}
     assert list(words.sets(table, shards, {}, current=4)) == [4, 4]
     assert words.picked(shards, [4, 4]) == shards[4]
+
+
+def test_tables_that_were_read_share_what_they_name() -> None:
+    first, second = (bytes(array("Q", [word(epoch, 5, 3) | 7 << 6 | 1] * 2)) for epoch in (1, 2))
+    assert len({id(o) for raw in (first, second) for o in words.owners(raw)}) == 1
+    assert len({id(o) for raw in (first, second) for o in words.keepers(raw)}) == 1
 
 
 # ---- the record
@@ -220,7 +230,7 @@ async def test_a_set_comes_and_goes_while_the_other_stays(run: RunDirectory, dir
     add_flows(second, 9, 1)
     assert stack.live() == 8
     assert stack.snat_flows() == {ip_address(OLD_SNAT): 3, ip_address(NEW_SNAT): 5}
-    assert len(stack.flows(5)) == 7
+    assert [len(flows) for flows in stack.flows(5)] == [7, 0]
     assert stack.backend_flows() == {(ip_address("10.0.0.1"), 8080): (8, 8)}
     assert sum(stack.bucket_packets()) == 0
 
@@ -254,6 +264,37 @@ def test_a_stack_that_goes_while_its_traffic_is_mirrored_leaves_no_list_and_no_p
     assert not mirror._list
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(shared)
+
+
+async def test_a_set_that_has_come_and_gone_leaves_nothing_in_the_agent(run: RunDirectory, director: Director) -> None:
+    stack = opened(run, director)
+    await stack.configure([])
+
+    async def transition() -> Counter[str]:
+        """The set before goes; afterwards, what this process has: descriptors, mappings, memories and lists."""
+        before, new = stack.current, stack.current + 1
+        stack.add_set(new)
+        stack.mirror_from(before, new)
+        assert stack.mirror
+        stack.mirror.share()
+        assert stack.mirror.left().buckets == 0
+        await stack.configure([])
+        stack.current = new
+        stack.mirror_no_more()
+        stack.remove_set(before)
+        gc.collect()
+        has = Counter({t.__name__: 0 for t in (FlowMemory, Mirror, Connections)})
+        has.update(type(o).__name__ for o in gc.get_objects() if isinstance(o, FlowMemory | Mirror | Connections))
+        has["descriptors"] = sum(1 for _ in Path("/proc/self/fd").iterdir())
+        maps = Path("/proc/self/maps").read_text()
+        has["mappings"] = maps.count(str(run.path)) + maps.count("bpf-map")
+        return has
+
+    first = await transition()
+    for _ in range(5):
+        last = await transition()
+    assert last == first
+    stack.close()
 
 
 async def test_a_configuration_is_written_for_all_sets(run: RunDirectory, director: Director) -> None:
