@@ -297,7 +297,8 @@ class FlowMemory:
     def flows(self, bucket: int) -> list[Any]:
         """Copies of a bucket's live flows."""
         out = ffi.new("struct ps_flow[]", int(self.arena.entries))
-        return [out[i] for i in range(lib().ps_arena_flows(self.arena, bucket, out, len(out)))]
+        found = range(lib().ps_arena_flows(self.arena, bucket, out, len(out)))
+        return [ffi.new("struct ps_flow *", out[i]) for i in found]  # an element does not keep its array
 
     def packets(self) -> list[int]:
         """Packets that engines have handled by bucket, since the set began."""

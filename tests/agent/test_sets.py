@@ -231,6 +231,10 @@ async def test_a_set_comes_and_goes_while_the_other_stays(run: RunDirectory, dir
     assert stack.live() == 8
     assert stack.snat_flows() == {ip_address(OLD_SNAT): 3, ip_address(NEW_SNAT): 5}
     assert [len(flows) for flows in stack.flows(5)] == [7, 0]
+    held = first.flows(5)
+    said = [bytes(ffi.buffer(flow)) for flow in held]
+    assert len(second.flows(5)) == 4
+    assert [bytes(ffi.buffer(flow)) for flow in held] == said, "copies stay what they are"
     assert stack.backend_flows() == {(ip_address("10.0.0.1"), 8080): (8, 8)}
     assert sum(stack.bucket_packets()) == 0
 
