@@ -366,9 +366,10 @@ void ps_connections_left(const struct ps_connection_list *l, uint32_t *left, uin
 {
 	for (uint32_t b = 0; b < l->buckets; b++) {
 		struct ps_connections *c = ps_connections_of(l, b);
+		uint32_t published = LOAD(&c->published); /* first: behind it stands the number of all */
 		uint32_t n = LOAD(&c->left);
 
-		left[b] = !LOAD(&c->published) ? UINT32_MAX : n > l->entries ? l->entries : n;
+		left[b] = !published ? UINT32_MAX : n > l->entries ? l->entries : n;
 		oldest[b] = LOAD(&c->oldest);
 	}
 }
