@@ -136,8 +136,8 @@ class Mirror:
 
     def pairs_of(self, engines: Collection[Engine], moves: Sequence[Move]) -> Pairs:
         """What a move inside the newcomer's set needs: only away from engines that do not serve. A packet would be lost else."""
-        owners, serving = words.owners(self._read()), {e.slot for e in engines if e.ready}
-        keepers, wanted = self.keepers(), {}
+        raw, serving = self._read(), {e.slot for e in engines if e.ready}
+        owners, keepers, wanted = words.owners(raw), words.keepers(raw), {}
         for bucket, to in ((m.bucket, m.to) for m in moves):
             owner, keeper = owners[bucket], keepers[bucket]
             if keeper is not None and to.slot and owner is not None and owner.slot not in serving:

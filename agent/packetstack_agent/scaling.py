@@ -17,7 +17,7 @@ from packetstack_core.autoscaling import together
 from packetstack_core.autoscaling.metrics import MetricError, Pod
 from packetstack_core.autoscaling.together import State
 from packetstack_core.autoscaling.triggers import Size
-from packetstack_core.autoscaling.vertical import Seen
+from packetstack_core.autoscaling.vertical import Seen, held_by
 from packetstack_core.reasons import ConditionReason, Event, split
 from packetstack_core.statuses import AutoscalingStatus
 from packetstack_core.verbs import Json
@@ -174,8 +174,6 @@ def _seen(managed: Managed) -> Seen:
         for e in managed.engines.values()
         if e.state is EngineState.ACTIVE and not e.removing
     ]
-    held = ""
-    if len(managed.sets.known) > 1:
-        held = "there is another set of engines: " + ", ".join(f"{s.id} is {s.state}" for s in managed.sets.known)
+    held = held_by((s.id, s.state) for s in managed.sets.known)
     obstacle = split(managed.problem, ConditionReason.ENGINE_FAILED)[1] if managed.problem else ""
     return Seen(Size(spec.replicas, spec.engine.cores), active, obstacle, held)

@@ -42,6 +42,15 @@ class Series:
         """The value that holds at a time. O(log rows)."""
         return self.values[metric][bisect_right(self.times, now) - 1]
 
+    def decided_at(self, interval_seconds: float) -> list[float]:
+        """When it is decided, from the first row to the last. CliError when that would be too often."""
+        first, last = self.times[0], self.times[-1]
+        if (last - first) / interval_seconds > MAX_TICKS:
+            raise CliError(
+                f"{last - first:g} s every {interval_seconds:g} s are more than {MAX_TICKS} decisions; ask fewer"
+            )
+        return [first + i * interval_seconds for i in range(int((last - first) / interval_seconds) + 1)]
+
 
 @dataclass(frozen=True, slots=True)
 class Tick:
@@ -149,11 +158,7 @@ def simulate(
     """
     if interval_seconds is None:
         interval_seconds = wanted.sync_period_seconds
-    first, last = series.times[0], series.times[-1]
-    if (last - first) / interval_seconds > MAX_TICKS:
-        raise CliError(
-            f"{last - first:g} s every {interval_seconds:g} s are more than {MAX_TICKS} decisions; ask fewer"
-        )
+    first, times = series.times[0], series.decided_at(interval_seconds)
     try:
         for schedule in wanted.schedules:
             is_active(schedule, begin)
@@ -163,8 +168,7 @@ def simulate(
     metrics = spec_of(wanted).metrics
     ready_at = [first] * replicas
     ticks = []
-    for i in range(int((last - first) / interval_seconds) + 1):
-        now = first + i * interval_seconds
+    for now in times:
         clock = begin.timestamp() + now - first
         active, current = sum(at <= now for at in ready_at), len(ready_at)
         pods = [Pod(f"engine-{j}", ready="True") for j in range(active)]

@@ -11,7 +11,7 @@ from decimal import Decimal
 from pathlib import Path
 
 from packetstack_cli.errors import CliError
-from packetstack_cli.simulate import MAX_TICKS, NOT_IN_SERIES, Series, plotting, reading_of
+from packetstack_cli.simulate import NOT_IN_SERIES, Series, plotting, reading_of
 from packetstack_core import resources
 from packetstack_core.autoscaling import together
 from packetstack_core.autoscaling.metrics import MetricError, Pod, Reading
@@ -109,9 +109,7 @@ def simulate(
     if wanted is None:
         raise TypeError("the stack has no spec.autoscaling; call only for one that has")
     every = wanted.sync_period_seconds if interval_seconds is None else interval_seconds
-    first, last = series.times[0], series.times[-1]
-    if (last - first) / every > MAX_TICKS:
-        raise CliError(f"{last - first:g} s every {every:g} s are more than {MAX_TICKS} decisions; ask fewer")
+    first, times = series.times[0], series.decided_at(every)
     for schedule in (*wanted.schedules, *(t.schedule for t in (wanted.vertical.triggers if wanted.vertical else ()))):
         try:
             if schedule is not None:
@@ -121,8 +119,7 @@ def simulate(
     state, metrics, columns = together.State(), metrics_of(stack), columns_of(stack)
     engines = [_Engine(first, size.cores) for _ in range(size.replicas)]
     ticks = []
-    for i in range(int((last - first) / every) + 1):
-        now = first + i * every
+    for now in times:
         clock = begin.timestamp() + now - first
         serving = [e for e in engines if e.ready_at <= now]
         cores = [e.at(now) for e in serving]

@@ -245,7 +245,8 @@ class Autoscalers:
         """This size, if the present one is still that which was decided about. -> what was written"""
         size = done.size
         path, kind, change = f"{_path(key)}/scale", "Scale", _change("/spec/replicas", size.replicas, goal.replicas)
-        if done.by_triggers:
+        by_triggers = done.by_metrics is None
+        if by_triggers:
             path, kind = _path(key), resources.KIND
             change += _change("/spec/engine/cores", size.cores, goal.cores)
         change.sort(key=lambda one: one["op"] != "test")
@@ -256,7 +257,7 @@ class Autoscalers:
             except Refused as e:
                 if e.status == 409 and attempt < WRITE_ATTEMPTS:
                     continue
-                was = f"the stack is not {size}" if done.by_triggers else f"spec.replicas is not {size.replicas}"
+                was = f"the stack is not {size}" if by_triggers else f"spec.replicas is not {size.replicas}"
                 return together.refused(done, f"{was} any more" if e.status == 422 else str(e), now), frozenset()
             break
         wrote: set[Field] = set()
@@ -298,10 +299,7 @@ def _change(path: str, value: int, goal: int) -> list[dict[str, Any]]:
 def _seen(stack: Raw, spec: resources.Spec, active: list[Pod]) -> vertical.Seen:
     """What there is, and what stands against another size, as the stack's status says."""
     status = stack.get("status") or {}
-    sets = status.get("sets") or ()
-    held = ""
-    if len(sets) > 1:
-        held = "there is another set of engines: " + ", ".join(f"{s.get('id')} is {s.get('state')}" for s in sets)
+    held = vertical.held_by((s.get("id"), s.get("state")) for s in status.get("sets") or ())
     room: Raw = next((c for c in status.get("conditions") or () if c.get("type") == "CapacityAvailable"), {})
     obstacle = str(room.get("message") or room.get("reason")) if room.get("status") == "False" else ""
     return vertical.Seen(Size(spec.replicas, spec.engine.cores), active, obstacle, held)

@@ -56,6 +56,19 @@ class Watcher:
         self._thread.join(10)
 
 
+def ask(lab: Lab, name: str, connections: int, interval_ms: int, ramp_seconds: float) -> Traffic:
+    """Connections that ask again and again, for short answers."""
+    return Traffic(
+        lab,
+        TARGETS,
+        connections=connections,
+        request_interval_ms=interval_ms,
+        answer_bytes="64-512",
+        ramp_seconds=ramp_seconds,
+        name=name,
+    )
+
+
 def sizes(watcher: Watcher) -> list[int]:
     """Of the pool, one after the other."""
     found: list[int] = []
@@ -124,15 +137,7 @@ def test_the_pool_follows_a_ramp_of_traffic_and_breaks_no_connection() -> None:
 
         def start(name: str, connections: int, interval_ms: int, ramp_seconds: float) -> Traffic:
             began = time.monotonic() - watcher.began
-            traffic = Traffic(
-                lab,
-                TARGETS,
-                connections=connections,
-                request_interval_ms=interval_ms,
-                answer_bytes="64-512",
-                ramp_seconds=ramp_seconds,
-                name=name,
-            )
+            traffic = ask(lab, name, connections, interval_ms, ramp_seconds)
             traffics.append((began, traffic))
             return traffic
 
@@ -182,21 +187,10 @@ def test_row_6_the_cores_of_an_engine_follow_a_ramp_of_traffic_and_no_connection
             there = [len(e["cores"]) for e in item["status"]["engines"]]
             return bool(item["spec"]["engine"]["cores"] == cores and there == [cores] and item["status"]["ready"])
 
-        def start(name: str, connections: int, interval_ms: int, ramp_seconds: float) -> Traffic:
-            return Traffic(
-                lab,
-                TARGETS,
-                connections=connections,
-                request_interval_ms=interval_ms,
-                answer_bytes="64-512",
-                ramp_seconds=ramp_seconds,
-                name=name,
-            )
-
-        steady = start("steady", 50, 2000, 1)
+        steady = ask(lab, "steady", 50, 2000, 1)
         steady.wait_open()
         assert has(1)
-        ramp = start("ramp", 300, 300, 5)
+        ramp = ask(lab, "ramp", 300, 300, 5)
         eventually(lambda: has(2), LIMIT_SECONDS)
         ramp.wait_open()
         ramped = ramp.stop()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import socket
 import struct
 from collections import defaultdict
 
-from packetstack_cli.lab import Lab, Room, inside
+from tests.lab.listening import all_kept, listen
+
+from packetstack_cli.lab import Lab, Room
 
 FIN, SYN, RST, ACK = 1, 2, 4, 16
 
@@ -26,13 +27,7 @@ class Ends:
     """Follows the connections that pass a device of the lab; `look` reads what has passed."""
 
     def __init__(self, lab: Lab, room: Room, device: str) -> None:
-        program = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *i) for i in _FILTER))
-        with inside(lab.namespace(room)):
-            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
-        attached = struct.pack("HL", len(_FILTER), ctypes.addressof(program))
-        self._socket.setsockopt(socket.SOL_SOCKET, 26, attached)  # SO_ATTACH_FILTER
-        self._socket.setsockopt(socket.SOL_SOCKET, 33, 512 << 20)  # SO_RCVBUFFORCE
-        self._socket.bind((device, 0x0003))
+        self._socket = listen(lab, room, device, _FILTER)
         self._open: dict[Pair, tuple[int, set[bool]]] = {}
         """Number of the SYN, and which sides have closed."""
         self._answers: defaultdict[tuple[Pair, int], set[int]] = defaultdict(set)
@@ -54,8 +49,7 @@ class Ends:
                 break
             self._take(frame)
         self._answers.clear()
-        dropped = struct.unpack("II", self._socket.getsockopt(263, 6, 8))[1]  # SOL_PACKET, PACKET_STATISTICS
-        assert dropped == 0, f"{dropped} packets were not kept"
+        all_kept(self._socket)
 
     def close(self) -> None:
         """The end of it."""

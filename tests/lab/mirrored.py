@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.lab.listening import all_kept, listen
 from tests.lab.node import Node
 from tests.lab.pool import DEMO
 from tests.waiting import eventually
@@ -59,10 +60,7 @@ class Wire:
     """Keeps what passes a device of the lab from now on."""
 
     def __init__(self, lab: Lab, room: Room, device: str) -> None:
-        with inside(lab.namespace(room)):
-            self._socket = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
-        self._socket.setsockopt(socket.SOL_SOCKET, 33, 512 << 20)  # SO_RCVBUFFORCE
-        self._socket.bind((device, 0x0003))
+        self._socket = listen(lab, room, device)
 
     def peek(self) -> list[Segment]:
         """What has passed since the last look: TCP and UDP over IPv4, without later fragments."""
@@ -79,9 +77,8 @@ class Wire:
     def read(self) -> list[Segment]:
         """The same; it is the last look. AssertionError if the kernel could not keep all."""
         found = self.peek()
-        dropped = struct.unpack("II", self._socket.getsockopt(263, 6, 8))[1]  # SOL_PACKET, PACKET_STATISTICS
-        self._socket.close()
-        assert dropped == 0, f"{dropped} packets were not kept"
+        with self._socket:
+            all_kept(self._socket)
         return found
 
 

@@ -29,13 +29,6 @@ def made() -> Iterator[Mirrored]:
         yield made
 
 
-@pytest.fixture
-def lab(made: Mirrored) -> Mirrored:
-    """With one set."""
-    made.settle()
-    return made
-
-
 def listeners(backends: Sequence[str] = BACKENDS, check: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """One on port 80 with these backends, and one on port 81 that keeps clients at their backends."""
     pinned = listener("pinned", VIP, BACKENDS, port=81) | {"balancing": "Maglev", "sessionAffinity": "ClientIP"}

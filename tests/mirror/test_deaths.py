@@ -24,13 +24,6 @@ def made() -> Iterator[Mirrored]:
         yield made
 
 
-@pytest.fixture
-def lab(made: Mirrored) -> Mirrored:
-    """With one set."""
-    made.settle()
-    return made
-
-
 def kill_agent(lab: Mirrored) -> None:
     """It is gone."""
     agent = lab.client.agent_pid()

@@ -40,7 +40,7 @@ SYN_ACKS = "tcp sport 80 tcp flags & (syn | ack) == (syn | ack)"
 
 
 @pytest.fixture(scope="module")
-def served() -> Iterator[Mirrored]:
+def made() -> Iterator[Mirrored]:
     with mirrored("pkm-open", servers=False) as made:
         for address in made.lab.server_addresses:
             made.start_backend(address)
@@ -49,13 +49,6 @@ def served() -> Iterator[Mirrored]:
         made.lab.sysctl("client", {"net.ipv4.tcp_tw_reuse": "1", "net.ipv4.tcp_tw_reuse_delay": "1"})
         made.make(2)
         yield made
-
-
-@pytest.fixture
-def lab(served: Mirrored) -> Mirrored:
-    """With one set."""
-    served.settle()
-    return served
 
 
 def openers(segments: list[Segment], outgoing: bool) -> Counter[tuple[str, int]]:
@@ -202,16 +195,16 @@ def test_row_16_ports_that_are_used_again_at_once_are_served_by_one_set(lab: Mir
 
 
 @pytest.fixture
-def narrow(served: Mirrored) -> Iterator[Mirrored]:
+def narrow(made: Mirrored) -> Iterator[Mirrored]:
     """A stack with one backend, whose buckets have seven SNAT ports each."""
-    served.down()
+    made.down()
     one = {"name": "web", "address": VIP, "protocol": "TCP", "port": 80, "healthCheck": {"type": "None"}}
     one["backends"] = {"endpoints": [{"address": "10.71.5.1", "port": 8080}]}
     table = FLOW_TABLE | {"buckets": BUCKETS, "maxFlows": 1 << 18}
-    served.make(2, flowTable=table, listeners=[one], snat={"addresses": ["198.51.100.0/32"]})
-    served.settle()
-    yield served
-    served.down()
+    made.make(2, flowTable=table, listeners=[one], snat={"addresses": ["198.51.100.0/32"]})
+    made.settle()
+    yield made
+    made.down()
 
 
 def sources_by_bucket(lab: Mirrored, buckets: int, each: int) -> list[list[tuple[str, int]]]:

@@ -164,8 +164,14 @@ def by_the_clock(state: State, before: tuple[float, float], now: tuple[float, fl
 
     `before`, `now`: wall clock and monotonic clock, at the last round and at this one.
     """
+    jump = clock_jump(before, now)
+    return _map_times(state, lambda at: at + jump) if jump else state
+
+
+def clock_jump(before: tuple[float, float], now: tuple[float, float]) -> float:
+    """Seconds by which the wall clock was set between these two; 0 for what a clock drifts. See `by_the_clock`."""
     jump = (now[0] - before[0]) - (now[1] - before[1])
-    return _map_times(state, lambda at: at + jump) if abs(jump) >= DRIFT_SECONDS else state
+    return jump if abs(jump) >= DRIFT_SECONDS else 0.0
 
 
 def _map_times(state: State, other: Callable[[float], float]) -> State:

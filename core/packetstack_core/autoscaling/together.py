@@ -53,9 +53,9 @@ class Round:
     """What one remembers that is not in this round."""
 
     @property
-    def by_triggers(self) -> bool:
-        """Whether what it writes was decided by triggers; else it is the number of engines, by metrics."""
-        return self.horizontal is None or self.horizontal.decision.write is None
+    def by_metrics(self) -> rounds.Round | None:
+        """The round of metrics, if what is written is its number of engines; None if triggers decided it, or nothing is."""
+        return self.horizontal if self.horizontal is not None and self.horizontal.decision.write is not None else None
 
     @property
     def write(self) -> Size | None:
@@ -109,15 +109,15 @@ def ended(done: Round) -> Round:
 
 def written(done: Round, now: float) -> Round:
     """The round after its size was written."""
-    if done.horizontal is not None and done.horizontal.decision.write is not None:
-        return replace(ended(done), horizontal=rounds.written(done.horizontal, now))
+    if (first := done.by_metrics) is not None:
+        return replace(ended(done), horizontal=rounds.written(first, now))
     return replace(done, vertical=done.vertical and sizing.written(done.vertical, now))
 
 
 def refused(done: Round, message: str, now: float) -> Round:
     """The round after its size could not be written, for the reason `message`."""
-    if done.horizontal is not None and done.horizontal.decision.write is not None:
-        return replace(ended(done), horizontal=rounds.refused(done.horizontal, message, now))
+    if (first := done.by_metrics) is not None:
+        return replace(ended(done), horizontal=rounds.refused(first, message, now))
     return replace(done, vertical=done.vertical and sizing.refused(done.vertical, message, now))
 
 

@@ -15,14 +15,14 @@ asked for nothing is decided: the load of a change is no measure.
 Two writers would undo each other, see `rounds`: this one steps aside for another. Nothing here reads a clock.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
 from packetstack_core import autoscalers, resources
 from packetstack_core.autoscaling.metrics import MetricError, Pod
 from packetstack_core.autoscaling.options import with_schedule
-from packetstack_core.autoscaling.rounds import DRIFT_SECONDS, settings_of
+from packetstack_core.autoscaling.rounds import clock_jump, settings_of
 from packetstack_core.autoscaling.spec import spec_of
 from packetstack_core.autoscaling.status import Conditions, set_condition
 from packetstack_core.autoscaling.triggers import Ladder, Look, Size, ladder, least_cores, look, measure
@@ -110,6 +110,12 @@ class Round:
     def __str__(self) -> str:
         """The decision in one line."""
         return f"{self.size} -> {self.write or self.size}" + (f": {self.why}" if self.why else "")
+
+
+def held_by(sets: Iterable[tuple[int, str]]) -> str:
+    """`Seen.held` for these sets of engines, number and state; "" unless there are two."""
+    shown = [f"{number} is {state}" for number, state in sets]
+    return "there is another set of engines: " + ", ".join(shown) if len(shown) > 1 else ""
 
 
 # ---- one round -------------------------------------------------------------------------------------------------
@@ -389,8 +395,8 @@ def step_aside(stack: resources.Spec, state: State, seen: Seen, who: str, now: f
 
 def by_the_clock(state: State, before: tuple[float, float], now: tuple[float, float]) -> State:
     """As `rounds.by_the_clock`: hold time and cool-down last as long as they would have if nobody had set the clock."""
-    jump = (now[0] - before[0]) - (now[1] - before[1])
-    return _map_times(state, lambda at: at + jump) if abs(jump) >= DRIFT_SECONDS else state
+    jump = clock_jump(before, now)
+    return _map_times(state, lambda at: at + jump) if jump else state
 
 
 def _map_times(state: State, other: Callable[[float], float]) -> State:
