@@ -9,6 +9,7 @@ decision goes on from what is there. So their order counts:
 - What is not needed to serve comes after the status, so that its refusal is not all that is ever heard.
 """
 
+from collections import Counter
 from dataclasses import replace
 
 from packetstack_core import reading, resources, standing, transitions
@@ -25,6 +26,7 @@ from packetstack_core.planning import (
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import ConditionReason, Event, EventReason, Problem
 from packetstack_core.statuses import RebalanceStatus
+from packetstack_core.transitions import SetState
 from packetstack_core.wording import counted, timestamp
 from packetstack_operator import changing_sets, conditions, facts, observing, obstacles, standings, writing
 from packetstack_operator.facts import Facts, Plan, Waits
@@ -300,11 +302,20 @@ def _reconcile(found: Facts, plan: Plan) -> None:
         plan.waits.wake(planned.wake_at)
     if plan.memory.create_after > found.now:
         plan.waits.wake(plan.memory.create_after)
-    missing = found.stack.spec.replicas > sum(e.state not in ("Draining", "Failed") for e in plan.entries.values())
-    if not missing and all(e.state != "Pending" for e in plan.entries.values()):
+    if not _lacks_engines(found, plan) and all(e.state != "Pending" for e in plan.entries.values()):
         plan.forget_failures(found.template)
     for action in plan.actions:
         _act(found, plan, action)
+
+
+def _lacks_engines(found: Facts, plan: Plan) -> bool:
+    """Whether engines of the wanted template, or of a set that does not drain, are still to be made."""
+    staying = [e for e in plan.entries.values() if e.state not in ("Draining", "Failed")]
+    known = plan.sets.known
+    if not known:
+        return sum(e.template == found.template for e in staying) < found.stack.spec.replicas
+    there = Counter((e.set or known[0].id, e.template) for e in staying)
+    return any(there[s.id, s.template] < s.replicas for s in known if s.state is not SetState.DRAINING)
 
 
 def _act(found: Facts, plan: Plan, action: transitions.Action) -> None:

@@ -160,6 +160,28 @@ def test_refused_pods_are_never_a_heap_and_the_pauses_grow():
     model.check_goal()
 
 
+@pytest.mark.parametrize("strategy", ["Transfer", "Mirror"])
+def test_refused_pods_of_another_template_are_never_a_heap_either_and_the_engines_of_before_serve(strategy):
+    model = settled(2, handover={"strategy": strategy})
+    model.refuse = "UnexpectedAdmissionError"
+    model.set_spec(engine={"cores": 2})
+    began = model.now
+    while model.now < began + 120:
+        model.operator()
+        model.kubelet()
+        model.agent()
+        model.now += 0.5
+    assert reasons(model).count("EngineFailed") < 20, "two at a time with Mirror"
+    assert model.condition("CapacityAvailable")["reason"] == "DeviceNotReady"
+    assert set(model.words) == {1, 2}
+    assert model.condition("Available")["status"] == "True"
+    model.refuse = None
+    model.settle()
+    model.end_connections()
+    model.settle()
+    model.check_goal()
+
+
 @pytest.mark.parametrize(
     ("reason", "shown"),
     [("TopologyAffinityError", "TopologyRejected"), ("OutOfcpu", "NoExclusiveCPU"), ("OutOfmemory", "NoMemory")],
