@@ -31,6 +31,7 @@ from packetstack_core import following, kinds, preconditions
 from packetstack_core.backing_off import CONNECT_SECONDS, back_off
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import EventReason, Reason
+from packetstack_core.wording import timestamp
 
 GROUP, VERSION, PLURAL = "packetstack.io", "v1alpha1", "flowtables"
 WATCH_SECONDS = 240
@@ -38,7 +39,9 @@ WATCH_SECONDS = 240
 RESYNC_SECONDS = 5.0
 """Before all tables are looked at again, changed or not."""
 FLOWS_SECONDS = 15.0
-"""Time between two reports that differ in nothing but numbers of flows."""
+"""Time between two reports that differ in nothing but numbers of flows, or since when one is silent."""
+SILENT_SECONDS = 60
+"""To the multiple of which it is rounded down since when a flow is silent: each packet of it changes that."""
 
 Key = tuple[str, str]
 """Namespace and name."""
@@ -433,17 +436,20 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
     )
 
 
-def _sets_of(managed: Managed) -> list[dict[str, int]]:
+def _sets_of(managed: Managed) -> list[dict[str, int | str]]:
     stack = managed.stack
     left = stack.mirror.left() if stack.mirror is not None else None
     shown = []
     for number in stack.sets:
-        one = {"id": number}
+        one: dict[str, int | str] = {"id": number}
         if left is not None and number != stack.current:
             one |= {
                 "keptBuckets": power_of_two_below(left.buckets),
                 "connections": power_of_two_below(left.connections),
             }
+            if left.connections:
+                seen = time.time() - time.monotonic() + left.oldest_ticks / constant("PS_TICKS_PER_SECOND")
+                one["silentSince"] = timestamp(seen - seen % SILENT_SECONDS)
         shown.append(one)
     return shown
 
@@ -461,7 +467,7 @@ def power_of_two_below(n: int) -> int:
 
 def _without_flows(report: dict[str, Any]) -> dict[str, Any]:
     engines = [{k: v for k, v in e.items() if k != "flows"} for e in report.get("engines", [])]
-    sets = [{k: v for k, v in s.items() if k != "connections"} for s in report.get("sets", [])]
+    sets = [{k: v for k, v in s.items() if k not in ("connections", "silentSince")} for s in report.get("sets", [])]
     return report | {"engines": engines, "sets": sets}
 
 

@@ -7,6 +7,11 @@ from packetstack_core.resources import API_VERSION
 from packetstack_core.verbs import Json
 from packetstack_core.wording import counted
 
+COPIES = ("mirrored", "rejected")
+"""Of a set of engines: counts of packets, which only an agent knows."""
+LEFT = ("keptBuckets", "connections", "silentSince", "endsInSeconds")
+"""The same of connections, which an operator knows roughly."""
+
 
 def shown(stack: Json, table: Json | None, engines: Sequence[Json]) -> Json:
     """A PacketStack as the verb `get` of an agent shows one. Numbers that only an agent knows are None."""
@@ -102,7 +107,17 @@ def merged(status: Json, live: Json) -> Json:
     moves = sorted([*status["rebalance"]["lastMoves"], *live["rebalance"]["lastMoves"]], key=lambda m: float(m["time"]))
     rebalance = {**status["rebalance"], "queuesMoved": live["rebalance"]["queuesMoved"], "lastMoves": moves}
     known = {k: live[k] for k in ("flows", "drops", "backends", "handover")}
+    if "sets" in status:
+        known["sets"] = [_set(s, live.get("sets") or ()) for s in status["sets"]]
     return {"engines": engines, "rebalance": rebalance, "leaving": live.get("leaving", []), **known}
+
+
+def _set(known: Json, live: Sequence[Json]) -> Json:
+    """A set of engines: what it shall be and has is the operator's, what becomes of packets and connections the agent's."""
+    found: Json = next((s for s in live if s["id"] == known["id"]), {})
+    # What it has left, an agent says that has heard of the same state.
+    names = (*COPIES, *LEFT) if found.get("state") == known["state"] else COPIES
+    return {**known, **{name: found[name] for name in names if name in found}}
 
 
 def event_of(event: Json, stack: str, pod: str) -> Json:

@@ -79,6 +79,7 @@ Owners = Annotated[str, values.Text(r"[A-Za-z0-9+/=]*", 65536, "base64", "what t
 SetId = Annotated[int, Whole(1, MAX_SET_ID, "a set's id")]
 Template = Annotated[str, values.Text(r"[0-9a-f]+", 64, "a hash", "hexadecimal digits")]
 _TIME = r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z"
+Time = Annotated[str, values.Text(_TIME, 20, "a time", 'RFC 3339, UTC, as in "2026-01-31T12:00:00Z"')]
 
 
 class TableNode(Model):
@@ -101,7 +102,7 @@ class TableSet(Model):
     """Hash of the pod template that its engines are made from."""
     queues: Annotated[int, Whole(1, MAX_QUEUES, "a number of queues")]
     """Receive queues of an engine of this template."""
-    since: Annotated[str, values.Text(_TIME, 20, "a time", 'RFC 3339, UTC, as in "2026-01-31T12:00:00Z"')]
+    since: Time
     """When it got its state. RFC 3339, UTC."""
     engine: Engine | None = None
     """Shape that its engines are made from, image included. Absent: the stack's, since nobody knows another."""
@@ -260,6 +261,9 @@ class SetReport(Model):
     """Buckets of which it keeps connections that are older than their owner, rounded down to a power of two."""
     connections: Annotated[int, Whole(0, 2**31 - 1, "a number of connections")] = 0
     """Connections that it keeps, rounded down to a power of two."""
+    silent_since: Time | None = None
+    """When the one of them was seen last that is silent for the longest time. RFC 3339, UTC, rounded down to a minute so
+    that it changes seldom; absent without any."""
 
 
 class NodeReport(Model):

@@ -247,7 +247,7 @@ class Handover(Model):
 
     strategy: Literal["Transfer", "Mirror"] = "Transfer"
     """`Transfer`: flows move with their bucket. `Mirror`: a second set of engines takes what is new, and the first keeps its
-    flows until they have ended; not in Kubernetes yet."""
+    flows until they have ended."""
     deadline_seconds: Seconds = 3600
     """Seconds after which `onDeadline` applies to the flows that have not ended; for `Mirror` alone."""
     on_deadline: Literal["Keep", "Reset", "Transfer"] = "Keep"

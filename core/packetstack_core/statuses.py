@@ -198,7 +198,8 @@ class SetStatus(Model):
     connections: Annotated[int, Whole(0, 2**31 - 1, "a number of connections")] | None = None
     """Connections that it keeps, rounded down to a power of two; absent where it is not known."""
     silent_since: str = ""
-    """When the one of them was seen last that is silent for the longest time. RFC 3339, UTC; empty where it is not known."""
+    """When the one of them was seen last that is silent for the longest time. RFC 3339, UTC, in a cluster rounded down to a
+    minute; empty where it is not known."""
 
 
 class PacketStackStatus(Model):

@@ -83,6 +83,7 @@ def _set_status(known: SetStanding) -> SetStatus:
             "buckets": known.buckets,
             "keptBuckets": known.kept,
             "connections": known.connections,
+            "silentSince": timestamp(known.oldest) if known.oldest is not None else "",
         }
     )
 

@@ -71,7 +71,7 @@ def standing(found: Facts, plan: Plan, *, written: bool) -> Standing:
         firewall=_firewall(found.report.firewall) if found.report is not None else None,
         kept=_kept(found, plan, there),
         connections=_connections(found, plan),
-        oldest=None,
+        oldest=_oldest(found, plan),
     )
 
 
@@ -103,6 +103,12 @@ def _connections(found: Facts, plan: Plan) -> int | None:
     draining = plan.sets.one(SetState.DRAINING)
     kept = found.kept(draining.id) if draining is not None else None
     return kept.connections if kept is not None else None
+
+
+def _oldest(found: Facts, plan: Plan) -> float | None:
+    draining = plan.sets.one(SetState.DRAINING)
+    kept = found.kept(draining.id) if draining is not None else None
+    return observing.seconds(kept.silent_since) if kept is not None and kept.silent_since is not None else None
 
 
 def conflict_message(conflict: Conflict) -> str:

@@ -63,6 +63,8 @@ class Model:
         """Engines that were detached with their buckets, since they did not serve."""
         self.kept = [0] * BUCKETS
         """Engine by bucket that keeps connections of before."""
+        self.silent_since = self.now
+        """When the quietest of those was seen last."""
         self.set_of = {}
         """Engine -> its set."""
         self.macs = {}
@@ -384,6 +386,7 @@ class Model:
                     "id": s.id,
                     "keptBuckets": power_of_two_below(kept[s.id]),
                     "connections": power_of_two_below(kept[s.id]),
+                    **({"silentSince": _time(self.silent_since)} if kept[s.id] else {}),
                 }
                 for s in spec.sets
             ]

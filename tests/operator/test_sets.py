@@ -6,6 +6,7 @@ from hypothesis.stateful import rule
 from tests.operator.model import BUCKETS, Model
 from tests.operator.test_deciding import Operating
 
+from packetstack_core.wording import timestamp
 from packetstack_operator import deciding
 from packetstack_operator.observing import Memory
 
@@ -53,6 +54,7 @@ def test_a_second_set_is_switched_to_and_the_first_goes_when_its_connections_hav
     assert set(model.words) == {3, 4, 5}
     first, second = model.status["sets"]
     assert (first["engines"], first["keptBuckets"], first["connections"]) == (2, BUCKETS, BUCKETS)
+    assert (first["silentSince"], second["silentSince"]) == (timestamp(model.silent_since), "")
     assert (second["engines"], second["ready"], second["buckets"]) == (3, 3, BUCKETS)
     assert (model.status["replicas"], model.status["readyReplicas"]) == (3, 3)
     model.end_connections(2)
