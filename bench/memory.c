@@ -73,7 +73,7 @@ int main(int argc, char **argv)
 		fprintf(stderr, "usage: %s FILE (on tmpfs; made and removed)\n", argv[0]);
 		return 2;
 	}
-	h.arena = ps_arena_create(argv[1], NULL, BUCKETS, FLOWS, &e);
+	h.arena = ps_arena_create(argv[1], NULL, BUCKETS, FLOWS, NULL, &e);
 	if (!h.arena) {
 		fprintf(stderr, "%s\n", e.text);
 		return 1;

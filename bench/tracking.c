@@ -141,7 +141,7 @@ int main(int argc, char **argv)
 	struct ps_error e;
 
 	must(argc == 2 && c && flows && same, "usage: FILE (on tmpfs; made and removed)");
-	h.arena = ps_arena_create(argv[1], NULL, BUCKETS, 65536, &e);
+	h.arena = ps_arena_create(argv[1], NULL, BUCKETS, 65536, NULL, &e);
 	must(h.arena != NULL, e.text);
 	unlink(argv[1]);
 	*c = (struct ps_config){ .key0 = 1, .key1 = 2, .mask = BUCKETS - 1, .listeners = 1, .snats = 1, .backends = 1 };

@@ -23,6 +23,7 @@
 #include <unistd.h>
 
 #include "native.h"
+#include "packetstack/forms.h"
 #include "packetstack/shard.h"
 
 struct ps_director {
@@ -900,15 +901,15 @@ void ps_director_forget(struct ps_director *d, uint32_t half)
 void ps_director_know(struct ps_director *d, uint32_t half, struct ps_arena *a)
 {
 	uint64_t *bits = d->known + (half & 1) * PS_KNOWN_WORDS;
+	struct ps_shard_form form = ps_form_of(&a->form);
 
 	for (uint32_t b = 0; b < a->buckets; b++) {
-		struct ps_shard *s = ps_shard_at(a, b);
-		const struct ps_entry *flows = ps_shard_flows(a, s);
-		uint32_t high = s->high;
+		uint32_t high = ps_shard_at(a, b)->high;
 
 		for (uint32_t i = 0; i < high && i < a->entries; i++) {
-			uint32_t hash = flows[i].hash;
-			uint8_t state = flows[i].state;
+			const uint8_t *f = ps_form_entry(a, &form, b, i);
+			uint32_t hash = ps_form_u32(f, form.hash);
+			uint8_t state = f[form.state];
 
 			if (state == PS_FLOW_ESTABLISHED || state == PS_FLOW_CLOSING || state == PS_FLOW_ASSURED)
 				bits[ps_known_word(hash)] |= 1ull << (hash & 63);

@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "native.h"
+#include "packetstack/forms.h"
 #include "packetstack/parts.h"
 #include "packetstack/shard.h"
 
@@ -18,9 +19,11 @@ struct arena_places {
 	uint64_t shards, stride, clients, bytes;
 };
 
-static struct arena_places arena_places(uint32_t buckets, uint32_t entries, uint32_t index, uint32_t clients)
+static struct arena_places arena_places(const struct ps_shard_form *form, uint32_t buckets, uint32_t entries,
+					uint32_t index, uint32_t clients)
 {
-	struct arena_places at = { .shards = pages(sizeof(struct ps_arena)), .stride = ps_shard_bytes(entries, index) };
+	struct arena_places at = { .shards = pages(sizeof(struct ps_arena)),
+				   .stride = ps_form_shard_bytes(form, entries, index) };
 
 	at.clients = at.shards + at.stride * buckets;
 	at.bytes = pages(at.clients + clients * sizeof(ps_client_count));
@@ -30,23 +33,34 @@ static struct arena_places arena_places(uint32_t buckets, uint32_t entries, uint
 /* Does each number of an arena fit to the others? */
 static int arena_fits(const struct ps_arena *a)
 {
-	struct arena_places at = arena_places(a->buckets, a->entries, a->index_slots, a->clients);
+	struct ps_shard_form form = ps_form_of(&a->form);
+	struct arena_places at = arena_places(&form, a->buckets, a->entries, a->index_slots, a->clients);
 
-	return is_power_of_two(a->buckets) && a->buckets >= PS_MIN_BUCKETS && a->buckets <= PS_MAX_BUCKETS &&
-	       a->entries >= 16 && a->entries <= PS_MAX_ENTRIES && is_power_of_two(a->index_slots) &&
-	       a->index_slots > a->entries && a->index_slots <= 65536 && is_power_of_two(a->clients) &&
-	       a->clients >= 8 && a->addresses <= PS_MAX_ADDRESSES && a->backends <= PS_MAX_BACKENDS &&
-	       a->shards_offset == at.shards && a->shard_stride == at.stride && a->clients_offset == at.clients &&
-	       a->bytes == at.bytes;
+	return ps_form_fits(&form) && is_power_of_two(a->buckets) && a->buckets >= PS_MIN_BUCKETS &&
+	       a->buckets <= PS_MAX_BUCKETS && a->entries >= 16 && a->entries <= PS_MAX_ENTRIES &&
+	       is_power_of_two(a->index_slots) && a->index_slots > a->entries && a->index_slots <= 65536 &&
+	       is_power_of_two(a->clients) && a->clients >= 8 && a->addresses <= PS_MAX_ADDRESSES &&
+	       a->backends <= PS_MAX_BACKENDS && a->shards_offset == at.shards && a->shard_stride == at.stride &&
+	       a->clients_offset == at.clients && a->bytes == at.bytes;
 }
 
+struct ps_shard_form ps_own_form(void) { return ps_shard_form(); }
+
+struct ps_shard_form ps_arena_form(const struct ps_arena *a) { return ps_form_of(&a->form); }
+
 struct ps_arena *ps_arena_create(const char *path, const char *pin, uint32_t buckets, uint64_t max_flows,
-				 struct ps_error *e)
+				 const struct ps_shard_form *given, struct ps_error *e)
 {
+	struct ps_shard_form form = given ? ps_form_of(given) : ps_shard_form();
 	uint64_t mean, entries, index, clients;
 	struct arena_places at;
 	struct ps_arena *a;
 
+	if (!ps_form_fits(&form)) {
+		ps_fail(e, "%s: no memory is made for shard layout %u: its numbers do not fit together", path,
+			form.layout);
+		return NULL;
+	}
 	if (buckets < PS_MIN_BUCKETS || buckets > PS_MAX_BUCKETS || buckets & (buckets - 1)) {
 		ps_fail(e, "buckets: %u is not possible; use a power of two from %d to %d", buckets, PS_MIN_BUCKETS,
 			PS_MAX_BUCKETS);
@@ -68,11 +82,12 @@ struct ps_arena *ps_arena_create(const char *path, const char *pin, uint32_t buc
 		;
 	for (clients = 1024; clients < max_flows / 16; clients *= 2)
 		;
-	at = arena_places(buckets, (uint32_t)entries, (uint32_t)index, (uint32_t)clients);
+	at = arena_places(&form, buckets, (uint32_t)entries, (uint32_t)index, (uint32_t)clients);
 	a = ps_parts_create(path, pin, PS_ARENA_FILE_BYTES, at.bytes, e);
 	if (!a)
 		return NULL;
 	a->layout = PS_LAYOUT_VERSION;
+	a->form = form;
 	a->bytes = at.bytes;
 	a->buckets = buckets;
 	a->entries = (uint32_t)entries;
@@ -203,16 +218,19 @@ void ps_unmap(void *map)
  */
 static void keep_named(struct ps_arena *a, uint8_t *free_backend, uint8_t *free_listener, uint8_t *free_address)
 {
+	struct ps_shard_form form = ps_form_of(&a->form);
+
 	for (uint32_t b = 0; b < a->buckets; b++) {
-		struct ps_shard *s = ps_shard_at(a, b);
-		const struct ps_entry *flows = ps_shard_flows(a, s);
+		const struct ps_shard *s = ps_shard_at(a, b);
 
 		for (uint32_t i = 0; i < s->high && i < a->entries; i++) {
-			if (flows[i].state == PS_FLOW_FREE)
+			const uint8_t *f = ps_form_entry(a, &form, b, i);
+
+			if (f[form.state] == PS_FLOW_FREE)
 				continue;
-			free_backend[flows[i].backend & (PS_MAX_BACKENDS - 1)] = 0;
-			free_listener[flows[i].listener & (PS_MAX_NUMBERS - 1)] = 0;
-			free_address[flows[i].snat & (PS_MAX_ADDRESSES - 1)] = 0;
+			free_backend[ps_form_u16(f, form.backend) & (PS_MAX_BACKENDS - 1)] = 0;
+			free_listener[ps_form_u16(f, form.listener) & (PS_MAX_NUMBERS - 1)] = 0;
+			free_address[ps_form_u16(f, form.snat) & (PS_MAX_ADDRESSES - 1)] = 0;
 		}
 	}
 }
@@ -322,39 +340,47 @@ struct ps_shard *ps_arena_shard(struct ps_arena *a, uint32_t bucket)
 	return bucket < a->buckets ? ps_shard_at(a, bucket) : NULL;
 }
 
+/* Could this be a flow at all? */
+static int flow_sane(const struct ps_flow *f)
+{
+	return f->state != PS_FLOW_FREE && f->state < PS_FLOW_STATES && f->listener < PS_MAX_NUMBERS &&
+	       f->snat_id < PS_MAX_ADDRESSES && f->backend_id < PS_MAX_BACKENDS;
+}
+
 int ps_arena_flows(struct ps_arena *a, uint32_t bucket, struct ps_flow *out, int max)
 {
-	struct ps_shard *s = ps_shard_at(a, bucket);
-	struct ps_entry *flows = ps_shard_flows(a, s);
+	struct ps_shard_form form = ps_form_of(&a->form);
+	const struct ps_shard *s = ps_shard_at(a, bucket);
 	int n = 0;
 
 	for (uint32_t i = 0; i < s->high && i < a->entries && n < max; i++) {
-		uint16_t version = __atomic_load_n(&flows[i].version, __ATOMIC_ACQUIRE);
-		struct ps_entry f = flows[i];
-		const struct ps_listener_name *l = ps_listener_of(a, &f);
-		const struct ps_backend *b = ps_backend_of(a, &f);
-
-		__atomic_thread_fence(__ATOMIC_ACQUIRE);
-		if (version & 1 || version != __atomic_load_n(&flows[i].version, __ATOMIC_RELAXED) || !ps_flow_sane(&f))
-			continue;
-		out[n] = (struct ps_flow){
-			.client_port = f.client_port,
-			.vip_port = l->port,
-			.snat_port = f.snat_port,
-			.backend_port = b->port,
-			.hash = f.hash,
-			.last_seen = f.last_seen,
-			.flags = f.flags,
-			.backend_id = f.backend,
-			.listener = f.listener,
-			.snat_id = f.snat,
-			.state = f.state,
+		const uint8_t *entry = ps_form_entry(a, &form, bucket, i);
+		const uint16_t *written = (const uint16_t *)(entry + form.version);
+		uint16_t version = __atomic_load_n(written, __ATOMIC_ACQUIRE);
+		struct ps_flow f = {
+			.client_port = ps_form_u16(entry, form.client_port),
+			.snat_port = ps_form_u16(entry, form.snat_port),
+			.hash = ps_form_u32(entry, form.hash),
+			.last_seen = ps_form_u32(entry, form.last_seen),
+			.flags = ps_form_u16(entry, form.flags),
+			.backend_id = ps_form_u16(entry, form.backend),
+			.listener = ps_form_u16(entry, form.listener),
+			.snat_id = ps_form_u16(entry, form.snat),
+			.state = entry[form.state],
 		};
-		memcpy(out[n].client, f.client, 16);
-		memcpy(out[n].vip, l->address, 16);
-		memcpy(out[n].snat, ps_address(a, f.snat), 16);
-		memcpy(out[n].backend, b->address, 16);
-		n++;
+		const struct ps_listener_name *l = &a->listener[f.listener & (PS_MAX_NUMBERS - 1)];
+		const struct ps_backend *b = &a->backend[f.backend_id & (PS_MAX_BACKENDS - 1)];
+
+		memcpy(f.client, entry + form.client, 16);
+		__atomic_thread_fence(__ATOMIC_ACQUIRE);
+		if (version & 1 || version != __atomic_load_n(written, __ATOMIC_RELAXED) || !flow_sane(&f))
+			continue;
+		f.vip_port = l->port;
+		f.backend_port = b->port;
+		memcpy(f.vip, l->address, 16);
+		memcpy(f.snat, ps_address(a, f.snat_id), 16);
+		memcpy(f.backend, b->address, 16);
+		out[n++] = f;
 	}
 	return n;
 }

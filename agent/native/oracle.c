@@ -49,7 +49,7 @@ uint64_t ps_size_of(const char *structure)
 		SIZE(ps_config),     SIZE(ps_config_file),   SIZE(ps_message),	      SIZE(ps_capture),
 		SIZE(ps_census),     SIZE(ps_allowed4),	     SIZE(ps_allowed6),	      SIZE(ps_uplink),
 		SIZE(ps_own_filter), SIZE(ps_backend_count), SIZE(ps_listener_count), SIZE(ps_watch),
-		SIZE(ps_watched),    SIZE(ps_end),
+		SIZE(ps_watched),    SIZE(ps_end),	     SIZE(ps_shard_form),
 	};
 
 	for (size_t i = 0; i < sizeof(sizes) / sizeof(sizes[0]); i++)

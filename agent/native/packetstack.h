@@ -119,10 +119,13 @@ struct ps_flow {
  * Creates (refuses to overwrite) or opens, to be written; maps shared. What is of another layout, or has numbers that do
  * not fit to each other, to the file and to its map, is refused. `pin`: where the map is pinned that engines write
  * (packetstack/parts.h); for the creation of an arena in tests it may be NULL, then that part is nobody else's.
+ * `form`: of the engines that shall use the arena, perhaps of another build; NULL: of this one.
  */
 struct ps_arena *ps_arena_create(const char *path, const char *pin, uint32_t buckets, uint64_t max_flows,
-				 struct ps_error *e);
+				 const struct ps_shard_form *form, struct ps_error *e);
 struct ps_arena *ps_arena_open(const char *path, const char *pin, struct ps_error *e);
+struct ps_shard_form ps_own_form(void);
+struct ps_shard_form ps_arena_form(const struct ps_arena *a);
 struct ps_config_file *ps_config_create(const char *path, struct ps_error *e);
 struct ps_config_file *ps_config_open(const char *path, int read_only, struct ps_error *e);
 struct ps_engine *ps_engine_open(const char *path, const char *pin, struct ps_error *e);
@@ -189,7 +192,7 @@ int ps_queues_known(const struct ps_engine *engine, const int *fds, int n, struc
 /* Walks all rings: each frame is in exactly one. Exact while no packets flow. */
 int ps_queues_census(struct ps_engine *engine, const struct ps_queue_fds *fds, struct ps_census *out,
 		     struct ps_error *e);
-/* Are a shard's indexes, lists and counts those of its flows? Nobody may be changing it. */
+/* Are a shard's indexes, lists and counts those of its flows? Nobody may be changing it. Of this build's form alone. */
 int ps_arena_check(struct ps_arena *a, uint32_t bucket, struct ps_error *e);
 
 /* ---- transfer.c: moves of ownership ------------------------------------------------------------------ */

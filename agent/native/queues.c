@@ -451,7 +451,9 @@ int ps_queues_census(struct ps_engine *n, const struct ps_queue_fds *fds, struct
 
 int ps_arena_check(struct ps_arena *a, uint32_t bucket, struct ps_error *e)
 {
-	const char *wrong = ps_shard_check(a, ps_shard_at(a, bucket));
+	struct ps_shard_form form = ps_arena_form(a), own = ps_own_form();
+	const char *wrong = memcmp(&form, &own, sizeof(own)) ? "its shard has another build's form"
+							     : ps_shard_check(a, ps_shard_at(a, bucket));
 
 	return wrong ? ps_fail(e, "bucket %u: %s", bucket, wrong) : 0;
 }

@@ -16,9 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from packetstack_agent import processes
+from packetstack_agent import builds, processes
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import constant, ffi, lib
+from packetstack_core import shards
 
 NOBODY = 65534
 HELLO_SECONDS = 5.0
@@ -84,6 +85,8 @@ class Shared:
     queues: int
     view: Any
     """`struct ps_engine *`."""
+    shard: str
+    """Layout of its set's shards."""
     pod_uid: str = ""
     """UID of the pod whose processes alone may serve it; empty: processes that the agent has started."""
     connections: Connections | None = None
@@ -105,6 +108,8 @@ class Attachments:
         """How long nobody served while the last process followed one that could be told to stop."""
         self.refused = ""
         """Why the last process that was not let in was not."""
+        self.foreign = ""
+        """Shard layout of the last process that was not let in for that; empty as soon as another serves."""
         self._report = changed
         self._happened = asyncio.Event()
         self._generation = int(shared.view.generation)
@@ -224,6 +229,13 @@ class Attachments:
                 self.refused = reason
                 self._changed(reason)
                 return
+            if (shard := builds.name_of(hello.shard)) != self._shared.shard:
+                here = shards.number(self._shared.shard)
+                reason = f"LayoutMismatch: datapath has shard layout {shards.number(shard)}, its set of engines {here}"
+                _send(connection, "PS_MSG_REFUSED", reason)
+                self.refused, self.foreign = reason, shard
+                self._changed(reason)
+                return
             link = Link(pid, pidfd, int(hello.generation), connection)
             if not (self._resume(link, fds) if link.generation else await self._follow(link)):
                 return
@@ -322,7 +334,7 @@ class Attachments:
                 return True
             if before is not None:
                 self.pause_seconds = time.monotonic() - began
-            self.serving, self._ending = link, None
+            self.serving, self._ending, self.foreign = link, None, ""
             self._tell(link)  # of what has come meanwhile
             self._changed("ready")
         return True
@@ -372,7 +384,7 @@ def _message(kind: str, reason: str = "") -> Any:
     message = ffi.new("struct ps_message *")
     message.kind = constant(kind)
     message.layout = constant("PS_LAYOUT_VERSION")
-    message.text = reason.encode()[:127]
+    message.text = reason.encode()[: ffi.sizeof(message.text) - 1]
     return message
 
 

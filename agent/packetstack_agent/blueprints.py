@@ -36,6 +36,8 @@ class Blueprint:
     """Where the map is pinned that goes with the arena."""
     memory: Path
     """Where the engine's own is pinned."""
+    shard: str
+    """Layout of the shards of its set: the one that its build must have."""
     index: int = 0
     """The stack's number on the node."""
     id: int = 0

@@ -134,6 +134,7 @@ class EngineLife:
             index=stack.index,
             flows=memory.pin,
             memory=self._run.memory(directory),
+            shard=memory.shard,
         )
 
     async def regain(self, managed: Managed, slot: int, known: Json) -> None:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent import cgroups, namespaces, networks, processes
+from packetstack_agent import builds, cgroups, namespaces, networks, processes
 from packetstack_agent.attachments import NOBODY, Attachments, Changed, Shared
 from packetstack_agent.blueprints import Blueprint
 from packetstack_agent.errors import AgentError
@@ -265,7 +265,7 @@ def _share(engine: Engine, view: Any, memory: tuple[int, int], rings: list[int])
     # In a pod it is the kubelet who gives CPUs.
     pin = None if b.pod and b.cpu_policy == "Exclusive" else b.cpus
     files = (arena, flows, *memory, config)
-    engine.shared = Shared(b.slot, b.cores, pin, files, rings, b.queues, view, b.pod_uid)
+    engine.shared = Shared(b.slot, b.cores, pin, files, rings, b.queues, view, b.shard, b.pod_uid)
     engine.listener = _listen(b.directory / "engine.sock")
 
 
@@ -393,7 +393,7 @@ def spawn(b: Blueprint) -> Process:
         namespaces.enter(namespace)
 
     command = [str(abi.native("packetstack-init")), "--log", str(b.directory / "log")]
-    command += ["--datapath", str(abi.native("packetstack-datapath"))]
+    command += ["--datapath", str(builds.of(b.arena.parent, b.shard))]
     command += ["--socket", str(b.directory / "engine.sock")]
     command += ["--supervisor", sys.executable, "-P", "-m", "packetstack_engine.main", "--directory", str(b.directory)]
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from packetstack_agent import processes, words
+from packetstack_agent import builds, processes, words
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import PROTOCOLS, call, constant, ffi, lib, packed, text, unpacked, wire
@@ -97,10 +97,11 @@ class Report:
 class FlowMemory:
     """Memory of one set. Numbers of addresses, backends and listeners are its own: another set has others for them."""
 
-    def __init__(self, stack: str, directory: Path, pin: Path, buckets: int, max_flows: int) -> None:
-        """Opens what is there, and makes what is not. `pin`: where the map is pinned, or shall be, that engines write."""
+    def __init__(self, stack: str, directory: Path, pin: Path, buckets: int, max_flows: int, shard: str = "") -> None:
+        """Opens what is there, and makes what is not. `pin`: where the map is pinned, or shall be, that engines write.
+        `shard`: layout of shards that are made, see `packetstack_core.shards`; empty: that of this agent's build."""
         self._stack = stack
-        self._directory = directory
+        self.directory = directory
         self._settled = 0
         """Generation of the configuration that every core has been seen to use."""
         self._reading = threading.Lock()
@@ -110,10 +111,11 @@ class FlowMemory:
         """The connections that it keeps have no more time: its configurations say so."""
         directory.mkdir(parents=True, exist_ok=True)
         self.arena_path, self.config_path, self.pin = directory / "arena", directory / "config", pin
+        form = builds.form_of(shard) if shard else ffi.NULL
         if self.arena_path.exists():
             self.arena = call(lib().ps_arena_open, text(self.arena_path), text(pin))
         else:
-            self.arena = call(lib().ps_arena_create, text(self.arena_path), text(pin), buckets, max_flows)
+            self.arena = call(lib().ps_arena_create, text(self.arena_path), text(pin), buckets, max_flows, form)
         try:
             if self.config_path.exists():
                 self.config = call(lib().ps_config_open, text(self.config_path), 0)
@@ -122,6 +124,8 @@ class FlowMemory:
         except BaseException:
             lib().ps_unmap(self.arena)
             raise
+        self.shard = builds.name_of(lib().ps_arena_form(self.arena))
+        """Layout of its shards: engines whose build has another one cannot use it."""
 
     @property
     def buckets(self) -> int:
@@ -138,7 +142,7 @@ class FlowMemory:
     def remove(self) -> None:
         """Let it go for good, with its files and the map."""
         self.close()
-        remove_files(self._directory, self.pin)
+        remove_files(self.directory, self.pin)
 
     # ---- configuration ------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ SHARED = (
     "ps_entry",
     "ps_flow",
     "ps_shard",
+    "ps_shard_form",
     "ps_fence",
     "ps_address",
     "ps_backend",

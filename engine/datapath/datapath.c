@@ -27,6 +27,7 @@
 #include <x86intrin.h>
 
 #include "packetstack/census.h"
+#include "packetstack/forms.h"
 #include "packetstack/parts.h"
 #include "nat.h"
 
@@ -1242,6 +1243,7 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 	struct xdp_mmap_offsets offsets;
 	socklen_t length = sizeof(offsets);
 	struct ps_engine *e;
+	struct ps_shard_form form, own = ps_shard_form();
 	size_t config_bytes = 0;
 
 	if (attach->queues < 1 || attach->queues > PS_MAX_QUEUES || attach->cores < 1 || attach->cores > PS_MAX_CORES ||
@@ -1267,6 +1269,12 @@ int datapath_map(struct datapath *d, const struct ps_message *attach, const int 
 	    config_bytes < sizeof(*d->config) || e->queues != d->queues || e->cores != d->cores) {
 		snprintf(error, (size_t)size, "LayoutMismatch: shared memory is not of layout %d, this datapath's",
 			 PS_LAYOUT_VERSION);
+		return -1;
+	}
+	form = ps_form_of(&d->arena->form);
+	if (memcmp(&form, &own, sizeof(own))) {
+		snprintf(error, (size_t)size, "LayoutMismatch: the arena has shard layout %u, this datapath serves %u",
+			 form.layout, own.layout);
 		return -1;
 	}
 #ifdef PS_INJECT

@@ -67,6 +67,7 @@ static int send_message(int fd, uint32_t kind, uint32_t generation, const int *f
 		.layout = PS_LAYOUT_VERSION,
 		.pid = (uint32_t)getpid(),
 		.generation = generation,
+		.shard = ps_shard_form(),
 	};
 	union {
 		char bytes[CMSG_SPACE(sizeof(int) * MAX_FDS)];
@@ -161,6 +162,18 @@ static int expect(int agent, uint32_t kind, struct ps_message *m, int *fds)
 	exit(1);
 }
 
+/* The numbers of struct ps_shard_form in their order, with dots between them: before it starts a build, an agent asks this. */
+static int print_form(void)
+{
+	struct ps_shard_form form = ps_shard_form();
+	uint16_t numbers[sizeof(form) / sizeof(uint16_t)];
+
+	memcpy(numbers, &form, sizeof(form));
+	for (size_t i = 0; i < sizeof(numbers) / sizeof(*numbers); i++)
+		printf(i ? ".%u" : "%u", numbers[i]);
+	return puts("") < 0;
+}
+
 int main(int argc, char **argv)
 {
 	struct ps_message m, order;
@@ -168,8 +181,10 @@ int main(int argc, char **argv)
 	char error[256] = "";
 	const char *name;
 
+	if (argc == 2 && !strcmp(argv[1], "--shard-form"))
+		return print_form();
 	if (argc != 3 || strcmp(argv[1], "--socket")) {
-		fprintf(stderr, "usage: packetstack-datapath --socket PATH\n");
+		fprintf(stderr, "usage: packetstack-datapath --socket PATH | --shard-form\n");
 		return 2;
 	}
 	signal(SIGTERM, end);

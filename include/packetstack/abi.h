@@ -16,7 +16,12 @@
 #endif
 
 enum ps_limits {
-	PS_LAYOUT_VERSION = 5,
+	PS_LAYOUT_VERSION = 5, /* of all that agent and engines share, but for what lies behind a shard's header */
+#ifdef PS_OTHER_SHARD_LAYOUT
+	PS_SHARD_LAYOUT = 1000, /* for tests */
+#else
+	PS_SHARD_LAYOUT = 1, /* of that: see ps_shard_form */
+#endif
 	PS_MAX_STACKS = 64,
 	PS_MIN_BUCKETS = 256,
 	PS_MAX_BUCKETS = 8192,
@@ -585,9 +590,12 @@ enum ps_flow_flags {
 enum ps_side { PS_CLIENT = 0, PS_BACKEND = 1 };
 
 /*
- * 64 bytes, one cache line. What names the flow is complete in itself but for two tables of the arena, whose
- * entries outlive the flows that name them: listeners (virtual address, port, protocol) and backends.
+ * One cache line. What names the flow is complete in itself but for two tables of the arena, whose entries outlive the
+ * flows that name them: listeners (virtual address, port, protocol) and backends. Engines of a set agree on this and on
+ * what else lies behind a shard's header; others know no more of it than ps_shard_form says. A change of it, or of what
+ * engines mean by it, is another PS_SHARD_LAYOUT.
  */
+#ifndef PS_OTHER_SHARD_LAYOUT
 struct ps_entry {
 	uint16_t version;    /* odd while being written */
 	uint8_t state;	     /* ps_flow_state */
@@ -605,6 +613,35 @@ struct ps_entry {
 	uint16_t backend;  /* index into the arena's backends */
 	uint16_t listener; /* number: index into the arena's listeners */
 	uint16_t flags;	   /* ps_flow_flags */
+};
+#else
+/* Larger, and all in other places: for tests of sets whose builds differ in this. */
+struct ps_entry {
+	uint16_t flags, listener;
+	uint8_t unlike[58];
+	uint8_t scales, state;
+	uint8_t client[16];
+	uint16_t backend, snat, snat_port, client_port;
+	uint16_t window[2];
+	uint32_t acked[2], end[2];
+	uint16_t next, prev;
+	uint32_t hash, last_seen;
+	uint16_t version;
+	uint8_t behind[6];
+};
+#endif
+
+/*
+ * What an agent has to know of a shard layout, which may be another build's: it makes memory for it, looks which numbers
+ * of the arena flows name, and shows them. Behind the header lie the indexes, then the entries, then so many bytes more.
+ * Sizes in bytes; then the place of each field in an entry, whose type, states and flags are those of all layouts.
+ */
+struct ps_shard_form {
+	uint16_t layout;      /* 0: not said. That of builds before there was another */
+	uint16_t index_bytes; /* for each of ps_arena.index_slots */
+	uint16_t entry_bytes, tail_bytes;
+	uint16_t version, state, last_seen, hash, client, client_port, snat_port, snat, backend, listener, flags;
+	uint16_t spare;
 };
 
 enum ps_owner_state {
@@ -628,13 +665,19 @@ struct ps_flow_list {
 };
 
 /* What the listeners of a class have of a shard. */
+#ifndef PS_OTHER_SHARD_LAYOUT
 struct ps_share {
 	uint16_t held;	    /* entries of flows that have not ended */
 	uint16_t half_open; /* of these, those that are half open */
 };
+#else
+struct ps_share {
+	uint32_t half_open, held;
+};
+#endif
 
 /*
- * One cache line, since each packet needs it. What only openings need lies behind the entries, so that the indexes are
+ * The header is the same in every shard layout. One cache line, since each packet needs it. What only openings need lies behind the entries, so that the indexes are
  * close to it and each entry is one line too.
  */
 struct ps_shard {
@@ -731,7 +774,8 @@ struct ps_arena {
 	struct ps_address address[4096];	/* PS_MAX_ADDRESSES: SNAT and virtual addresses */
 	struct ps_backend backend[4096];	/* PS_MAX_BACKENDS */
 	struct ps_listener_name listener[1024]; /* PS_MAX_NUMBERS */
-	uint8_t spare1[3584];
+	struct ps_shard_form form;		/* of its shards */
+	uint8_t spare1[3552];
 	/* the engines' part */
 	struct ps_backend_count backend_count[4096];
 	struct ps_listener_count listener_count[1024];
@@ -820,7 +864,8 @@ struct ps_config_file {
  */
 
 enum ps_message_kind {
-	PS_MSG_HELLO = 1,   /* datapath -> agent: layout, pid, generation; descriptors as in ATTACH from the UMEM on */
+	PS_MSG_HELLO =
+		1, /* datapath -> agent: layout, shard, pid, generation; descriptors as in ATTACH from the UMEM on */
 	PS_MSG_ATTACH = 2,  /* agent -> datapath, with descriptors: arena and its map, engine file and its map,
 				   configuration; UMEM, one AF_XDP socket a queue, for each core a socket that
 				   wakes it, for each core its end of that */
@@ -845,7 +890,8 @@ struct ps_message {
 	uint32_t spare;
 	uint32_t buckets, entries, index_slots, clients; /* CONNECTIONS: of the list */
 	int32_t pin[32];				 /* CPU per core, -1 = not pinned */
-	char text[128];
+	char text[96];
+	struct ps_shard_form shard; /* HELLO: of the shards that this build serves */
 };
 
 #ifndef PS_CDEF

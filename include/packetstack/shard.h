@@ -28,9 +28,31 @@ void ps_point(enum ps_point at);
 #define PS_POINT(name) ((void)0)
 #endif
 
-_Static_assert(sizeof(struct ps_entry) == 64 && sizeof(struct ps_listener_count) == 64 &&
+_Static_assert(!(sizeof(struct ps_entry) % 64) && sizeof(struct ps_listener_count) == 64 &&
 		       sizeof(struct ps_shard) == 64 && !(sizeof(struct ps_share) * PS_CLASSES % 64),
 	       "shards and entries begin at a cache line");
+
+/* The form of this build's shards. */
+static inline struct ps_shard_form ps_shard_form(void)
+{
+	return (struct ps_shard_form){
+		.layout = PS_SHARD_LAYOUT,
+		.index_bytes = 2 * sizeof(uint16_t),
+		.entry_bytes = sizeof(struct ps_entry),
+		.tail_bytes = sizeof(struct ps_share) * PS_CLASSES,
+		.version = offsetof(struct ps_entry, version),
+		.state = offsetof(struct ps_entry, state),
+		.last_seen = offsetof(struct ps_entry, last_seen),
+		.hash = offsetof(struct ps_entry, hash),
+		.client = offsetof(struct ps_entry, client),
+		.client_port = offsetof(struct ps_entry, client_port),
+		.snat_port = offsetof(struct ps_entry, snat_port),
+		.snat = offsetof(struct ps_entry, snat),
+		.backend = offsetof(struct ps_entry, backend),
+		.listener = offsetof(struct ps_entry, listener),
+		.flags = offsetof(struct ps_entry, flags),
+	};
+}
 
 /* A flow as its packets name it; wire order */
 struct ps_key {

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from tests.model.node import turns
 
-from packetstack_agent import attachments
+from packetstack_agent import attachments, builds
 from packetstack_agent.attachments import Attachments, Link, Shared
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import constant, ffi
+from packetstack_core import shards
 
 SIZE = ffi.sizeof("struct ps_message")
 
@@ -24,12 +25,14 @@ class Datapath:
         self.path = path
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
 
-    async def hello(self, generation: int = 0) -> None:
+    async def hello(self, generation: int = 0, shard: str = "") -> None:
         await asyncio.get_running_loop().sock_connect(self.socket, str(self.path))
-        self.send("PS_MSG_HELLO", generation)
+        self.send("PS_MSG_HELLO", generation, shard)
 
-    def send(self, kind: str, generation: int = 0) -> None:
+    def send(self, kind: str, generation: int = 0, shard: str = "") -> None:
         message = ffi.new("struct ps_message *")
+        if shard:
+            message.shard = builds.form_of(shard)[0]
         message.kind, message.layout = constant(kind), constant("PS_LAYOUT_VERSION")
         message.generation = generation
         self.socket.send(bytes(ffi.buffer(message)))
@@ -76,7 +79,7 @@ class Place:
         self.view = ffi.new("struct ps_engine *")
         self.said: list[str] = []
         file = self.file
-        shared = Shared(1, 1, (), (file,) * 5, [file] * 4, 1, self.view)
+        shared = Shared(1, 1, (), (file,) * 5, [file] * 4, 1, self.view, shards.FIRST)
         self.attachments = Attachments(listener, shared, self.said.append)
         self.made: list[Datapath] = []
 
@@ -117,6 +120,27 @@ async def test_a_successor_is_let_in_when_the_one_before_it_has_stopped(place: P
     second.send("PS_MSG_READY")
     assert await place.attachments.until(lambda: place.said[-1] == "ready" and len(place.said) == 2, 5)
     assert place.view.generation == 2
+
+
+async def test_a_build_of_another_shard_layout_is_not_let_in_and_said_until_one_of_the_sets_own_serves(
+    place: Place,
+) -> None:
+    other = shards.FIRST.replace("1.", "7.", 1)
+    for generation in (0, 3):
+        stranger = place.datapath()
+        await stranger.hello(generation, other)
+        assert await stranger.got() == constant("PS_MSG_REFUSED")
+        assert place.attachments.foreign == other
+        assert place.attachments.refused == "LayoutMismatch: datapath has shard layout 7, its set of engines 1"
+        stranger.die()
+    one = place.datapath()
+    await one.hello(0, shards.FIRST)
+    assert await one.got() == constant("PS_MSG_ATTACH")
+    one.send("PS_MSG_PREPARED")
+    await one.let_in()
+    one.send("PS_MSG_READY")
+    assert await place.attachments.until(lambda: place.attachments.serving is not None, 5)
+    assert place.attachments.foreign == ""
 
 
 async def test_no_successor_is_let_in_while_the_one_before_it_may_live(place: Place) -> None:

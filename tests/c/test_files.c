@@ -17,7 +17,7 @@ static struct ps_arena *made(uint32_t buckets, uint64_t flows)
 	struct ps_arena *a;
 
 	snprintf(path, sizeof(path), "/tmp/packetstack-test-files-%d", getpid());
-	a = ps_arena_create(path, NULL, buckets, flows, &e);
+	a = ps_arena_create(path, NULL, buckets, flows, NULL, &e);
 	CHECK(a, "%s", e.text);
 	unlink(path);
 	return a;

@@ -22,7 +22,7 @@ from packetstack_agent.managed import Managed
 from packetstack_agent.natives import ffi
 from packetstack_agent.stacks import Stack
 from packetstack_agent.structs import Core, Queue
-from packetstack_core import reading
+from packetstack_core import reading, shards
 from packetstack_core.assignment import NOBODY, Move, Owner, State
 from packetstack_core.kinds import FlowTable
 from packetstack_core.reasons import Reason
@@ -82,6 +82,7 @@ class PlayedMemory(FlowMemory):
     def __init__(self) -> None:
         self.arena = self.config = None
         self.arena_path = self.config_path = self.pin = Path("/nonexistent")
+        self.shard = shards.FIRST
 
 
 class PlayedStack(Stack):
@@ -182,7 +183,7 @@ class PlayedEngine(Engine):
         super().__init__(
             Blueprint(
                 stack.name, slot, shape.template_hash(), shape.queues, shape.cores, shape.cpu_policy, (), 0, "", "",
-                nowhere, nowhere, nowhere, nowhere, nowhere,
+                nowhere, nowhere, nowhere, nowhere, nowhere, shards.FIRST,
             )
         )  # fmt: skip
         self.state = state
