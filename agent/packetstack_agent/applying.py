@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
-from packetstack_agent import networks
+from packetstack_agent import builds, networks
 from packetstack_agent.blueprints import FIRST_SET
 from packetstack_agent.director import Director
 from packetstack_agent.engine_life import EngineLife
@@ -19,7 +19,7 @@ from packetstack_agent.stacks import Stack
 from packetstack_agent.surveying import survey
 from packetstack_agent.threads import to_the_end
 from packetstack_agent.underlay import Underlay
-from packetstack_core import preconditions, reading, standing
+from packetstack_core import preconditions, reading, shards, standing
 from packetstack_core.kinds import FlowTable
 from packetstack_core.preconditions import Precondition
 from packetstack_core.reasons import EventReason
@@ -161,8 +161,9 @@ class Applying:
         await asyncio.to_thread(self._run.remove_stack, name)
         directory = self._run.stack(name)
         first = (table.spec.current_set() if table is not None else None) or FIRST_SET
+        shard = await asyncio.to_thread(_first_shard, table)
         stack = await asyncio.to_thread(
-            Stack, name, resource, index, directory, self._run.memory, self._director.handle, (first,), first
+            Stack, name, resource, index, directory, self._run.memory, self._director.handle, (first,), first, shard
         )
         managed = Managed(stack, table=table)
         self._stacks[name] = managed
@@ -246,6 +247,13 @@ class Applying:
                 await self._life.destroy(managed, engine)
             managed.stack.close()
             del self._stacks[managed.stack.name]
+
+
+def _first_shard(table: FlowTable | None) -> str:
+    """Shard layout that a new stack begins with: its build's. In a cluster the table says it. Blocks."""
+    if table is None:
+        return builds.shard_of(builds.installed())
+    return next((s.shard or shards.FIRST for s in table.spec.sets or () if s.state == "Current"), "")
 
 
 def _check_leaving(wanted: dict[str, PacketStack], owners: dict[Address, str], there: dict[str, Managed]) -> None:

@@ -27,7 +27,7 @@ from packetstack_agent.managed import Managed
 from packetstack_agent.natives import constant
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.standings import firewall_problem, trouble
-from packetstack_core import following, kinds, preconditions
+from packetstack_core import following, kinds, preconditions, shards
 from packetstack_core.backing_off import CONNECT_SECONDS, back_off
 from packetstack_core.reading import ResourceError
 from packetstack_core.reasons import EventReason, Reason
@@ -415,6 +415,7 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
             "mac": e.mac,
             "message": trouble(e),
             "configured": managed.stack.is_configured(e) if has_sets else None,
+            "shard": (e.attachments.foreign or None) if e.attachments is not None else None,
         }
         for _, e in sorted(managed.engines.items())
         if not e.removing
@@ -429,6 +430,7 @@ def report_of(managed: Managed, node: str, message: str) -> kinds.NodeReport:
                 "engines": engines,
                 "agentVersion": version("packetstack"),
                 "layout": constant("PS_LAYOUT_VERSION"),
+                "shard": managed.stack.shard if managed.stack.shard != shards.FIRST else None,
                 "message": message,
                 "sets": _sets_of(managed) if has_sets else None,
             }

@@ -222,6 +222,18 @@ class Keeper:
         managed.disturb()
         return was
 
+    def serve_by(self, managed: Managed, shard: str) -> None:
+        """Its engines shall have a build with this shard layout. AgentError if that cannot be written down."""
+        before, managed.shard = managed.shard, shard
+        managed.note(self._run.record)
+        try:
+            self._run.save(must=True)
+        except AgentError:
+            managed.shard = before
+            managed.note(self._run.record)
+            raise
+        managed.disturb()
+
     async def rebalance(self, managed: Managed, moves: Sequence[Move], why: str) -> int:
         """Move buckets for the load's sake: from now on their numbers need not be even. Returns how many were moved."""
         self._run.record.rebalanced[managed.stack.name] = True

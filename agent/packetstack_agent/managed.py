@@ -32,6 +32,8 @@ class Managed:
     """Engines by slot. EngineLife puts them in and takes them out."""
     sets: Sets = field(default_factory=Sets)
     """The sets of engines that the planner knows; each has a memory in the stack. None: there is one memory, of all."""
+    shard: str = ""
+    """Shard layout of the build that somebody has said its engines shall have; empty: they keep that of the present set."""
     shapes: dict[str, Shape] = field(default_factory=dict)
     """What engines of a set are made from, by the hash of it: another than the resource's as long as it stays."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -88,6 +90,7 @@ class Managed:
         record.sets[name] = {
             "known": [asdict(s) for s in self.sets.known],
             "last": self.sets.last,
+            "shard": self.shard,
             "shapes": {t: one.model_dump(mode="json", by_alias=True) for t, one in self.shapes.items()},
         }
 
@@ -95,6 +98,7 @@ class Managed:
         """Sets as `note` has written them. Any error if something is missing or has another form."""
         known = (EngineSet(**one | {"state": SetState(one["state"])}) for one in noted.get("known", ()))
         self.sets = Sets(tuple(known), int(noted.get("last", 0)))
+        self.shard = str(noted.get("shard", ""))
         self.shapes = {t: Shape.model_validate(one) for t, one in noted.get("shapes", {}).items()}
 
     def add(self, engine: Engine) -> None:

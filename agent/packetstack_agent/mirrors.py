@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
+from packetstack_agent import builds
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
 from packetstack_agent.flow_memory import Report
 from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed, Stacks
 from packetstack_agent.node import RunDirectory
+from packetstack_agent.stacks import Stack
 from packetstack_agent.threads import to_the_end
 from packetstack_core import transitions
 from packetstack_core.assignment import Move
@@ -114,8 +116,10 @@ class Mirrors:
             return False
         try:
             async with managed.busy:
-                await to_the_end(stack.add_set, new.id)
+                await to_the_end(stack.add_set, new.id, new.shard)
                 try:
+                    if managed.table is None:
+                        await to_the_end(_keep_build, stack, new)
                     await to_the_end(stack.mirror_from, stack.current, new.id)
                 except BaseException:
                     stack.remove_set(new.id)
@@ -216,6 +220,14 @@ class Mirrors:
         if engine := managed.engines.get(report.stalled):
             self._fences.fence_missed(engine, time.monotonic())
         return report
+
+
+def _keep_build(stack: Stack, new: EngineSet) -> None:
+    """A new set keeps the build that is installed, or the present set's when that one has the layout. Blocks."""
+    directory, build = stack.sets[new.id].directory, builds.installed()
+    if builds.shard_of(build) != new.shard:
+        build = builds.of(stack.sets[stack.current].directory, new.shard)
+    builds.keep_if_possible(directory, build)
 
 
 def _tell_engines(managed: Managed) -> None:

@@ -46,8 +46,10 @@ class Stack:
         director: Any,
         sets: Collection[int] = (FIRST_SET,),
         current: int = FIRST_SET,
+        shard: str = "",
     ) -> None:
-        """`pin`: where the map of the set with this directory is pinned, or shall be. `sets`: all that it has.
+        """`pin`: where the map of the set with this directory is pinned, or shall be. `sets`: all that it has. `shard`:
+        layout of the shards of what is not there yet; empty: that of this agent's build.
 
         What an earlier agent has left of other sets is removed.
         """
@@ -84,7 +86,7 @@ class Stack:
         """Memory of each set of engines. Another dict when one comes or goes."""
         table = resource.spec.flow_table
         for number in sets:
-            self.sets[number] = self._memory(number, table.buckets, table.max_flows)
+            self.sets[number] = self._memory(number, table.buckets, table.max_flows, shard)
         self.key = hash_key(directory / "secret", self.live())
         flows = self.snat_flows()
         self._begin_to_leave({*flows, *(a for memory in self.sets.values() for a in memory.configured_snat())})
@@ -93,16 +95,21 @@ class Stack:
         self._words = lib().ps_director_words(director) + self._offset
         self._egress = lib().ps_director_egress(director)
 
-    def _memory(self, number: int, buckets: int, max_flows: int) -> FlowMemory:
+    def _memory(self, number: int, buckets: int, max_flows: int, shard: str) -> FlowMemory:
         directory = self.directory / "sets" / str(number)
-        return FlowMemory(self.name, directory, self._pin(directory), buckets, max_flows)
+        return FlowMemory(self.name, directory, self._pin(directory), buckets, max_flows, shard)
 
-    def add_set(self, number: int) -> None:
+    @property
+    def shard(self) -> str:
+        """Layout of the current set's shards."""
+        return self.sets[self.current].shard
+
+    def add_set(self, number: int, shard: str = "") -> None:
         """Make the memory of one more set, with the others' configuration. The stack's `busy` is held. Blocks."""
         left = self.directory / "sets" / str(number)
         flow_memory.remove_files(left, self._pin(left))
         try:
-            memory = self._memory(number, self.buckets, self.resource.spec.flow_table.max_flows)
+            memory = self._memory(number, self.buckets, self.resource.spec.flow_table.max_flows, shard)
             if self._configured is not None:
                 memory.prepare(self._configured)
                 memory.publish()

@@ -53,6 +53,8 @@ def pool(managed: Managed, run: RunDirectory) -> Pool:
         rebalanced=run.record.rebalanced.get(stack.name, False),
         given_up=managed.given_up,
         sets=managed.sets,
+        shard=managed.shard or stack.shard,
+        present_shard=stack.shard,
         keepers=stack.keepers(),
     )
 

@@ -2,9 +2,10 @@
 
 import asyncio
 import time
+from contextlib import suppress
 from functools import partial
 
-from packetstack_agent import engines
+from packetstack_agent import builds, engines
 from packetstack_agent.blueprints import FIRST_SET
 from packetstack_agent.director import Director
 from packetstack_agent.engine_life import EngineLife
@@ -107,6 +108,8 @@ class Takeover:
                 self._life.blueprint(stack, known), State(known["state"]), int(slot), tuple(known["init"])
         managed = Managed(stack, pinned=pinned, table=table, generation=generation)
         managed.read(noted)
+        if table is None:
+            _keep_builds(stack)
         if len(sets) == 2:
             stack.mirror_from(*sets)
         return managed
@@ -118,6 +121,13 @@ class Takeover:
             EventReason.RECORD_UNREADABLE,
             f"{why}; its engines serve meanwhile, and nothing follows them if they die",
         )
+
+
+def _keep_builds(stack: Stack) -> None:
+    """Earlier builds kept no copy of the datapath: the installed one is it, as long as it has their layout. Blocks."""
+    for memory in stack.sets.values():
+        with suppress(AgentError):
+            builds.of(memory.directory, memory.shard)
 
 
 def _unreadable(why: str) -> str:

@@ -1,9 +1,8 @@
 """What a person asks of the agent, as the command and the cluster's users do."""
 
-import signal
 from collections.abc import Sequence
 
-from packetstack_agent import loading
+from packetstack_agent import loading, upgrading
 from packetstack_agent.counting import census
 from packetstack_agent.engines import Engine
 from packetstack_agent.errors import AgentError
@@ -19,8 +18,6 @@ from packetstack_core.assignment import Move, Owner, State
 from packetstack_core.reasons import EventReason
 from packetstack_core.verbs import Json
 from packetstack_core.wording import counted
-
-UPGRADE_SECONDS = 10.0
 
 
 class Verbs:
@@ -97,29 +94,12 @@ class Verbs:
         )
         return {"microseconds": took[0] / 1000}
 
-    async def upgrade(self, name: str, slot: int) -> Json:
-        """Let a new datapath process, of the build that is installed now, follow the one that serves."""
+    async def upgrade(self, name: str, slot: int | None = None) -> Json:
+        """Let an engine, or all of the stack that take new connections, have the build that is installed now."""
+        if slot is None:
+            return await upgrading.upgrade_stack(self._stacks.planned(name), self._keeper, self._journal)
         managed = self._stacks.find(name)
-        engine = _active(managed, slot)
-        before = engine.attachments.serving if engine.attachments is not None else None
-        if before is None or engine.init is None or engine.attachments is None:
-            raise AgentError(f"engine {slot}: no datapath is attached; wait until it is ready")
-        attachments, old = engine.attachments, before.pid
-        attachments.refused = ""
-        engine.init.signal(signal.SIGHUP)
-        await attachments.until(
-            lambda: attachments.serving not in (None, before) or bool(attachments.refused), UPGRADE_SECONDS
-        )
-        if attachments.serving in (None, before):
-            why = attachments.refused or f"no new datapath came within {UPGRADE_SECONDS:g} s"
-            raise AgentError(f"engine {slot}: {why}; process {old} goes on; see packetstack logs {slot}")
-        pause = attachments.pause_seconds * 1000
-        self._journal.event(
-            name,
-            EventReason.ENGINE_UPGRADED,
-            f"engine {slot}: datapath {engine.pid} follows {old} after {pause:.2f} ms",
-        )
-        return {"from": old, "to": engine.pid, "pauseMilliseconds": round(pause, 3)}
+        return await upgrading.upgrade_engine(managed, _active(managed, slot), self._journal)
 
     def census(self, name: str) -> dict[int, dict[str, int]]:
         """Frames that are not in exactly one ring, by slot. Exact while no packets flow."""

@@ -79,8 +79,9 @@ class Backend(Protocol):
     def move_queue(self, name: str, slot: int, queue: int, core: int) -> Json:
         """`microseconds` until the other core served it."""
 
-    def upgrade(self, engine: str) -> Json:
-        """The `engine`, process ids `from` and `to`, and `pauseMilliseconds`."""
+    def upgrade(self, name: str) -> Json:
+        """The `engine` of this name, process ids `from` and `to`, and `pauseMilliseconds`. Of a `stack` a list of these as
+        `engines`; or shard layouts `from` and `to`, when a second set of engines has taken over."""
 
     def restart_agent(self, end_flows: bool) -> int:
         """Let another agent take over; its process id. `end_flows`: of what another build has made."""

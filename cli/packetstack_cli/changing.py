@@ -146,7 +146,7 @@ def move(
 
 
 @click.command()
-@click.argument("engine", required=False)
+@click.argument("name", required=False)
 @click.option("--agent", is_flag=True, help="Restart the agent; engines go on meanwhile.")
 @click.option(
     "--end-flows", is_flag=True,
@@ -155,23 +155,37 @@ def move(
 )  # fmt: skip
 @output_option
 @with_backend
-def upgrade(backend: Backend, engine: str | None, agent: bool, end_flows: bool, output: str | None) -> None:
-    """Replace a running part by the build that is installed now: ENGINE's datapath (as in web-1), or the agent.
+def upgrade(backend: Backend, name: str | None, agent: bool, end_flows: bool, output: str | None) -> None:
+    """Replace a running part by the build that is installed now: all engines of a stack, NAME, the datapath of one engine,
+    NAME as in web-1, or the agent.
 
-    A build with another memory layout is refused, and what runs goes on.
+    A stack gets a second set of engines for a build with another layout of shards: it takes new connections, and the present
+    one keeps its own until they have ended. A build whose other memory has another layout is refused, and what runs goes on.
     """
-    if agent == (engine is not None):
-        raise click.UsageError("use ENGINE, as `packetstack top` shows it, or --agent")
-    if engine is None:
+    if agent == (name is not None):
+        raise click.UsageError("use the NAME of a stack or engine, as `packetstack top` shows it, or --agent")
+    if name is None:
         result: Json = {"agent": backend.restart_agent(end_flows)}
         text = f"agent: process {result['agent']} has taken over"
     elif end_flows:
-        result = backend.end_flows(engine)
+        result = backend.end_flows(name)
         text = f"node {result['node']}: all flows have ended; its agent makes its stacks anew"
     else:
-        result = backend.upgrade(engine)
-        text = f"engine {result['engine']}: process {result['to']} serves after a pause of {result['pauseMilliseconds']:.2f} ms"
+        result = backend.upgrade(name)
+        text = _upgraded(result)
     show(result, output, lambda: text)
+
+
+def _upgraded(result: Json) -> str:
+    if "engine" in result:
+        return f"engine {result['engine']}: process {result['to']} serves after a pause of {result['pauseMilliseconds']:.2f} ms"
+    if (engines := result.get("engines")) is not None:
+        longest = max((e["pauseMilliseconds"] for e in engines), default=0.0)
+        return f"stack {result['stack']}: {counted(len(engines), 'engine')} upgraded, the longest pause was {longest:.2f} ms"
+    return (
+        f"stack {result['stack']}: engines with shard layout {result['to']} take new connections; those with {result['from']} keep "
+        f"theirs until they have ended: packetstack transitions {result['stack']}"
+    )
 
 
 def _numbers(value: str, separator: str, option: str, right: str) -> tuple[int, int]:

@@ -198,15 +198,22 @@ class Client:
 
     # ---- another build ---------------------------------------------------------------------------------------
 
-    def upgrade(self, engine: str) -> Json:
-        """Let a datapath of the build that is installed now follow that of `engine`, as in `web-1` or its slot."""
+    def upgrade(self, name: str) -> Json:
+        """Let datapaths of the build that is installed now follow those of a stack, or of an engine, as in `web-1` or its
+        slot. Of a stack that needs a second set of engines for it: wait until that takes new connections."""
         # First: an agent of an earlier build cannot be asked for engines, and whether it can be followed says this.
         if self._process.has_state() and (problem := self._process.what_hinders()):
             raise CliError(problem)
-        engines = [e | {"stack": s["metadata"]["name"]} for s in self.get() for e in s["status"]["engines"]]
-        found = next((e for e in engines if engine in (e["name"], str(e["slot"]))), None)
+        stacks = self.get()
+        if name in (s["metadata"]["name"] for s in stacks):
+            done: Json = {"stack": name} | self._socket.ask(verbs.UPGRADE, verbs.Upgrade(name=name))
+            if "engines" not in done and (waiting := self.wait([name], READY_SECONDS)):
+                raise CliError(not_ready(waiting[0], READY_SECONDS))
+            return done
+        engines = [e | {"stack": s["metadata"]["name"]} for s in stacks for e in s["status"]["engines"]]
+        found = next((e for e in engines if name in (e["name"], str(e["slot"]))), None)
         if found is None:
-            raise CliError(f"engine {engine}: not found; there are {', '.join(e['name'] for e in engines) or 'none'}")
+            raise CliError(f"engine {name}: not found; there are {', '.join(e['name'] for e in engines) or 'none'}")
         done = self._socket.ask(verbs.UPGRADE, verbs.Upgrade(name=found["stack"], slot=found["slot"]))
         return {"engine": found["name"], **done}
 

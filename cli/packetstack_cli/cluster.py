@@ -235,11 +235,11 @@ class ClusterClient:
             texts += [f"{agent['spec']['nodeName']}: {line}" for line in lines] if len(pods) > 1 else lines
         return "".join(texts)
 
-    def upgrade(self, engine: str) -> Json:
+    def upgrade(self, name: str) -> Json:
         """Refused: an engine's build is its pod's image."""
         raise CliError(
-            f"engine {engine}: its build is its pod's image. A chart or spec.engine.image with another image replaces "
-            f"engines one by one; kubectl delete pod {engine} replaces this one. Flows are handed over"
+            f"{name}: an engine's build is its pod's image. A chart or spec.engine.image with another image replaces "
+            "engines one by one; kubectl delete pod ENGINE replaces one. Flows are handed over"
         )
 
     def end_flows(self, name: str) -> dict[str, Any]:

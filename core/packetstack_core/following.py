@@ -18,6 +18,7 @@ Rules
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from packetstack_core import shards
 from packetstack_core.assignment import NOBODY, Move, Owner
 from packetstack_core.kinds import MAX_SETS, FlowTableSpec, TableEngine, TableSet
 from packetstack_core.transitions import (
@@ -150,7 +151,7 @@ def _sets(table: FlowTableSpec, attached: Sequence[Attached], mirrored: Mirrored
 
 
 def _engine_set(known: TableSet, state: SetState) -> EngineSet:
-    return EngineSet(known.id, state, known.replicas, known.template, known.queues, 0.0)
+    return EngineSet(known.id, state, known.replicas, known.template, known.queues, 0.0, known.shard or shards.FIRST)
 
 
 def _moves(

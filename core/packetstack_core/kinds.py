@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ValidationError, model_validator
 
-from packetstack_core import reading, resources, values
+from packetstack_core import reading, resources, shards, values
 from packetstack_core.assignment import NOBODY, Owner, State
 from packetstack_core.engines import Engine
 from packetstack_core.limits import MAX_BUCKETS, MAX_CORES, MAX_QUEUES, MAX_REPLICAS
@@ -89,6 +89,10 @@ class TableNode(Model):
     """Name of the node."""
 
 
+ShardLayout = Annotated[str, values.Text(shards.PATTERN, 96, "a shard layout", "what an agent has said of one")]
+"""As `packetstack_core.shards` names it."""
+
+
 class TableSet(Model):
     """Engines that share one memory of flows. A stack has one set, and a second one while that takes over by Mirror."""
 
@@ -108,6 +112,8 @@ class TableSet(Model):
     """Shape that its engines are made from, image included. Absent: the stack's, since nobody knows another."""
     ending: bool | None = None
     """The connections that it keeps end now, by resets. Absent: they have their time."""
+    shard: ShardLayout | None = None
+    """Layout of its shards, which its engines' build has too. Absent: layout 1."""
 
 
 class TableEngine(Model):
@@ -250,6 +256,8 @@ class EngineReport(Model):
     configured: bool | None = None
     """Whether it has the present configuration of its set, and knows of the other set's connections. Absent without
     sets."""
+    shard: ShardLayout | None = None
+    """Shard layout of its build, if that is not the one of its set, so that it was not let in."""
 
 
 class SetReport(Model):
@@ -283,6 +291,8 @@ class NodeReport(Model):
     """Version of the agent's package."""
     layout: int = 0
     """Version of the shared memory's layout."""
+    shard: ShardLayout | None = None
+    """Layout of the shards of the set that takes new connections. Absent: layout 1."""
     message: str = ""
     """What stands in the way, as in "AddressConflict: 192.0.2.10 belongs to stack default/web"."""
     firewall: str = ""

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from packetstack_core import shards
 from packetstack_core.assignment import NOBODY, EngineShare, Move, Owner, State, assign
 from packetstack_core.resources import Spec
 
@@ -44,10 +45,12 @@ class Desired:
     paused: bool = False
     replace_after: float = 0.0
     """Seconds after which an engine that does not serve is given up; 0: never."""
+    shard: str = shards.FIRST
+    """Shard layout of the build that engines shall have. Only `transitions` looks at it."""
 
     @classmethod
-    def of(cls, spec: Spec, template: str) -> "Desired":
-        """What a resource asks for, when engines are made from `template`."""
+    def of(cls, spec: Spec, template: str, shard: str) -> "Desired":
+        """What a resource asks for, when engines are made from `template` and have a build of this shard layout."""
         return cls(
             replicas=spec.replicas,
             template=template,
@@ -56,6 +59,7 @@ class Desired:
             max_unavailable=spec.update_strategy.unavailable(spec.replicas),
             paused=spec.paused,
             replace_after=float(spec.repair.replace_after_seconds),
+            shard=shard,
         )
 
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from packetstack_core import hashing, planning, transitions
+from packetstack_core import hashing, planning, shards, transitions
 from packetstack_core.assignment import Owner, State
 from packetstack_core.planning import GivenUp
 from packetstack_core.reasons import ConditionReason, Problem, Value
@@ -78,6 +78,10 @@ class Pool:
     """Engines that did not serve for too long, as `Plan.given_up` said last."""
     sets: Sets
     """What was written down of the stack's sets, as `Sets.after` said last."""
+    shard: str
+    """Shard layout of the build that engines shall have."""
+    present_shard: str
+    """That of the memory that there is, while `sets` are not known."""
     keepers: Sequence[Owner | None]
     """By bucket, who keeps connections that are older than its owner; None or `NOBODY`: nobody. Empty: none is kept."""
 
@@ -137,7 +141,7 @@ class Finding:
 
 def desired(pool: Pool) -> planning.Desired:
     """What the resource asks of the planner."""
-    return planning.Desired.of(pool.spec, pool.template)
+    return planning.Desired.of(pool.spec, pool.template, pool.shard)
 
 
 def observed(pool: Pool) -> transitions.Observed:
@@ -172,6 +176,7 @@ def observed(pool: Pool) -> transitions.Observed:
         members={e.slot: e.set for e in pool.engines},
         configured=frozenset(e.slot for e in pool.engines if e.configured),
         keepers=pool.keepers,
+        shard=pool.present_shard,
     )
 
 
@@ -361,7 +366,11 @@ def _scaling_held(standing: Standing) -> Finding:
         return Finding("ScalingHeld", False, ConditionReason.NOTHING_HELD)
     (old,) = (s for s in sets(standing) if s.set.state is SetState.DRAINING)
     current, handover = pool.sets.one(SetState.CURRENT), pool.spec.handover
-    other = " of another template" if current is not None and current.template != pool.template else ""
+    other = ""
+    if current is not None and current.shard != pool.shard:
+        other = f" of a build with shard layout {shards.number(pool.shard)}"
+    elif current is not None and current.template != pool.template:
+        other = " of another template"
     if handover.on_deadline == "Keep":
         advice = "to end them: spec.handover.onDeadline Reset or Transfer, with policy Hurry"
     elif handover.policy == "Hurry":

@@ -24,6 +24,8 @@ Rules
   it is. So does one that shall have no engine: its flows stay in its memory, and go on when engines come back in time.
 - With `strategy: Transfer` the one set gets any size or template as it is. An Activating one is removed first, a
   Draining one has its time first. A stack that never had another strategy has no set, and `planning.plan` alone.
+- A build of another shard layout cannot have the flows of the set that is there. So whatever the strategy, it gets a
+  second set, once, as with `Mirror`. `onDeadline: Transfer` does nothing between two such sets: the first keeps its connections.
 - While paused sets stay what they are, and no bucket is switched but those of engines that go.
 """
 
@@ -32,7 +34,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal
 
-from packetstack_core import planning
+from packetstack_core import planning, shards
 from packetstack_core.assignment import NOBODY, Move, Owner, State
 from packetstack_core.kinds import MAX_SET_ID
 from packetstack_core.planning import AssignBuckets, CreateEngine, Desired, Engine
@@ -65,6 +67,8 @@ class EngineSet:
     """Queues of an engine of this template."""
     since: float
     """When it got its state, on the clock of `plan`'s `now`. That clock goes on while its owner is away."""
+    shard: str = shards.FIRST
+    """Shard layout of its memory, and of its engines' build. It stays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +128,8 @@ class Observed:
     keepers: Sequence[Owner | None]
     """By bucket, who keeps connections that are older than the present owner; None or `NOBODY`: nobody does. Empty: nobody
     keeps anything."""
+    shard: str = shards.FIRST
+    """Shard layout of the memory that there is, while no set is known."""
 
 
 # ---- actions ---------------------------------------------------------------------------------------------------
@@ -196,7 +202,7 @@ def plan(desired: Desired, handover: Handover, observed: Observed, now: float) -
     """
     if observed.sets.known:
         return _Plan(desired, handover, observed, now).actions()
-    if handover.strategy == "Transfer":
+    if handover.strategy == "Transfer" and (desired.shard == observed.shard or desired.paused):
         engines = observed.pool.engines
         moving = observed.pool.moving | _pins(observed, engines, desired.replicas)
         return list(planning.plan(desired, replace(observed.pool, moving=moving), now))
@@ -208,7 +214,7 @@ def held(desired: Desired, sets: Sets) -> bool:
     current = sets.one(SetState.CURRENT)
     if current is None or sets.one(SetState.DRAINING) is None or desired.paused:
         return False
-    return not _is(current, desired) and not _grows(current, desired)
+    return _needs_another(current, desired) or not (_is(current, desired) or _grows(current, desired))
 
 
 def deadline(handover: Handover, sets: Sets) -> float | None:
@@ -216,11 +222,19 @@ def deadline(handover: Handover, sets: Sets) -> float | None:
     draining = sets.one(SetState.DRAINING)
     if draining is None or handover.on_deadline == "Keep":
         return None
+    current = sets.one(SetState.CURRENT)
+    if handover.on_deadline == "Transfer" and current is not None and current.shard != draining.shard:
+        return None
     return draining.since + handover.deadline_seconds
 
 
 def _is(known: EngineSet, desired: Desired) -> bool:
     return (known.replicas, known.template) == (desired.replicas, desired.template)
+
+
+def _needs_another(known: EngineSet, desired: Desired) -> bool:
+    """Whether the build that is wanted cannot have this set's flows."""
+    return known.shard != desired.shard and desired.replicas > 0
 
 
 def _grows(known: EngineSet, desired: Desired) -> bool:
@@ -242,9 +256,11 @@ def _next_id(sets: Sets) -> int:
 def _first(desired: Desired, observed: Observed, now: float) -> EngineSet:
     """The first set: the engines that are there, or what is wanted if there are none, or several templates."""
     there = [e for e in observed.pool.engines if e.state not in (State.DRAINING, State.FAILED) and not e.leaving]
+    if desired.shard != observed.shard:  # one of the wish may be among them, and can serve nothing
+        there = [e for e in there if e.state is State.ACTIVE] or there
     shapes = {(len(there), e.template, e.queues) for e in there}
     shape = shapes.pop() if len(shapes) == 1 else (desired.replicas, desired.template, desired.queues)
-    return EngineSet(_next_id(observed.sets), SetState.CURRENT, *shape, now)
+    return EngineSet(_next_id(observed.sets), SetState.CURRENT, *shape, now, observed.shard)
 
 
 def _pins(observed: Observed, engines: Collection[Engine], replicas: int) -> frozenset[int]:
@@ -296,15 +312,17 @@ class _Plan:
 
     def _alone(self) -> list[Action]:
         found: list[Action] = []
-        wanted = not self.desired.paused and not _is(self.current, self.desired)
+        another = not self.desired.paused and _needs_another(self.current, self.desired)
+        wanted = another or (not self.desired.paused and not _is(self.current, self.desired))
         nothing_to_keep = not self.current.replicas or not self.desired.replicas or not self._owned(self.current)
-        in_place = wanted and (nothing_to_keep or self.handover.strategy == "Transfer")
+        in_place = wanted and not another and (nothing_to_keep or self.handover.strategy == "Transfer")
         if in_place:
             self.current = _as_wanted(self.current, self.desired)
             found.append(ChangeSet(self.current))
         found += self._in_current()
         if wanted and not in_place and self.now >= self.pool.create_after:
-            new = replace(self.current, id=_next_id(self.sets), state=SetState.ACTIVATING, since=self.now)
+            id_, shard = _next_id(self.sets), self.desired.shard
+            new = replace(self.current, id=id_, state=SetState.ACTIVATING, since=self.now, shard=shard)
             found.append(MakeSet(_as_wanted(new, self.desired)))
         return found
 
@@ -316,11 +334,11 @@ class _Plan:
             return [*found, PromoteSet(second.id)]
         if self.desired.paused:
             return [*found, *self._engines(second, second.replicas, [], ())]
+        another = _needs_another(self.current, self.desired)
         wanted = (
-            self.handover.strategy == "Mirror"
-            and self.desired.replicas > 0
-            and second.template == self.desired.template
-            and not _is(self.current, self.desired)
+            self.desired.replicas > 0
+            and (second.template, second.shard) == (self.desired.template, self.desired.shard)
+            and (another or (self.handover.strategy == "Mirror" and not _is(self.current, self.desired)))
         )
         if not wanted:
             if not self.members[second.id]:

@@ -133,10 +133,10 @@ class MoveQueue(Model):
 
 
 class Upgrade(Model):
-    """The engine whose datapath a fresh process shall follow."""
+    """The engine whose datapath a fresh process shall follow; without a slot all of the stack."""
 
     name: str
-    slot: int
+    slot: int | None = None
 
 
 class Explain(Model):
@@ -171,7 +171,8 @@ MOVE_BUCKETS: Verb[MoveBuckets, Json] = Verb("move_buckets", MoveBuckets, change
 MOVE_QUEUE: Verb[MoveQueue, Json] = Verb("move_queue", MoveQueue, changes=True)
 """`microseconds` until the other core served it."""
 UPGRADE: Verb[Upgrade, Json] = Verb("upgrade", Upgrade, changes=True)
-"""Process ids `from` and `to`, and `pauseMilliseconds` in which nobody served."""
+"""Process ids `from` and `to`, and `pauseMilliseconds` in which nobody served. Of a whole stack a list of these as `engines`,
+each with its `slot`; or, where the build has another shard layout, both layouts as `from` and `to` and no `engines`."""
 EXPLAIN: Verb[Explain, Json] = Verb("explain", Explain, changes=False)
 """`why`; for a listener's traffic also `bucket`, `owner`, `flow`."""
 EVENTS: Verb[OneOrAll, list[Json]] = Verb("events", OneOrAll, changes=False, standing_by=True)

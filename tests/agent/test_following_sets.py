@@ -64,7 +64,7 @@ class PlayedMirror(Mirror):
 class TwoSets(PlayedStack):
     """A stack whose sets come and go."""
 
-    def add_set(self, number: int) -> None:
+    def add_set(self, number: int, shard: str = "") -> None:
         self.sets = self.sets | {number: PlayedMemory()}
 
     def remove_set(self, number: int) -> None:

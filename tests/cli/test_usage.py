@@ -18,7 +18,7 @@ from packetstack_cli.main import main
         ("move", "move web --buckets 9-0 --engine 1", '"9-0" is not a range; use 0-9'),
         ("scale", "scale web --replicas -1", "-1 is not in the range 0<=x<=1000"),
         ("scale", "scale web", "Missing option '--replicas'"),
-        ("upgrade", "upgrade", "use ENGINE, as `packetstack top` shows it, or --agent"),
+        ("upgrade", "upgrade", "use the NAME of a stack or engine, as `packetstack top` shows it, or --agent"),
         ("get", "get --nosuch", "No such option"),
         ("", "nosuch", "No such command 'nosuch'"),
         ("", "--nosuch get", "No such option"),

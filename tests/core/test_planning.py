@@ -367,7 +367,7 @@ def test_what_is_desired_comes_from_the_resource():
             },
         }
     )
-    want = Desired.of(stack.spec, "a")
+    want = Desired.of(stack.spec, "a", "1")
     assert (want.replicas, want.queues, want.max_surge, want.max_unavailable) == (4, 8, 2, 1)
     assert want.template == "a"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from packetstack_core import hashing, standing
+from packetstack_core import hashing, shards, standing
 from packetstack_core.assignment import NOBODY, Owner, State
 from packetstack_core.planning import AssignBuckets, CreateEngine, DrainEngine, GivenUp, RemoveEngine
 from packetstack_core.reading import parse
@@ -76,6 +76,8 @@ def pool(*engines: EngineStanding, **facts: Any) -> Pool:
         rebalanced=False,
         given_up=GivenUp(),
         sets=Sets(),
+        shard=shards.FIRST,
+        present_shard=shards.FIRST,
         keepers=(),
     )
     return replace(known, **facts)

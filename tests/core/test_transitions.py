@@ -11,6 +11,7 @@ from packetstack_core.assignment import NOBODY, Owner, State
 from packetstack_core.kinds import MAX_SET_ID
 from packetstack_core.planning import DrainEngine, RemoveEngine
 from packetstack_core.resources import Handover
+from packetstack_core.shards import FIRST
 from packetstack_core.transitions import (
     AdoptKept,
     ChangeSet,
@@ -45,6 +46,99 @@ def test_before_the_first_bucket_is_given_a_set_takes_any_wish_as_it_is():
     world.settle(desired(3, "b"))
     world.check_goal(desired(3, "b"))
     assert world.sets.last == 1
+
+
+# ---- another build -----------------------------------------------------------------------------------------------
+
+OTHER = "2.4.128.256.0.2.4.8.16.52.54.56.58.60.62.0"
+TRANSFER = mirror(strategy="Transfer")
+
+
+def shapes(world):
+    return [(s.id, s.state, s.template, s.shard) for s in world.sets.known]
+
+
+@pytest.mark.parametrize("strategy", ["Transfer", "Mirror"])
+@pytest.mark.parametrize("template", ["a", "b"])
+def test_a_build_of_another_shard_layout_gets_a_second_set_whatever_the_strategy(strategy, template):
+    handover = mirror(strategy=strategy)
+    world = World()
+    world.settle(desired(2), handover)
+    if not world.sets.known:  # runtimes know the set of each engine before there is a second one
+        world.members = dict.fromkeys(world.engines, 1)
+    world.connect_all()
+    want = desired(2, template, shard=OTHER)
+    world.settle(want, handover)
+    assert shapes(world) == [(1, SetState.DRAINING, "a", FIRST), (2, SetState.CURRENT, template, OTHER)]
+    assert world.switched == BUCKETS
+    world.close_all(of=1)
+    world.settle(want, handover)
+    world.check_goal(want)
+    world.connect_all()
+    world.settle(desired(2, template), handover)  # and back
+    assert [s.shard for s in world.sets.known] == [OTHER, FIRST]
+    world.close_all()
+    world.settle(desired(2, template), handover)
+    world.check_goal(desired(2, template))
+
+
+def test_a_stack_that_never_had_a_set_gets_none_for_its_own_layout():
+    world = World()
+    world.shard = OTHER
+    world.settle(desired(2, shard=OTHER), TRANSFER)
+    assert world.sets == Sets()
+
+
+def test_the_first_set_is_what_serves_and_not_an_engine_of_the_build_that_is_wanted():
+    world = World()
+    world.settle(desired(3), TRANSFER)
+    world.turn(desired(3, "b"), TRANSFER)  # an engine of the new image comes up, and is not let in
+    world.members = dict.fromkeys(world.engines, 1)
+    [made] = world.turn(desired(3, "b", shard=OTHER), TRANSFER)
+    assert made.set == EngineSet(1, SetState.CURRENT, 3, "a", 2, 0.0)
+    assert kinds(world.turn(desired(3, "b", shard=OTHER), TRANSFER)) == {"RemoveEngine": 1, "MakeSet": 1}
+    world.settle(desired(3, "b", shard=OTHER), TRANSFER)
+    assert [(s.template, s.shard) for s in world.sets.known][-1] == ("b", OTHER)
+
+
+def test_a_set_of_a_layout_that_is_not_wanted_any_more_goes_before_it_has_a_bucket():
+    world = started(2)
+    while not world.set_in(SetState.ACTIVATING):
+        world.turn(desired(2, shard=OTHER), TRANSFER)
+    world.come_up()
+    world.settle(desired(2), TRANSFER)
+    assert shapes(world) == [(1, SetState.CURRENT, "a", FIRST)]
+    assert world.switched == 0
+
+
+def test_a_third_layout_waits_until_the_first_set_has_drained():
+    third = desired(2, shard=OTHER.replace("2.", "3.", 1))
+    world = started(2)
+    world.settle(desired(2, shard=OTHER), TRANSFER)
+    assert held(third, world.sets)
+    assert not held(desired(2, shard=OTHER), world.sets)
+    world.settle(third, TRANSFER)
+    assert len(world.sets.known) == 2
+    world.close_all()
+    world.settle(third, TRANSFER)
+    world.check_goal(third)
+    assert [s.shard for s in world.sets.known] == [third.shard]
+
+
+def test_flows_are_not_transferred_to_another_layout_at_the_deadline():
+    ends = mirror("Transfer")
+    world = started(2)
+    world.settle(desired(2, shard=OTHER), ends)
+    world.now += 10_000
+    assert world.plan(desired(2, shard=OTHER), ends) == []
+    assert deadline(ends, world.sets) is None
+
+
+def test_while_paused_or_without_engines_nothing_is_made_for_another_layout():
+    for want in (desired(2, shard=OTHER, paused=True), desired(0, shard=OTHER)):
+        world = started(2)
+        world.settle(want, TRANSFER)
+        assert [s.shard for s in world.sets.known] == [FIRST]
 
 
 # ---- activating --------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
-from packetstack_core import planning
+from packetstack_core import planning, shards
 from packetstack_core.assignment import NOBODY, State
 from packetstack_core.kinds import MAX_SET_ID
 from packetstack_core.planning import (
@@ -57,6 +57,8 @@ class World:
         self.ended = []
         self.switched = 0
         self.made = []
+        self.shard = shards.FIRST
+        """Layout of the memory that there is while no set is known."""
 
     def observed(self, moving=(), pinned=()):
         pool = planning.Observed(
@@ -74,6 +76,7 @@ class World:
             dict(self.members),
             frozenset(self.configured),
             tuple(self.keepers),
+            self.shard,
         )
 
     def plan(self, want, handover=MIRROR):
@@ -115,7 +118,8 @@ class World:
                     if keeper:
                         self.close(id_, bucket)
             case CreateEngine(template, queues, id_):
-                assert any(s.id == id_ and s.template == template for s in self.sets.known)
+                known = [s for s in self.sets.known if s.template == template]
+                assert any(s.id == id_ for s in known) or (id_ is None and not self.sets.known)
                 slot = self.next_slot
                 self.next_slot += 1
                 self.engines[slot] = Engine(

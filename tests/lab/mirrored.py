@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import socket
 import struct
 from collections import Counter
@@ -259,6 +261,20 @@ def ask(connection: socket.socket, sequence: int = 1, size: int = 64) -> bytes:
         assert more, "the connection was closed"
         found += more
     return found
+
+
+def strike(lab: Mirrored, slot: int, whole: bool) -> None:
+    """Kill a datapath, or its whole engine; returns when it serves again."""
+    engine = next(e for e in lab.engines() if e["slot"] == slot)
+    if whole:
+        os.killpg(engine["initPid"], signal.SIGKILL)
+    else:
+        os.kill(engine["pid"], signal.SIGKILL)
+    eventually(
+        lambda: any(e["slot"] == slot and e["ready"] and e["pid"] != engine["pid"] for e in lab.engines()),
+        15,
+        f"engine {slot} serves again",
+    )
 
 
 @contextmanager

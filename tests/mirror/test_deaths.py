@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.lab.mirrored import ALL_TCP, ALL_UDP, VIP, Mirrored, Wire, ask, mirrored, resets
+from tests.lab.mirrored import ALL_TCP, ALL_UDP, VIP, Mirrored, Wire, ask, mirrored, resets, strike
 from tests.waiting import eventually
 
 from packetstack_cli.traffic import Traffic
@@ -65,20 +65,6 @@ def test_row_32_an_agent_killed_while_a_set_drains_goes_on_where_it_was(lab: Mir
         assert lab.slots() == new
         for connection in young:
             ask(connection)
-
-
-def strike(lab: Mirrored, slot: int, whole: bool) -> None:
-    """Kill a datapath, or its whole engine; returns when it serves again."""
-    engine = next(e for e in lab.engines() if e["slot"] == slot)
-    if whole:
-        os.killpg(engine["initPid"], signal.SIGKILL)
-    else:
-        os.kill(engine["pid"], signal.SIGKILL)
-    eventually(
-        lambda: any(e["slot"] == slot and e["ready"] and e["pid"] != engine["pid"] for e in lab.engines()),
-        15,
-        f"engine {slot} serves again",
-    )
 
 
 def test_row_32_datapaths_and_engines_killed_before_and_after_the_switch_break_nothing(lab: Mirrored) -> None:
