@@ -15,6 +15,7 @@ from packetstack_core.transitions import (
     SwitchBuckets,
     said,
 )
+from packetstack_operator import pods
 from packetstack_operator.facts import Facts, Plan
 
 
@@ -52,7 +53,17 @@ def act(found: Facts, plan: Plan, action: Action) -> None:
 
 
 def _note_shape(found: Facts, plan: Plan, new: EngineSet) -> None:
-    """Engines of the set are made from this shape as long as it is there. Of engines that are older nobody knows theirs."""
+    """Engines of the set are made from this shape as long as it is there. Of engines that are older nobody knows theirs, but
+    where only the image is another: their pods have it."""
+    shape = found.stack.spec.engine
     if new.template == found.template:
-        shape = found.stack.spec.engine
         plan.shapes[new.id] = shape.model_copy(update={"image": shape.image or found.world.image})
+        return
+    for number, pod in sorted(plan.pods(found).items()):
+        image = str(pod["spec"]["containers"][0]["image"])
+        older = [
+            shape.model_copy(update={"image": named}) for named in (image, None)
+        ]  # or it was the operator's default
+        if plan.entries[number].template == new.template in [pods.template(s, image) for s in older]:
+            plan.shapes[new.id] = older[0]
+            return

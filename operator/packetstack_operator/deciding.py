@@ -167,9 +167,21 @@ def _begin(found: Facts) -> Plan:
         pool.ending,
         list(pool.keepers),
     )
+    _note_builds(found, plan)
     if plan.memory.template != found.template:  # what failed before says nothing about another shape
         plan.forget_failures(found.template)
     return plan
+
+
+def _note_builds(found: Facts, plan: Plan) -> None:
+    """Shard layouts of images, by engines that were not let in for theirs."""
+    templates = {found.template, *(s.template for s in plan.sets.known)}
+    known = {t: shard for t, shard in plan.memory.shards.items() if t in templates}
+    for entry in plan.entries.values():
+        report = found.reported.get(entry.id)
+        if report is not None and report.shard is not None and entry.template in templates:
+            known[entry.template] = report.shard
+    plan.memory = replace(plan.memory, shards=known)
 
 
 def _remembered(world: World, now: float) -> Memory:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from packetstack_core import kinds, transitions
+from packetstack_core import kinds, shards, transitions
 from packetstack_core.assignment import NOBODY, Owner
 from packetstack_core.autoscaling import together
 from packetstack_core.engines import Engine
@@ -216,7 +216,15 @@ def read(world: World, stack: PacketStack, now: float) -> Facts:
 def _pool(table: FlowTable) -> Pool:
     spec = table.spec
     known = tuple(
-        EngineSet(s.id, SetState(s.state), s.replicas, s.template, s.queues, observing.seconds(s.since))
+        EngineSet(
+            s.id,
+            SetState(s.state),
+            s.replicas,
+            s.template,
+            s.queues,
+            observing.seconds(s.since),
+            s.shard or shards.FIRST,
+        )
         for s in spec.sets or ()
     )
     return Pool(

@@ -106,6 +106,8 @@ class Memory:
     """What the API server refused last, but for pods, which are in `problem`."""
     since: Mapping[str, float] = field(default_factory=dict)
     """What lasts, by a name -> Unix time of its beginning, by the operator's own clock: see `deciding`."""
+    shards: Mapping[str, str] = field(default_factory=dict)
+    """Template -> shard layout of its image's build, where an engine was not let in by that of its set."""
 
 
 @dataclass(frozen=True, slots=True, order=True)

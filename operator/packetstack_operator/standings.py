@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from packetstack_core import shards
 from packetstack_core.assignment import NOBODY, Owner, State
 from packetstack_core.kinds import TableEngine
 from packetstack_core.reasons import ConditionReason, Problem, split
@@ -52,6 +53,8 @@ def pool(found: Facts, plan: Plan) -> Pool:
         given_up=plan.memory.given_up,
         sets=plan.sets,
         keepers=_keepers(found, plan),
+        shard=_shard(found, plan),
+        present_shard=_present_shard(found),
     )
 
 
@@ -73,6 +76,19 @@ def standing(found: Facts, plan: Plan, *, written: bool) -> Standing:
         connections=_connections(found, plan),
         oldest=_oldest(found, plan),
     )
+
+
+def _present_shard(found: Facts) -> str:
+    return (found.report.shard if found.report is not None else None) or shards.FIRST
+
+
+def _shard(found: Facts, plan: Plan) -> str:
+    """Shard layout of the build that the present template's engines have, as far as one of them has shown it."""
+    if (seen := plan.memory.shards.get(found.template)) is not None:
+        return seen
+    same = [s.shard for s in plan.sets.known if s.template == found.template]
+    current = plan.sets.one(SetState.CURRENT)
+    return same[-1] if same else current.shard if current is not None else _present_shard(found)
 
 
 def _keepers(found: Facts, plan: Plan) -> Sequence[Owner | None]:
@@ -172,7 +188,9 @@ def _no_agent(found: Facts, plan: Plan) -> Problem | None:
 def _engines_are_wrong(found: Facts, replicas: Sequence[EngineStanding]) -> Problem | None:
     if found.doubles:
         return ConditionReason.DUPLICATE_MAC, found.double(min(found.doubles))
-    if foreign := [e for e in replicas if e.why_not_ready.startswith(LAYOUT)]:
+    # One of another shard layout gets a second set.
+    served = {i for i, report in found.reported.items() if report.shard is not None}
+    if foreign := [e for e in replicas if e.why_not_ready.startswith(LAYOUT) and e.slot not in served]:
         names = ", ".join(e.name for e in foreign[:5])
         said = foreign[0].why_not_ready.removeprefix(LAYOUT)
         return ConditionReason.LAYOUT_MISMATCH, (

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from packetstack_core import kinds, resources
+from packetstack_core import kinds, resources, shards
 from packetstack_core.assignment import NOBODY
 from packetstack_core.kinds import FlowTable, FlowTableSpec, TableSet
 from packetstack_core.reasons import ConditionReason
@@ -72,6 +72,7 @@ def _set(plan: Plan, known: EngineSet) -> TableSet:
             "since": timestamp(known.since),
             "engine": plan.shapes.get(known.id),
             "ending": True if known.id in plan.ending else None,
+            "shard": known.shard if known.shard != shards.FIRST else None,
         }
     )
 

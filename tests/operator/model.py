@@ -10,7 +10,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from packetstack_agent.cluster import power_of_two_below
-from packetstack_core import kinds
+from packetstack_core import kinds, shards
 from packetstack_core.kinds import FlowTable
 from packetstack_core.reasons import ConditionReason, EventReason, why_not
 from packetstack_operator import claims, deciding, observing, pods
@@ -67,6 +67,8 @@ class Model:
         """When the quietest of those was seen last."""
         self.set_of = {}
         """Engine -> its set."""
+        self.layouts = {}
+        """Image -> shard layout of its build, where that is not the first one."""
         self.macs = {}
         """Engine -> MAC of its interface."""
         self.firewall = ""
@@ -332,7 +334,8 @@ class Model:
         for engine in spec.engines:
             if engine.pod_uid in here:
                 self.attached[engine.id] = engine.pod_uid
-        ready = set(self.attached) - self.stuck
+        foreign = self._foreign(spec)
+        ready = set(self.attached) - self.stuck - foreign.keys()
         staying = any(e.state in ("Pending", "Starting", "Active") for e in spec.engines)
         settled, moved = True, 0
         for bucket, owner in enumerate(spec.owner_ids()):
@@ -375,6 +378,7 @@ class Model:
                     "buckets": counts[i],
                     "mac": self.macs.get(i, f"02:00:00:00:00:{i % 256:02x}"),
                     **({"configured": True} if spec.sets else {}),
+                    **({"shard": foreign[i]} if i in foreign else {}),
                 }
                 for i in sorted(self.attached)
             ],
@@ -392,6 +396,13 @@ class Model:
             ]
         if self.get("FlowTable").get("status") != {"nodes": [report]}:
             self.change(("FlowTable", "edge"), lambda b: b.update(status={"nodes": [report]}))
+
+    def _foreign(self, spec):
+        """Engines that are not let in, since their build has another shard layout than the memory of their set."""
+        memory = {s.id: s.shard or shards.FIRST for s in spec.sets or ()}
+        images = {i: self.get("Pod", f"edge-{i}")["spec"]["containers"][0]["image"] for i in self.attached}
+        has = {i: self.layouts.get(image, shards.FIRST) for i, image in images.items()}
+        return {i: shard for i, shard in has.items() if shard != memory.get(self.set_of[i], shards.FIRST)}
 
     def _keep(self, spec, ready):
         """What becomes of connections of before, as the table says."""
