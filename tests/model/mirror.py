@@ -51,14 +51,15 @@ from itertools import pairwise
 from typing import Any
 
 from .mirror_ends import CPUS, KEEPER, NEWCOMER, Label, Packet, Setting, Wrong
-from .mirror_engines import Engines, Rules
+from .mirror_engines import Rules
+from .mirror_handover import HAND, Handover
 
 SWITCH, END, BACK = 1, 2, 3
 """What markers are for."""
 NOTHING, ALL = Setting(), Rules()
 
 
-class Mirror(Engines):
+class Mirror(Handover):
     """One bucket of two sets."""
 
     def __init__(self, setting: Setting = NOTHING, rules: Rules = ALL) -> None:
@@ -79,7 +80,7 @@ class Mirror(Engines):
             cpus.sort()
         return (
             *cpus,
-            self.word, self.epoch, self.kept, self.newcomer_epoch, self.rolled, self.unmapped, self.cursors,
+            self.word, self.epoch, self.kept, self.waits, self.newcomer_epoch, self.rolled, self.unmapped, self.cursors,
             self.parked, self.pc, self.redo, self.dead, self.away, self.since, self.clients, self.serving, self.excused,
             tuple(sorted(self.list.items())), tuple(sorted(self.flows[0].items())), tuple(sorted(self.flows[1].items())),
             tuple(sorted(self.backends.items())), frozenset(self.counts.items()), tuple(sorted(self.half.items())),
@@ -117,7 +118,7 @@ class Mirror(Engines):
                 out += [("take", side, cpu) for cpu in CPUS if self._takes(side, cpu)]
                 if self.parked[side] and self._admits_parked(side):
                     out.append(("take parked", side))
-        return [*out, *self._sweeps(), *self._agent(), *self._owed()]
+        return [*out, *self._sweeps(), *self._agent(), *self._handing(), *self._owed()]
 
     def _takes(self, side: int, cpu: int) -> bool:
         return bool(self.streams[side][cpu])
@@ -125,7 +126,7 @@ class Mirror(Engines):
     def _admits_parked(self, side: int) -> bool:
         p = self.parked[side][0]
         if side == NEWCOMER:
-            if self.away[side]:
+            if self.away[side] or self.waits:
                 return False
             if self._counts_epoch(p):
                 return self.word == "back" or self.newcomer_epoch >= p.epoch
@@ -156,16 +157,28 @@ class Mirror(Engines):
             elif e.state == "closing" and (f.idle == 2 or not self.rules.drained or not names & set(f.behind)):
                 yield ("sweep", c)
 
+    def _copies_late(self, c: int) -> bool:
+        """Was the flow used just now, or is a copy of what it took still before the newcomer, or what waits there for the
+        flow to come? No timer runs out so soon."""
+        f = self.flows[KEEPER][c]
+        b = self.backends.get(f.place)
+        return (
+            f.idle < 0
+            or (b is not None and b.owes)
+            or (self.word == "handing" and any(p.conn == c and not p.mirror for p in self._before(NEWCOMER)))
+            or any(n[1] == c and verdict in ("took", "passed", "lost") for n, verdict in self.half.items())
+        )
+
     def _agent(self) -> Iterator[Label]:
         word = self.word
         yield from (("mark", *mark, cpu) for cpu in CPUS for mark in self.lost[cpu])
         if self.away[KEEPER]:
             yield ("keeper moves",)
-        if self.away[NEWCOMER] and self.newcomer_epoch:
+        if self.away[NEWCOMER] and self.newcomer_epoch and not self.waits:
             yield ("newcomer moves",)
         if word == "keeper":
             yield ("switch",)
-        elif word == "both":
+        elif word == "both" and not self.waits:
             if self.newcomer_epoch == 0:
                 if self.kept == "kept" or not self.rules.scan_spares:
                     yield ("release",)
@@ -199,7 +212,7 @@ class Mirror(Engines):
         s, left = self.setting, self._left
         yield from self._traffic()
         if left("expiries") and not self.dead[KEEPER] and self.pc[KEEPER] is None and self.rules.sweeps_kept:
-            for c, f in self.flows[KEEPER].items():
+            for c, f in self.flows[KEEPER].items() if self.kept != "given" else ():
                 e = self.list.get(c)
                 listed = self.kept == "owned" or (e is not None and e.state == "live")
                 if listed and (self._alive(c, f.inc) or c in s.udp) and not self._copies_late(c):
@@ -216,6 +229,7 @@ class Mirror(Engines):
                     yield from (("lose", side, cpu) for cpu in CPUS if self.streams[side][cpu])
         if left("leaves") and self.serving:
             yield ("leave",)
+        yield from self._may_hand()
 
     # ---- steps: the agent ----------------------------------------------------------------------------------------------
 
@@ -250,6 +264,8 @@ class Mirror(Engines):
 
     def _do_unmap(self) -> None:
         self.unmapped = True
+        if self.kept == "given":
+            self.flows = ({}, self.flows[NEWCOMER])  # its shard is nobody's
 
     def _do_back(self) -> None:
         self._count("backs")
@@ -329,11 +345,11 @@ class Mirror(Engines):
         if self.word == "both":
             return self._set_away(side, "gone")
         self._adopt(side)
-        if (self.word, side) not in (("newcomer", KEEPER), ("back", NEWCOMER)):
+        if (self.word, side) not in (("newcomer", KEEPER), ("handing", KEEPER), ("back", NEWCOMER)):
             self.epoch += 1  # the word names another one now
-        if side == NEWCOMER and self.newcomer_epoch:
+        if side == NEWCOMER and self.newcomer_epoch and not self.waits:
             self.newcomer_epoch = self.epoch
-        bits = 1 << 2 * END + side | 1 << 2 * BACK + side
+        bits = sum(1 << 2 * why + side for why in (END, BACK, HAND))
         self.marks = tuple(m | bits for m in self.marks)  # nothing is on its way there: no markers are waited for
         return None
 
@@ -459,3 +475,5 @@ class Mirror(Engines):
             raise Wrong(f"it does not end, though no connection of the keeper lives: {self.list}")
         if self.word == "newcomer" and not self.unmapped:
             raise Wrong("the list stays")
+        if self.word == "handing" or self.waits:
+            raise Wrong(f"nobody handles: {self.word} {self.kept} {self.flows}")

@@ -67,6 +67,12 @@ class Setting(NamedTuple):
     """Engines that vanish with their queues."""
     backs: int = 0
     losses: int = 0
+    hands: int = 0
+    """Deadlines at which the keeper's connections go over to the newcomer."""
+    interrupts: int = 0
+    """Agents that die in this, while it can be undone."""
+    room: int = 99
+    """Flows that the newcomer's shard can hold."""
     leaves: int = 0
     """Backends that get no new flows any more."""
     ports: int = 2
@@ -86,7 +92,7 @@ class Around:
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         self.word = "keeper"
-        """Who owns: keeper, both, newcomer, or back (the keeper again)."""
+        """Who owns: keeper, both, handing (the newcomer, once it has all), newcomer, or back (the keeper again)."""
         self.epoch = 1
         self.streams: tuple[tuple[tuple[Any, ...], ...], ...] = (((), ()), ((), ()))
         """side -> CPU -> packets and markers on their way"""
@@ -114,7 +120,9 @@ class Around:
     # ---- what is on its way --------------------------------------------------------------------------------------------
 
     def _arrive(self, p: Packet, cpu: int) -> None:
-        to = [KEEPER] * (self.word != "newcomer") + [NEWCOMER] * (self.word in ("both", "newcomer"))
+        to = [KEEPER] * (self.word in ("keeper", "both", "back")) + [NEWCOMER] * (
+            self.word in ("both", "handing", "newcomer")
+        )
         for side in to:
             if self._is_lost(side):
                 self._done(p, "lost")

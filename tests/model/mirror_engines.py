@@ -50,6 +50,20 @@ class Rules:
     """Openers on `closing` are for the newcomer whatever state the keeper's flow is in."""
     publishes_once: bool = True
     """Who adopts a shard that is KEPT leaves its list as it is."""
+    waits_first: bool = True
+    """The newcomer handles nothing from before the word names it alone until it has all that the keeper gives."""
+    room_first: bool = True
+    """Whether it has room is asked while there is a way back."""
+    given_by_markers: bool = True
+    """The keeper gives when the markers of all CPUs are there."""
+    copies_all: bool = True
+    """The newcomer is released when it has all."""
+    leaves_claimed: bool = True
+    """What was claimed is not given."""
+    handed_are_kept: bool = True
+    """Copies of what was given are the keeper's."""
+    takes_left: bool = True
+    """But for a SYN that it has left to the newcomer."""
 
 
 class Flow(NamedTuple):
@@ -71,8 +85,10 @@ class Flow(NamedTuple):
 class Entry(NamedTuple):
     place: int
     state: str
-    """live, closing, claimed, gone"""
+    """live, closing, claimed, gone, or handed: the newcomer has the flow itself"""
     asked: bool = False
+    closing: bool = False
+    """It was, when it was handed."""
 
 
 class Engines(Around):
@@ -148,6 +164,8 @@ class Engines(Around):
 
     def _keeper(self, p: Packet, source: int | None) -> None:
         c, f = self._find(KEEPER, p)
+        if self.kept == "given":
+            raise Wrong(f"{p} comes to the keeper, which has given all")
         if p.mirror and not self.rules.by_slot:
             return self._finish(KEEPER, p, source, "drop")
         if self.word == "back" and not self.rolled and not p.mirror and p.epoch == self.epoch:
@@ -252,10 +270,18 @@ class Engines(Around):
     def _newcomer(self, p: Packet, source: int | None) -> None:
         if self.word == "back":
             return self._finish(NEWCOMER, p, source, "excused")
-        if self.newcomer_epoch == 0 or self.away[NEWCOMER] or (p.epoch > self.newcomer_epoch and self._counts_epoch(p)):
+        if (
+            self.newcomer_epoch == 0
+            or self.waits
+            or self.away[NEWCOMER]
+            or (p.epoch > self.newcomer_epoch and self._counts_epoch(p))
+        ):
             return self._park(NEWCOMER, p, source)
         if p.epoch < self.newcomer_epoch and self._counts_epoch(p):
             return self._finish(NEWCOMER, p, source, "late")
+        handled = self._was_handled(p)
+        if handled:
+            return self._finish(NEWCOMER, p, source, handled)
         c, f = self._find(NEWCOMER, p)
         if f is None and p.mirror:
             c, e = self._listed(p)
@@ -268,6 +294,9 @@ class Engines(Around):
                     return self._finish(NEWCOMER, p, source, "asked")
                 return self._finish(NEWCOMER, p, source, "reject")
         return self._own(NEWCOMER, p, source, c, f)
+
+    def _was_handled(self, p: Packet) -> str:
+        raise NotImplementedError
 
     def _then_open(self, side: int, p: Packet, source: int | None, place: int) -> None:
         """The claimer takes the entry's place, if it still serves."""
@@ -331,7 +360,7 @@ class Engines(Around):
 
     def _open(self, side: int, p: Packet, source: int | None) -> None:
         place = self._draw(side, p.kind == "D")
-        if place < 0:
+        if place < 0 or (side == NEWCOMER and len(self.flows[side]) >= self.setting.room):
             return self._finish(side, p, source, "excused")
         return self._insert(side, p, source, place)
 
@@ -409,16 +438,6 @@ class Engines(Around):
             if self.clients[c].inc == f.inc:
                 self._client(c, self.clients[c]._replace(state="C"))
 
-    def _copies_late(self, c: int) -> bool:
-        """Was the flow used just now, or is a copy of what it took still before the newcomer? No timer runs out so soon."""
-        f = self.flows[KEEPER][c]
-        b = self.backends.get(f.place)
-        return (
-            f.idle < 0
-            or (b is not None and b.owes)
-            or any(n[1] == c and verdict in ("took", "passed", "lost") for n, verdict in self.half.items())
-        )
-
     # ---- what was promised ---------------------------------------------------------------------------------------------
 
     def _done(self, p: Packet, verdict: str) -> None:
@@ -471,7 +490,7 @@ class Engines(Around):
     def _claimed_for(self, p: Packet) -> bool:
         """Has the newcomer a flow between these two, or is about to make one?"""
         claim, f = self.pc[NEWCOMER], self.flows[NEWCOMER].get(p.conn)
-        has = [f.place] if f is not None else []
+        has = [f.place] if f is not None and f.inc >= p.inc else []
         if claim is not None and claim[1].conn == p.conn:
             has.append(claim[3])
         return p.place in has if is_reply(p.kind) else bool(has)

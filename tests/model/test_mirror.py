@@ -44,6 +44,16 @@ STORIES = {
     "an engine vanishes while a connection opens": Setting(data=1, moves=1, **ONE_WAY),
     "a process dies": Setting(**OLD, resets=1, deaths=1, opens=2, **ONE_WAY),
     "a process dies between datagrams": Setting(**OLD, **DATAGRAMS, deaths=1, **ONE_WAY),
+    "handed over": Setting(**OLD, data=1, replies=1, hands=1, **ONE_WAY),
+    "handed over, over two CPUs": Setting(**OLD, data=1, hands=1),
+    "handed over while it closes": Setting(**OLD, fins=True, hands=1, **ONE_WAY),
+    "handed over while it is reset, and opens again": Setting(**OLD, resets=1, opens=2, hands=1, **ONE_WAY),
+    "handed over after a reset that nobody sent": Setting(**OLD, forged=1, data=1, hands=1, **ONE_WAY),
+    "datagrams handed over": Setting(**OLD, udp=(0,), data=2, expiries=1, hands=1, **ONE_WAY),
+    "handed over where a newer one fills the shard": Setting(conns=2, **OLD, hands=1, interrupts=1, room=1, **ONE_WAY),
+    "handed over while a process dies": Setting(**OLD, data=1, hands=1, deaths=1, interrupts=1, **ONE_WAY),
+    "handed over while an engine vanishes": Setting(**OLD, data=1, hands=1, moves=1, **ONE_WAY),
+    "handed over from a backend that UDP leaves": Setting(**OLD, udp=(0,), data=1, hands=1, leaves=1, **ONE_WAY),
     "a copy is lost": Setting(**OLD, data=1, losses=1, **ONE_WAY),
 }
 LONG = {
@@ -58,6 +68,17 @@ LONG = {
     "datagrams, and a death": Setting(udp=(0,), data=3, deaths=1, **ONE_WAY),
     "many datagrams": Setting(udp=(0,), data=3, replies=1),
     "copies are lost": Setting(**OLD, losses=1, resets=1, opens=2),
+    "handed over beside a newer one": Setting(conns=2, **OLD, resets=1, hands=1, **ONE_WAY),
+    "handed over while it is claimed": Setting(**OLD, resets=1, opens=2, data=1, replies=1, hands=1, **ONE_WAY),
+    "handed over while it is claimed, with a death": Setting(
+        **OLD, resets=1, opens=2, hands=1, deaths=1, interrupts=1, **ONE_WAY
+    ),
+    "handed over, SYNs twice": Setting(**OLD, resets=1, opens=2, again=1, hands=1, **ONE_WAY),
+    "handed over with resets, over two CPUs": Setting(**OLD, resets=1, opens=2, hands=1),
+    "handed over while an engine vanishes, resets": Setting(
+        **OLD, data=1, moves=1, resets=1, opens=2, hands=1, **ONE_WAY
+    ),
+    "handed over, and copies are lost": Setting(**OLD, data=1, resets=1, losses=1, hands=1, **ONE_WAY),
 }
 
 
@@ -93,6 +114,13 @@ NEEDS = {
     "whole_key": ("TCP and UDP between the same two", "taken by none"),
     "asks_for_any": ("a half open connection idles out", "taken by both"),
     "publishes_once": ("a process dies between datagrams", "both have connection"),
+    "waits_first": ("handed over where a newer one fills the shard", "has no room"),
+    "room_first": ("handed over where a newer one fills the shard", "has no room"),
+    "given_by_markers": ("handed over", "which has given all"),
+    "copies_all": ("handed over", "answers .* of a connection that it does not have"),
+    "leaves_claimed": ("handed over from a backend that UDP leaves", "takes the place of"),
+    "handed_are_kept": ("handed over", "taken by both"),
+    "takes_left": ("handed over while it is reset, and opens again", "taken by none"),
 }
 """Rule -> a story that goes wrong without it, and how"""
 
@@ -116,15 +144,16 @@ def test_every_rule_has_a_story_that_needs_it():
 
 PEACE = Setting(
     conns=5, udp=(3, 4), established=(0, 3), opens=3, again=2, data=4, replies=3, fins=True, resets=2, expiries=2,
-    leaves=1, ports=7,
+    leaves=1, hands=1, ports=7,
 )  # fmt: skip
-FAULTS = PEACE._replace(again=0, deaths=2, moves=2, backs=1, losses=2)
+FAULTS = PEACE._replace(again=0, deaths=2, moves=2, backs=1, losses=2, hands=2, interrupts=1)
+FULL = FAULTS._replace(room=3)
 
 
 class Sets(RuleBasedStateMachine):
     """Several connections, ports, both protocols and all faults in any order."""
 
-    @initialize(setting=st.sampled_from([PEACE, FAULTS]))
+    @initialize(setting=st.sampled_from([PEACE, FAULTS, FULL]))
     def start(self, setting):
         self.model = Mirror(setting)
 
@@ -154,8 +183,12 @@ class Sets(RuleBasedStateMachine):
         self.some(number, "switch", "publish", "release", "end", "unmap", "rolled", "mark")
 
     @rule(number=numbers)
+    def what_is_left_is_handed_over(self, number):
+        self.some(number, "wait", "hand", "hand back", "given", "copy", "release handed")
+
+    @rule(number=numbers)
     def something_breaks(self, number):
-        self.some(number, "die", "move", "lose", "leave")
+        self.some(number, "die", "move", "lose", "leave", "interrupted")
 
     @rule(number=numbers)
     def the_agent_changes_its_mind(self, number):
@@ -193,6 +226,29 @@ def test_many_random_orders():
     case = Longer.TestCase
     case.settings = settings(max_examples=5000, stateful_step_count=120, deadline=None)
     case("runTest").runTest()
+
+
+def at_the_deadline(room):
+    """Two connections of old, one of new, after the deadline."""
+    model = Mirror(Setting(conns=3, established=(0, 1), ports=3, hands=1, room=room, **ONE_WAY))
+    settle(model)
+    model.do(("send", "S", 2, 0))
+    settle(model)
+    model.do(("wait",))
+    settle(model)
+    return model
+
+
+def test_at_the_deadline_the_newcomer_gets_all_connections_where_they_were():
+    model = at_the_deadline(room=3)
+    assert model.unmapped
+    assert {c: (f.state, f.place) for c, f in model.flows[NEWCOMER].items()} == {0: ("E", 0), 1: ("E", 1), 2: ("E", 2)}
+
+
+def test_without_room_for_all_each_connection_stays_where_it_is():
+    model = at_the_deadline(room=2)
+    assert (model.word, model.kept_on) == ("both", True)
+    assert [set(flows) for flows in model.flows] == [{0, 1}, {2}]
 
 
 def test_the_newcomer_takes_new_connections_while_the_keeper_has_old_ones():

@@ -4,7 +4,7 @@ from collections import deque
 from typing import Any
 
 from .mirror import ALL, Mirror
-from .mirror_ends import Label, Setting, Wrong
+from .mirror_ends import NEWCOMER, Label, Setting, Wrong
 from .mirror_engines import Rules
 
 
@@ -48,6 +48,8 @@ def settle(model: Mirror) -> None:
 
 def check_openers(model: Mirror) -> None:
     """A client whose SYN was not answered asks again, and is heard. Raises Wrong."""
+    if len(model.flows[NEWCOMER]) >= model.setting.room:
+        return  # nobody new is heard
     for end in model.clients:
         if end.state != "S" or model._alive(end.conn, end.inc):
             continue
