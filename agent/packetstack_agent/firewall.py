@@ -84,6 +84,16 @@ class Firewall:
         """The last look did not come to an end."""
         self._accepted: set[tuple[str, str, str]] = set()
         """Chains in which we have an accept."""
+        self._legacy = True
+        """There are rules of which no change is told."""
+
+    @property
+    def is_told(self) -> bool:
+        """Whether the kernel tells of whatever else would be found at another look.
+
+        A table that belongs to a process goes with it, and the generation does not say so: what is in the way may be gone.
+        """
+        return self._looked is not None and not (self._legacy or self._again or self.obstacles)
 
     def ensure(self, prefixes: Iterable[Network], uplinks: Sequence[str] = ()) -> None:
         """Make packets to these prefixes pass, or find out what stops them. No prefix: nothing of ours stays."""
@@ -93,9 +103,8 @@ class Firewall:
                 legacy = any(iptables.in_use(family) for family in iptables.FAMILIES)
                 devices = _devices(uplinks) if self.mode is Mode.REPORT else ()
                 now = (tables.generation(), wanted, self.mode, tuple(uplinks), tuple(devices))
-                # A table that belongs to a process goes with it, and the generation does not say so: what is in the way
-                # may be gone, too.
-                if now == self._looked and not (legacy and wanted) and not self._again and not self.obstacles:
+                self._legacy = legacy and bool(wanted)
+                if now == self._looked and self.is_told:
                     return
                 self._again = False
                 found: tuple[Obstacle, ...] = ()

@@ -254,14 +254,22 @@ def _harm(changed: Mapping[Part, str]) -> str:
     return "large packets that come by routes were lost meanwhile" if "mtu" in changed else "packets went on"
 
 
+_FOLLOWED = (
+    ("net/ipv4/ip_forward", f"net/ipv4/conf/{ROUTED}/forwarding", "1"),
+    ("net/ipv6/conf/all/forwarding", f"net/ipv6/conf/{ROUTED}/forwarding", "1"),
+    ("net/ipv6/conf/all/disable_ipv6", f"net/ipv6/conf/{ROUTED}/disable_ipv6", "0"),
+)
+KEPT_SYSCTLS = (
+    *(name for everywhere, here, _ in _FOLLOWED for name in (everywhere, here)),
+    *(f"net/ipv6/conf/{end}/addr_gen_mode" for end in (ROUTED, DIRECTOR)),
+)
+"""What `ensure_pair` reads, by path below /proc/sys."""
+
+
 def _keep_sysctls() -> list[str]:
     """The routed end forwards whenever the node does, and has IPv6 whenever the node has. Returns what was put back."""
     done = []
-    for everywhere, here, right in (
-        ("net/ipv4/ip_forward", f"net/ipv4/conf/{ROUTED}/forwarding", "1"),
-        ("net/ipv6/conf/all/forwarding", f"net/ipv6/conf/{ROUTED}/forwarding", "1"),
-        ("net/ipv6/conf/all/disable_ipv6", f"net/ipv6/conf/{ROUTED}/disable_ipv6", "0"),
-    ):
+    for everywhere, here, right in _FOLLOWED:
         was = devices.sysctl(here)
         if devices.sysctl(everywhere) == right and was not in (None, right):
             devices.set_sysctl(here, right)

@@ -1,7 +1,8 @@
 """Watches all that packets need of this node: the list is `preconditions` of the core.
 
-Whatever changes wakes it, and it looks every 5 s besides. What the agent has made it puts back, by the underlay and by each
-engine's way. What is the administrator's it tells, to the journal and to the stacks that are concerned (`Managed.lacks`).
+Whatever changes wakes it, and it looks every 5 s besides: at each engine's way, and at the node's network as a whole if its
+fingerprint is another one. What the agent has made it puts back, by the underlay and by each engine's way. What is the
+administrator's it tells, to the journal and to the stacks that are concerned (`Managed.lacks`).
 """
 
 import asyncio
@@ -24,7 +25,9 @@ from packetstack_core.preconditions import Lack
 from packetstack_core.reasons import EventReason
 
 LOOK_SECONDS = 5.0
-"""How often all of it is looked at when nothing tells that it changed."""
+"""How often all of it is looked at when nothing tells that it changed; the node, if its fingerprint has changed."""
+READ_SECONDS = 60.0
+"""How often the node is read whatever its fingerprint says."""
 GLANCE_SECONDS = 1.0
 """How often that is looked at of which nothing tells: whether programs are attached, and names of namespaces."""
 GATHER_SECONDS = 0.05
@@ -86,6 +89,12 @@ class SurroundingsWatch:
         self._stacks = stacks
         self._journal = journal
         self._underlay = underlay
+        self._read_at = -READ_SECONDS
+        """When the node was read last."""
+        self._fingerprint = b""
+        """Of the node, before it was read; empty if it must be read again."""
+        self._masters: dict[int, int] = {}
+        """Whose port each device was then."""
 
     async def watch(self) -> None:
         """Look again and again, until cancelled."""
@@ -98,7 +107,7 @@ class SurroundingsWatch:
                 watched.drain()
                 began = time.monotonic()
                 if changed or began - looked > LOOK_SECONDS or not self._unchanged():
-                    await self.look()
+                    await self.look(thorough=changed)
                     looked = time.monotonic()
                     took = looked - began
                 watched.also(way for _, _, way in self._ways())
@@ -112,15 +121,32 @@ class SurroundingsWatch:
     def _unchanged(self) -> bool:
         return self._underlay.unchanged() and all(way.closed or way.unchanged() for _, _, way in self._ways())
 
-    async def look(self) -> None:
-        """Put back what is ours, and find out what else is lacking."""
-        broken = await self._underlay.put_back()
-        masters = await asyncio.to_thread(networks.masters)
+    async def look(self, thorough: bool = True) -> None:
+        """Put back what is ours, and find out what else is lacking. Not `thorough`: where it is not as at the last look."""
+        fresh = b"" if thorough else await self._underlay.fingerprint()
+        known = self._fingerprint and fresh == self._fingerprint and time.monotonic() - self._read_at < READ_SECONDS
+        broken: list[Lack] = []
+        if not known:
+            self._read_at = time.monotonic()
+            self._fingerprint = await self._underlay.fingerprint() if thorough else fresh
+            broken = await self._underlay.put_back()
+            self._masters = await asyncio.to_thread(networks.masters)
+        restored = await self._look_at_ways()
+        if not known:
+            await self._find_lacks(broken)
+        if broken or restored:
+            self._fingerprint = b""
+
+    async def _look_at_ways(self) -> bool:
+        """Each engine's way; whether something of one was put back or is lacking."""
+        some = False
         for managed, engine, way in self._ways():
             with self._journal.going_on(managed.stack.name, f"engine {engine.slot}"):
-                for said in await to_the_end(way.look, masters):
+                for said in await to_the_end(way.look, self._masters):
                     self._journal.event(managed.stack.name, EventReason.PATH_RESTORED, said)
-        await self._find_lacks(broken)
+                    some = True
+            some = some or bool(way.lacks)
+        return some
 
     async def _find_lacks(self, broken: list[Lack]) -> None:
         """What each stack lacks, told once."""

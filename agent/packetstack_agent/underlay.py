@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from ipaddress import ip_address, ip_network
 
-from packetstack_agent import neighbours, networks, nftables, surveying
+from packetstack_agent import fingerprints, neighbours, networks, nftables, surveying
 from packetstack_agent.director import Director
 from packetstack_agent.errors import AgentError
 from packetstack_agent.firewall import Firewall, Mode, Obstacle
@@ -283,6 +283,18 @@ class Underlay:
         pair, uplinks = self._attached
         wanted = {b"routed": pair.director, b"routed_end": pair.routed} | {_pin(n): i for n, i in uplinks.items()}
         return all(lib().ps_link_device(self._director.handle, pin) in (0, i) for pin, i in wanted.items())
+
+    async def fingerprint(self) -> bytes:
+        """Of all that `put_back` looks at; empty when that tells too little, so that it has to look."""
+        if self._attached is None or not self._firewall.is_told:
+            return b""
+        routed = self._attached[0].routed
+        try:
+            return await asyncio.to_thread(
+                fingerprints.of_node, routed, [*networks.KEPT_SYSCTLS, *self._run.record.sysctls]
+            )
+        except (AgentError, OSError):
+            return b""
 
     async def put_back(self) -> list[Lack]:
         """Routes vanish silently when links change, programs can be detached: put all of it back. What cannot be is returned."""
