@@ -311,6 +311,13 @@ void ps_wake(int socket);
 int ps_queue_to_core(struct ps_fence_engine *engine, uint32_t queue, uint32_t core, uint32_t limit_ms,
 		     uint64_t *took_ns, struct ps_error *e);
 
+/* ---- heap.c: the process's own memory ------------------------------------------------------------------- */
+
+/* One heap for all threads from now on, instead of one each. */
+void ps_heap_share(void);
+/* What was freed goes back to the node. Takes milliseconds. */
+void ps_heap_give_back(void);
+
 /* ---- oracle access for tests and `explain` ----------------------------------------------------------- */
 
 uint64_t ps_flow_hash(uint64_t key0, uint64_t key1, const uint8_t *source, const uint8_t *destination, uint16_t sport,

@@ -124,8 +124,10 @@ async def _serve(run: RunDirectory, node: str | None, uplinks: list[str], foreig
     """Run the agent until it is told to end. Returns whether it shall begin again and end the flows of another build."""
     # Half of the time of a start; `up`, `upgrade` and `down` also start agents that only look, or only remove.
     from packetstack_agent.agent import Agent
+    from packetstack_agent.natives import lib
     from packetstack_agent.web.app import Web
 
+    lib().ps_heap_share()
     first = not run.record.documents
     agent = Agent(run, foreign)
     ending = Ending()

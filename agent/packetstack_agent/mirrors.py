@@ -13,6 +13,7 @@ from packetstack_agent.errors import AgentError
 from packetstack_agent.flow_memory import Report
 from packetstack_agent.journal import Journal
 from packetstack_agent.managed import Managed, Stacks
+from packetstack_agent.natives import lib
 from packetstack_agent.node import RunDirectory
 from packetstack_agent.stacks import Stack
 from packetstack_agent.threads import to_the_end
@@ -195,6 +196,7 @@ class Mirrors:
         async with managed.busy:
             if number in stack.sets:
                 stack.remove_set(number)
+        await asyncio.to_thread(lib().ps_heap_give_back)  # what was read of its flows
         self._note(managed, RetireSet(number))
         managed.gone_copies.pop(number, None)
         message = f"set {number} has no connection and no engine any more; its memory is free"

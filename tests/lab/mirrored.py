@@ -22,9 +22,11 @@ from tests.lab.pool import DEMO
 from tests.waiting import eventually
 
 from packetstack_agent.node import RunDirectory
+from packetstack_cli.backend import Wishes
 from packetstack_cli.lab import NODE_UPLINK, Lab, Room, inside
 from packetstack_cli.traffic import Servers
 from packetstack_core import abi
+from packetstack_core.resources import PacketStack
 
 VIP = "192.0.2.10"
 TCP, UDP = f"{VIP}:80", f"{VIP}:53"
@@ -122,25 +124,35 @@ def answers_to_one_opener(segments: Sequence[Segment]) -> list[tuple[Any, ...]]:
     return [key for key, found in numbers.items() if len(found) > 1]
 
 
+def document(replicas: int, handover: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
+    """The stack, with these parts instead of its own."""
+    made: dict[str, Any] = yaml.safe_load(DEMO.read_text())
+    for listener in made["spec"]["listeners"]:
+        listener["healthCheck"] = {"type": "None"}
+    made["spec"] |= {
+        "replicas": replicas,
+        "engine": {"cores": 1, "queuesPerCore": 2, "cpuPolicy": "Shared"},
+        "handover": {"strategy": "Mirror", **(handover or {})},
+        "flowTable": FLOW_TABLE,
+        "rebalance": {"mode": "Off"},
+        **spec,
+    }
+    return made
+
+
 class Mirrored(Node):
     """A stack `demo` with Mirror, whose backends are the traffic generator's."""
 
     def make(self, replicas: int, handover: dict[str, Any] | None = None, **spec: Any) -> None:
         """Bring it up, or change it. `spec` replaces parts; `handover` adds to the strategy."""
-        document: dict[str, Any] = yaml.safe_load(DEMO.read_text())
-        for listener in document["spec"]["listeners"]:
-            listener["healthCheck"] = {"type": "None"}
-        document["spec"] |= {
-            "replicas": replicas,
-            "engine": {"cores": 1, "queuesPerCore": 2, "cpuPolicy": "Shared"},
-            "handover": {"strategy": "Mirror", **(handover or {})},
-            "flowTable": FLOW_TABLE,
-            "rebalance": {"mode": "Off"},
-            **spec,
-        }
         file = self.lab.directory / "stack.yaml"
-        file.write_text(json.dumps(document))
+        file.write_text(json.dumps(document(replicas, handover, **spec)))
         self.packetstack("up", str(file), "--uplink", NODE_UPLINK)
+
+    def ask_for(self, replicas: int, handover: dict[str, Any] | None = None, **spec: Any) -> None:
+        """Change what is wanted, as `make` does, and do not wait."""
+        wanted = PacketStack.model_validate(document(replicas, handover, **spec), strict=False)
+        self.client.apply([wanted], Wishes((NODE_UPLINK,), None, False))
 
     def down(self) -> None:
         """Nothing of it is left."""
