@@ -19,6 +19,8 @@ from tests.waiting import eventually
 from packetstack_cli.errors import CliError
 from packetstack_cli.lab import inside
 
+PATIENCE_SECONDS = 20.0
+"""For an answer that may have to be sent again: after two seconds without a route TCP tries again only after a few more."""
 CHECK = {"type": "TCP", "intervalSeconds": 1, "timeoutSeconds": 1, "unhealthyThreshold": 1, "healthyThreshold": 1}
 
 
@@ -62,7 +64,7 @@ class Talk:
 
     def end(self) -> int:
         self._go = False
-        self._thread.join(10)
+        self._thread.join(PATIENCE_SECONDS)
         self.connection.close()
         assert self.problem is None
         assert len(self.backends) == 1
@@ -72,7 +74,7 @@ class Talk:
 @pytest.fixture
 def talks(node: Node) -> Iterator[list[Talk]]:
     """Connections that must live through the test."""
-    made = [Talk(node.connect(address)) for address in (VIP, VIP, VIP, VIP, VIP6)]
+    made = [Talk(node.connect(address, timeout_seconds=PATIENCE_SECONDS)) for address in (VIP, VIP, VIP, VIP, VIP6)]
     yield made
     answers = [talk.end() for talk in made]
     assert all(answers), answers
