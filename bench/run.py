@@ -22,6 +22,7 @@ import floods
 import handovers
 import rebalancing
 import reconciling
+import resting
 import transitions
 from rows import Row, Unavailable, yes
 
@@ -155,6 +156,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "skew": rebalancing.latencies,
     "floods": floods.floods,
     "reconciling": reconciling.reconciling,
+    "resting": resting.resting,
     "day": day.day,
 }
 
