@@ -1,6 +1,6 @@
 """A ramp of real traffic: the pool follows it from one engine to four and back, and no connection breaks.
 
-Writes what happened to build/autoscaled/autoscaled.png, the picture of docs/autoscaling.md.
+Writes what happened to build/autoscaled: autoscaled.png and cores-mirror.png are the pictures of docs/autoscaling.md.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from tests.waiting import eventually
 
 from packetstack_cli.client import Client
@@ -56,17 +57,25 @@ class Watcher:
         self._thread.join(10)
 
 
-def ask(lab: Lab, name: str, connections: int, interval_ms: int, ramp_seconds: float) -> Traffic:
-    """Connections that ask again and again, for short answers."""
-    return Traffic(
-        lab,
-        TARGETS,
-        connections=connections,
-        request_interval_ms=interval_ms,
-        answer_bytes="64-512",
-        ramp_seconds=ramp_seconds,
-        name=name,
-    )
+class Load:
+    """Clients that ask again and again, for short answers."""
+
+    def __init__(self, lab: Lab, watcher: Watcher) -> None:
+        self._lab, self._watcher = lab, watcher
+        self.begun: list[tuple[float, Traffic]] = []
+        """When, on the watcher's clock, and who."""
+
+    def begin(
+        self, name: str, connections: int, interval_ms: int, ramp_seconds: float, leave_seconds: float = 0.0
+    ) -> Traffic:
+        """So many connections, which come and leave in so many seconds."""
+        began = time.monotonic() - self._watcher.began
+        traffic = Traffic(
+            self._lab, TARGETS, connections=connections, request_interval_ms=interval_ms, answer_bytes="64-512",
+            ramp_seconds=ramp_seconds, leave_seconds=leave_seconds, name=name,
+        )  # fmt: skip
+        self.begun.append((began, traffic))
+        return traffic
 
 
 def sizes(watcher: Watcher) -> list[int]:
@@ -133,19 +142,12 @@ def test_the_pool_follows_a_ramp_of_traffic_and_breaks_no_connection() -> None:
         servers = Servers(lab)
         lab.packetstack("up", str(EXAMPLE))
         watcher = Watcher(Client(lab.run_directory))
-        traffics = []
-
-        def start(name: str, connections: int, interval_ms: int, ramp_seconds: float) -> Traffic:
-            began = time.monotonic() - watcher.began
-            traffic = ask(lab, name, connections, interval_ms, ramp_seconds)
-            traffics.append((began, traffic))
-            return traffic
-
+        load = Load(lab, watcher)
         # These stay all the time: they see every resize.
-        steady = start("steady", 150, 2000, 2)
+        steady = load.begin("steady", 150, 2000, 2)
         steady.wait_open()
         time.sleep(4)
-        ramp = start("ramp", 600, 300, 14)
+        ramp = load.begin("ramp", 600, 300, 14)
         watcher.until(4)
         ramp.wait_open()
         time.sleep(4)
@@ -157,7 +159,7 @@ def test_the_pool_follows_a_ramp_of_traffic_and_breaks_no_connection() -> None:
         watcher.stop()
         events = json.loads(lab.packetstack("events", "web", "-o", "json"))
         servers.stop()
-    draw(watcher, offered(traffics), PICTURE)
+    draw(watcher, offered(load.begun), PICTURE)
     print(f"{sizes(watcher)}\n{ramped}\n{outcome}\n{said}")
     found = sizes(watcher)
     assert found[0] == found[-1] == 1
@@ -175,30 +177,90 @@ def test_the_pool_follows_a_ramp_of_traffic_and_breaks_no_connection() -> None:
     assert "engine metric PacketsPerSecond above target" in rescaled[0]["message"]
 
 
+def draw_cores(watcher: Watcher, requests: list[tuple[float, float]], path: Path) -> None:
+    """Offered load, packets of a core, cores, and whose the connections are, over time."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    looks = [(t, item) for t, item in watcher.looks if item["status"]["engines"]]
+    at = [t for t, _ in looks]
+    wanted = [item["spec"]["engine"]["cores"] for _, item in looks]
+    serving = [max(len(e["cores"]) for e in item["status"]["engines"] if e["buckets"]) for _, item in looks]
+    packets = [sum(e["packetsPerSecond"] for e in item["status"]["engines"]) for _, item in looks]
+    slots = {e["slot"]: len(e["cores"]) for _, item in looks for e in item["status"]["engines"] if e["buckets"]}
+    flows = [{e["slot"]: e["flows"] for e in item["status"]["engines"]} for _, item in looks]
+    triggers = looks[0][1]["spec"]["autoscaling"]["vertical"]["triggers"]
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
+    with plt.rc_context(style):
+        figure, (load, each, cores, whose) = plt.subplots(4, 1, sharex=True, figsize=(10, 8), layout="constrained")
+        load.plot([t for t, _ in requests], [n for _, n in requests], color="#4e79a7")
+        load.set_ylabel("requests/s")
+        load.set_title("offered", loc="left", fontsize=10)
+        each.plot(at, [p / n for p, n in zip(packets, serving, strict=True)], color="#59a14f")
+        for bound in ("above", "below"):
+            each.axhline(float(triggers[0][bound]), color="#e15759", linewidth=0.9, linestyle=(0, (4, 3)))
+        each.set_ylabel("packets/s")
+        each.set_title("of a core; dashed: above and below of the trigger", loc="left", fontsize=10)
+        cores.step(at, wanted, where="post", color="black", linewidth=2, label="wanted")
+        cores.step(at, serving, where="post", color="#4e79a7", linestyle=(0, (2, 2)), label="serving")
+        cores.set_ylabel("cores")
+        cores.set_ylim(top=2.6)
+        cores.legend(loc="upper right", frameon=False, ncols=2)
+        parts = [[each.get(slot, 0) for each in flows] for slot in slots]
+        names = [f"set {n}, {cores} core{'s' if cores > 1 else ''}" for n, cores in enumerate(slots.values(), 1)]
+        whose.stackplot(at, parts, labels=names, colors=["#4e79a7", "#f28e2b", "#59a14f"], alpha=0.8)
+        whose.set_ylabel("connections")
+        whose.set_title("whose they are", loc="left", fontsize=10)
+        whose.set_xlabel("seconds")
+        whose.legend(loc="upper right", frameon=False, ncols=3)
+        for plot in (load, each, cores, whose):
+            plot.set_ylim(bottom=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+
+
 @pytest.mark.slow
-def test_row_6_the_cores_of_an_engine_follow_a_ramp_of_traffic_and_no_connection_breaks() -> None:
+@pytest.mark.parametrize("strategy", ["Transfer", "Mirror"])
+def test_row_6_the_cores_of_an_engine_follow_a_ramp_of_traffic_and_no_connection_breaks(strategy: str) -> None:
     with Lab("pkl-cores") as lab:
         servers = Servers(lab)
-        lab.packetstack("up", str(BY_CORES))
-        client = Client(lab.run_directory)
+        example = lab.directory / "vertical.yaml"
+        document = yaml.safe_load(BY_CORES.read_text())
+        document["spec"]["handover"] = {"strategy": strategy}
+        example.write_text(json.dumps(document))
+        lab.packetstack("up", str(example))
+        watcher = Watcher(Client(lab.run_directory))
+        load = Load(lab, watcher)
 
-        def has(cores: int) -> bool:
-            item = client.call("get", name="web")[0]
-            there = [len(e["cores"]) for e in item["status"]["engines"]]
-            return bool(item["spec"]["engine"]["cores"] == cores and there == [cores] and item["status"]["ready"])
+        def until(cores: int) -> None:
+            def has() -> bool:
+                item = watcher.looks[-1][1]
+                there = [len(e["cores"]) for e in item["status"]["engines"] if e["buckets"]]
+                return bool(item["spec"]["engine"]["cores"] == cores and there == [cores])
 
-        steady = ask(lab, "steady", 50, 2000, 1)
+            eventually(has, LIMIT_SECONDS)
+
+        steady = load.begin("steady", 50, 2000, 1)
         steady.wait_open()
-        assert has(1)
-        ramp = ask(lab, "ramp", 300, 300, 5)
-        eventually(lambda: has(2), LIMIT_SECONDS)
+        until(1)
+        time.sleep(2)
+        ramp = load.begin("ramp", 300, 300, 8, leave_seconds=5)
+        until(2)
         ramp.wait_open()
-        ramped = ramp.stop()
-        eventually(lambda: has(1), LIMIT_SECONDS)
-        outcome = steady.stop()
+        time.sleep(2)
+        later = load.begin("later", 60, 2000, 3)  # a first set goes when the last connection of before has
+        outcomes = [ramp.stop(), steady.stop()]
+        until(1)
+        time.sleep(2)
+        outcomes.append(later.stop())
+        watcher.stop()
         events = json.loads(lab.packetstack("events", "web", "-o", "json"))
         servers.stop()
-    for part in (outcome, ramped):
+    draw_cores(watcher, offered(load.begun), PICTURE.with_name(f"cores-{strategy.lower()}.png"))
+    for part in outcomes:
         assert part.never_opened == 0
         assert part.broken == 0, part.what_broke()
     up, down = [e["message"] for e in events if e["reason"] == "EnginesResized"]
