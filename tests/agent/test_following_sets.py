@@ -1,6 +1,8 @@
 """An agent follows a flow table with two sets of engines, with played engines and a played mirror."""
 
+import time
 from collections.abc import Collection, Sequence
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from packetstack_agent.engines import Engine
 from packetstack_agent.flow_memory import Report
 from packetstack_agent.managed import Managed
 from packetstack_agent.mirroring import Left, Mirror
+from packetstack_agent.natives import constant
 from packetstack_core import kinds
 from packetstack_core.assignment import Move, Owner
 from packetstack_core.kinds import FlowTable, TableEngine
@@ -29,12 +32,15 @@ class PlayedMirror(Mirror):
         self.kept: dict[int, Owner] = {}
         self.ended: set[int] = set()
         """Buckets whose last connection has closed."""
+        self.seen = int(time.monotonic())
+        """When each connection was seen last."""
 
     def keepers(self) -> list[Owner | None]:
         return [self.kept.get(b) for b in range(BUCKETS)]
 
     def left(self) -> Left:
-        return Left(len(self.kept), len(self.kept), 0, tuple(sorted(self.ended & self.kept.keys())))
+        ticks = self.seen * constant("PS_TICKS_PER_SECOND")
+        return Left(len(self.kept), len(self.kept), ticks, tuple(sorted(self.ended & self.kept.keys())))
 
     def switch(self, engines: Collection[Engine], moves: Sequence[Move]) -> Report:
         for move in moves:
@@ -170,6 +176,21 @@ async def test_a_set_comes_takes_over_and_the_first_goes(agent: Agent, one: Mana
     assert [r for r in reasons(agent) if r.startswith("Set") or r == "BucketsSwitched"] == [
         "SetActivating", "SetCurrent", "BucketsSwitched", "SetRetired",
     ]  # fmt: skip
+
+
+async def test_since_when_a_connection_is_silent_is_told_to_a_minute(agent: Agent, one: Managed) -> None:  # noqa: F811
+    await follow(agent, one, table(1, {1: "Current"}, [1]))
+    await follow(agent, one, table(1, {1: "Current", 2: "Activating"}, [1, 2]))
+    await follow(agent, one, table(2, {1: "Draining", 2: "Current"}, [1, 2], keeper=1))
+    assert isinstance(one.stack.mirror, PlayedMirror)
+    told = []
+    for seconds in range(120):  # a packet a second
+        one.stack.mirror.seen = int(time.monotonic()) - seconds
+        first, second = cluster.report_of(one, "n1", "").sets or ()
+        told.append(datetime.fromisoformat(first.silent_since or "").timestamp())
+        assert 0 <= time.time() - seconds - told[-1] < 62
+        assert second.silent_since is None
+    assert 2 <= len(set(told)) <= 3
 
 
 async def test_what_an_engine_that_is_gone_kept_goes_to_another_of_its_set(agent: Agent, one: Managed) -> None:  # noqa: F811
