@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 VIP, SNAT = "192.0.2.10", "198.51.100.0/30"
 PORT, UDP_PORT = 80, 5353
 WAIT_SECONDS = 60.0
+BUCKETS = 1024
+SHORT = {
+    "buckets": BUCKETS, "maxFlows": 50000, "udpIdleTimeoutSeconds": 3,
+    "tcpClosedTimeoutSeconds": 1, "tcpTimeWaitTimeoutSeconds": 1,
+}  # fmt: skip
+"""`spec.flowTable` of a stack whose flows are forgotten soon after their connections have ended."""
 
 
 def stack(name: str, namespace: str, **changes: Any) -> dict[str, Any]:
@@ -37,7 +43,7 @@ def stack(name: str, namespace: str, **changes: Any) -> dict[str, Any]:
             {"name": "udp", "address": VIP, "protocol": "UDP", "port": UDP_PORT, "backends": udp},
         ],
         "snat": {"addresses": [SNAT]},
-        "flowTable": {"buckets": 1024, "maxFlows": 50000},
+        "flowTable": {"buckets": BUCKETS, "maxFlows": 50000},
     }
     meta = {"name": name, "namespace": namespace}
     return {"apiVersion": "packetstack.io/v1alpha1", "kind": "PacketStack", "metadata": meta, "spec": spec | changes}

@@ -1,4 +1,4 @@
-"""The operator scales a stack by the load of its engines under real traffic: one to four engines and back."""
+"""The operator scales a stack under real traffic: by load from one to four engines and back, by triggers from one to two cores and back."""
 
 import json
 import time
@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.waiting import eventually
 
-from packetstack_cli.traffic import Servers, Traffic
+from packetstack_cli.traffic import Outcome, Servers, Traffic
 
-from .conftest import PORT, VIP, Installed
+from .conftest import BUCKETS, PORT, SHORT, VIP, WAIT_SECONDS, Installed
 from .conftest import stack as a_stack
 
 EXAMPLE = Path(__file__).parents[2] / "examples/autoscaled.yaml"
@@ -103,3 +104,81 @@ def test_the_pool_follows_a_ramp_of_traffic_and_breaks_no_connection(
     assert any("engine metric PacketsPerSecond above target" in message for message in rescaled)
     assert any("All metrics below target" in message for message in rescaled)
     assert not [e for e in events if e["reason"] == "ExternallyScaled"]
+
+
+class Sized:
+    """A stack of one engine with 1 or 2 cores: more for 200 flows or 60 new ones a second of a core, fewer when both are low."""
+
+    def __init__(self, packetstack: Installed, space: str, strategy: str) -> None:
+        self.packetstack, self.space = packetstack, space
+        triggers = [
+            {"type": "ActiveFlows", "above": 200, "target": 160, "below": 120},
+            {"type": "NewFlowsPerSecond", "above": 60, "target": 48, "below": 28},
+        ]
+        vertical = {"maxCores": 2, "triggers": triggers, "holdSeconds": 2, "coolDownSeconds": 2}
+        autoscaling = {"maxReplicas": 1, "syncPeriodSeconds": 1, "vertical": vertical}
+        made = a_stack("web", space, handover={"strategy": strategy}, autoscaling=autoscaling, flowTable=SHORT)
+        del made["spec"]["replicas"], made["spec"]["engine"]["cores"]
+        packetstack.cluster.apply(made)
+        packetstack.wait(space, "web", 1)
+        self.outcomes: list[Outcome] = []
+
+    def open(self, name: str, connections: int, new_rate: int = 0) -> Traffic:
+        made = Traffic(
+            self.packetstack.lab, [f"{VIP}:{PORT}"], connections=connections, request_interval_ms=1000,
+            new_rate=new_rate, name=name,
+        )  # fmt: skip
+        made.wait_open()
+        return made
+
+    def close(self, *some: Traffic) -> None:
+        """Nothing of it was broken."""
+        for traffic in some:
+            outcome = traffic.stop()
+            assert outcome.broken == 0, outcome.what_broke()
+            self.outcomes.append(outcome)
+
+    def cores(self) -> int:
+        """Those that the resource wants."""
+        return int(self.packetstack.cluster.get("packetstack", "web", "-n", self.space)["spec"]["engine"]["cores"])
+
+    def until(self, cores: int) -> None:
+        """Until it wants so many, and an engine that has them owns all buckets."""
+        began = time.monotonic()
+        eventually(lambda: self.cores() == cores, WAIT_SECONDS, f"{cores} cores wanted")
+        wanted = time.monotonic() - began
+        eventually(
+            lambda: {len(e["cores"]) for e in self._live() if e["buckets"] == BUCKETS} == {cores},
+            WAIT_SECONDS, f"an engine with {cores} cores has all buckets",
+        )  # fmt: skip
+        print(f"{cores} cores wanted after {wanted:.1f} s, there after {time.monotonic() - began:.1f} s")
+
+    def _live(self) -> list[dict[str, Any]]:
+        engines: list[dict[str, Any]] = self.packetstack.live(self.space, "web")["engines"]
+        return engines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["Transfer", "Mirror"])
+def test_cores_follow_two_triggers_up_and_down_and_no_connection_breaks(
+    packetstack: Installed, servers: Servers, space: str, strategy: str
+) -> None:
+    stack = Sized(packetstack, space, strategy)
+    old, crowd = stack.open("old", 40), stack.open("crowd", 240)
+    stack.until(2)
+    busy = stack.open("busy", 20, new_rate=35)
+    time.sleep(1.2)  # each connection has its turn once more
+    stack.close(old, crowd)  # with Mirror the first set has nothing left
+    packetstack.wait(space, "web", 1)
+    time.sleep(6)
+    assert stack.cores() == 2, "one of two triggers does not allow fewer"
+    last = stack.open("last", 40)
+    stack.close(busy)
+    stack.until(1)
+    time.sleep(1.2)
+    stack.close(last)
+    packetstack.wait(space, "web", 1)
+    print(f"{strategy}: {sum(o.connections for o in stack.outcomes)} connections, none broken")
+    events = [e for e in packetstack.cluster.get("events", "-n", space)["items"] if e["reason"] == "EnginesResized"]
+    changes = {e["message"].partition(":")[0] for e in events}
+    assert changes == {"1 x 1 core -> 1 x 2 cores", "1 x 2 cores -> 1 x 1 core"}
