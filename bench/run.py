@@ -20,6 +20,7 @@ import day
 import director
 import floods
 import handovers
+import path
 import rebalancing
 import reconciling
 import resting
@@ -145,6 +146,8 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "tracking": tracking,
     "planning": planning,
     "director": director_cost,
+    "path": path.path,
+    "connections": path.connections,
     "resizes": handovers.resizes,
     "kills": handovers.kills,
     "all_killed": handovers.all_killed,

@@ -9,7 +9,15 @@ MESON = Path(__file__).parents[2] / "build/meson"
 
 
 @pytest.mark.parametrize(
-    "target", ["bench/bench_memory", "bench/bench_tracking", "bench/bench_director", "bench/bench_director.bpf.o"]
+    "target",
+    [
+        "bench/bench_memory",
+        "bench/bench_tracking",
+        "bench/bench_director",
+        "bench/bench_director.bpf.o",
+        "bench/bench_path",
+        "bench/bench_path.bpf.o",
+    ],
 )
 def test_a_program_of_the_benchmarks_builds(target: str) -> None:
     built = subprocess.run(["ninja", "-C", str(MESON), target], capture_output=True, text=True, check=False)
