@@ -24,6 +24,7 @@ import path
 import rebalancing
 import reconciling
 import resting
+import streams
 import transitions
 from rows import Row, Unavailable, yes
 
@@ -148,6 +149,7 @@ BENCHMARKS: dict[str, Callable[[bool], Iterator[Row]]] = {
     "director": director_cost,
     "path": path.path,
     "connections": path.connections,
+    "streams": streams.streams,
     "resizes": handovers.resizes,
     "kills": handovers.kills,
     "all_killed": handovers.all_killed,

@@ -17,6 +17,7 @@ MESON = Path(__file__).parents[2] / "build/meson"
         "bench/bench_director.bpf.o",
         "bench/bench_path",
         "bench/bench_path.bpf.o",
+        "bench/bench_streams",
     ],
 )
 def test_a_program_of_the_benchmarks_builds(target: str) -> None:
