@@ -30,7 +30,7 @@ from packetstack_agent.blueprints import Blueprint
 from packetstack_agent.errors import AgentError
 from packetstack_agent.natives import call, constant, ffi, lib, text
 from packetstack_cli.lab import Lab, inside
-from packetstack_core import abi, reading
+from packetstack_core import abi, reading, shards
 from packetstack_core.assignment import Move, Owner
 
 ROOT = Path(__file__).parents[2]
@@ -246,6 +246,7 @@ class Keeper:
         blueprint = Blueprint(
             "crash", SLOT, "", QUEUES, CORES, "Shared", CPUS, 0, f"{self.lab.prefix}-engine", OWNER,
             directory / "engine", self.memory.arena_path, self.memory.config_path, self.memory.pin, self.pins / "engine",
+            shards.FIRST,
         )  # fmt: skip
         self.engine = engines.Engine(blueprint, self.director)
         self._make_engine()

@@ -367,4 +367,4 @@ def delete(scene: Scene) -> None:
     get = scene.packetstack.cluster.get
     eventually(lambda: not any(get(kind, "-n", SPACE)["items"] for kind in kinds), WAIT_SECONDS, "nothing of it")
     marks = (f"{SPACE}_{NAME}", f"{SPACE}.{NAME}")
-    eventually(lambda: not any(m in name for name in scene.traces() for m in marks), WAIT_SECONDS, "no trace of it")
+    eventually(lambda: not any(m in name for name in scene.traces() for m in marks), 2 * WAIT_SECONDS, "no trace of it")
