@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 from packetstack_agent import devices
 from packetstack_agent.errors import AgentError
+from packetstack_agent.nftables import attribute, attributes, messages
 
 # From <linux/netlink.h>, <linux/rtnetlink.h>, <linux/if_link.h>, <linux/neighbour.h>, <linux/if_addr.h>.
 _SOL_NETLINK, _STRICT_CHECK = 270, 12
@@ -56,29 +57,19 @@ def _dump(kernel: socket.socket, kind: int, number: int, body: bytes) -> Iterato
             data = kernel.recv(_LONGEST)
         except OSError as e:
             raise AgentError(f"netlink: no answer to a look at the node's network: {e}") from None
-        at = 0
-        while at + 16 <= len(data):
-            length, answer, _, sequence, _ = struct.unpack_from("=IHHII", data, at)
-            if sequence == number:
-                if answer == _NLMSG_DONE:
-                    return
-                if answer == _NLMSG_ERROR:
-                    code = -struct.unpack_from("=i", data, at + 16)[0]
-                    raise AgentError(f"netlink: a look at the node's network was refused, error {code}")
-                yield answer, data[at + 16 : at + length]
-            at += length + 3 & ~3
+        for answer, sequence, _, payload in messages(data):
+            if sequence != number:
+                continue
+            if answer == _NLMSG_DONE:
+                return
+            if answer == _NLMSG_ERROR:
+                code = -struct.unpack_from("=i", payload)[0]
+                raise AgentError(f"netlink: a look at the node's network was refused, error {code}")
+            yield answer, payload
 
 
 def _without_counts(kind: int, answer: bytes) -> bytes:
     if kind not in _COUNTS:
         return answer
     at, counts = _COUNTS[kind]
-    kept = [answer[:at]]
-    while at + 4 <= len(answer):
-        length, attribute = struct.unpack_from("=HH", answer, at)
-        if length < 4:
-            break
-        if attribute not in counts:
-            kept.append(answer[at : at + length])
-        at += length + 3 & ~3
-    return b"".join(kept)
+    return answer[:at] + b"".join(attribute(k, value) for k, value in attributes(answer[at:]) if k not in counts)

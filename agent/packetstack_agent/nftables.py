@@ -75,6 +75,15 @@ def attributes(data: bytes) -> list[tuple[int, bytes]]:
     return found
 
 
+def messages(data: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """Type, sequence number, flags and payload of each netlink message in `data`, in order."""
+    at = 0
+    while at + 16 <= len(data):
+        length, kind, flags, sequence, _ = struct.unpack_from("=IHHII", data, at)
+        yield kind, sequence, flags, data[at + 16 : at + length]
+        at += length + 3 & ~3
+
+
 def _number(data: bytes | None) -> int:
     return int(struct.unpack("!I", data)[0]) if data else 0
 
@@ -369,11 +378,7 @@ class Tables:
             data = self._socket.recv(_LONGEST_ANSWER)
         except TimeoutError:
             raise AgentError(f"nf_tables: no answer for {_WAIT_SECONDS:g} s") from None
-        at = 0
-        while at + 16 <= len(data):
-            length, kind, flags, sequence, _ = struct.unpack_from("=IHHII", data, at)
-            yield kind, sequence, flags, data[at + 16 : at + length]
-            at += length + 3 & ~3
+        yield from messages(data)
 
 
 def _message(kind: int, flags: int, sequence: int, family: int, body: bytes, resource: int = 0) -> bytes:

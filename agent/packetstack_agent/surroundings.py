@@ -123,12 +123,11 @@ class SurroundingsWatch:
 
     async def look(self, thorough: bool = True) -> None:
         """Put back what is ours, and find out what else is lacking. Not `thorough`: where it is not as at the last look."""
-        fresh = b"" if thorough else await self._underlay.fingerprint()
-        known = self._fingerprint and fresh == self._fingerprint and time.monotonic() - self._read_at < READ_SECONDS
+        fresh, now = await self._underlay.fingerprint(), time.monotonic()
+        known = not thorough and fresh and fresh == self._fingerprint and now - self._read_at < READ_SECONDS
         broken: list[Lack] = []
         if not known:
-            self._read_at = time.monotonic()
-            self._fingerprint = await self._underlay.fingerprint() if thorough else fresh
+            self._fingerprint, self._read_at = fresh, now
             broken = await self._underlay.put_back()
             self._masters = await asyncio.to_thread(networks.masters)
         restored = await self._look_at_ways()

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from packetstack_core import shards
 from packetstack_core.assignment import NOBODY, Owner, State
-from packetstack_core.kinds import TableEngine
+from packetstack_core.kinds import SetReport, TableEngine
 from packetstack_core.reasons import ConditionReason, Problem, split
 from packetstack_core.standing import EngineStanding, Pool, Standing, staying
 from packetstack_core.transitions import SetState
@@ -109,22 +109,25 @@ def _keepers(found: Facts, plan: Plan) -> Sequence[Owner | None]:
     return [Owner(own[0], 0)] * len(plan.owners) if own else ()
 
 
-def _kept(found: Facts, plan: Plan, there: Pool) -> int:
+def _left(found: Facts, plan: Plan) -> SetReport | None:
+    """What the set that drains has left, by the agent; None if none does, or if the agent does not say."""
     draining = plan.sets.one(SetState.DRAINING)
-    kept = found.kept(draining.id) if draining is not None else None
-    return kept.kept_buckets if kept is not None else sum(k is not None and k != NOBODY for k in there.keepers)
+    return found.kept(draining.id) if draining is not None else None
+
+
+def _kept(found: Facts, plan: Plan, there: Pool) -> int:
+    left = _left(found, plan)
+    return left.kept_buckets if left is not None else sum(k is not None and k != NOBODY for k in there.keepers)
 
 
 def _connections(found: Facts, plan: Plan) -> int | None:
-    draining = plan.sets.one(SetState.DRAINING)
-    kept = found.kept(draining.id) if draining is not None else None
-    return kept.connections if kept is not None else None
+    left = _left(found, plan)
+    return left.connections if left is not None else None
 
 
 def _oldest(found: Facts, plan: Plan) -> float | None:
-    draining = plan.sets.one(SetState.DRAINING)
-    kept = found.kept(draining.id) if draining is not None else None
-    return observing.seconds(kept.silent_since) if kept is not None and kept.silent_since is not None else None
+    left = _left(found, plan)
+    return observing.seconds(left.silent_since) if left is not None and left.silent_since is not None else None
 
 
 def conflict_message(conflict: Conflict) -> str:

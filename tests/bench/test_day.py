@@ -1,23 +1,14 @@
 """The computed day: its load is the one that is committed, and its queues are those of the books."""
 
 import math
-import sys
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
 
 @pytest.fixture(scope="module")
-def day():
-    sys.path.insert(0, str(BENCH))  # a benchmark's modules import each other by name
-    try:
-        import day
-    finally:
-        sys.path.remove(str(BENCH))
-    return day
+def day(bench_module):
+    return bench_module("day")
 
 
 def test_the_load_in_the_file_is_the_one_that_the_program_makes(day):

@@ -1,22 +1,13 @@
 """What the benchmark of the whole path makes of its slices."""
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
-
 
 @pytest.fixture(scope="module")
-def path():
-    sys.path.insert(0, str(BENCH))  # a benchmark's modules import each other by name
-    try:
-        import path
-    finally:
-        sys.path.remove(str(BENCH))
-    return path
+def path(bench_module):
+    return bench_module("path")
 
 
 def test_each_round_takes_every_subject_once_and_none_is_always_the_first(path):

@@ -1,21 +1,11 @@
 """What the benchmark of round trips and bulk transfers says of its figures."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")
-def streams():
-    sys.path.insert(0, str(BENCH))  # a benchmark's modules import each other by name
-    try:
-        import streams
-    finally:
-        sys.path.remove(str(BENCH))
-    return streams
+def streams(bench_module):
+    return bench_module("streams")
 
 
 def found(streams, *, proxy: bool):

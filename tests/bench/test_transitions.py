@@ -1,21 +1,11 @@
 """What the benchmark of transitions makes of the generators' samples."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-BENCH = Path(__file__).resolve().parents[2] / "bench"
 
 
 @pytest.fixture(scope="module")
-def transitions():
-    sys.path.insert(0, str(BENCH))  # a benchmark's modules import each other by name
-    try:
-        import transitions
-    finally:
-        sys.path.remove(str(BENCH))
-    return transitions
+def transitions(bench_module):
+    return bench_module("transitions")
 
 
 def sample(at, counts, gap=0.0, waiting=0.0):

@@ -6,6 +6,8 @@ Writes what happened to build/autoscaled: autoscaled.png and cores-mirror.png ar
 import json
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,23 +89,35 @@ def sizes(watcher: Watcher) -> list[int]:
     return found
 
 
-def draw(watcher: Watcher, requests: list[tuple[float, float]], path: Path) -> None:
-    """Offered load, packets, busy share and replicas over time."""
+@contextmanager
+def plots(requests: list[tuple[float, float]], path: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """Three plots below the offered load, over time; afterwards they are a picture."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
+    with plt.rc_context(style):
+        figure, (load, *others) = plt.subplots(4, 1, sharex=True, figsize=(10, 8), layout="constrained")
+        load.plot([t for t, _ in requests], [n for _, n in requests], color="#4e79a7")
+        load.set_ylabel("requests/s")
+        load.set_title("offered", loc="left", fontsize=10)
+        yield tuple(others)
+        for plot in (load, *others):
+            plot.set_ylim(bottom=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
+        plt.close(figure)
+
+
+def draw(watcher: Watcher, requests: list[tuple[float, float]], path: Path) -> None:
+    """Offered load, packets, busy share and replicas over time."""
     at = [t for t, _ in watcher.looks]
     engines = [[e for e in item["status"]["engines"] if e["state"] == "Active"] for _, item in watcher.looks]
     packets = [sum(e["packetsPerSecond"] for e in es) for es in engines]
     replicas = [item["spec"]["replicas"] for _, item in watcher.looks]
-    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
-    with plt.rc_context(style):
-        figure, (load, each, busy, pool) = plt.subplots(4, 1, sharex=True, figsize=(10, 8), layout="constrained")
-        load.plot([t for t, _ in requests], [n for _, n in requests], color="#4e79a7")
-        load.set_ylabel("requests/s")
-        load.set_title("offered", loc="left", fontsize=10)
+    with plots(requests, path) as (each, busy, pool):
         each.plot(at, [p / len(es) if es else 0 for p, es in zip(packets, engines, strict=True)], color="#59a14f")
         each.axhline(1000, color="#e15759", linewidth=0.9, linestyle=(0, (4, 3)))
         each.set_ylabel("packets/s")
@@ -118,12 +132,7 @@ def draw(watcher: Watcher, requests: list[tuple[float, float]], path: Path) -> N
         pool.set_ylabel("engines")
         pool.set_xlabel("seconds")
         pool.legend(loc="upper right", frameon=False, ncols=2)
-        for plot in (load, each, busy, pool):
-            plot.set_ylim(bottom=0)
         pool.set_ylim(top=5)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
-        plt.close(figure)
 
 
 def offered(traffics: list[tuple[float, Traffic]]) -> list[tuple[float, float]]:
@@ -179,11 +188,6 @@ def test_the_pool_follows_a_ramp_of_traffic_and_breaks_no_connection() -> None:
 
 def draw_cores(watcher: Watcher, requests: list[tuple[float, float]], path: Path) -> None:
     """Offered load, packets of a core, cores, and whose the connections are, over time."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
     looks = [(t, item) for t, item in watcher.looks if item["status"]["engines"]]
     at = [t for t, _ in looks]
     wanted = [item["spec"]["engine"]["cores"] for _, item in looks]
@@ -192,12 +196,7 @@ def draw_cores(watcher: Watcher, requests: list[tuple[float, float]], path: Path
     slots = {e["slot"]: len(e["cores"]) for _, item in looks for e in item["status"]["engines"] if e["buckets"]}
     flows = [{e["slot"]: e["flows"] for e in item["status"]["engines"]} for _, item in looks]
     triggers = looks[0][1]["spec"]["autoscaling"]["vertical"]["triggers"]
-    style: Any = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888"}
-    with plt.rc_context(style):
-        figure, (load, each, cores, whose) = plt.subplots(4, 1, sharex=True, figsize=(10, 8), layout="constrained")
-        load.plot([t for t, _ in requests], [n for _, n in requests], color="#4e79a7")
-        load.set_ylabel("requests/s")
-        load.set_title("offered", loc="left", fontsize=10)
+    with plots(requests, path) as (each, cores, whose):
         each.plot(at, [p / n for p, n in zip(packets, serving, strict=True)], color="#59a14f")
         for bound in ("above", "below"):
             each.axhline(float(triggers[0][bound]), color="#e15759", linewidth=0.9, linestyle=(0, (4, 3)))
@@ -215,11 +214,6 @@ def draw_cores(watcher: Watcher, requests: list[tuple[float, float]], path: Path
         whose.set_title("whose they are", loc="left", fontsize=10)
         whose.set_xlabel("seconds")
         whose.legend(loc="upper right", frameon=False, ncols=3)
-        for plot in (load, each, cores, whose):
-            plot.set_ylim(bottom=0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=100)
-        plt.close(figure)
 
 
 @pytest.mark.slow
